@@ -1,0 +1,1 @@
+"""Callbacks: knobs over training time."""

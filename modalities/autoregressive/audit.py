@@ -1,0 +1,98 @@
+"""What the start-up audit of a token-writing setting shows, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...teacher import Policy
+from .models import bare, context_length, eos_ids, output_embeddings
+
+if TYPE_CHECKING:
+    from .setting import AutoregressiveDistillation
+
+
+def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, str]]]:
+    """Rows of the table: what, and its value for each role.
+
+    Raises:
+        ValueError: a teacher reads token ids differently, a head is not computed the way the objective assumes, or
+            there is no stop token.
+    """
+    student = module.policies["student"]
+    if not module.eos:
+        raise ValueError(f"{student.path}: the student has no stop token, so no rollout could end by itself")
+    roles = module.policies.items()
+    for name, policy in roles:
+        _compare_tokenizers(module, name, policy)
+        _check_head(module, name, policy)
+    differ = {name: eos_ids(policy) != module.eos for name, policy in roles}
+    limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
+    limits["student"] = module.rollout.max_prompt_length
+    return [
+        ("path", {name: policy.path for name, policy in roles}),
+        ("weights", {name: _weights(module, name) for name, _ in roles}),
+        ("parameters", {name: f"{sum(p.numel() for p in policy.model.parameters()):,}" for name, policy in roles}),
+        ("dtype", {name: str(next(policy.model.parameters()).dtype).removeprefix("torch.") for name, policy in roles}),
+        ("tokens known / head rows", {n: f"{len(p.processor)} / {output_embeddings(p).weight.shape[0]}" for n, p in roles}),
+        ("ids compared", {name: str(module.vocabulary) for name, _ in roles}),
+        ("stop ids", {n: f"{eos_ids(p)}{' (differs: the student stops rollouts)' if differ[n] else ''}" for n, p in roles}),
+        ("chat template", {name: _template(module, name, policy) for name, policy in roles}),
+        ("prompt limit", {name: str(limits.get(name) or context_length(policy)) for name, policy in roles}),
+    ]
+
+
+def _weights(module: AutoregressiveDistillation, name: str) -> str:
+    if name == "student":
+        return "trained" if module._student_spec.lora is None else f"LoRA r={module._student_spec.lora.r}"
+    teacher = module.teachers[name]
+    return type(teacher.weights).__name__ + (f", view {type(teacher.view).__name__}" if teacher.view else "")
+
+
+def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> str:
+    template = policy.processor.chat_template
+    if template is None:
+        return "none: prompts as they are"
+    mark = hashlib.sha256(str(template).encode()).hexdigest()[:8]
+    used = name == "student" or module.teachers[name].own_template
+    options = getattr(module, "chat_template_kwargs", {})
+    return f"{mark} {'used' if used else 'not used (own_template: false)'}" + (f", {options}" if options and used else "")
+
+
+def _compare_tokenizers(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:
+    """By content: the same id must mean the same bytes, however the vocabularies are padded."""
+    mine, theirs = module.tokenizer().get_vocab(), policy.processor.get_vocab()
+    if mine == theirs:
+        return
+    text = {i: token for token, i in theirs.items()}
+    for token, i in sorted(mine.items(), key=lambda item: item[1]):
+        if i < module.vocabulary and text.get(i) != token:
+            raise ValueError(
+                f"model.teachers.{name}: its tokenizer ({policy.path}) reads id {i} as {text.get(i)!r}, the student's "
+                f"({module.policies['student'].path}) as {token!r}. Distilling per token needs equal tokenizers; "
+                "choose a teacher of the same family."
+            )
+
+
+@torch.no_grad()
+def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:
+    """Hidden states times head must be the model's own logits, or the objective would train something else."""
+    model, head = bare(policy.model), module.head(policy)
+    device = next(model.parameters()).device
+    ids = torch.arange(min(8, module.vocabulary), device=device)[None]
+    was_training = model.training
+    with policy.active():
+        own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
+    ours = head(hidden)
+    model.train(was_training)
+    if head.suppressed is not None:
+        own[:, head.suppressed] = ours[:, head.suppressed]
+    error, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)
+    if error > 0.02 * scale:
+        raise ValueError(
+            f"{policy.path} ({name}): its logits are not head(hidden states) with the scale and soft cap that its "
+            f"config names (largest difference {float(error):.3g}); this architecture is not supported yet"
+        )

@@ -1,0 +1,30 @@
+"""Reading transformers models, with or without adapters around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ...teacher import Policy
+
+
+def bare(model: nn.Module) -> Any:
+    """The transformers model itself, with adapters inside it where there are any."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def output_embeddings(policy: Policy) -> Any:
+    return bare(policy.model).get_output_embeddings()
+
+
+def eos_ids(policy: Policy) -> list[int]:
+    """Stop ids of the tokenizer and of the checkpoint's generation settings (chat models have several)."""
+    configured = getattr(bare(policy.model).generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*listed, policy.processor.eos_token_id) if i is not None})
+
+
+def context_length(policy: Policy) -> int:
+    return int(getattr(bare(policy.model).config.get_text_config(), "max_position_embeddings", 2**31))

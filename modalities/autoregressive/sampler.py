@@ -1,0 +1,105 @@
+"""Sampling inside transformers' `generate`: reproducible per trajectory, with log-probs as a by-product.
+
+Shape legend: B trajectories, V head rows, T horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ...distribution import Head
+from ...rollout import Rollout
+
+
+class Sampler(LogitsProcessor):
+    """Chooses the next token itself, so that `generate` (greedy) has only to append it.
+
+    Each trajectory has a generator of its own, from which one uniform number per step is drawn: what is sampled
+    depends on its seed and its prompt, not on the order of calls or on who shares its batch.
+
+    Attributes:
+        log_probs: per step ``[B]``, at temperature 1 and before the filters.
+    """
+
+    def __init__(self, head: Head, rollout: Rollout, seeds: list[int]) -> None:
+        self._head, self._temperature = head, rollout.temperature
+        self._filters = LogitsProcessorList()
+        if rollout.top_k is not None:
+            self._filters.append(TopKLogitsWarper(top_k=rollout.top_k))
+        if rollout.top_p is not None and rollout.top_p < 1:
+            self._filters.append(TopPLogitsWarper(top_p=rollout.top_p))
+        if rollout.min_p is not None:
+            self._filters.append(MinPLogitsWarper(min_p=rollout.min_p))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._uniform = torch.stack(
+            [torch.rand(rollout.horizon, generator=g, dtype=torch.float64) for g in generators]
+        )
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self._head.vocabulary :] = -torch.inf
+        if self._head.suppressed is not None:
+            scores[:, self._head.suppressed.to(scores.device)] = -torch.inf
+        chosen = self._choose(input_ids, scores)
+        self.log_probs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``[B, 1]``"""
+        if self._temperature == 0:
+            return scores.argmax(1, keepdim=True)
+        shaped = self._filters(input_ids, scores / self._temperature)
+        cumulative = shaped.softmax(1).double().cumsum(1)
+        uniform = self._uniform[:, len(self.log_probs), None].to(scores.device)
+        # u below 1 by more than rounding, or the last step of the sum could point at an id of probability 0
+        point = uniform.clamp(max=1 - 1e-9) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True)
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and none of the checkpoint's own generation defaults (penalties, forced tokens, …).
+
+    4-bit layers on a CPU stay in training mode: bitsandbytes repacks their weights at the first evaluation and the
+    adapters on top of them then never get a gradient again.
+    """
+    repacks = getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu"
+    was_training, defaults = model.training, model.generation_config
+    model.train(repacks)
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+        model.train(was_training)
+
+
+def generate(
+    model: Any, head: Head, prompts: dict[str, Tensor], rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+) -> tuple[Tensor, Tensor]:
+    """New tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped go on with padding."""
+    sampler = Sampler(head, rollout, seeds)
+    config = GenerationConfig(
+        max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
+    )
+    with torch.no_grad(), generating(model):
+        ids = model.generate(**prompts, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
+    new = ids[:, prompts["input_ids"].shape[1] :]
+    return new, torch.stack(sampler.log_probs, 1)[:, : new.shape[1]]
+
+
+def until_stop(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` steps up to and including the first stop token, and ``[B]`` whether there was one.
+
+    Works also where padding and the stop token are the same id: only the first one counts.
+    """
+    stops = torch.isin(tokens, torch.tensor(eos, device=tokens.device))
+    before = stops.cumsum(1) - stops.long()
+    return before == 0, stops.any(1)

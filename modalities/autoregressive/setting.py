@@ -1,0 +1,184 @@
+"""AutoregressiveDistillation: `sample`, `steps` and `score` for students that write tokens.
+
+Shape legend: B trajectories, P prompt width (left padded), T completion width (right padded), H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ...distribution import Categorical, Head
+from ...module import OnPolicyDistillation
+from ...pretrained import Pretrained
+from ...rollout import Rollout
+from ...teacher import Policy
+from ...trajectory import Example, Trajectories
+from .audit import audit_rows
+from .models import bare, context_length, eos_ids, output_embeddings
+from .sampler import generate, until_stop
+from .view import last_text
+
+
+class AutoregressiveDistillation(OnPolicyDistillation):
+    """A setting subclasses it, names ``model_class`` and implements `collate`."""
+
+    served: ClassVar[frozenset[str]] = frozenset({"categorical"})
+
+    def load_processor(self, spec: Pretrained) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def tokenizer(self, policy: Policy | None = None) -> Any:
+        """The tokenizer of a policy (default: the student's)."""
+        return (policy or self.policies["student"]).processor
+
+    @property
+    def eos(self) -> list[int]:
+        """Every id that ends a completion of the student."""
+        return eos_ids(self.policies["student"])
+
+    def suppressed(self) -> list[int]:
+        """Ids that can never be an action (placeholders of other modalities)."""
+        return []
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids below it can be actions: those that the tokenizer knows and every head has a row for."""
+        rows = [output_embeddings(policy).weight.shape[0] for policy in self.policies.values()]
+        return min(len(self.tokenizer()), *rows)
+
+    def head(self, policy: Policy) -> Head:
+        module, config = output_embeddings(policy), bare(policy.model).config.get_text_config()
+        suppressed = self.suppressed()
+        return Head(
+            module,
+            self.vocabulary,
+            scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            suppressed=torch.tensor(suppressed) if suppressed else None,
+            **({"context": policy.active} if isinstance(module, BaseTunerLayer) else {}),
+        )
+
+    # -- the methods of a setting -------------------------------------------------------------------------------
+
+    def sample(
+        self, policy: Policy, prompts: dict[str, Tensor], examples: list[Example], rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
+        model, pad = bare(policy.model), self.tokenizer().pad_token_id
+        device = next(model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in prompts.items()}
+        with policy.active():
+            tokens, log_probs = generate(model, self.head(policy), inputs, rollout, seeds, self.eos, pad)
+        mask, stopped = until_stop(tokens, self.eos)
+        return Trajectories(
+            observation=prompts,
+            actions=tokens.masked_fill(~mask, pad).cpu(),
+            mask=mask.cpu(),
+            examples=examples,
+            stopped=stopped.cpu(),
+            behaviour_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
+        )
+
+    def replay(self, examples: list[Example]) -> Trajectories:
+        """The column ``completion``, ended by the stop token, cut at the horizon."""
+        tokenizer, horizon = self.tokenizer(), self.rollout.horizon
+        rows = [
+            tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            for example in examples
+        ]
+        length = torch.tensor([min(len(row), horizon) for row in rows])
+        actions = torch.full((len(rows), int(length.max())), tokenizer.pad_token_id)
+        for i, row in enumerate(rows):
+            actions[i, : length[i]] = torch.tensor(row[:horizon])
+        mask = torch.arange(actions.shape[1]) < length[:, None]
+        return Trajectories(
+            observation=self.collate(examples),
+            actions=actions,
+            mask=mask,
+            examples=examples,
+            stopped=torch.tensor([len(row) <= horizon for row in rows]),
+            behaviour_log_probs=torch.full(mask.shape, float("nan")),
+        )
+
+    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Categorical:
+        prompts = trajectories.observation
+        if view is not None:
+            own = next((t.own_template for n, t in self.teachers.items() if self.policies[n] is policy), False)
+            prompts = self.collate(view, policy if own else None)
+        model = bare(policy.model)
+        device = next(model.parameters()).device
+        prompts = trim({name: tensor.to(device) for name, tensor in prompts.items()})
+        with policy.active():
+            hidden = model.base_model(**self.continued(prompts, trajectories, device), use_cache=False)[0]
+        before = prompts["input_ids"].shape[1] - 1
+        hidden = hidden[:, before : before + trajectories.mask.shape[1]]
+        return Categorical(hidden.to(trajectories.mask.device), self.head(policy))
+
+    def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
+        """Model inputs for prompt and completion ``[B, P + T]``."""
+        # a step may be visible without being trained, so everything up to the last trained one is attended to
+        seen = trajectories.mask.flip(1).cumsum(1).flip(1) > 0
+        attention = torch.cat([prompts["attention_mask"], seen.to(device).long()], 1)
+        return {
+            "input_ids": torch.cat([prompts["input_ids"], trajectories.actions.to(device)], 1),
+            "attention_mask": attention,
+            "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+        }
+
+    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        tokenizer = self.tokenizer()
+        tokens = [row[keep].tolist() for row, keep in zip(trajectories.actions, trajectories.mask, strict=True)]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        shown = [
+            {"prompt": last_text(example["prompt"]), "completion": text}
+            for example, text in zip(trajectories.examples, texts, strict=True)
+        ]
+        if self.reward is None:
+            return None, shown
+        rewards = [float(self.reward(text, e)) for text, e in zip(texts, trajectories.examples, strict=True)]
+        for row, reward in zip(shown, rewards, strict=True):
+            row["reward"] = reward
+        return torch.tensor(rewards), shown
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        return audit_rows(self)
+
+    def prompt_length(self, example: Example, policy: Policy | None = None) -> int:
+        return int(self.collate([example], policy)["attention_mask"].sum())
+
+    def refusal(self, example: Example) -> str | None:
+        length, rollout = self.prompt_length(example), self.rollout
+        if rollout.max_prompt_length is not None and length > rollout.max_prompt_length:
+            return f"the prompt has {length} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
+        room = context_length(self.policies["student"])
+        if length + rollout.horizon > room:
+            return f"the prompt's {length} tokens and rollout.horizon {rollout.horizon} exceed the student's context of {room}"
+        for name, teacher in self.teachers.items():
+            seen = teacher.look(example)
+            if seen is None or (teacher.view is None and not teacher.own_template):
+                continue
+            policy = self.policies[name]
+            length = self.prompt_length(seen, policy if teacher.own_template else None)
+            limit = teacher.max_prompt_length or context_length(policy) - rollout.horizon
+            if length > limit:
+                return f"the teacher's prompt has {length} tokens, the limit of model.teachers.{name} is {limit}"
+        return None
+
+
+def trim(prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the columns that are padding in every row."""
+    used = prompts["attention_mask"].any(0)
+    first = int(used.long().argmax())
+    width = len(used)
+    return {n: t[:, first:] if t.dim() == 2 and t.shape[1] == width else t for n, t in prompts.items()}

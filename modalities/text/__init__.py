@@ -1,0 +1,5 @@
+"""The text setting."""
+
+from .setting import TextDistillation
+
+__all__ = ["TextDistillation"]

@@ -1,0 +1,55 @@
+"""TextDistillation: language models."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ...teacher import Policy
+from ...trajectory import Example
+from ..autoregressive import AutoregressiveDistillation
+
+
+class TextDistillation(AutoregressiveDistillation):
+    """On-policy distillation of causal language models.
+
+    Args:
+        chat_template_kwargs: passed to the chat template, such as ``{enable_thinking: false}``.
+        raw_prompts: feed string prompts as they are, even where the tokenizer has a chat template.
+        **kwargs: as in `OnPolicyDistillation`.
+    """
+
+    model_class: ClassVar[Any] = AutoModelForCausalLM
+    padding: ClassVar[dict[str, tuple[float, str]]] = {"input_ids": (0, "left"), "attention_mask": (0, "left")}
+
+    def __init__(self, chat_template_kwargs: dict[str, Any] | None = None, raw_prompts: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chat_template_kwargs, self.raw_prompts = chat_template_kwargs or {}, raw_prompts
+
+    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``[B, P]``, left padded.
+
+        Raises:
+            ValueError: a chat, and no chat template to render it.
+        """
+        tokenizer = self.tokenizer(policy)
+        texts = [self._render(example["prompt"], tokenizer) for example in examples]
+        # a rendered chat holds its own beginning-of-sequence token already
+        plain = tokenizer.chat_template is None or self.raw_prompts
+        batch = tokenizer(texts, padding=True, add_special_tokens=plain, return_tensors="pt")
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+    def _render(self, prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
+        if isinstance(prompt, str):
+            if tokenizer.chat_template is None or self.raw_prompts:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        elif tokenizer.chat_template is None:
+            raise ValueError(
+                f"the prompt is a chat but {tokenizer.name_or_path} has no chat template; give string prompts"
+            )
+        return str(
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs)
+        )

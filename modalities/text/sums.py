@@ -1,0 +1,87 @@
+"""Sums with a digit-by-digit scratchpad: the quickstart's verifiable task, small enough for a CPU.
+
+>>> sums(1, digits=2, seed=3)[0]["solution"].endswith("#" + sums(1, digits=2, seed=3)[0]["answer"])
+True
+"""
+
+import random
+import zlib
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ALPHABET = "0123456789+=# ?"
+PAD, EOS = "<pad>", "<eos>"
+
+
+def sums(count: int, digits: int = 4, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
+    """`count` different problems, the same ones for the same arguments.
+
+    A problem is held out or not by a hash of its two operands in any order, so that no held-out problem
+    (a fifth of them all) is ever a training problem, nor its mirror image, whatever the seeds.
+
+    Returns rows of
+        prompt: `"4821+1937="`, both operands with exactly `digits` digits;
+        solution: `"1+7+0=08 2+3+0=05 8+9+0=17 4+1+1=06 #6758"`, digits from the right, each as
+            `first+second+carry=total`, then the answer after a `#`;
+        completion: the solution;
+        answer: `"6758"`.
+    Raises ValueError when there are fewer than `10 * count` pairs of operands.
+    """
+    low, high = 10 ** (digits - 1), 10**digits
+    if count * 10 > (high - low) ** 2:
+        raise ValueError(
+            f"sums: {count} different problems of {digits} digits asked for, at most {(high - low) ** 2 // 10} "
+            "can be drawn; use more digits or a smaller count"
+        )
+    draw = random.Random(seed)
+    problems: dict[tuple[int, int], None] = {}
+    while len(problems) < count:
+        pair = draw.randrange(low, high), draw.randrange(low, high)
+        if is_held_out(*pair) == held_out:
+            problems[pair] = None
+    return [_row(first, second) for first, second in problems]
+
+
+def is_held_out(first: int, second: int) -> bool:
+    """Whether `first + second`, and so `second + first`, belongs to the held-out fifth."""
+    small, large = sorted((first, second))
+    return zlib.crc32(f"{small}+{large}".encode()) % 5 == 0
+
+
+def scratchpad(first: int, second: int) -> str:
+    """The worked steps of a sum of two numbers with equally many digits."""
+    steps, carry = [], 0
+    for a, b in zip(reversed(str(first)), reversed(str(second)), strict=True):
+        total = int(a) + int(b) + carry
+        steps.append(f"{a}+{b}+{carry}={total:02d}")
+        carry = total // 10
+    return " ".join([*steps, f"#{first + second}"])
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of the task, `<pad>` and `<eos>`; without a chat template, padded on the left.
+
+    A character outside the alphabet raises when encoded, instead of vanishing.
+    """
+    vocabulary = {token: number for number, token in enumerate([PAD, EOS, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _row(first: int, second: int) -> dict[str, str]:
+    solution = scratchpad(first, second)
+    return {
+        "prompt": f"{first}+{second}=",
+        "answer": str(first + second),
+        "solution": solution,
+        "completion": solution,
+    }

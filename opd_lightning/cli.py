@@ -1,0 +1,149 @@
+"""`opd fit|validate|test|predict|export`: a LightningCLI over settings, objectives and callbacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from . import callbacks, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from .data import PromptData
+from .export import export
+from .module import OnPolicyDistillation
+
+SHIPPED = "opd:"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration beside the checkpoints, and into each of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False, "overwrite": True})
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, OnPolicyDistillation)
+        pl_module.config_yaml = self.parser.dump(self.config, skip_none=False)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(
+                self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False
+            )
+
+
+class Checkpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, under ``<default_root_dir>/checkpoints`` and with ``last.ckpt`` to resume from.
+
+    Args:
+        every_n_train_steps: optimiser steps between checkpoints.
+        dirpath, monitor, mode, save_top_k, save_last: as in Lightning.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = 100,
+        dirpath: str | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
+        save_top_k: int = 1,
+        save_last: bool = True,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            every_n_train_steps=every_n_train_steps,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class PredictionWriter(BasePredictionWriter):
+    """`opd predict` writes one JSON line per example to ``<default_root_dir>/predictions-<rank>.jsonl``."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._path = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("")
+
+    def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any) -> None:
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in prediction)
+
+
+class OPDCLI(LightningCLI):
+    """LightningCLI in subclass mode: the setting and the data are named by class in YAML."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            OnPolicyDistillation,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [PredictionWriter()]},
+            args=None if args is None else [resolve(argument) for argument in args],
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """What the command line says wins: hyper-parameters of a checkpoint are never merged over it."""
+
+
+def resolve(argument: str) -> str:
+    """``opd:text/quickstart.yaml`` is a configuration that ships with the package.
+
+    Raises:
+        SystemExit: there is no such configuration; the message lists those there are.
+    """
+    flag, equals, value = argument.rpartition("=")
+    if not value.startswith(SHIPPED):
+        return argument
+    root = Path(str(files("opd_lightning"))) / "configs"
+    path = root / value.removeprefix(SHIPPED)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p.relative_to(root)) for p in root.rglob("*.yaml")))
+        raise SystemExit(f"{value}: no such configuration; there are {known}")
+    return f"{flag}{equals}{path}"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """What `opd` does with its arguments."""
+    # Lightning's own use of a deprecated torch helper, once per process
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    torch.set_float32_matmul_precision("high")
+    if arguments[:1] == ["export"]:
+        export(arguments[1:])
+        return
+    OPDCLI(list(arguments))

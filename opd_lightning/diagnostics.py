@@ -1,0 +1,114 @@
+"""What is logged at each step: weighted averages that add up over chunks, micro-batches and ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .distribution import CategoricalChunk
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from .objective.steps import Steps
+    from .objective.weight import Weight
+
+OVERLAP_K = 16
+
+
+class Averages:
+    """Sums and counts by name, kept on the device: nothing waits for the GPU until `compute`."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
+        """Adds ``values`` (any shape); ``counts`` says how much each weighs in the mean (default: 1)."""
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device)
+        number = torch.ones_like(total) if counts is None else torch.as_tensor(counts, device=self.device)
+        pair = torch.stack([total.sum(), number.sum().double()])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def add_clipped(self, term: str, weight: Weight, values: Tensor, on: Tensor) -> None:
+        """The share of a term's steps that one of its weights sets to 0."""
+        self.add(f"clipped/{term}/{type(weight).__name__}", (values == 0) & on, on.float())
+
+    def merge(self, other: Averages) -> None:
+        for name, pair in other.sums.items():
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def compute(self) -> dict[str, float]:
+        """Means, with one transfer from the device."""
+        if not self.sums:
+            return {}
+        table = torch.stack(list(self.sums.values())).tolist()
+        return {name: s / c for name, (s, c) in zip(self.sums, table, strict=True) if c > 0}
+
+    def over_ranks(self, trainer: Trainer) -> dict[str, float]:
+        """Means over all ranks; every rank must call it."""
+        if trainer.world_size == 1:
+            return self.compute()
+        everyone: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everyone, {name: pair.cpu() for name, pair in self.sums.items()})
+        total = Averages()
+        for sums in everyone:
+            part = Averages()
+            part.sums = sums
+            total.merge(part)
+        return total.compute()
+
+
+@torch.no_grad()
+def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
+    """Entropies, both KLs, first-step KL and top-k overlap of the open chunk, at temperature 1."""
+    student = chunk.student
+    if not isinstance(student, CategoricalChunk):
+        return
+    averages.add("student_entropy", student.entropy())
+    log_p = student.log_probs().detach()
+    for name, teacher in chunk.streams.items():
+        assert isinstance(teacher, CategoricalChunk)
+        here = torch.ones(len(chunk), device=log_p.device)
+        if name in chunk.available:
+            here = chunk.per_trajectory(chunk.available[name]).float()
+        log_q = teacher.log_probs()
+        reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
+        averages.add(f"{name}/kl_student_teacher", reverse * here, here)
+        averages.add(f"{name}/kl_teacher_student", (log_q.exp() * (log_q - log_p)).sum(-1) * here, here)
+        averages.add(f"{name}/entropy", teacher.entropy() * here, here)
+        first = here * (chunk.position == 0)
+        averages.add(f"{name}/kl_first_step", reverse * first, first)
+        k = min(OVERLAP_K, log_p.shape[-1])
+        mine, theirs = log_p.topk(k).indices, log_q.topk(k).indices
+        shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
+        averages.add(f"{name}/overlap_top{k}", shared.float().mean(-1) * here, here)
+        averages.add(f"{name}/overlap_mass", (log_p.gather(-1, mine).exp() * shared).sum(-1) * here, here)
+
+
+class Stopwatch:
+    """Seconds per phase since the last `read`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Seconds by phase and seconds in all, then starts anew."""
+        now = time.perf_counter()
+        seconds, total = self.seconds, now - self.since
+        self.seconds, self.since = {}, now
+        return seconds, total

@@ -1,0 +1,269 @@
+"""What a policy says about the next step: `Categorical` (hidden states and a head) or `Gaussian`.
+
+Shape legend: N states, n states of one chunk, H hidden size, V vocabulary.
+
+A `Categorical` never holds logits. They exist only inside a `CategoricalChunk`, which lives for one pass of the
+objective's loop; its gradient with respect to the logits is turned into gradients of the hidden states and of the
+head there and then, so no tensor of size N × V is ever kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# In place of −inf: 0 × (−1e30 − −1e30) is 0 where 0 × (−inf − −inf) is NaN, and exp(−1e30) is 0 all the same.
+IMPOSSIBLE = -1e30
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states ``[n, H]`` to float32 logits ``[n, vocabulary]``.
+
+    Attributes:
+        module: the projection; a plain `nn.Linear` takes the fast path, anything else (LoRA, quantised) autograd.
+        vocabulary: ids at or above it are padding of the matrix and are cut off.
+        scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        softcap: c in c·tanh(logits / c) (Gemma-2), or None.
+        suppressed: ``[k]`` ids that can never be an action (image placeholders, …), or None.
+        context: entered around every projection; teachers that share the student's head switch adapters here.
+    """
+
+    module: nn.Module
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float | None = None
+    suppressed: Tensor | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def is_linear(self) -> bool:
+        return type(self.module) is nn.Linear
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Raw logits ``[n, vocabulary]`` in the compute dtype."""
+        if self.is_linear:
+            weight, bias = self.linear(_compute_dtype(hidden))
+            return F.linear(hidden.to(weight.dtype), weight, bias)
+        with self.context():
+            return self.module(hidden)[..., : self.vocabulary]
+
+    def linear(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[vocabulary, H]`` and bias of a plain head, cut to the vocabulary, in the compute dtype."""
+        weight, bias = self.module.weight[: self.vocabulary], self.module.bias  # type: ignore[index]
+        bias = None if bias is None else bias[: self.vocabulary]  # type: ignore[index]
+        if dtype is None:
+            return weight, bias  # type: ignore[return-value]
+        return weight.to(dtype), None if bias is None else bias.to(dtype)  # type: ignore[union-attr]
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Scale, cap and suppress, in float32 (float64 stays)."""
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.suppressed is not None:
+            logits = logits.index_fill(-1, self.suppressed.to(logits.device), IMPOSSIBLE)
+        return logits
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.finish(self.project(hidden))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype | None:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class Distribution(ABC):
+    """A policy's distributions over the next step at N states (or at B × T of them, before `at`)."""
+
+    @abstractmethod
+    def at(self, index: Tensor) -> Distribution:
+        """The N states at ``index [N]`` of the flattened B × T."""
+
+    @abstractmethod
+    def bytes_per_state(self) -> int:
+        """Memory that one state takes while its chunk is open."""
+
+    @abstractmethod
+    def accumulator(self) -> GradientAccumulator:
+        """Collects the gradient of a loss that is evaluated chunk by chunk."""
+
+    @abstractmethod
+    def chunk(self, states: slice) -> Any:
+        """The family's chunk at some of the N states, without gradient."""
+
+
+class GradientAccumulator(ABC):
+    """Opens chunks whose loss can be differentiated, and sums up the gradients of ``inputs``."""
+
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+
+    @abstractmethod
+    def open(self, states: slice) -> Any: ...
+
+    @abstractmethod
+    def close(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` (a scalar that depends on the open chunk) and drop the chunk."""
+
+
+@dataclass
+class CategoricalChunk:
+    """Logits ``[n, V]`` (float32) of one chunk; everything derived from them is computed once."""
+
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self._log_probs: dict[float, Tensor] = {}
+
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """``[n, V]`` log-softmax of the logits divided by ``temperature``."""
+        if temperature not in self._log_probs:
+            logits = self.logits if temperature == 1.0 else self.logits / temperature
+            self._log_probs[temperature] = logits.log_softmax(-1)
+        return self._log_probs[temperature]
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """``[n]`` log-probability of the given ids ``[n]`` at temperature 1."""
+        if 1.0 in self._log_probs:
+            return self._log_probs[1.0].gather(-1, action[:, None]).squeeze(-1)
+        return self.logits.gather(-1, action[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
+
+    def entropy(self) -> Tensor:
+        """``[n]`` in nats, without gradient."""
+        log_probs = self.log_probs().detach()
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@dataclass
+class Categorical(Distribution):
+    """Hidden states ``[B, T, H]`` or ``[N, H]``, and the head that turns them into logits."""
+
+    hidden: Tensor
+    head: Head
+
+    def at(self, index: Tensor) -> Categorical:
+        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
+
+    def bytes_per_state(self) -> int:
+        # logits, log-probabilities, probabilities, their difference and its products, and the gradients of these
+        return 8 * 4 * self.head.vocabulary
+
+    def accumulator(self) -> GradientAccumulator:
+        return _CategoricalGradient(self)
+
+    def chunk(self, states: slice) -> CategoricalChunk:
+        with torch.no_grad():
+            return CategoricalChunk(self.head(self.hidden[states]).clamp_(min=IMPOSSIBLE))
+
+
+class _CategoricalGradient(GradientAccumulator):
+    def __init__(self, student: Categorical) -> None:
+        self._head, self._hidden = student.head, student.hidden
+        self._parameters = student.head.trainable()
+        self.inputs = [student.hidden, *self._parameters]
+        wide = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
+        self.gradients = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
+        if student.head.is_linear:
+            self._weight, self._bias = (
+                None if part is None else part.detach()
+                for part in student.head.linear(_compute_dtype(student.hidden))
+            )
+
+    def open(self, states: slice) -> CategoricalChunk:
+        self._states = states
+        self._open_hidden = self._hidden[states].detach()
+        if self._head.is_linear:
+            assert self._weight is not None
+            raw = F.linear(self._open_hidden.to(self._weight.dtype), self._weight, self._bias)
+            self._leaves = [raw.requires_grad_()]
+        else:
+            self._open_hidden.requires_grad_()
+            raw = self._head.project(self._open_hidden)
+            self._leaves = [self._open_hidden, *self._parameters]
+        return CategoricalChunk(self._head.finish(raw).clamp(min=IMPOSSIBLE))
+
+    def close(self, loss: Tensor) -> None:
+        leaf_gradients = torch.autograd.grad(loss, self._leaves)
+        if not self._head.is_linear:
+            self.gradients[0][self._states] = leaf_gradients[0]
+            for total, part in zip(self.gradients[1:], leaf_gradients[1:], strict=True):
+                total.add_(part)
+            return
+        assert self._weight is not None
+        (raw,) = leaf_gradients
+        self.gradients[0][self._states] = raw @ self._weight
+        for parameter, total in zip(self._parameters, self.gradients[1:], strict=True):
+            rows = total[: self._head.vocabulary]
+            if parameter is self._head.module.bias:
+                rows.add_(raw.sum(0))
+            elif raw.dtype == rows.dtype:
+                rows.addmm_(raw.T, self._open_hidden.to(raw.dtype))
+            else:
+                rows.add_(raw.T @ self._open_hidden.to(raw.dtype))
+
+
+@dataclass
+class Gaussian(Distribution):
+    """Independent normals: ``mean [B, T, ...]`` or ``[N, ...]``, ``scale`` broadcastable to it (a scalar is fine)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def at(self, index: Tensor) -> Gaussian:
+        if self.scale.dim() == 0:
+            return Gaussian(self.mean.flatten(0, 1)[index], self.scale)
+        return Gaussian(self.mean.flatten(0, 1)[index], self.scale.expand_as(self.mean).flatten(0, 1)[index])
+
+    def bytes_per_state(self) -> int:
+        return 4 * self.mean[0].numel() * self.mean.element_size()
+
+    def accumulator(self) -> GradientAccumulator:
+        return _GaussianGradient(self)
+
+    def chunk(self, states: slice) -> Gaussian:
+        return Gaussian(self.mean[states].detach(), (self.scale if self.scale.dim() == 0 else self.scale[states]).detach())
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """``[n]`` log-density of ``action [n, ...]``, summed over the event."""
+        return torch.distributions.Normal(self.mean, self.scale).log_prob(action).flatten(1).sum(1)
+
+    def entropy(self) -> Tensor:
+        """``[n]`` in nats, without gradient."""
+        normal = torch.distributions.Normal(self.mean.detach(), self.scale.detach())
+        return normal.entropy().expand_as(self.mean).flatten(1).sum(1)
+
+
+class _GaussianGradient(GradientAccumulator):
+    def __init__(self, student: Gaussian) -> None:
+        self._student = student
+        learnt_scale = student.scale.requires_grad
+        self.inputs = [student.mean, student.scale] if learnt_scale else [student.mean]
+        self.gradients = [torch.zeros_like(tensor) for tensor in self.inputs]
+
+    def open(self, states: slice) -> Gaussian:
+        self._states, self._open = states, self._student.chunk(states)
+        self._leaves = [self._open.mean, self._open.scale][: len(self.inputs)]
+        for leaf in self._leaves:
+            leaf.requires_grad_()
+        return self._open
+
+    def close(self, loss: Tensor) -> None:
+        for total, part in zip(self.gradients, torch.autograd.grad(loss, self._leaves), strict=True):
+            if total.dim() == 0:
+                total.add_(part)
+            else:
+                total[self._states] = part

@@ -1,0 +1,170 @@
+"""Validation: the student acts on held-out prompts and is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torchmetrics import MeanMetric
+
+from .rollout import derived_seed, group_statistics
+from .teacher import Frozen
+from .trajectory import Example, Trajectories
+
+if TYPE_CHECKING:
+    from .module import OnPolicyDistillation
+
+EVALUATION_DRAWS = 2**32  # keeps evaluation's seeds apart from the rollouts'
+
+
+@dataclass
+class Evaluation:
+    """How `validate`, `test` and `predict` let the student act.
+
+    Args:
+        samples: per prompt; with more than one, pass@k is reported beside the mean (k = samples).
+        temperature: default 0, greedy; needs to be positive for several samples.
+        top_p, top_k, min_p: filters, off by default (the rollout's do not apply here).
+        horizon: default: the rollout's.
+        before: score the student (and the teachers, once) before the first training step.
+        show: held-out prompts whose completions go to samples.jsonl at each validation.
+
+    Raises:
+        ValueError: several greedy samples, which would be equal.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    horizon: int | None = None
+    before: bool = True
+    show: int = 3
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"evaluation.samples must be >= 1, got {self.samples}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"evaluation.samples={self.samples} greedy samples would be equal; set evaluation.temperature"
+            )
+
+
+def pass_at_k(rewards: torch.Tensor, k: int, threshold: float = 0.5) -> torch.Tensor:
+    """Unbiased share of prompts solved within k tries: 1 − C(n−c, k)/C(n, k), for rewards ``[P, n]`` → ``[P]``.
+
+    c of the n samples reached ``threshold`` (Codex, 2107.03374).
+    """
+    n = rewards.shape[1]
+    wrong = n - (rewards >= threshold).sum(1)
+    i = torch.arange(k, device=rewards.device)
+    return 1 - ((wrong[:, None] - i).clamp(min=0) / (n - i)).prod(1)
+
+
+class Evaluator:
+    """Lets a policy act on batches of examples and averages what came of it, over batches and ranks."""
+
+    def __init__(self, module: OnPolicyDistillation) -> None:
+        self.module = module
+        self.metrics: dict[str, MeanMetric] = {}
+
+    def _act(self, who: str, examples: list[Example], batch_idx: int) -> Trajectories:
+        module, settings = self.module, self.module.evaluation
+        rollout = dataclasses.replace(
+            module.rollout,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            horizon=settings.horizon or module.rollout.horizon,
+        )
+        repeated = [example for example in examples for _ in range(settings.samples)]
+        seeds = [derived_seed(EVALUATION_DRAWS, module.global_rank, batch_idx, i) for i in range(len(repeated))]
+        return module.act(who, repeated, seeds, rollout)
+
+    @torch.no_grad()
+    def step(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
+        """One batch of held-out examples."""
+        module, samples = self.module, self.module.evaluation.samples
+        trajectories = self._act(who, examples, batch_idx)
+        reward, shown = module.score(trajectories)
+        self._update("length", trajectories.length.float())
+        self._update("stopped", trajectories.stopped.float())
+        if reward is not None:
+            self._update("accuracy", reward)
+            if samples > 1:
+                self._update(f"pass@{samples}", pass_at_k(reward.view(-1, samples), samples))
+        if batch_idx == 0:
+            self._show(stage, who, shown[: module.evaluation.show * samples : samples])
+        if who == "student":
+            self._compare(trajectories, reward)
+
+    def _compare(self, trajectories: Trajectories, reward: torch.Tensor | None) -> None:
+        """KL to every active teacher at the states that the student just visited."""
+        module = self.module
+        if reward is not None:
+            mean, std = group_statistics(reward.cpu(), torch.arange(len(reward)))
+            trajectories = dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
+        trajectories = trajectories.to(module.device)
+        teachers, available = module.ask_all(trajectories)
+        if teachers:
+            student = module.steps(module.policies["student"], trajectories)
+            averages = module.objective.diagnose(student, teachers, trajectories, available)
+            for name, (total, count) in averages.sums.items():
+                if count > 0 and "/kl_" in name:
+                    self._update(name, total / count, count)
+
+    def _update(self, name: str, value: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
+        if name not in self.metrics:
+            self.metrics[name] = MeanMetric().to(self.module.device)
+        self.metrics[name].update(value.to(self.module.device), weight)
+
+    def finish(self, stage: str) -> dict[str, float]:
+        """Means over all batches and ranks since the last call."""
+        values = {f"{stage}/{name}": float(metric.compute()) for name, metric in self.metrics.items()}
+        self.metrics = {}
+        return values
+
+    def before_training(self) -> None:
+        """Scores the student, and once the teachers that are not just the student again."""
+        data = getattr(self.module.trainer, "datamodule", None)
+        examples = getattr(data, "validation_data", None)
+        if examples is None:
+            return
+        asked = [
+            name
+            for name, teacher in self.module.teachers.items()
+            if teacher.view is not None or isinstance(teacher.weights, Frozen)
+        ]
+        values: dict[str, float] = {}
+        for who in [*asked, "student"]:
+            stage = "val" if who == "student" else f"val/{who}"
+            mine = [dict(examples[i]) for i in range(self.module.global_rank, len(examples), self.module.trainer.world_size)]
+            if who != "student":
+                mine = [example for example in mine if self.module.teachers[who].look(example) is not None]
+            size = data.validation_batch_size  # type: ignore[union-attr]
+            for place, start in enumerate(range(0, len(mine), size)):
+                self.step(stage, who, mine[start : start + size], place)
+            values |= self.finish(stage)
+        for logger in self.module.loggers:
+            logger.log_metrics(values, step=self.module.global_step)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if "accuracy" in name)
+        rank_zero_info(f"Before training: {scores or values}")
+
+    def _show(self, stage: str, who: str, rows: list[dict[str, Any]]) -> None:
+        if self.module.global_rank or self.module.trainer.sanity_checking:
+            return
+        self.module.folder.mkdir(parents=True, exist_ok=True)
+        with (self.module.folder / "samples.jsonl").open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"step": self.module.global_step, "stage": stage, "who": who, **row}) + "\n")
+
+    @torch.no_grad()
+    def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
+        """The student's completions of a batch of examples."""
+        return self.module.score(self._act("student", examples, batch_idx))[1]

@@ -1,0 +1,407 @@
+"""OnPolicyDistillation: the LightningModule that every setting subclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from .audit import audit
+from .diagnostics import Averages, Stopwatch
+from .distribution import Distribution
+from .evaluation import Evaluation, Evaluator
+from .objective import Objective, Steps
+from .pretrained import Pretrained
+from .reward import Reward
+from .rollout import Rollout, group_statistics
+from .teacher import Frozen, Policy, Teacher, View
+from .trajectory import Example, OptimiserStep, Trajectories
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW, learning rate 1e-5, no weight decay."""
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
+
+
+@dataclass
+class Schedule:
+    """The learning rate over optimiser steps.
+
+    Args:
+        name: of transformers' schedules; ``linear`` and ``cosine`` fall to 0 at trainer.max_steps.
+        warmup_steps: linear rise from 0.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+
+class OnPolicyDistillation(L.LightningModule):
+    """Trains a student on the states that a behaviour policy visited, towards what teachers say there.
+
+    A setting implements `collate`, `sample`, `steps` and `score`, and names the class that loads its models.
+
+    Args:
+        student: the model that is trained.
+        objective: the terms of the loss.
+        teachers: streams that terms name.
+        rollout: how the behaviour policy acts.
+        reward: a verifier of completions; needed by parts that read rewards, and for validation accuracy.
+        evaluation: how `validate` and `test` let the student act.
+        optimizer: from parameters to a torch optimiser. Default: AdamW at 1e-5.
+        schedule: of the learning rate.
+
+    Raises:
+        ValueError: a part of the objective needs something that this run does not offer; the message names both.
+    """
+
+    model_class: ClassVar[Any]
+    served: ClassVar[frozenset[str]] = frozenset()
+    padding: ClassVar[dict[str, tuple[float, str]]] = {}
+
+    def __init__(
+        self,
+        student: Pretrained,
+        objective: Objective,
+        teachers: dict[str, Teacher] | None = None,
+        rollout: Rollout | None = None,
+        reward: Reward | None = None,
+        evaluation: Evaluation | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective, self.teachers = objective, teachers or {}
+        self.rollout, self.reward = rollout or Rollout(), reward
+        self.evaluation, self.schedule = evaluation or Evaluation(), schedule or Schedule()
+        self._student_spec, self._optimizer = student, optimizer
+        self.strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the rest
+        self.policies: dict[str, Policy] = {}
+        self.teacher_state = nn.ModuleDict()
+        self.stopwatch, self.config_yaml = Stopwatch(), ""
+        self.evaluator = Evaluator(self)
+        self._averages = Averages()
+        self._rng: dict[str, Any] | None = None
+        self._check()
+
+    # -- the four methods of a setting --------------------------------------------------------------------------
+
+    @abstractmethod
+    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+        """Raw columns to model inputs, as ``policy`` (default: the student) renders them."""
+
+    @abstractmethod
+    def sample(
+        self, policy: Policy, prompts: dict[str, Tensor], examples: list[Example], rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
+        """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbours."""
+
+    @abstractmethod
+    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Distribution:
+        """What ``policy`` says at every visited state, ``[B, T]``; ``view`` holds the examples as it sees them."""
+
+    @abstractmethod
+    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """Rewards ``[B]`` (None without a verifier), and for each trajectory what to show of it (prompt, completion)."""
+
+    # -- what a setting may add ---------------------------------------------------------------------------------
+
+    def load_processor(self, spec: Pretrained) -> Any:
+        """What turns examples into inputs (a tokenizer, a processor)."""
+        return None
+
+    def replay(self, examples: list[Example]) -> Trajectories:
+        """Given completions as trajectories, for ``rollout.behaviour: {dataset: …}``."""
+        raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
+
+    def refusal(self, example: Example) -> str | None:
+        """Why this example cannot be used (too long a prompt, …), or None."""
+        return None
+
+    def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
+        return []
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        served = set(self.served)
+        if self.reward is not None:
+            served.add("reward")
+        if self.rollout.group_size > 1:
+            served.add("group")
+        if "dataset" not in self.rollout.sources:
+            served.add("behaviour")
+        self.objective.check(set(self.teachers), served, self.rollout.sources)
+        for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
+            raise ValueError(f"rollout.behaviour names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}")
+        idle = set(self.teachers) - set().union(*(t.teachers for t in self.objective.terms)) - self.rollout.sources
+        if idle and not any(not term.teachers for term in self.objective.terms):
+            raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
+
+    def required_columns(self) -> dict[str, str]:
+        """Canonical column → who needs it."""
+        needed = {"prompt": "the rollout"}
+        if "dataset" in self.rollout.sources:
+            needed["completion"] = "rollout.behaviour.dataset"
+        for column in getattr(self.reward, "columns", ()):
+            needed[column] = "model.reward"
+        for name, teacher in self.teachers.items():
+            for column in (*(teacher.view.columns if teacher.view else ()), *teacher.where):
+                needed[column] = f"model.teachers.{name}"
+        return needed
+
+    def configure_model(self) -> None:
+        if self.policies:
+            return
+        model = self._student_spec.load(self.model_class, trained=True)
+        self.student = model
+        student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
+        self.policies["student"] = student
+        for name, teacher in self.teachers.items():
+            self.policies[name] = teacher.weights.attach(name, student, self._load_frozen)
+            if teacher.weights.state is not None:
+                self.teacher_state[name] = teacher.weights.state
+
+    def _load_frozen(self, spec: Pretrained) -> Policy:
+        return Policy(spec.load(self.model_class, trained=False), self.load_processor(spec), path=spec.path)
+
+    def setup(self, stage: str) -> None:
+        audit(self)
+        self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
+
+    def _place_teachers(self) -> None:
+        """Frozen teachers are no submodules (they must stay out of optimiser and checkpoint): moved by hand."""
+        for name, teacher in self.teachers.items():
+            where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or self.device
+            model = self.policies[name].model
+            if not getattr(model, "is_quantized", False):
+                model.to(where)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        total = self.trainer.max_steps
+        if self.schedule.name != "constant" and total < 1:
+            raise ValueError(f"model.schedule.name={self.schedule.name} needs trainer.max_steps")
+        schedule = get_scheduler(self.schedule.name, optimizer, self.schedule.warmup_steps, max(total, 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- acting -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
+        """Trajectories of one behaviour policy; a teacher acts on what its view shows it.
+
+        The observation is the student's in every case: that is what the loss conditions on.
+        """
+        if who == "dataset":
+            return self.replay(examples)
+        rollout, policy = rollout or self.rollout, self.policies[who]
+        prompts = self.collate(examples)
+        if who == "student":
+            return self.sample(policy, prompts, examples, rollout, seeds)
+        seen = [self.teachers[who].look(example) for example in examples]
+        shown = [example if view is None else view for example, view in zip(examples, seen, strict=True)]
+        theirs = self.collate(shown, policy if self.teachers[who].own_template else None)
+        acted = self.sample(policy, theirs, shown, rollout, seeds)
+        return dataclasses.replace(acted, observation=prompts, examples=examples)
+
+    def judge(self, trajectories: Trajectories) -> Trajectories:
+        """The same with rewards and their group statistics, if a reward is configured."""
+        if self.reward is None:
+            return trajectories
+        reward, _ = self.score(trajectories)
+        assert reward is not None
+        mean, std = group_statistics(reward, trajectories.group)
+        self._averages.add("reward", reward)
+        return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
+
+    def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
+        """What a teacher says at every state, without gradient, and for which trajectories ``[B]`` it says anything."""
+        teacher, policy = self.teachers[name], self.policies[name]
+        with torch.no_grad(), self.stopwatch.phase("teacher"):
+            if teacher.view is None and not teacher.where and not teacher.own_template:
+                return self.steps(policy, trajectories), None
+            seen = [teacher.look(example) for example in trajectories.examples]
+            available = torch.tensor([view is not None for view in seen], device=trajectories.mask.device)
+            # where there is no view the student's own prompt keeps the shapes; the term is off there
+            shown = [e if view is None else view for e, view in zip(trajectories.examples, seen, strict=True)]
+            return self.steps(policy, trajectories, shown), available
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
+        whole = batch.optimiser_step
+        assert whole is not None
+        if batch.micro_batch == 0:
+            self._look_ahead(whole)
+        teachers, available = self.ask_all(batch)
+        with self.stopwatch.phase("student"):
+            student = self.steps(self.policies["student"], batch)
+        with self.stopwatch.phase("objective"):
+            loss, averages = self.objective(student, teachers, batch, available, diagnose=self._logs_now())
+        self._averages.merge(averages)
+        self._describe(batch)
+        # Lightning divides by the accumulation, and DDP averages over ranks: the normaliser already holds both
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def ask_all(self, batch: Trajectories) -> tuple[dict[str, Distribution], dict[str, Tensor]]:
+        teachers, available = {}, {}
+        for name in sorted(self.objective.teachers()):
+            teachers[name], has_view = self.ask(name, batch)
+            if has_view is not None:
+                available[name] = has_view
+        return teachers, available
+
+    @torch.no_grad()
+    def _look_ahead(self, whole: OptimiserStep) -> None:
+        """Statistics and sums of weights over the whole optimiser step, where a term asks for them."""
+        whole.gather = self._gather
+        micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
+        availables: list[dict[str, Tensor]] = []
+        if self.objective.looks_ahead:
+            whole.statistics = []
+            for batch in micro_batches:
+                teachers, available = self.ask_all(batch)
+                steps = Steps.of(batch, available)
+                student = self.steps(self.policies["student"], batch).at(steps.index)
+                flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
+                whole.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
+                availables.append(available)
+        elif any(term.normaliser == "weights" for term in self.objective.active):
+            availables = [self._available(batch) for batch in micro_batches]
+        sums = self.objective.weight_sums(dataclasses.replace(whole, micro_batches=micro_batches), availables)
+        whole.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
+
+    def _available(self, batch: Trajectories) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor([self.teachers[name].look(e) is not None for e in batch.examples], device=self.device)
+            for name in self.objective.teachers()
+        }
+
+    def total(self, value: float) -> float:
+        """Σ over ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """``[N]`` of every rank, concatenated; ranks may differ in N."""
+        if self.trainer.world_size == 1:
+            return values
+        longest = int(self.all_gather(torch.tensor(len(values), device=self.device)).max())
+        padded = values.new_full((longest,), float("nan"))
+        padded[: len(values)] = values
+        everywhere = self.all_gather(padded).flatten()
+        return everywhere[~everywhere.isnan()]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for teacher in self.teachers.values():
+            teacher.weights.update(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        missing = [name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trainable parameters got no gradient, among them {missing[0]}: they would never learn. "
+                "4-bit bases lose the gradients of their adapters on some CPUs after a forward pass in eval mode; "
+                "otherwise freeze what the loss does not reach."
+            )
+
+    # -- logging ------------------------------------------------------------------------------------------------
+
+    def _logs_now(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == 0
+
+    def _describe(self, batch: Trajectories) -> None:
+        self._averages.add("length", batch.length)
+        self._averages.add("stopped", batch.stopped.float())
+        self._averages.add("staleness", (self.global_step - batch.weights_version).float())
+
+    def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
+        whole = batch.optimiser_step
+        assert whole is not None
+        if batch.micro_batch + 1 < len(whole.micro_batches):
+            return
+        averages, self._averages = self._averages, Averages(self.device)
+        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:
+            seconds, total = self.stopwatch.read()
+            values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
+            for phase, spent in seconds.items():
+                values[f"time/{phase}_share"] = spent / total
+            shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
+            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+            self.log_dict(values)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            _set_rng_states(self._rng)
+            self._rng = None
+        if self.global_step == 0 and self.evaluation.before:
+            self.evaluator.before_training()
+
+    def validation_step(self, examples: list[Example], batch_idx: int) -> None:
+        self.evaluator.step("val", "student", examples, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log_dict(self.evaluator.finish("val"), prog_bar=True)
+
+    def test_step(self, examples: list[Example], batch_idx: int) -> None:
+        self.evaluator.step("test", "student", examples, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.evaluator.finish("test"))
+
+    def predict_step(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
+        return self.evaluator.predict(examples, batch_idx)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = self._checkpointed()
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
+        checkpoint["rng"] = _plain(_collect_rng_states())
+        checkpoint["opd_config"] = self.config_yaml
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        missing = sorted(self._checkpointed() - set(checkpoint["state_dict"]))
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of the weights that this configuration trains, among them "
+                f"{missing[0]}: was it written with another model.student or model.teachers?"
+            )
+        self._rng = checkpoint.get("rng")
+
+    def _checkpointed(self) -> set[str]:
+        """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; no frozen base."""
+        frozen = set()
+        if self._student_spec.lora is not None:
+            frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad and "lora_" not in name}
+            frozen |= {name for name, _ in self.student.named_buffers()}
+            quantised = {n for n in self.student.state_dict() if any(n.startswith(f"{f}.") for f in frozen)}
+            frozen |= quantised
+        return {name for name in self.state_dict() if name.removeprefix("student.") not in frozen}
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.trainer.default_root_dir)
+
+
+def _plain(states: dict[str, Any]) -> dict[str, Any]:
+    """RNG states as tensors, numbers and tuples only, so that ``weights_only=True`` loads them."""
+    name, keys, *rest = states["numpy"]
+    return {**states, "numpy": (name, keys.tolist() if hasattr(keys, "tolist") else keys, *rest)}

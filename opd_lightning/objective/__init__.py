@@ -1,0 +1,59 @@
+"""The objective: terms of signal × weights × target × teacher, evaluated chunk by chunk."""
+
+from .divergence import (
+    JSD,
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from .objective import Objective, Term
+from .policy_gradient import (
+    Advantage,
+    GroupRelative,
+    LogRatio,
+    PolicyGradient,
+    RewardPlusLogRatio,
+    RewardTimesLogRatio,
+)
+from .signal import CrossEntropy, Part, Signal
+from .steps import Steps
+from .support import Support
+from .target import LogLinear, Target
+from .weight import ByReward, Constant, Entropy, Outcome, TopEntropy, Weight, Window
+
+__all__ = [
+    "JSD",
+    "Advantage",
+    "AlphaDivergence",
+    "ByReward",
+    "Constant",
+    "CrossEntropy",
+    "Divergence",
+    "Entropy",
+    "ForwardKL",
+    "GroupRelative",
+    "LogLinear",
+    "LogRatio",
+    "Objective",
+    "Outcome",
+    "Part",
+    "PolicyGradient",
+    "ReverseKL",
+    "RewardPlusLogRatio",
+    "RewardTimesLogRatio",
+    "Signal",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "Steps",
+    "Support",
+    "Target",
+    "Term",
+    "TopEntropy",
+    "TotalVariation",
+    "Weight",
+    "Window",
+]

@@ -1,0 +1,271 @@
+"""Divergences between student p and teacher q at the same state.
+
+Each is written once per family: over a vocabulary as pointwise contributions of log-probabilities whose sum is the
+divergence, and for Gaussians in closed form where there is one. Directions are named by their arguments, since papers
+disagree on "forward": forward KL is KL(q‖p), teacher first; reverse KL is KL(p‖q), student first.
+
+Shape legend: n states, K ids of the support (V for the full vocabulary), ... the event of a Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..distribution import CategoricalChunk, Gaussian
+from .signal import Signal
+from .steps import Steps
+from .support import Support
+
+
+def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``[n, K]`` a·(log a − log b), whose sum is KL(a‖b)."""
+    return log_a.exp() * (log_a - log_b)
+
+
+def forward_kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q‖p) = Σ q·(log q − log p)."""
+    return kl_terms(log_q, log_p)
+
+
+def reverse_kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) = Σ p·(log p − log q)."""
+    return kl_terms(log_p, log_q)
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share·a + (1 − share)·b), elementwise, for 0 < share < 1."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """β·KL(q‖m) + (1−β)·KL(p‖m) with m = β·q + (1−β)·p; KL(q‖p) at β = 0 and KL(p‖q) at β = 1.
+
+    The formula itself vanishes at both ends, where JSD/β → KL(q‖p) and JSD/(1−β) → KL(p‖q) (GKD, 2306.13649).
+    """
+    if beta == 0.0:
+        return forward_kl_terms(log_p, log_q)
+    if beta == 1.0:
+        return reverse_kl_terms(log_p, log_q)
+    log_m = log_mixture(log_q, log_p, beta)
+    return beta * kl_terms(log_q, log_m) + (1 - beta) * kl_terms(log_p, log_m)
+
+
+def skew_forward_kl_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """KL(q ‖ α·q + (1−α)·p) (DistiLLM, 2402.03898)."""
+    return kl_terms(log_q, log_mixture(log_q, log_p, alpha))
+
+
+def skew_reverse_kl_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """KL(p ‖ α·p + (1−α)·q) (DistiLLM, 2402.03898)."""
+    return kl_terms(log_p, log_mixture(log_p, log_q, alpha))
+
+
+def alpha_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """(q^α p^(1−α) − α·q − (1−α)·p) / (α(α−1)): each ≥ 0; KL(q‖p) at α = 1 and KL(p‖q) at α = 0 (Amari)."""
+    if alpha == 1.0:
+        return forward_kl_terms(log_p, log_q)
+    if alpha == 0.0:
+        return reverse_kl_terms(log_p, log_q)
+    power = (alpha * log_q + (1 - alpha) * log_p).exp()
+    return (power - alpha * log_q.exp() - (1 - alpha) * log_p.exp()) / (alpha * (alpha - 1))
+
+
+def total_variation_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½|p − q|."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs()
+
+
+def gaussian_kl(a: Gaussian, b: Gaussian) -> Tensor:
+    """``[n]`` KL(a‖b) of independent normals, summed over the event."""
+    ratio = a.scale / b.scale
+    terms = 0.5 * (ratio.square() + ((a.mean - b.mean) / b.scale).square() - 1) - ratio.log()
+    return terms.flatten(1).sum(1)
+
+
+def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
+    """``[n]`` (∫ q^α p^(1−α) − 1) / (α(α−1)), in closed form.
+
+    Raises:
+        ValueError: the integral diverges: α·σ_p² + (1−α)·σ_q² ≤ 0 somewhere (possible outside 0 ≤ α ≤ 1).
+    """
+    if alpha == 1.0:
+        return gaussian_kl(q, p)
+    if alpha == 0.0:
+        return gaussian_kl(p, q)
+    variance = alpha * p.scale.square() + (1 - alpha) * q.scale.square()
+    if bool((variance <= 0).any()):
+        raise ValueError(f"the α-divergence with alpha={alpha} between these Gaussians is infinite")
+    log_power = (
+        alpha * p.scale.log()
+        + (1 - alpha) * q.scale.log()
+        - 0.5 * variance.log()
+        - 0.5 * alpha * (1 - alpha) * (p.mean - q.mean).square() / variance
+    )
+    return log_power.flatten(1).sum(1).expm1() / (alpha * (alpha - 1))
+
+
+def gaussian_total_variation(p: Gaussian, q: Gaussian) -> Tensor:
+    """``[n]`` erf(‖(μ_p − μ_q)/σ‖ / (2√2)), for equal scales.
+
+    Raises:
+        ValueError: the scales differ (there is no closed form then).
+    """
+    if not torch.allclose(p.scale, q.scale):
+        raise ValueError("total variation between Gaussians has a closed form only for equal scales")
+    squared = ((p.mean - q.mean) / q.scale).square().flatten(1).sum(1)
+    # erf(√x / c) has an infinite slope at 0 though erf itself is smooth there: keep √ away from it
+    return torch.erf(squared.clamp(min=1e-24).sqrt() / (2 * math.sqrt(2)))
+
+
+class Divergence(Signal):
+    """A divergence between student and teacher: a loss, never an advantage (it depends on the prefix alone).
+
+    Args:
+        support: where it is evaluated (default: full vocabulary).
+        temperature: both sides' logits are divided by it, default 1. It is the signal's own and has nothing to do
+            with the rollout's; the result is *not* multiplied by its square (set the term's coefficient for that).
+        clip: upper bound of each id's contribution before the sum, Σ_v min(·, clip) (OPSD, 2601.18734, which prints
+            no value; TRACE, 2605.10194, uses 0.05). None: no bound. A clipped sum may be negative, and clipped ids
+            have zero gradient.
+
+    Raises:
+        ValueError: temperature or clip not positive.
+    """
+
+    needs = frozenset({"teacher"})
+
+    def __init__(self, support: Support = Support(), temperature: float = 1.0, clip: float | None = None) -> None:
+        if temperature <= 0:
+            raise ValueError(f"signal.temperature must be > 0, got {temperature}")
+        if clip is not None and clip <= 0:
+            raise ValueError(f"signal.clip must be > 0, got {clip}")
+        self.support, self.temperature, self.clip = support, temperature, clip
+
+    @abstractmethod
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """``[n, K]`` contributions of each id."""
+
+    def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
+        """``[n]``"""
+        raise TypeError(f"{type(self).__name__} between Gaussians has no closed form; use ForwardKL or ReverseKL")
+
+    def __call__(self, steps: Steps) -> Tensor:
+        if isinstance(steps.student, Gaussian):
+            if self.support != Support() or self.temperature != 1 or self.clip is not None:
+                raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")
+            return self.gaussian(steps.student, steps.teacher)
+        assert isinstance(steps.student, CategoricalChunk)
+        log_p, log_q = self.support.restrict(
+            steps.student.log_probs(self.temperature), steps.teacher.log_probs(self.temperature), steps.action
+        )
+        terms = self.categorical(log_p, log_q)
+        return (terms if self.clip is None else terms.clamp(max=self.clip)).sum(-1)
+
+
+class ForwardKL(Divergence):
+    """KL(q‖p), teacher first: covers the teacher's modes. Gradient in the student's logits: p − q."""
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return forward_kl_terms(log_p, log_q)
+
+    def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
+        return gaussian_kl(q, p)
+
+
+class ReverseKL(Divergence):
+    """KL(p‖q), student first: seeks the teacher's modes."""
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return reverse_kl_terms(log_p, log_q)
+
+    def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
+        return gaussian_kl(p, q)
+
+
+class JSD(Divergence):
+    """Generalised Jensen–Shannon divergence, `jsd_terms` (GKD, 2306.13649).
+
+    Args:
+        beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(q‖p), 1 is KL(p‖q). Default 0.5 (TRL's GKD).
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        support: Support = Support(),
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(support, temperature, clip)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"signal.beta must be in [0, 1], got {beta}")
+        self.beta = beta
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return jsd_terms(log_p, log_q, self.beta)
+
+
+class _Skewed(Divergence):
+    """Args:
+    alpha: share of the first argument mixed into the second, in (0, 1). Default 0.1 (DistiLLM, 2402.03898).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        support: Support = Support(),
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(support, temperature, clip)
+        if not 0 < alpha < 1:
+            raise ValueError(f"signal.alpha must be in (0, 1), got {alpha}; the plain KL is its own class")
+        self.alpha = alpha
+
+
+class SkewForwardKL(_Skewed):
+    """KL(q ‖ α·q + (1−α)·p), `skew_forward_kl_terms`: bounded by −log α."""
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return skew_forward_kl_terms(log_p, log_q, self.alpha)
+
+
+class SkewReverseKL(_Skewed):
+    """KL(p ‖ α·p + (1−α)·q), `skew_reverse_kl_terms`: bounded by −log α."""
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return skew_reverse_kl_terms(log_p, log_q, self.alpha)
+
+
+class AlphaDivergence(Divergence):
+    """Amari's α-divergence, `alpha_terms`: KL(p‖q) at α = 0, KL(q‖p) at α = 1, 4·(1 − Σ√(pq)) at the default ½."""
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        support: Support = Support(),
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(support, temperature, clip)
+        self.alpha = alpha
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return alpha_terms(log_p, log_q, self.alpha)
+
+    def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
+        return gaussian_alpha(p, q, self.alpha)
+
+
+class TotalVariation(Divergence):
+    """½·Σ|p − q|, in [0, 1]."""
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return total_variation_terms(log_p, log_q)
+
+    def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
+        return gaussian_total_variation(p, q)

@@ -1,0 +1,371 @@
+"""The objective: a sum of terms, evaluated chunk by chunk over the flattened trained steps.
+
+    L(θ) = Σ_k c_k · (1/Z_k) Σ_{i,t} m_it · w_k(i,t) · ℓ_k( p_θ(·|s_it), q_k(·|v_k(s_it)) )
+
+Shape legend: B trajectories, N trained steps of the micro-batch, n of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..diagnostics import Averages, chunk_diagnostics
+from ..distribution import Distribution
+from ..trajectory import OptimiserStep, Trajectories
+from .policy_gradient import Advantage, PolicyGradient
+from .signal import Part, Signal
+from .steps import Steps, measure
+from .target import Target
+from .weight import Weight
+
+
+@dataclass
+class Term:
+    """One summand of the objective.
+
+    Args:
+        signal: what a step contributes.
+        teacher: an entry of ``model.teachers``; None for signals that ask no teacher.
+        weights: multiplied with each other.
+        target: turns the teacher's distribution into another one first.
+        source: only trajectories of this behaviour policy (``student``, ``dataset`` or a teacher's name); None: all.
+        coefficient: c, a public knob; at 0 the term and its teacher's forward pass are skipped.
+        normaliser: Z. ``steps``: all trained steps of the optimiser step, whatever the weights; ``weights``: the sum
+            of this term's weights over it. Steps where the term is off (another source, no view) weigh 0.
+        name: in logs; default: the signal's class name.
+    """
+
+    signal: Signal
+    teacher: str | None = "teacher"
+    weights: list[Weight] = field(default_factory=list)
+    target: Target | None = None
+    source: str | None = None
+    coefficient: float = 1.0
+    normaliser: Literal["steps", "weights"] = "steps"
+    name: str | None = None
+
+    def parts(self) -> list[Part]:
+        extra = [self.signal.advantage] if isinstance(self.signal, PolicyGradient) else []
+        return [self.signal, *extra, *self.weights]
+
+    @property
+    def needs(self) -> set[str]:
+        return set().union(*(part.needs for part in self.parts()))
+
+    @property
+    def teachers(self) -> set[str]:
+        """Names whose forward pass the term needs."""
+        own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
+        return own | set(self.target.streams if self.target else ())
+
+
+@dataclass
+class Objective:
+    """A list of terms.
+
+    Args:
+        terms: summed.
+        chunk_mib: memory for one chunk's logits and what is computed from them, in MiB; decides the chunk's size.
+        chunk_steps: the chunk's size itself, in steps; overrides ``chunk_mib``.
+    """
+
+    terms: list[Term]
+    chunk_mib: int = 192
+    chunk_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("objective.terms is empty: nothing would be trained")
+        if self.chunk_mib < 1 or (self.chunk_steps is not None and self.chunk_steps < 1):
+            raise ValueError(f"objective: chunk_mib={self.chunk_mib} and chunk_steps={self.chunk_steps} must be >= 1")
+        seen: dict[str, int] = {}
+        for term in self.terms:
+            name = term.name or type(term.signal).__name__
+            seen[name] = seen.get(name, 0) + 1
+            term.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+    @property
+    def active(self) -> list[Term]:
+        return [term for term in self.terms if term.coefficient != 0]
+
+    def teachers(self) -> set[str]:
+        """Whose forward pass is needed now."""
+        return set().union(*(term.teachers for term in self.active))
+
+    def check(self, teachers: set[str], served: set[str], sources: set[str]) -> None:
+        """Refuse what cannot be served, naming the part and what is missing.
+
+        Args:
+            teachers: names in model.teachers.
+            served: which of `Part.needs` the run offers, besides teachers.
+            sources: behaviour policies that act in this run.
+        """
+        advice = {
+            "reward": "set model.reward",
+            "group": "set rollout.group_size > 1",
+            "behaviour": "dataset completions have no behaviour log-probs: give the term `source: student`",
+            "categorical": "only distributions over a vocabulary have it",
+        }
+        for i, term in enumerate(self.terms):
+            where = f"objective.terms[{i}] ({term.name})"
+            for name in sorted(term.teachers - teachers):
+                raise ValueError(f"{where}: no teacher '{name}' in model.teachers, which has {sorted(teachers)}")
+            if term.source is not None and term.source not in sources:
+                raise ValueError(f"{where}.source: nobody called '{term.source}' acts; rollout.behaviour: {sorted(sources)}")
+            if term.target is not None and "teacher" not in term.needs:
+                raise ValueError(f"{where}.target: {term.name} compares with no teacher, so nothing reads the target")
+            for part in term.parts():
+                if "teacher" in part.needs and term.teacher is None:
+                    raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
+                for need in sorted(part.needs - {"teacher"} - served):
+                    known = need == "behaviour" and term.source not in (None, "dataset")
+                    if not known:
+                        raise ValueError(f"{where}: {type(part).__name__} needs '{need}': {advice[need]}")
+
+    # -- what has to be known before the first chunk ------------------------------------------------------------
+
+    def statistics_needed(self, scopes: set[str]) -> list[tuple[Term, str]]:
+        """Statistics that parts of these scopes read, with the term whose teacher is meant."""
+        found = {}
+        for term in self.active:
+            for part in term.parts():
+                if part.scope in scopes or (term.normaliser == "weights" and "batch" in scopes and part in term.weights):
+                    for name in part.reads:
+                        found[term.teacher if name.startswith("teacher") else "", name] = (term, name)
+        return list(found.values())
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the first micro-batch must wait for statistics of the whole optimiser step."""
+        return bool(self.statistics_needed({"batch"}))
+
+    def measure(
+        self, student: Distribution, teachers: dict[str, Distribution], steps: Steps, scopes: set[str]
+    ) -> dict[str, Tensor]:
+        """The statistics ``[N]`` that parts of these scopes read, from a pass without gradient."""
+        wanted = self.statistics_needed(scopes)
+        found: dict[str, list[Tensor]] = {}
+        for states in self._chunks(student, len(steps)) if wanted else ():
+            streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+            chunk = steps.at(states, student=student.chunk(states), streams=streams)
+            for term, name in wanted:
+                seen = self._see(chunk, term)
+                found.setdefault(seen.key(name), []).append(measure(seen, name))
+        return {key: torch.cat(values) for key, values in found.items()}
+
+    def weight_sums(self, optimiser_step: OptimiserStep, available: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Σ of weights over this rank's micro-batches for the terms that divide by it; summed over ranks elsewhere."""
+        sums: dict[str, Tensor] = {}
+        for term in self.active:
+            if term.normaliser == "weights":
+                total = torch.zeros(())
+                for i, micro_batch in enumerate(optimiser_step.micro_batches):
+                    steps = Steps.of(micro_batch, available[i])
+                    if optimiser_step.statistics is not None:
+                        steps.statistics = optimiser_step.statistics[i]
+                        steps.everywhere = optimiser_step.over_batch
+                    total = total + self._weigh(steps.for_term(term.teacher), term, term.weights).sum().cpu()
+                assert term.name is not None
+                sums[term.name] = total
+        return sums
+
+    # -- the evaluation -----------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        student: Distribution,
+        teachers: dict[str, Distribution],
+        trajectories: Trajectories,
+        available: dict[str, Tensor] | None = None,
+        diagnose: bool = False,
+    ) -> tuple[Tensor, Averages]:
+        """This micro-batch's share of the loss, and what is to be logged.
+
+        Args:
+            student: at all B × T states, with gradient.
+            teachers: by name, at all B × T states, without gradient.
+            trajectories: with their ``optimiser_step``, which holds the normalisers; without one the micro-batch
+                stands alone.
+            available: ``[B]`` bool by teacher: for which trajectories it has something to say.
+            diagnose: also average the diagnostics that cost an extra look at the vocabulary.
+
+        Returns:
+            A scalar connected to ``student``; where nothing is left to train, a zero that still is.
+        """
+        steps = Steps.of(trajectories, available)
+        whole = trajectories.optimiser_step or self._alone(trajectories, student, teachers, available)
+        steps.everywhere = whole.over_batch
+        if whole.statistics is not None:
+            steps.statistics = dict(whole.statistics[trajectories.micro_batch])
+
+        self._settle(steps, {"data"})
+        self._count_clipped(steps, averages)
+        steps = self._drop_weightless(steps)
+        student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
+        if not len(steps):
+            averages.add("empty_micro_batches", 1.0)
+            inputs = student.accumulator().inputs
+            return torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum(), averages
+
+        steps.statistics = self.measure(student, teachers, steps, {"row"}) | steps.statistics
+        self._settle(steps, {"row", "batch"})
+        factors = {}
+        for term in self.active:
+            ahead = self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data", "row", "batch"}))
+            factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
+
+        def evaluate(accumulator: Any) -> Tensor:
+            total = torch.zeros((), device=trajectories.mask.device, dtype=torch.float64)
+            for states in self._chunks(student, len(steps)):
+                with torch.enable_grad() if accumulator is not None else torch.no_grad():
+                    opened = accumulator.open(states) if accumulator is not None else student.chunk(states)
+                    streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+                    chunk = steps.at(states, student=opened, streams=streams)
+                    loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
+                    if accumulator is not None:
+                        accumulator.close(loss)
+                total += loss.detach()
+                if diagnose:
+                    chunk_diagnostics(chunk, averages)
+            return total.float()
+
+        if not torch.is_grad_enabled():
+            return evaluate(None), averages
+        accumulator = student.accumulator()
+        return _GradientsInside.apply(evaluate, accumulator, *accumulator.inputs), averages
+
+    @torch.no_grad()
+    def diagnose(
+        self,
+        student: Distribution,
+        teachers: dict[str, Distribution],
+        trajectories: Trajectories,
+        available: dict[str, Tensor],
+    ) -> Averages:
+        """The diagnostics alone, at every trained step."""
+        steps, averages = Steps.of(trajectories, available), Averages(device=trajectories.mask.device)
+        student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
+        for states in self._chunks(student, len(steps)):
+            streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+            chunk_diagnostics(steps.at(states, student=student.chunk(states), streams=streams), averages)
+        return averages
+
+    def _chunk_loss(self, chunk: Steps, factors: dict[str, Tensor], averages: Averages) -> Tensor:
+        losses = []
+        for term in self.active:
+            seen = self._see(chunk, term)
+            assert term.name is not None
+            values = term.signal(seen)
+            factor = factors[term.name]
+            for weight in _of_scope(term, {"step"}):
+                local = weight(seen).detach()
+                averages.add_clipped(term.name, weight, local, self._on(seen, term))
+                factor = factor * local
+            # an infinite loss at a step of weight 0 must not turn into NaN
+            losses.append(torch.where(factor != 0, values * factor, 0.0).sum())
+            averages.add(f"loss/{term.name}", values.detach() * (factor != 0), (factor != 0).float())
+        return torch.stack(losses).sum()
+
+    def _settle(self, steps: Steps, scopes: set[str]) -> None:
+        """Evaluates the weights and advantages of these scopes once, for all N steps."""
+        for term in self.active:
+            for part in term.parts():
+                if part.scope in scopes and isinstance(part, Weight | Advantage):
+                    steps.parts[id(part)] = part(steps.for_term(term.teacher)).detach()
+
+    def _drop_weightless(self, steps: Steps) -> Steps:
+        """Without the steps that no term gives a weight, unless some part wants to see whole rows."""
+        parts = [part for term in self.active for part in term.parts()]
+        if any(part.scope in ("row", "batch") for part in parts):
+            return steps
+        known = [self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data"})) for term in self.active]
+        kept = torch.stack([weight > 0 for weight in known]).any(0) if known else steps.index.new_zeros(0, dtype=torch.bool)
+        return steps.at(kept.nonzero().squeeze(-1))
+
+    def _see(self, chunk: Steps, term: Term) -> Steps:
+        """The open chunk as a term sees it: with its target built, if it has a teacher."""
+        if not term.teachers:
+            return chunk.for_term(None)
+        assert term.teacher is not None
+        target = chunk.streams[term.teacher]
+        if term.target is not None:
+            target = term.target({**chunk.streams, "teacher": target, "student": chunk.student})  # type: ignore[dict-item]
+        return chunk.for_term(term.teacher, target)
+
+    def _on(self, steps: Steps, term: Term) -> Tensor:
+        """``[N]`` bool: where the term applies at all."""
+        on = torch.ones(len(steps), dtype=torch.bool, device=steps.index.device)
+        for name in term.teachers & set(steps.available):
+            on &= steps.per_trajectory(steps.available[name])
+        if term.source is not None:
+            on &= steps.per_trajectory(steps.trajectories.source == steps.trajectories.sources.index(term.source))
+        return on
+
+    def _weigh(self, steps: Steps, term: Term, weights: list[Weight]) -> Tensor:
+        """``[N]`` product of some of the term's weights, 0 where the term is off."""
+        product = self._on(steps, term).float()
+        for weight in weights:
+            product = product * steps.part(weight).detach()
+        return product
+
+    def _count_clipped(self, steps: Steps, averages: Averages) -> None:
+        for term in self.active:
+            seen = steps.for_term(term.teacher)
+            for weight in _of_scope(term, {"data"}):
+                assert term.name is not None
+                averages.add_clipped(term.name, weight, steps.part(weight), self._on(seen, term))
+
+    def _normaliser(self, term: Term, whole: OptimiserStep) -> float:
+        if term.normaliser == "steps":
+            return max(whole.trained_steps, 1.0)
+        assert whole.weight_sums is not None
+        assert term.name is not None
+        return whole.weight_sums[term.name] or 1.0
+
+    def _alone(
+        self,
+        trajectories: Trajectories,
+        student: Distribution,
+        teachers: dict[str, Distribution],
+        available: dict[str, Tensor] | None,
+    ) -> OptimiserStep:
+        whole = OptimiserStep([trajectories], float(trajectories.mask.sum()))
+        steps = Steps.of(trajectories, available)
+        flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
+        if self.looks_ahead:
+            whole.statistics = [self.measure(student.at(steps.index), flat, steps, {"batch", "row"})]
+        whole.weight_sums = {name: float(v) for name, v in self.weight_sums(whole, [available or {}]).items()}
+        return whole
+
+    def _chunks(self, student: Distribution, count: int) -> Iterator[slice]:
+        size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // student.bytes_per_state())
+        size = math.ceil(count / math.ceil(count / size)) if count else 1
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class _GradientsInside(torch.autograd.Function):
+    """Evaluates a loss and its gradients in one go; backward only scales what is already there."""
+
+    @staticmethod
+    def forward(ctx: Any, evaluate: Callable[[Any], Tensor], accumulator: Any, *inputs: Tensor) -> Tensor:
+        loss = evaluate(accumulator)
+        ctx.gradients = [g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
+        return None, None, *(gradient.mul_(outputs[0]) for gradient in gradients)
+
+
+def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:
+    return [weight for weight in term.weights if weight.scope in scopes]
+

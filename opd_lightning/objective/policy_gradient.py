@@ -1,0 +1,193 @@
+"""Policy gradient on the sampled steps: advantages, and the clipped surrogate that consumes them.
+
+An advantage is a type of its own. A divergence depends on the prefix alone, so as an advantage its expected gradient
+is zero; the types refuse it. The sampled log-ratio δ = log q(y) − log p_θ(y) and the group-relative reward A combine
+in the three ways that the field uses: δ alone, A + c·δ, or A scaled by a function of δ with its sign kept.
+
+Shape legend: n steps of a chunk, N of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from .signal import Part, Signal
+from .steps import Steps, to_rows
+
+LOG_PROBS = frozenset({"student_log_prob", "teacher_log_prob"})
+
+
+def log_ratio(steps: Steps) -> Tensor:
+    """``[n]`` δ = log q(y) − log p_θ(y) at the sampled action, without gradient."""
+    return steps.statistic("teacher_log_prob") - steps.statistic("student_log_prob")
+
+
+def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalise: bool) -> Tensor:
+    """``[B, T]`` Σ_{i≥t} discount^(i−t)·values_i over the trained steps of a row.
+
+    With ``normalise`` divided by the number of trained steps left, t included (MiniLLM's length normalisation).
+    """
+    total, left = torch.zeros_like(values), torch.zeros_like(values)
+    running, count = values.new_zeros(len(values)), values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t]
+        running = torch.where(here, values[:, t] + discount * running, running)
+        count = count + here
+        total[:, t], left[:, t] = running, count
+    return total / left.clamp(min=1) if normalise else total
+
+
+def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """``[n]`` −min(ρA, clip(ρ, 1−low, 1+high)·A) with ρ = exp(log_prob − old_log_prob) (PPO)."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+class Advantage(Part, ABC):
+    """How much better than expected a sampled step was; without gradient."""
+
+    @abstractmethod
+    def __call__(self, steps: Steps) -> Tensor:
+        """``[n]`` (``[N]`` when the scope is ``row`` or ``batch``)."""
+
+
+class LogRatio(Advantage):
+    """δ = log q(y) − log p_θ(y), or its discounted return-to-go.
+
+    Args:
+        clip: bound on |δ| (Lightning OPD, 2604.13010, uses 10). None: no bound.
+        discount: γ of the return-to-go; 0 (default) keeps the immediate step only, as in Thinking Machines' recipe.
+            MiniLLM (2306.08543) uses 0.95.
+        length_normalised: divide the return by the number of steps left, as MiniLLM's released code does.
+    """
+
+    needs = frozenset({"teacher", "behaviour", "categorical"})
+    reads = LOG_PROBS
+
+    def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalised: bool = False) -> None:
+        if not 0 <= discount <= 1:
+            raise ValueError(f"advantage.discount must be in [0, 1], got {discount}")
+        if length_normalised and discount == 0:
+            raise ValueError("advantage.length_normalised: there is no return to normalise while discount is 0")
+        self.clip, self.discount, self.length_normalised = clip, discount, length_normalised
+        self.scope = "row" if discount else "step"
+
+    def __call__(self, steps: Steps) -> Tensor:
+        ratio = log_ratio(steps)
+        if self.clip is not None:
+            ratio = ratio.clamp(-self.clip, self.clip)
+        if not self.discount:
+            return ratio
+        mask = to_rows(steps, torch.ones_like(ratio)).bool()
+        returns = returns_to_go(to_rows(steps, ratio), mask, self.discount, self.length_normalised)
+        return returns.flatten()[steps.index]
+
+
+class GroupRelative(Advantage):
+    """A = (R − group mean) / (group standard deviation + 1e-6) (GRPO, 2402.03300).
+
+    Args:
+        scale: divide by the standard deviation (default). False is Dr. GRPO (2503.20783).
+    """
+
+    needs = frozenset({"reward", "group", "behaviour"})
+    scope = "data"
+
+    def __init__(self, scale: bool = True) -> None:
+        self.scale = scale
+
+    def __call__(self, steps: Steps) -> Tensor:
+        batch = steps.trajectories
+        assert batch.reward is not None
+        assert batch.group_mean is not None
+        assert batch.group_std is not None
+        advantage = batch.reward - batch.group_mean
+        if self.scale:
+            advantage = advantage / (batch.group_std + 1e-6)
+        return steps.per_trajectory(advantage)
+
+
+class RewardPlusLogRatio(GroupRelative):
+    """A + c·δ: the teacher still teaches where a group's rewards are all equal.
+
+    Args:
+        coefficient: c, default 1 (no source: papers tune it).
+        scale: as in `GroupRelative`.
+    """
+
+    needs = GroupRelative.needs | LogRatio.needs
+    scope = "step"
+    reads = LOG_PROBS
+
+    def __init__(self, coefficient: float = 1.0, scale: bool = True) -> None:
+        super().__init__(scale)
+        self.coefficient = coefficient
+
+    def __call__(self, steps: Steps) -> Tensor:
+        return super().__call__(steps) + self.coefficient * log_ratio(steps)
+
+
+class RewardTimesLogRatio(GroupRelative):
+    """A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size (RLSD, 2604.03128).
+
+    Args:
+        share: λ, default 0.5 (RLSD starts there and decays it to 0 over 50 steps).
+        clip: ε, default 0.2 (RLSD).
+        scale: as in `GroupRelative`.
+    """
+
+    needs = GroupRelative.needs | LogRatio.needs
+    scope = "step"
+    reads = LOG_PROBS
+
+    def __init__(self, share: float = 0.5, clip: float = 0.2, scale: bool = True) -> None:
+        super().__init__(scale)
+        if not 0 <= share <= 1:
+            raise ValueError(f"advantage.share must be in [0, 1], got {share}")
+        if not 0 < clip <= 1:
+            raise ValueError(f"advantage.clip must be in (0, 1], or the sign could flip; got {clip}")
+        self.share, self.clip = share, clip
+
+    def __call__(self, steps: Steps) -> Tensor:
+        advantage = super().__call__(steps)
+        # the exponent is bounded before exp, so that one impossible step cannot overflow
+        factor = (advantage.sign() * log_ratio(steps)).clamp(-20, 20).exp().clamp(1 - self.clip, 1 + self.clip)
+        return advantage * ((1 - self.share) + self.share * factor)
+
+
+class PolicyGradient(Signal):
+    """The clipped importance-weighted surrogate −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), A detached.
+
+    ρ is the ratio of the student's probability now to the one stored when the step was sampled, both at temperature 1.
+    On the first pass over a rollout ρ = 1 and the gradient is −A·∇log p_θ(y).
+
+    Args:
+        advantage: an `Advantage`. A divergence is not one.
+        clip: ε_low, default 0.2 (PPO).
+        clip_high: ε_high, default the same as ``clip``.
+
+    Raises:
+        TypeError: ``advantage`` is a divergence or anything else that is not an `Advantage`.
+    """
+
+    def __init__(self, advantage: Advantage, clip: float = 0.2, clip_high: float | None = None) -> None:
+        if not isinstance(advantage, Advantage):
+            raise TypeError(
+                f"signal.advantage must be an Advantage such as LogRatio, got {type(advantage).__name__}. What depends "
+                "on the prefix alone, as a divergence does, has zero expected gradient as an advantage; "
+                "use it as a signal of its own."
+            )
+        self.advantage, self.clip = advantage, clip
+        self.clip_high = clip if clip_high is None else clip_high
+        self.needs = advantage.needs | {"behaviour"}
+        self.reads = advantage.reads
+
+    def __call__(self, steps: Steps) -> Tensor:
+        assert steps.student is not None
+        advantage = steps.part(self.advantage).detach()
+        return surrogate(
+            steps.student.log_prob(steps.action), steps.behaviour_log_prob, advantage, self.clip, self.clip_high
+        )

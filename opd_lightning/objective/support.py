@@ -1,0 +1,82 @@
+"""Supports: on which part of the vocabulary student and teacher are compared, and what happens to the rest.
+
+Shape legend: n states, V vocabulary, K support size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..distribution import IMPOSSIBLE
+
+
+@dataclass(frozen=True)
+class Support:
+    """Where a divergence over a vocabulary is evaluated.
+
+    Args:
+        of: ``full`` vocabulary; the ``teacher``'s or the ``student``'s k likeliest ids; their ``union``; or the
+            ``sampled`` id alone.
+        k: number of ids (for ``union``, of each side). Required for teacher, student and union.
+        remainder: ``tail`` adds one bucket with all other probability, so the result is a divergence between
+            coarser distributions: never negative, exact at k = V, zero gradient at student = teacher. ``renormalise``
+            rescales both sides to the support. ``drop`` leaves the sum truncated: it can be negative and pulls even
+            an equal student away from the teacher.
+
+    Raises:
+        ValueError: k missing, not positive, or given where nothing reads it.
+    """
+
+    of: Literal["full", "teacher", "student", "union", "sampled"] = "full"
+    k: int | None = None
+    remainder: Literal["tail", "renormalise", "drop"] = "tail"
+
+    def __post_init__(self) -> None:
+        ranked = self.of in ("teacher", "student", "union")
+        if ranked and (self.k is None or self.k < 1):
+            raise ValueError(f"support.k: a support of '{self.of}' needs k >= 1, got {self.k}")
+        if not ranked and self.k is not None:
+            raise ValueError(f"support.k: a support of '{self.of}' takes no k, got {self.k}")
+        if self.of == "full" and self.remainder != "tail":
+            raise ValueError(f"support.remainder: the full vocabulary leaves nothing to {self.remainder}")
+        if self.of == "sampled" and self.remainder == "renormalise":
+            raise ValueError("support.remainder: one sampled id renormalises to probability 1 on both sides")
+
+    def restrict(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of both sides ``[n, V]``, and the sampled ids ``[n]``, on the support: ``[n, K]`` or ``[n, K+1]``."""
+        ids, repeated = self._ids(student, teacher, action)
+        if ids is None:
+            return student, teacher
+        return self._gather(student, ids, repeated), self._gather(teacher, ids, repeated)
+
+    def _ids(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Ids ``[n, K]`` (None: all), and which of them stand there a second time ``[n, K]`` (None: none)."""
+        if self.of == "full" or (self.k is not None and self.k >= student.shape[-1]):
+            return None, None
+        if self.of == "sampled":
+            return action[:, None], None
+        assert self.k is not None
+        if self.of == "teacher":
+            return teacher.topk(self.k).indices, None
+        if self.of == "student":
+            return student.topk(self.k).indices, None
+        ids = torch.cat([teacher.topk(self.k).indices, student.topk(self.k).indices], -1).sort(-1).values
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+        return ids, repeated
+
+    def _gather(self, log_probs: Tensor, ids: Tensor, repeated: Tensor | None) -> Tensor:
+        kept = log_probs.gather(-1, ids)
+        if repeated is not None:
+            kept = kept.masked_fill(repeated, IMPOSSIBLE)
+        if self.remainder == "drop":
+            return kept
+        if self.remainder == "renormalise":
+            return kept.log_softmax(-1)
+        # Summing what is left is exact where 1 − Σ would be rounding noise; a support that holds all leaves IMPOSSIBLE.
+        rest = log_probs.scatter(-1, ids, IMPOSSIBLE).logsumexp(-1, keepdim=True)
+        return torch.cat([kept, rest.clamp(min=IMPOSSIBLE)], -1)

@@ -1,0 +1,153 @@
+"""Weights: how much a step counts. Never negative, always without gradient; a term multiplies all of its own.
+
+Shape legend: n steps of a chunk, N of a micro-batch, M of the optimiser step on all ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .signal import Part
+from .steps import Steps
+
+
+class Weight(Part, ABC):
+    """w(i, t) ≥ 0."""
+
+    @abstractmethod
+    def __call__(self, steps: Steps) -> Tensor:
+        """``[n]`` (``[N]`` when the scope is wider than a step)."""
+
+
+class Constant(Weight):
+    """The same weight everywhere.
+
+    Args:
+        value: default 1, the reference arm of every weighting.
+    """
+
+    scope = "data"
+
+    def __init__(self, value: float = 1.0) -> None:
+        if value < 0:
+            raise ValueError(f"weight.value must be >= 0, got {value}")
+        self.value = value
+
+    def __call__(self, steps: Steps) -> Tensor:
+        return torch.full((len(steps),), self.value, device=steps.index.device)
+
+
+class Window(Weight):
+    """1 for the steps start ≤ t < stop of each trajectory, 0 elsewhere.
+
+    This picks which steps are *trained*; how far rollouts *go* is `Rollout.horizon`. The two are not interchangeable
+    (ESR, 2605.27028: the first 100 steps generated beat 100 steps picked from full rollouts).
+
+    Args:
+        start: steps left out at the beginning. Default 0; SDFT (2601.19897) leaves out 3.
+        stop: first step left out at the end. Default: none.
+    """
+
+    scope = "data"
+
+    def __init__(self, start: int = 0, stop: int | None = None) -> None:
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"weight: need 0 <= start < stop, got start={start}, stop={stop}")
+        self.start, self.stop = start, stop
+
+    def __call__(self, steps: Steps) -> Tensor:
+        inside = steps.position >= self.start
+        if self.stop is not None:
+            inside &= steps.position < self.stop
+        return inside.float()
+
+
+class Entropy(Weight):
+    """exp(−β·H): a soft factor that trusts certain states more (β > 0) or less (β < 0).
+
+    Args:
+        of: whose entropy H, in nats at temperature 1.
+        beta: default 1 (SRPO, 2604.02288, weights by exp(−β·H_teacher); its value was not found).
+    """
+
+    def __init__(self, of: Literal["teacher", "student"] = "teacher", beta: float = 1.0) -> None:
+        self.of, self.beta = of, beta
+        self.needs = frozenset({"teacher"}) if of == "teacher" else frozenset()
+        self.reads = frozenset({f"{of}_entropy"})
+
+    def __call__(self, steps: Steps) -> Tensor:
+        return (-self.beta * steps.statistic(f"{self.of}_entropy")).exp()
+
+
+class TopEntropy(Weight):
+    """1 for the ``share`` of steps with the highest entropy, 0 elsewhere.
+
+    Args:
+        share: default 0.5 (the entropy-only ratio in TIP, 2604.14084; TIP itself ranks by a two-axis score).
+        of: whose entropy.
+        scope: the quantile is taken over the whole optimiser step on all ranks (``batch``, default) or over each
+            trajectory (``row``). Over a batch it costs a forward pass of its own.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        of: Literal["teacher", "student"] = "student",
+        scope: Literal["row", "batch"] = "batch",
+    ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"weight.share must be in (0, 1], got {share}")
+        self.share, self.of, self.scope = share, of, scope
+        self.needs = frozenset({"teacher"}) if of == "teacher" else frozenset()
+        self.reads = frozenset({f"{of}_entropy"})
+
+    def __call__(self, steps: Steps) -> Tensor:
+        entropy = steps.statistic(f"{self.of}_entropy")
+        if self.scope == "batch":
+            everywhere = steps.over_batch(f"{self.of}_entropy")
+            return (entropy >= everywhere.float().quantile(1 - self.share)).float()
+        chosen = torch.zeros_like(entropy)
+        for row in steps.trajectory.unique():
+            mine = steps.trajectory == row
+            chosen[mine] = (entropy[mine] >= entropy[mine].float().quantile(1 - self.share)).float()
+        return chosen
+
+
+class Outcome(Weight):
+    """Routes whole trajectories by whether they were right.
+
+    Args:
+        right: weight where the reward is at least ``threshold``, default 1.
+        wrong: weight elsewhere, default 0.
+        threshold: default 0.5 (SDPO, 2601.20802).
+    """
+
+    needs = frozenset({"reward"})
+    scope = "data"
+
+    def __init__(self, right: float = 1.0, wrong: float = 0.0, threshold: float = 0.5) -> None:
+        if min(right, wrong) < 0:
+            raise ValueError(f"weight: right and wrong must be >= 0, got {right} and {wrong}")
+        self.right, self.wrong, self.threshold = right, wrong, threshold
+
+    def __call__(self, steps: Steps) -> Tensor:
+        reward = steps.trajectories.reward
+        assert reward is not None
+        won = steps.per_trajectory(reward) >= self.threshold
+        return torch.where(won, self.right, self.wrong)
+
+
+class ByReward(Weight):
+    """The trajectory's reward itself, cut off below 0."""
+
+    needs = frozenset({"reward"})
+    scope = "data"
+
+    def __call__(self, steps: Steps) -> Tensor:
+        reward = steps.trajectories.reward
+        assert reward is not None
+        return steps.per_trajectory(reward).clamp(min=0)

@@ -1,0 +1,127 @@
+"""What a student or a teacher is loaded from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (peft) on a frozen base.
+
+    Args:
+        r: rank. Default 32 (ESR, 2605.27028).
+        alpha: scaling numerator. Default 64 (ESR).
+        dropout: default 0: a rollout and its replay must agree.
+        target_modules: names or a regular expression; default: every linear layer but the head.
+        adapter: start from this saved adapter instead of from zero.
+    """
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    adapter: str | None = None
+
+
+@dataclass
+class Pretrained:
+    """A pretrained model, by folder or hub name.
+
+    Args:
+        path: folder or hub name; must hold the tokenizer (or processor) too.
+        dtype: ``auto`` is float32 for weights that are trained, and what the checkpoint holds for frozen ones.
+        quantization: bitsandbytes; needs the extra ``quant``. A student so loaded must be trained through ``lora``.
+        lora: train adapters instead of all weights.
+        random_init: take only the architecture from ``path`` and draw the weights (seeded by ``seed_everything``).
+        gradient_checkpointing: recompute activations in the backward pass.
+        attn_implementation: passed to transformers; None lets it choose.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the checkpoint. Off unless asked for.
+
+    Raises:
+        ValueError: a quantised model is to be trained without adapters.
+        ModuleNotFoundError: bitsandbytes is missing; the message names the extra.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["4bit", "8bit"] | None = None
+    lora: Lora | None = None
+    random_init: bool = False
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, model_class: Any, trained: bool) -> nn.Module:
+        """The model in evaluation mode; frozen unless ``trained``, and then with adapters if ``lora`` is set."""
+        if trained and self.quantization and not self.lora:
+            raise ValueError(
+                f"student.quantization={self.quantization}: quantised weights have no gradient; set student.lora"
+            )
+        if not trained and self.lora is not None and self.lora.adapter is None:
+            raise ValueError("a teacher's lora needs `adapter`: fresh adapters would change nothing")
+        model = self._base(model_class, trained)
+        model.requires_grad_(trained and self.lora is None)
+        if self.lora is not None:
+            model = self._adapt(model, trained)
+        if self.gradient_checkpointing and trained:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            if self.lora is not None:
+                model.enable_input_require_grads()  # type: ignore[operator]
+        return model.eval()
+
+    def _base(self, model_class: Any, trained: bool) -> nn.Module:
+        shared: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation:
+            shared["attn_implementation"] = self.attn_implementation
+        dtype: Any = self.dtype
+        if dtype == "auto" and trained and self.lora is None:
+            dtype = torch.float32
+        elif dtype != "auto":
+            dtype = getattr(torch, dtype)
+        if self.random_init:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(self.path, **shared)
+            return model_class.from_config(config).to(torch.float32 if dtype == "auto" else dtype)
+        if self.quantization:
+            shared["quantization_config"] = self._quantization_config()
+        return model_class.from_pretrained(self.path, dtype=dtype, **shared)
+
+    def _quantization_config(self) -> Any:
+        if find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                f"quantization: {self.quantization} needs bitsandbytes: pip install 'opd-lightning[quant]'"
+            )
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+        )
+
+    def _adapt(self, model: nn.Module, trained: bool) -> nn.Module:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        assert self.lora is not None
+        if self.lora.adapter is not None:
+            return PeftModel.from_pretrained(model, self.lora.adapter, is_trainable=trained)  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=self.lora.r,
+            lora_alpha=self.lora.alpha,
+            lora_dropout=self.lora.dropout,
+            target_modules=self.lora.target_modules,
+        )
+        return get_peft_model(model, config)  # type: ignore[arg-type]

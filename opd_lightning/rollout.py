@@ -1,0 +1,241 @@
+"""Rollouts are data: prompts in, trajectories out.
+
+Shape legend: P prompts of a generation batch on this rank, B = P × group_size trajectories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .trajectory import Example, OptimiserStep, Trajectories
+
+if TYPE_CHECKING:
+    from .module import OnPolicyDistillation
+
+
+@dataclass
+class Rollout:
+    """How the behaviour policy acts. The fields are public knobs: callbacks may turn them between generations.
+
+    Temperature and filters shape what is sampled and nothing else: stored log-probs, importance ratios and signals are
+    those of the plain distribution at temperature 1 (a divergence may have a temperature of its own).
+
+    Args:
+        batch_size: prompts per generation batch, on each rank.
+        group_size: trajectories per prompt.
+        micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimiser
+            step. Smaller: a generation batch serves several micro-batches, and several optimiser steps if it is
+            larger than micro_batch_size × trainer.accumulate_grad_batches.
+        horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
+        temperature: 0 is greedy. Default 1.
+        top_p, top_k, min_p: filters, off by default.
+        behaviour: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
+            ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
+            ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
+        max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
+
+    Raises:
+        ValueError: a value out of range, named.
+    """
+
+    batch_size: int = 32
+    group_size: int = 1
+    micro_batch_size: int | None = None
+    horizon: int = 128
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    behaviour: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
+    max_prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "group_size", "micro_batch_size", "horizon", "top_k", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} must be >= 1, got {value}")
+        if self.temperature < 0:
+            raise ValueError(f"rollout.temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"rollout.{name} must be in (0, 1], got {value}")
+        shares = self.behaviour.values()
+        if not self.behaviour or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"rollout.behaviour: shares must be >= 0 and sum to 1, got {self.behaviour}")
+
+    @property
+    def sources(self) -> set[str]:
+        """Behaviour policies that act at all."""
+        return {name for name, share in self.behaviour.items() if share > 0}
+
+    def micro_batches(self, accumulate: int) -> tuple[int, int]:
+        """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.
+
+        Raises:
+            ValueError: the generation batch cannot be cut into whole optimiser steps.
+        """
+        total = self.batch_size * self.group_size
+        size = self.micro_batch_size or total // accumulate
+        if size < 1 or total % (size * accumulate):
+            raise ValueError(
+                f"a generation batch of {total} trajectories (rollout.batch_size={self.batch_size} × "
+                f"group_size={self.group_size}) cannot be cut into optimiser steps of {size or 1} × {accumulate} "
+                f"(rollout.micro_batch_size × trainer.accumulate_grad_batches); make it a multiple"
+            )
+        return size, total // size
+
+
+def derived_seed(*key: int) -> int:
+    """A 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class RolloutLoader:
+    """The training dataloader: pulls prompts, lets the behaviour policy act, yields micro-batches of trajectories.
+
+    Nothing is prefetched, so each generation batch sees the current weights. Every draw is seeded by (seed, place of
+    the prompt in the global order, member of the group): it depends neither on the order of calls nor on how many
+    ranks share the work. Position and the trajectories not yet trained are in the checkpoint.
+
+    Args:
+        dataset: examples by index.
+        module: the student's module, which acts and scores.
+        seed: of the prompt order and of all sampling.
+
+    Raises:
+        ValueError: fewer examples than one generation batch over all ranks.
+    """
+
+    def __init__(self, dataset: Sequence[Example], module: OnPolicyDistillation, seed: int = 0) -> None:
+        self.dataset, self.module, self.seed = dataset, module, seed
+        self.rank, self.world_size = module.global_rank, module.trainer.world_size
+        self.accumulate = module.trainer.accumulate_grad_batches
+        self.size, self.per_generation = module.rollout.micro_batches(self.accumulate)
+        self.prompts = module.rollout.batch_size * self.world_size
+        if len(dataset) < self.prompts:
+            raise ValueError(
+                f"the training data has {len(dataset)} examples, fewer than one generation batch of {self.prompts} "
+                f"(rollout.batch_size × ranks)"
+            )
+        self.generations = len(dataset) // self.prompts
+        self.epoch = self.generation = self.next = 0
+        self.pending: Trajectories | None = None
+        self._steps: list[Trajectories] = []
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch's order."""
+        return self.generations * self.per_generation
+
+    def __iter__(self) -> Iterator[Trajectories]:
+        if self.generation == self.generations:
+            self.epoch, self.generation = self.epoch + 1, 0
+        while self.generation < self.generations:
+            if self.pending is None:
+                self._hold(self._generate(), 0)
+            while self.next < self.per_generation:
+                self.next += 1
+                yield self._steps[self.next - 1]
+            self.pending, self._steps = None, []
+            self.generation += 1
+
+    def _hold(self, trajectories: Trajectories, done: int) -> None:
+        """Cuts a generation batch into micro-batches, each of which knows its optimiser step's totals."""
+        self.pending, self.next = trajectories, done
+        self._steps = []
+        micro_batches = list(trajectories.split(self.size))
+        for start in range(0, len(micro_batches), self.accumulate):
+            mine = micro_batches[start : start + self.accumulate]
+            step = OptimiserStep(mine, 0.0)
+            step.trained_steps = self.module.total(float(sum(int(m.mask.sum()) for m in mine)))
+            for place, micro_batch in enumerate(mine):
+                micro_batch.optimiser_step, micro_batch.micro_batch = step, place
+            self._steps += mine
+
+    def _generate(self) -> Trajectories:
+        rollout = self.module.rollout
+        order = torch.randperm(len(self.dataset), generator=self._generator(self.epoch))
+        first = self.generation * self.prompts + self.rank * rollout.batch_size
+        rows = order[first : first + rollout.batch_size].repeat_interleave(rollout.group_size)
+        draws = self.epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
+        draws = draws.repeat_interleave(rollout.group_size)
+        members = torch.arange(rollout.group_size).repeat(rollout.batch_size)
+        examples = [dict(self.dataset[int(row)]) for row in rows]
+        seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
+
+        sources = tuple(rollout.behaviour)
+        source = self._choose(draws, torch.tensor(list(rollout.behaviour.values())))
+        parts, places = [], []
+        with self.module.stopwatch.phase("rollout"):
+            for i, name in enumerate(sources):
+                mine = (source == i).nonzero().squeeze(-1)
+                if len(mine):
+                    who = self.module.act(name, [examples[j] for j in mine], [seeds[j] for j in mine])
+                    parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
+                    places.append(mine)
+            trajectories = Trajectories.concatenate(parts, self.module.padding)
+            trajectories = trajectories.select(torch.cat(places).argsort())
+        trajectories = dataclasses.replace(
+            trajectories,
+            examples=examples,
+            row=rows,
+            group=draws,
+            source=source,
+            weights_version=torch.full_like(rows, self.module.global_step),
+        )
+        return self.module.judge(trajectories)
+
+    def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
+        """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
+        if len(shares) == 1:
+            return torch.zeros_like(draws)
+        uniform = torch.tensor([np.random.default_rng((self.seed, 1, int(draw))).random() for draw in draws])
+        return torch.searchsorted(shares.double().cumsum(0), uniform, right=True).clamp(max=len(shares) - 1)
+
+    def _generator(self, *key: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self.seed, *key))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands; the pending trajectories without their examples, which ``row`` finds again."""
+        pending = None if self.pending is None or self.next == self.per_generation else self.pending.state_dict()
+        return {
+            "epoch": self.epoch,
+            "generation": self.generation + (self.next == self.per_generation and self.pending is not None),
+            "next": 0 if pending is None else self.next,
+            "pending": pending,
+            "examples": len(self.dataset),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint was written over another dataset.
+        """
+        if state["examples"] != len(self.dataset):
+            raise ValueError(
+                f"the checkpoint was written with {state['examples']} training examples, there are now "
+                f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
+            )
+        self.epoch, self.generation = state["epoch"], state["generation"]
+        self.pending, self.next, self._steps = None, 0, []
+        if state["pending"] is not None:
+            rows = state["pending"]["row"].tolist()
+            examples = [dict(self.dataset[row]) for row in rows]
+            self._hold(Trajectories.from_state_dict(state["pending"], examples), state["next"])
+
+
+def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each."""
+    _, member = group.unique(return_inverse=True)
+    count = torch.zeros(int(member.max()) + 1).index_add(0, member, torch.ones_like(reward))
+    mean = torch.zeros_like(count).index_add(0, member, reward) / count
+    centred = reward - mean[member]
+    variance = torch.zeros_like(count).index_add(0, member, centred.square()) / count
+    return mean[member], variance.sqrt()[member]

@@ -1,0 +1,174 @@
+"""Teachers: weights × view. A teacher is inference-only: it has no gradient, no optimiser state."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .adapters import AverageAdapter, only_adapters
+from .pretrained import Pretrained
+from .trajectory import Example
+
+
+@dataclass
+class Policy:
+    """Something that acts or is asked: a model, and what must be switched on while it runs.
+
+    Attributes:
+        model: a transformers (or peft, or diffusers) module.
+        processor: what turns examples into its inputs (tokenizer, processor); None: the student's.
+        active: entered around every forward pass.
+        path: where its weights came from, for messages.
+    """
+
+    model: nn.Module
+    processor: Any = None
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext
+    path: str = ""
+
+
+class View(ABC):
+    """What a policy is shown instead of the example itself: a pure function of the example.
+
+    ``columns`` names what it reads. Answering None says that there is nothing to show for this example: terms that
+    ask this teacher are then off for its trajectories.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(self, example: Example) -> Example | None:
+        """The example as the teacher sees it; the setting collates it like any other."""
+
+
+class TeacherWeights(ABC):
+    """Where a teacher's weights come from, and how they move."""
+
+    @abstractmethod
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        """Makes the policy; called once, before a checkpoint is restored."""
+
+    def update(self, step: int) -> None:
+        """Called after every optimiser step, with the number of steps done."""
+
+    @property
+    def state(self) -> nn.Module | None:
+        """What belongs into the checkpoint besides the student; adapters live in the student already."""
+        return None
+
+
+class Frozen(TeacherWeights):
+    """Another pretrained model, never updated and never in a checkpoint.
+
+    Args:
+        pretrained: what to load; ``quantization`` and ``dtype`` are its own.
+        device: where it lives, such as ``cuda:1``; default: with the student.
+    """
+
+    def __init__(self, pretrained: Pretrained, device: str | None = None) -> None:
+        self.pretrained, self.device = pretrained, device
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        return load(self.pretrained)
+
+
+class Live(TeacherWeights):
+    """The student itself, as it is now, without gradient. (Diverges in SDPO and SDFT when nothing else holds it.)"""
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        return student
+
+
+class Initial(TeacherWeights):
+    """The student before training: with LoRA its adapter switched off, at no memory; otherwise a copy."""
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        if isinstance(student.model, PeftModel):
+            return Policy(student.model, student.processor, partial(only_adapters, student.model), student.path)
+        return Policy(frozen_copy(student.model), student.processor, path=student.path)
+
+
+class EMA(TeacherWeights):
+    """teacher ← (1−rate)·teacher + rate·student: with LoRA a second adapter (see `AverageAdapter`), otherwise a copy.
+
+    Args:
+        rate: the student's share per update, in [0, 1]; 0 never moves, 1 is the live student.
+            Default 0.01 (SDFT, 2601.19897; others use 0.01 to 0.05).
+        every: optimiser steps between updates, default 1.
+
+    Raises:
+        ValueError: rate outside [0, 1], or every < 1.
+    """
+
+    def __init__(self, rate: float = 0.01, every: int = 1) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"EMA.rate is the student's share per update and must be in [0, 1], got {rate}")
+        if every < 1:
+            raise ValueError(f"EMA.every must be >= 1, got {every}")
+        self.rate, self.every = rate, every
+        self._average: AverageAdapter | None = None
+        self._copy: nn.Module | None = None
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        self._student = student.model
+        if isinstance(student.model, PeftModel):
+            self._average = AverageAdapter(student.model, name)
+            active = partial(only_adapters, student.model, name)
+            return Policy(student.model, student.processor, active, student.path)
+        self._copy = frozen_copy(student.model)
+        return Policy(self._copy, student.processor, path=student.path)
+
+    @property
+    def state(self) -> nn.Module | None:
+        return self._copy
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step % self.every:
+            return
+        if self._average is not None:
+            self._average.update(self.rate)
+        elif self._copy is not None:
+            for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.device, mine.dtype), self.rate)
+
+
+@dataclass
+class Teacher:
+    """One stream of the objective: whose weights answer, seeing what.
+
+    Args:
+        weights: `Frozen`, `Initial`, `Live` or `EMA`.
+        view: what it is shown instead of the student's prompt; None: exactly what the student sees.
+        where: only for examples whose columns have these values, such as ``{task: math}``; several teachers with
+            different ``where`` and a term each route by a column.
+        max_prompt_length: limit of its own prompt (with the privileged text), in steps of the setting; nothing is
+            cut: an example beyond it is refused or skipped when the data is set up. None: the model's own limit.
+        own_template: render prompts with the teacher's own chat template instead of the student's.
+    """
+
+    weights: TeacherWeights
+    view: View | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    max_prompt_length: int | None = None
+    own_template: bool = False
+
+    def look(self, example: Example) -> Example | None:
+        """The example as this teacher sees it, or None where it has nothing to say."""
+        if any(example.get(column) != value for column, value in self.where.items()):
+            return None
+        return example if self.view is None else self.view(example)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the weights in evaluation mode, without gradient."""
+    return copy.deepcopy(model).requires_grad_(False).eval()

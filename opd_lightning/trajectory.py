@@ -1,0 +1,185 @@
+"""Trajectories: the batch that flows through everything.
+
+Shape legend: B trajectories, T steps (padded), N trained steps of a micro-batch (flattened).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Example = dict[str, Any]
+
+
+@dataclass
+class Trajectories:
+    """What the behaviour policy did, and the states it visited. Every tensor's first dimension is B.
+
+    Attributes:
+        observation: the setting's own student inputs, each ``[B, ...]``.
+        actions: ``[B, T, ...]``, the step taken at each state (token ids, latents, …).
+        mask: ``[B, T]`` bool, the steps that are trained.
+        examples: the B raw dataset rows, for views and rewards; not in the checkpoint (``row`` finds them again).
+        row: ``[B]`` index of each example in the training dataset.
+        group: ``[B]`` which prompt draw a trajectory belongs to; members of a group share it.
+        source: ``[B]`` index into ``sources``: who acted.
+        sources: names of the behaviour policies, e.g. ``("student", "dataset")``.
+        weights_version: ``[B]`` number of optimiser steps the acting student had seen.
+        stopped: ``[B]`` bool, ended by itself before the horizon.
+        behaviour_log_probs: ``[B, T]`` log-probability of each action under the acting weights at temperature 1
+            and before top-p / top-k / min-p (see `Rollout`); NaN where nobody knows it (dataset completions).
+        reward: ``[B]``, or None when no reward is configured.
+        group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards.
+        optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.
+
+    A setting's `sample` fills what the actor knows; ``row``, ``group``, ``source``, ``weights_version`` and the rewards
+    are the loader's.
+    """
+
+    observation: dict[str, Tensor]
+    actions: Tensor
+    mask: Tensor
+    examples: list[Example]
+    stopped: Tensor
+    behaviour_log_probs: Tensor
+    row: Tensor = None  # type: ignore[assignment]
+    group: Tensor = None  # type: ignore[assignment]
+    source: Tensor = None  # type: ignore[assignment]
+    weights_version: Tensor = None  # type: ignore[assignment]
+    sources: tuple[str, ...] = ("student",)
+    reward: Tensor | None = None
+    group_mean: Tensor | None = None
+    group_std: Tensor | None = None
+    optimiser_step: OptimiserStep | None = field(default=None, repr=False)
+    micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("row", "group", "source", "weights_version"):
+            if getattr(self, name) is None:
+                setattr(self, name, torch.zeros(len(self.mask), dtype=torch.long, device=self.mask.device))
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def length(self) -> Tensor:
+        """``[B]`` trained steps of each trajectory."""
+        return self.mask.sum(1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                values[item.name] = change(value)
+            elif item.name == "observation":
+                values[item.name] = {name: change(tensor) for name, tensor in value.items()}
+        return values
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        return dataclasses.replace(self, **self._map(lambda tensor: tensor.to(device, non_blocking=True)))
+
+    def select(self, index: Tensor) -> Trajectories:
+        """The trajectories at ``index [K]``, in that order."""
+        examples = [self.examples[i] for i in index.tolist()]
+        return dataclasses.replace(
+            self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples
+        )
+
+    def truncate(self, horizon: int) -> Trajectories:
+        """At most ``horizon`` steps of each trajectory; what was cut can no longer count as stopped."""
+        if self.mask.shape[1] <= horizon:
+            return self
+        return dataclasses.replace(
+            self,
+            actions=self.actions[:, :horizon],
+            mask=self.mask[:, :horizon],
+            behaviour_log_probs=self.behaviour_log_probs[:, :horizon],
+            stopped=self.stopped & ~self.mask[:, horizon:].any(1),
+        )
+
+    def split(self, size: int) -> Iterator[Trajectories]:
+        """Micro-batches of ``size`` trajectories, each without the steps that only the others need."""
+        for part in torch.arange(len(self)).split(size):
+            piece = self.select(part)
+            yield piece.truncate(max(1, int(piece.length.max())) if not _holes(piece.mask) else piece.mask.shape[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only tensors, strings, lists and dicts, so that a checkpoint loads with ``weights_only=True``."""
+        return {**self._map(lambda tensor: tensor.cpu()), "sources": list(self.sources)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], examples: list[Example]) -> Trajectories:
+        return cls(**{**state, "sources": tuple(state["sources"]), "examples": examples})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Trajectories], pad: dict[str, tuple[float, str]]) -> Trajectories:
+        """One batch out of several of different widths.
+
+        ``pad`` names the observation tensors that must be widened first: value, and the side ("left" or "right").
+        """
+        steps = max(part.mask.shape[1] for part in parts)
+
+        def join(tensors: list[Tensor], value: float = 0, side: str = "right", width: int | None = None) -> Tensor:
+            wide = max(t.shape[1] for t in tensors) if width is None else width
+            return torch.cat([_widen(tensor, wide, value, side) for tensor in tensors])
+
+        first = parts[0]
+        observation = {
+            name: join([part.observation[name] for part in parts], *pad[name])
+            if name in pad
+            else torch.cat([part.observation[name] for part in parts])
+            for name in first.observation
+        }
+        flat = ("row", "group", "source", "weights_version", "stopped")
+        return cls(
+            observation=observation,
+            actions=join([part.actions for part in parts], width=steps),
+            mask=join([part.mask for part in parts], width=steps),
+            behaviour_log_probs=join([part.behaviour_log_probs for part in parts], width=steps),
+            examples=[example for part in parts for example in part.examples],
+            sources=first.sources,
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in flat},
+        )
+
+
+@dataclass
+class OptimiserStep:
+    """The micro-batches of one optimiser step on this rank, and the totals that its terms divide by.
+
+    Attributes:
+        micro_batches: in the order in which they are trained.
+        trained_steps: Σ mask over all micro-batches **and all ranks**: the default normaliser Z.
+        weight_sums: Z of the terms that divide by their sum of weights, by term name, filled at the first micro-batch.
+        statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
+        gather: concatenates a tensor ``[N]`` over all ranks.
+    """
+
+    micro_batches: list[Trajectories]
+    trained_steps: float
+    weight_sums: dict[str, float] | None = None
+    statistics: list[dict[str, Tensor]] | None = None
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def over_batch(self, key: str) -> Tensor:
+        """``[M]`` one statistic at every trained step of the optimiser step, on all ranks."""
+        assert self.statistics is not None
+        return self.gather(torch.cat([values[key] for values in self.statistics]))
+
+
+def _holes(mask: Tensor) -> bool:
+    """Whether some trajectory has an untrained step before a trained one."""
+    return bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
+def _widen(tensor: Tensor, width: int, value: float, side: str) -> Tensor:
+    missing = width - tensor.shape[1]
+    if not missing:
+        return tensor
+    fill = tensor.new_full((tensor.shape[0], missing, *tensor.shape[2:]), value)
+    return torch.cat([fill, tensor] if side == "left" else [tensor, fill], 1)
