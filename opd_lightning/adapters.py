@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -71,15 +72,19 @@ class AverageAdapter:
 
     def __init__(self, model: PeftModel, name: str) -> None:
         self.name = name
-        config = model.peft_config[STUDENT]
+        config: Any = model.peft_config[STUDENT]
         if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None):
             raise ValueError("an EMA teacher over adapters supports plain LoRA only (no DoRA, no modules_to_save)")
         rank = 2 * config.r
-        model.add_adapter(name, dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False, lora_dropout=0.0))
-        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        model.add_adapter(
+            name, dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False, lora_dropout=0.0)
+        )
+        self.layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for layer in self.layers:
             if not isinstance(layer, LoraLinear) and type(layer).__module__.rpartition(".")[2] != "bnb":
-                raise ValueError(f"an EMA teacher over adapters supports linear layers only, not {type(layer).__name__}")
+                raise ValueError(
+                    f"an EMA teacher over adapters supports linear layers only, not {type(layer).__name__}"
+                )
             layer.lora_A[name].requires_grad_(False)
             layer.lora_B[name].requires_grad_(False)
 

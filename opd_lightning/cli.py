@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
-from .data import PromptData
 from .export import export
 from .module import OnPolicyDistillation
 
@@ -38,9 +37,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False
-            )
+            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
 
 
 class Checkpoint(ModelCheckpoint):

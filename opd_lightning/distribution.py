@@ -60,11 +60,12 @@ class Head:
 
     def linear(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         """Weight ``[vocabulary, H]`` and bias of a plain head, cut to the vocabulary, in the compute dtype."""
-        weight, bias = self.module.weight[: self.vocabulary], self.module.bias  # type: ignore[index]
-        bias = None if bias is None else bias[: self.vocabulary]  # type: ignore[index]
+        module: Any = self.module
+        weight = module.weight[: self.vocabulary]
+        bias = None if module.bias is None else module.bias[: self.vocabulary]
         if dtype is None:
-            return weight, bias  # type: ignore[return-value]
-        return weight.to(dtype), None if bias is None else bias.to(dtype)  # type: ignore[union-attr]
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def finish(self, raw: Tensor) -> Tensor:
         """Scale, cap and suppress, in float32 (float64 stays)."""
@@ -179,8 +180,7 @@ class _CategoricalGradient(GradientAccumulator):
         self.gradients = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
         if student.head.is_linear:
             self._weight, self._bias = (
-                None if part is None else part.detach()
-                for part in student.head.linear(_compute_dtype(student.hidden))
+                None if part is None else part.detach() for part in student.head.linear(_compute_dtype(student.hidden))
             )
 
     def open(self, states: slice) -> CategoricalChunk:
@@ -235,7 +235,9 @@ class Gaussian(Distribution):
         return _GaussianGradient(self)
 
     def chunk(self, states: slice) -> Gaussian:
-        return Gaussian(self.mean[states].detach(), (self.scale if self.scale.dim() == 0 else self.scale[states]).detach())
+        return Gaussian(
+            self.mean[states].detach(), (self.scale if self.scale.dim() == 0 else self.scale[states]).detach()
+        )
 
     def log_prob(self, action: Tensor) -> Tensor:
         """``[n]`` log-density of ``action [n, ...]``, summed over the event."""

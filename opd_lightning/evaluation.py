@@ -144,7 +144,9 @@ class Evaluator:
         values: dict[str, float] = {}
         for who in [*asked, "student"]:
             stage = "val" if who == "student" else f"val/{who}"
-            mine = [dict(examples[i]) for i in range(self.module.global_rank, len(examples), self.module.trainer.world_size)]
+            mine = [
+                dict(examples[i]) for i in range(self.module.global_rank, len(examples), self.module.trainer.world_size)
+            ]
             if who != "student":
                 mine = [example for example in mine if self.module.teachers[who].look(example) is not None]
             size = data.validation_batch_size  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from .objective import Objective, Steps
 from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import Rollout, group_statistics
-from .teacher import Frozen, Policy, Teacher, View
+from .teacher import Frozen, Policy, Teacher, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
 
@@ -101,17 +101,22 @@ class OnPolicyDistillation(L.LightningModule):
 
     @abstractmethod
     def sample(
-        self, policy: Policy, prompts: dict[str, Tensor], examples: list[Example], rollout: Rollout, seeds: list[int]
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
     ) -> Trajectories:
         """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbours."""
 
     @abstractmethod
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Distribution:
-        """What ``policy`` says at every visited state, ``[B, T]``; ``view`` holds the examples as it sees them."""
+        """What ``policy`` says at every visited state ``[B, T]``; ``view``: the examples as it sees them."""
 
     @abstractmethod
     def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
-        """Rewards ``[B]`` (None without a verifier), and for each trajectory what to show of it (prompt, completion)."""
+        """Rewards ``[B]`` (None without a verifier), and what to show of each trajectory (prompt, completion)."""
 
     # -- what a setting may add ---------------------------------------------------------------------------------
 
@@ -143,7 +148,9 @@ class OnPolicyDistillation(L.LightningModule):
             served.add("behaviour")
         self.objective.check(set(self.teachers), served, self.rollout.sources)
         for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
-            raise ValueError(f"rollout.behaviour names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}")
+            raise ValueError(
+                f"rollout.behaviour names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
+            )
         idle = set(self.teachers) - set().union(*(t.teachers for t in self.objective.terms)) - self.rollout.sources
         if idle and not any(not term.teachers for term in self.objective.terms):
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
@@ -161,6 +168,7 @@ class OnPolicyDistillation(L.LightningModule):
         return needed
 
     def configure_model(self) -> None:
+        """Loads every policy, once: Lightning calls it at each stage, and checks of the data need it before that."""
         if self.policies:
             return
         model = self._student_spec.load(self.model_class, trained=True)
@@ -176,6 +184,7 @@ class OnPolicyDistillation(L.LightningModule):
         return Policy(spec.load(self.model_class, trained=False), self.load_processor(spec), path=spec.path)
 
     def setup(self, stage: str) -> None:
+        self.configure_model()
         audit(self)
         self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
 
@@ -226,9 +235,9 @@ class OnPolicyDistillation(L.LightningModule):
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
 
     def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
-        """What a teacher says at every state, without gradient, and for which trajectories ``[B]`` it says anything."""
+        """What a teacher says at every state, without gradient, and for which trajectories ``[B]`` it does."""
         teacher, policy = self.teachers[name], self.policies[name]
-        with torch.no_grad(), self.stopwatch.phase("teacher"):
+        with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if teacher.view is None and not teacher.where and not teacher.own_template:
                 return self.steps(policy, trajectories), None
             seen = [teacher.look(example) for example in trajectories.examples]
@@ -298,16 +307,17 @@ class OnPolicyDistillation(L.LightningModule):
         """``[N]`` of every rank, concatenated; ranks may differ in N."""
         if self.trainer.world_size == 1:
             return values
-        longest = int(self.all_gather(torch.tensor(len(values), device=self.device)).max())
+        gather: Any = self.all_gather
+        longest = int(gather(torch.tensor(len(values), device=self.device)).max())
         padded = values.new_full((longest,), float("nan"))
         padded[: len(values)] = values
-        everywhere = self.all_gather(padded).flatten()
+        everywhere: Tensor = gather(padded).flatten()
         return everywhere[~everywhere.isnan()]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         for teacher in self.teachers.values():
-            teacher.weights.update(self.global_step)
+            teacher.weights.update(self.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         missing = [name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None]
@@ -321,7 +331,11 @@ class OnPolicyDistillation(L.LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------
 
     def _logs_now(self) -> bool:
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.global_step == 0
+        return self._is_logged(self.global_step + 1)
+
+    def _is_logged(self, step: int) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0 or step == 1
 
     def _describe(self, batch: Trajectories) -> None:
         self._averages.add("length", batch.length)
@@ -334,7 +348,7 @@ class OnPolicyDistillation(L.LightningModule):
         if batch.micro_batch + 1 < len(whole.micro_batches):
             return
         averages, self._averages = self._averages, Averages(self.device)
-        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:
+        if self._is_logged(self.global_step):
             seconds, total = self.stopwatch.read()
             values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
             for phase, spent in seconds.items():
@@ -344,6 +358,15 @@ class OnPolicyDistillation(L.LightningModule):
             self.log_dict(values)
 
     # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._place_teachers()
+
+    def on_validation_start(self) -> None:
+        self._place_teachers()
+
+    def on_test_start(self) -> None:
+        self._place_teachers()
 
     def on_train_start(self) -> None:
         if self._rng is not None:
@@ -389,7 +412,9 @@ class OnPolicyDistillation(L.LightningModule):
         """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; no frozen base."""
         frozen = set()
         if self._student_spec.lora is not None:
-            frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad and "lora_" not in name}
+            frozen = {
+                name for name, p in self.student.named_parameters() if not p.requires_grad and "lora_" not in name
+            }
             frozen |= {name for name, _ in self.student.named_buffers()}
             quantised = {n for n in self.student.state_dict() if any(n.startswith(f"{f}.") for f in frozen)}
             frozen |= quantised

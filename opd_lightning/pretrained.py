@@ -60,7 +60,7 @@ class Pretrained:
     trust_remote_code: bool = False
 
     def load(self, model_class: Any, trained: bool) -> nn.Module:
-        """The model in evaluation mode; frozen unless ``trained``, and then with adapters if ``lora`` is set."""
+        """The model; frozen and in evaluation mode unless ``trained``, and then with adapters if ``lora`` is set."""
         if trained and self.quantization and not self.lora:
             raise ValueError(
                 f"student.quantization={self.quantization}: quantised weights have no gradient; set student.lora"
@@ -75,7 +75,7 @@ class Pretrained:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             if self.lora is not None:
                 model.enable_input_require_grads()  # type: ignore[operator]
-        return model.eval()
+        return model.train(trained)
 
     def _base(self, model_class: Any, trained: bool) -> nn.Module:
         shared: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -117,11 +117,11 @@ class Pretrained:
 
         assert self.lora is not None
         if self.lora.adapter is not None:
-            return PeftModel.from_pretrained(model, self.lora.adapter, is_trainable=trained)  # type: ignore[arg-type]
+            return PeftModel.from_pretrained(model, self.lora.adapter, is_trainable=trained)
         config = LoraConfig(
             r=self.lora.r,
             lora_alpha=self.lora.alpha,
             lora_dropout=self.lora.dropout,
             target_modules=self.lora.target_modules,
         )
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)

@@ -131,7 +131,7 @@ class RolloutLoader:
         self._steps: list[Trajectories] = []
 
     def __len__(self) -> int:
-        """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch's order."""
+        """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
         return self.generations * self.per_generation
 
     def __iter__(self) -> Iterator[Trajectories]:

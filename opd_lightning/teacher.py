@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ class TeacherWeights(ABC):
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         """Makes the policy; called once, before a checkpoint is restored."""
 
-    def update(self, step: int) -> None:
+    def update(self, step: int) -> None:  # noqa: B027  (most teachers stand still)
         """Called after every optimiser step, with the number of steps done."""
 
     @property
@@ -167,6 +167,22 @@ class Teacher:
         if any(example.get(column) != value for column, value in self.where.items()):
             return None
         return example if self.view is None else self.view(example)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode: no dropout, no recomputation.
+
+    4-bit layers on a CPU stay in training mode: bitsandbytes repacks their weights at the first evaluation, and the
+    adapters on top of them then never get a gradient again.
+    """
+    repacks = getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu"
+    was_training = model.training
+    model.train(repacks)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

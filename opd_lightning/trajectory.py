@@ -87,9 +87,7 @@ class Trajectories:
     def select(self, index: Tensor) -> Trajectories:
         """The trajectories at ``index [K]``, in that order."""
         examples = [self.examples[i] for i in index.tolist()]
-        return dataclasses.replace(
-            self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples
-        )
+        return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples)
 
     def truncate(self, horizon: int) -> Trajectories:
         """At most ``horizon`` steps of each trajectory; what was cut can no longer count as stopped."""
@@ -136,7 +134,10 @@ class Trajectories:
             else torch.cat([part.observation[name] for part in parts])
             for name in first.observation
         }
-        flat = ("row", "group", "source", "weights_version", "stopped")
+        flat: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("row", "group", "source", "weights_version", "stopped")
+        }
         return cls(
             observation=observation,
             actions=join([part.actions for part in parts], width=steps),
@@ -144,7 +145,7 @@ class Trajectories:
             behaviour_log_probs=join([part.behaviour_log_probs for part in parts], width=steps),
             examples=[example for part in parts for example in part.examples],
             sources=first.sources,
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in flat},
+            **flat,
         )
 
 

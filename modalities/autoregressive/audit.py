@@ -34,11 +34,23 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     return [
         ("path", {name: policy.path for name, policy in roles}),
         ("weights", {name: _weights(module, name) for name, _ in roles}),
-        ("parameters", {name: f"{sum(p.numel() for p in policy.model.parameters()):,}" for name, policy in roles}),
-        ("dtype", {name: str(next(policy.model.parameters()).dtype).removeprefix("torch.") for name, policy in roles}),
-        ("tokens known / head rows", {n: f"{len(p.processor)} / {output_embeddings(p).weight.shape[0]}" for n, p in roles}),
+        (
+            "parameters",
+            {name: f"{sum(p.numel() for p in policy.model.parameters()):,}" for name, policy in roles},
+        ),
+        (
+            "dtype",
+            {name: str(next(policy.model.parameters()).dtype).removeprefix("torch.") for name, policy in roles},
+        ),
+        (
+            "tokens known / head rows",
+            {n: f"{len(p.processor)} / {output_embeddings(p).weight.shape[0]}" for n, p in roles},
+        ),
         ("ids compared", {name: str(module.vocabulary) for name, _ in roles}),
-        ("stop ids", {n: f"{eos_ids(p)}{' (differs: the student stops rollouts)' if differ[n] else ''}" for n, p in roles}),
+        (
+            "stop ids",
+            {n: f"{eos_ids(p)}{' (differs: the student stops rollouts)' if differ[n] else ''}" for n, p in roles},
+        ),
         ("chat template", {name: _template(module, name, policy) for name, policy in roles}),
         ("prompt limit", {name: str(limits.get(name) or context_length(policy)) for name, policy in roles}),
     ]
@@ -58,7 +70,9 @@ def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> 
     mark = hashlib.sha256(str(template).encode()).hexdigest()[:8]
     used = name == "student" or module.teachers[name].own_template
     options = getattr(module, "chat_template_kwargs", {})
-    return f"{mark} {'used' if used else 'not used (own_template: false)'}" + (f", {options}" if options and used else "")
+    return f"{mark} {'used' if used else 'not used (own_template: false)'}" + (
+        f", {options}" if options and used else ""
+    )
 
 
 def _compare_tokenizers(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ...distribution import Head
 from ...rollout import Rollout
+from ...teacher import evaluating
 
 
 class Sampler(LogitsProcessor):
@@ -38,12 +39,10 @@ class Sampler(LogitsProcessor):
         if rollout.min_p is not None:
             self._filters.append(MinPLogitsWarper(min_p=rollout.min_p))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._uniform = torch.stack(
-            [torch.rand(rollout.horizon, generator=g, dtype=torch.float64) for g in generators]
-        )
+        self._uniform = torch.stack([torch.rand(rollout.horizon, generator=g, dtype=torch.float64) for g in generators])
         self.log_probs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores[:, self._head.vocabulary :] = -torch.inf
         if self._head.suppressed is not None:
             scores[:, self._head.suppressed.to(scores.device)] = -torch.inf
@@ -51,7 +50,7 @@ class Sampler(LogitsProcessor):
         self.log_probs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
-    def _choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _choose(self, input_ids: Any, scores: Tensor) -> Tensor:
         """``[B, 1]``"""
         if self._temperature == 0:
             return scores.argmax(1, keepdim=True)
@@ -64,32 +63,31 @@ class Sampler(LogitsProcessor):
 
 
 @contextmanager
-def generating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and none of the checkpoint's own generation defaults (penalties, forced tokens, …).
-
-    4-bit layers on a CPU stay in training mode: bitsandbytes repacks their weights at the first evaluation and the
-    adapters on top of them then never get a gradient again.
-    """
-    repacks = getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu"
-    was_training, defaults = model.training, model.generation_config
-    model.train(repacks)
-    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+def plain_generation(model: Any) -> Iterator[None]:
+    """None of the checkpoint's own generation defaults: a repetition penalty would make every stored log-prob wrong."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = defaults
-        model.train(was_training)
 
 
 def generate(
-    model: Any, head: Head, prompts: dict[str, Tensor], rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    model: Any,
+    head: Head,
+    prompts: dict[str, Tensor],
+    rollout: Rollout,
+    seeds: list[int],
+    eos: list[int],
+    pad: int,
 ) -> tuple[Tensor, Tensor]:
     """New tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped go on with padding."""
     sampler = Sampler(head, rollout, seeds)
     config = GenerationConfig(
         max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
     )
-    with torch.no_grad(), generating(model):
+    with torch.no_grad(), evaluating(model), plain_generation(model):
         ids = model.generate(**prompts, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
     new = ids[:, prompts["input_ids"].shape[1] :]
     return new, torch.stack(sampler.log_probs, 1)[:, : new.shape[1]]

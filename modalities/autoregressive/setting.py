@@ -71,7 +71,12 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     # -- the methods of a setting -------------------------------------------------------------------------------
 
     def sample(
-        self, policy: Policy, prompts: dict[str, Tensor], examples: list[Example], rollout: Rollout, seeds: list[int]
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
     ) -> Trajectories:
         model, pad = bare(policy.model), self.tokenizer().pad_token_id
         device = next(model.parameters()).device
@@ -158,12 +163,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return int(self.collate([example], policy)["attention_mask"].sum())
 
     def refusal(self, example: Example) -> str | None:
+        self.configure_model()
         length, rollout = self.prompt_length(example), self.rollout
         if rollout.max_prompt_length is not None and length > rollout.max_prompt_length:
             return f"the prompt has {length} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
         room = context_length(self.policies["student"])
         if length + rollout.horizon > room:
-            return f"the prompt's {length} tokens and rollout.horizon {rollout.horizon} exceed the student's context of {room}"
+            return f"the prompt's {length} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
         for name, teacher in self.teachers.items():
             seen = teacher.look(example)
             if seen is None or (teacher.view is None and not teacher.own_template):

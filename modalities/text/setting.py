@@ -22,9 +22,14 @@ class TextDistillation(AutoregressiveDistillation):
     """
 
     model_class: ClassVar[Any] = AutoModelForCausalLM
-    padding: ClassVar[dict[str, tuple[float, str]]] = {"input_ids": (0, "left"), "attention_mask": (0, "left")}
+    padding: ClassVar[dict[str, tuple[float, str]]] = {
+        "input_ids": (0, "left"),
+        "attention_mask": (0, "left"),
+    }
 
-    def __init__(self, chat_template_kwargs: dict[str, Any] | None = None, raw_prompts: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, chat_template_kwargs: dict[str, Any] | None = None, raw_prompts: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.chat_template_kwargs, self.raw_prompts = chat_template_kwargs or {}, raw_prompts
 
@@ -51,5 +56,7 @@ class TextDistillation(AutoregressiveDistillation):
                 f"the prompt is a chat but {tokenizer.name_or_path} has no chat template; give string prompts"
             )
         return str(
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs)
+            tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
         )

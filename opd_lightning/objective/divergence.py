@@ -121,6 +121,9 @@ def gaussian_total_variation(p: Gaussian, q: Gaussian) -> Tensor:
     return torch.erf(squared.clamp(min=1e-24).sqrt() / (2 * math.sqrt(2)))
 
 
+FULL = Support()
+
+
 class Divergence(Signal):
     """A divergence between student and teacher: a loss, never an advantage (it depends on the prefix alone).
 
@@ -138,7 +141,7 @@ class Divergence(Signal):
 
     needs = frozenset({"teacher"})
 
-    def __init__(self, support: Support = Support(), temperature: float = 1.0, clip: float | None = None) -> None:
+    def __init__(self, support: Support = FULL, temperature: float = 1.0, clip: float | None = None) -> None:
         if temperature <= 0:
             raise ValueError(f"signal.temperature must be > 0, got {temperature}")
         if clip is not None and clip <= 0:
@@ -155,7 +158,7 @@ class Divergence(Signal):
 
     def __call__(self, steps: Steps) -> Tensor:
         if isinstance(steps.student, Gaussian):
-            if self.support != Support() or self.temperature != 1 or self.clip is not None:
+            if self.support != FULL or self.temperature != 1 or self.clip is not None:
                 raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")
             return self.gaussian(steps.student, steps.teacher)
         assert isinstance(steps.student, CategoricalChunk)
@@ -196,7 +199,7 @@ class JSD(Divergence):
     def __init__(
         self,
         beta: float = 0.5,
-        support: Support = Support(),
+        support: Support = FULL,
         temperature: float = 1.0,
         clip: float | None = None,
     ) -> None:
@@ -217,7 +220,7 @@ class _Skewed(Divergence):
     def __init__(
         self,
         alpha: float = 0.1,
-        support: Support = Support(),
+        support: Support = FULL,
         temperature: float = 1.0,
         clip: float | None = None,
     ) -> None:
@@ -247,7 +250,7 @@ class AlphaDivergence(Divergence):
     def __init__(
         self,
         alpha: float = 0.5,
-        support: Support = Support(),
+        support: Support = FULL,
         temperature: float = 1.0,
         clip: float | None = None,
     ) -> None:

@@ -117,7 +117,9 @@ class Objective:
             for name in sorted(term.teachers - teachers):
                 raise ValueError(f"{where}: no teacher '{name}' in model.teachers, which has {sorted(teachers)}")
             if term.source is not None and term.source not in sources:
-                raise ValueError(f"{where}.source: nobody called '{term.source}' acts; rollout.behaviour: {sorted(sources)}")
+                raise ValueError(
+                    f"{where}.source: nobody called '{term.source}' acts; rollout.behaviour: {sorted(sources)}"
+                )
             if term.target is not None and "teacher" not in term.needs:
                 raise ValueError(f"{where}.target: {term.name} compares with no teacher, so nothing reads the target")
             for part in term.parts():
@@ -135,7 +137,9 @@ class Objective:
         found = {}
         for term in self.active:
             for part in term.parts():
-                if part.scope in scopes or (term.normaliser == "weights" and "batch" in scopes and part in term.weights):
+                if part.scope in scopes or (
+                    term.normaliser == "weights" and "batch" in scopes and part in term.weights
+                ):
                     for name in part.reads:
                         found[term.teacher if name.startswith("teacher") else "", name] = (term, name)
         return list(found.values())
@@ -204,8 +208,9 @@ class Objective:
         if whole.statistics is not None:
             steps.statistics = dict(whole.statistics[trajectories.micro_batch])
 
+        averages = Averages(device=trajectories.mask.device)
         self._settle(steps, {"data"})
-        self._count_clipped(steps, averages)
+        self._count_clipped(steps, averages, {"data"})
         steps = self._drop_weightless(steps)
         student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
         if not len(steps):
@@ -215,7 +220,8 @@ class Objective:
 
         steps.statistics = self.measure(student, teachers, steps, {"row"}) | steps.statistics
         self._settle(steps, {"row", "batch"})
-        factors = {}
+        self._count_clipped(steps, averages, {"row", "batch"})
+        factors: dict[str | None, Tensor] = {}
         for term in self.active:
             ahead = self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data", "row", "batch"}))
             factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
@@ -256,7 +262,7 @@ class Objective:
             chunk_diagnostics(steps.at(states, student=student.chunk(states), streams=streams), averages)
         return averages
 
-    def _chunk_loss(self, chunk: Steps, factors: dict[str, Tensor], averages: Averages) -> Tensor:
+    def _chunk_loss(self, chunk: Steps, factors: dict[str | None, Tensor], averages: Averages) -> Tensor:
         losses = []
         for term in self.active:
             seen = self._see(chunk, term)
@@ -285,7 +291,11 @@ class Objective:
         if any(part.scope in ("row", "batch") for part in parts):
             return steps
         known = [self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data"})) for term in self.active]
-        kept = torch.stack([weight > 0 for weight in known]).any(0) if known else steps.index.new_zeros(0, dtype=torch.bool)
+        kept = (
+            torch.stack([weight > 0 for weight in known]).any(0)
+            if known
+            else steps.index.new_zeros(0, dtype=torch.bool)
+        )
         return steps.at(kept.nonzero().squeeze(-1))
 
     def _see(self, chunk: Steps, term: Term) -> Steps:
@@ -314,10 +324,10 @@ class Objective:
             product = product * steps.part(weight).detach()
         return product
 
-    def _count_clipped(self, steps: Steps, averages: Averages) -> None:
+    def _count_clipped(self, steps: Steps, averages: Averages, scopes: set[str]) -> None:
         for term in self.active:
             seen = steps.for_term(term.teacher)
-            for weight in _of_scope(term, {"data"}):
+            for weight in _of_scope(term, scopes):
                 assert term.name is not None
                 averages.add_clipped(term.name, weight, steps.part(weight), self._on(seen, term))
 
@@ -368,4 +378,3 @@ class _GradientsInside(torch.autograd.Function):
 
 def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:
     return [weight for weight in term.weights if weight.scope in scopes]
-

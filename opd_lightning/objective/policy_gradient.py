@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .signal import Part, Signal
+from .signal import Part, Scope, Signal
 from .steps import Steps, to_rows
 
 LOG_PROBS = frozenset({"student_log_prob", "teacher_log_prob"})
@@ -94,7 +94,7 @@ class GroupRelative(Advantage):
     """
 
     needs = frozenset({"reward", "group", "behaviour"})
-    scope = "data"
+    scope: Scope = "data"
 
     def __init__(self, scale: bool = True) -> None:
         self.scale = scale
@@ -119,7 +119,7 @@ class RewardPlusLogRatio(GroupRelative):
     """
 
     needs = GroupRelative.needs | LogRatio.needs
-    scope = "step"
+    scope: Scope = "step"
     reads = LOG_PROBS
 
     def __init__(self, coefficient: float = 1.0, scale: bool = True) -> None:
@@ -131,7 +131,9 @@ class RewardPlusLogRatio(GroupRelative):
 
 
 class RewardTimesLogRatio(GroupRelative):
-    """A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size (RLSD, 2604.03128).
+    """A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size.
+
+    RLSD (2604.03128).
 
     Args:
         share: λ, default 0.5 (RLSD starts there and decays it to 0 over 50 steps).
@@ -140,7 +142,7 @@ class RewardTimesLogRatio(GroupRelative):
     """
 
     needs = GroupRelative.needs | LogRatio.needs
-    scope = "step"
+    scope: Scope = "step"
     reads = LOG_PROBS
 
     def __init__(self, share: float = 0.5, clip: float = 0.2, scale: bool = True) -> None:
@@ -189,5 +191,9 @@ class PolicyGradient(Signal):
         assert steps.student is not None
         advantage = steps.part(self.advantage).detach()
         return surrogate(
-            steps.student.log_prob(steps.action), steps.behaviour_log_prob, advantage, self.clip, self.clip_high
+            steps.student.log_prob(steps.action),
+            steps.behaviour_log_prob,
+            advantage,
+            self.clip,
+            self.clip_high,
         )

@@ -47,7 +47,7 @@ class Support:
             raise ValueError("support.remainder: one sampled id renormalises to probability 1 on both sides")
 
     def restrict(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of both sides ``[n, V]``, and the sampled ids ``[n]``, on the support: ``[n, K]`` or ``[n, K+1]``."""
+        """Log-probs ``[n, V]`` of both sides on the support: ``[n, K]``, or with a tail ``[n, K+1]``."""
         ids, repeated = self._ids(student, teacher, action)
         if ids is None:
             return student, teacher
