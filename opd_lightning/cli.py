@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from . import callbacks, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
 from .export import export
 from .module import OnPolicyDistillation
-
-SHIPPED = "opd:"
+from .shipped import PREFIX, shipped
 
 
 class SaveConfig(SaveConfigCallback):
@@ -119,20 +117,9 @@ class OPDCLI(LightningCLI):
 
 
 def resolve(argument: str) -> str:
-    """``opd:text/quickstart.yaml`` is a configuration that ships with the package.
-
-    Raises:
-        SystemExit: there is no such configuration; the message lists those there are.
-    """
+    """An argument with ``opd:…`` replaced by the path of the shipped configuration."""
     flag, equals, value = argument.rpartition("=")
-    if not value.startswith(SHIPPED):
-        return argument
-    root = Path(str(files("opd_lightning"))) / "configs"
-    path = root / value.removeprefix(SHIPPED)
-    if not path.is_file():
-        known = ", ".join(sorted(str(p.relative_to(root)) for p in root.rglob("*.yaml")))
-        raise SystemExit(f"{value}: no such configuration; there are {known}")
-    return f"{flag}{equals}{path}"
+    return f"{flag}{equals}{shipped(value)}" if value.startswith(PREFIX) and value.endswith(".yaml") else argument
 
 
 def run(arguments: Sequence[str]) -> None:

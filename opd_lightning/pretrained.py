@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .shipped import shipped
+
 
 @dataclass
 class Lora:
@@ -34,7 +36,7 @@ class Pretrained:
     """A pretrained model, by folder or hub name.
 
     Args:
-        path: folder or hub name; must hold the tokenizer (or processor) too.
+        path: folder, hub name, or ``opd:assets/…`` for a shipped one; must hold the tokenizer (or processor) too.
         dtype: ``auto`` is float32 for weights that are trained, and what the checkpoint holds for frozen ones.
         quantization: bitsandbytes; needs the extra ``quant``. A student so loaded must be trained through ``lora``.
         lora: train adapters instead of all weights.
@@ -78,6 +80,7 @@ class Pretrained:
         return model.train(trained)
 
     def _base(self, model_class: Any, trained: bool) -> nn.Module:
+        path = shipped(self.path)
         shared: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation:
             shared["attn_implementation"] = self.attn_implementation
@@ -89,11 +92,11 @@ class Pretrained:
         if self.random_init:
             from transformers import AutoConfig
 
-            config = AutoConfig.from_pretrained(self.path, **shared)
+            config = AutoConfig.from_pretrained(path, **shared)
             return model_class.from_config(config).to(torch.float32 if dtype == "auto" else dtype)
         if self.quantization:
             shared["quantization_config"] = self._quantization_config()
-        return model_class.from_pretrained(self.path, dtype=dtype, **shared)
+        return model_class.from_pretrained(path, dtype=dtype, **shared)
 
     def _quantization_config(self) -> Any:
         if find_spec("bitsandbytes") is None:
@@ -117,7 +120,7 @@ class Pretrained:
 
         assert self.lora is not None
         if self.lora.adapter is not None:
-            return PeftModel.from_pretrained(model, self.lora.adapter, is_trainable=trained)
+            return PeftModel.from_pretrained(model, shipped(self.lora.adapter), is_trainable=trained)
         config = LoraConfig(
             r=self.lora.r,
             lora_alpha=self.lora.alpha,

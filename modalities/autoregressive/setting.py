@@ -16,6 +16,7 @@ from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
 from ...rollout import Rollout
+from ...shipped import shipped
 from ...teacher import Policy
 from ...trajectory import Example, Trajectories
 from .audit import audit_rows
@@ -31,7 +32,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def load_processor(self, spec: Pretrained) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
-            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
+            shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,39 @@
+# Nothing but Python (>= 3.11) and make is needed: every target installs what it uses into .venv, once.
+PYTHON ?= python3
+BIN = .venv/bin
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-slow check bench assets clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opd-lightning needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	rm -rf runs/demo
+	since=$$(date +%s) && \
+	$(BIN)/opd fit -c opd:text/quickstart.yaml --trainer.default_root_dir=runs/demo --trainer.logger.init_args.save_dir=runs/demo && \
+	$(BIN)/python -m opd_lightning.report runs/demo --since $$since
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+bench: install
+	$(BIN)/python benchmarks/objective.py
+
+assets: install
+	$(BIN)/python assets/make_quickstart.py
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,113 @@
+"""What came of a run: ``python -m opd_lightning.report runs/demo`` prints a table and draws the curves."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def read_curves(run: Path) -> Curves:
+    """Every logged metric as (optimiser step, value), over all of the run's log versions in order.
+
+    Raises:
+        FileNotFoundError: the run has no metrics.csv.
+    """
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    tables = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    if not tables:
+        raise FileNotFoundError(f"{run}: no logs/version_*/metrics.csv; the report reads what CSVLogger writes there")
+    for table in tables:
+        with table.open() as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        curves[name][int(row["step"])] = float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def summarise(curves: Curves) -> dict[str, float]:
+    """Held-out accuracy before, after, and of the teacher, as fractions."""
+    accuracy = curves["val/accuracy"]
+    found = {"before": accuracy[0][1], "after": accuracy[-1][1]}
+    teachers = [points for name, points in curves.items() if name.startswith("val/") and name.endswith("/accuracy")]
+    if teachers:
+        found["teacher"] = teachers[0][0][1]
+    return found
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """The student's last completions of the held-out prompts that every validation shows."""
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    mine = [row for row in rows if row["who"] == "student"]
+    return [row for row in mine if row["step"] == mine[-1]["step"]]
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Accuracy, KL to the teacher, and rollout length over optimiser steps.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message names the extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("curves need matplotlib: pip install 'opd-lightning[plots]'") from error
+    panels = {
+        "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
+        "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
+        "rollout length": [name for name in ("train/length", "val/length") if name in curves],
+    }
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            steps, values = zip(*curves[name], strict=True)
+            if len(steps) == 1:
+                axis.axhline(values[0], linestyle="--", color="grey", label=name)
+            else:
+                axis.plot(steps, values, marker=".", label=name)
+        axis.set(title=title, xlabel="optimiser steps")
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def report(run: Path, since: float | None = None) -> dict[str, Any]:
+    """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    curves = read_curves(run)
+    found: dict[str, Any] = {name: round(value, 4) for name, value in summarise(curves).items()}
+    console = Console()
+    table = Table(title="Accuracy on held-out problems", title_justify="left")
+    for name in found:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.1%}" for value in found.values()))
+    console.print(table)
+    for row in read_samples(run):
+        mark = "" if "reward" not in row else (" ✓" if row["reward"] >= 0.5 else " ✗")
+        console.print(f"  {row['prompt']}{row['completion']}{mark}", markup=False, highlight=False)
+    if since is not None:
+        found["wall_s"] = round(time.time() - since, 1)
+    found["seed"] = config["seed_everything"]
+    draw(curves, run / "curves.png")
+    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"{run / 'curves.png'}  {run / 'result.json'}", highlight=False)
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
+    parser.add_argument("--since", type=float, help="when the run began, in seconds since 1970; adds wall_s")
+    options = parser.parse_args()
+    report(options.run, options.since)

@@ -1,0 +1,28 @@
+"""Files that come with the package: ``opd:text/quickstart.yaml``, ``opd:assets/quickstart/teacher``."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+PREFIX = "opd:"
+
+
+def shipped(name: str) -> str:
+    """The path of a shipped file or folder; a name without the prefix is returned as it is.
+
+    Raises:
+        FileNotFoundError: there is no such thing; the message lists the configurations or assets there are.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    relative = name.removeprefix(PREFIX)
+    package = Path(str(files("opd_lightning")))
+    if relative.startswith("assets/"):
+        path, known = package / relative, sorted(p.relative_to(package) for p in (package / "assets").glob("*/*/"))
+    else:
+        root = package / "configs"
+        path, known = root / relative, sorted(p.relative_to(root) for p in root.rglob("*.yaml"))
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: nothing of that name is shipped; there are {', '.join(map(str, known))}")
+    return str(path)
