@@ -68,8 +68,16 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        self._settle(trainer)
         super().setup(trainer, pl_module, stage)
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        # `--ckpt_path=last` is looked up before setup
+        self._settle(trainer)
+        return super()._find_last_checkpoints(trainer)
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

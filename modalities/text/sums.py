@@ -14,11 +14,16 @@ ALPHABET = "0123456789+=# ?"
 PAD, EOS = "<pad>", "<eos>"
 
 
-def sums(count: int, digits: int = 4, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
+def sums(
+    count: int, digits: int = 4, seed: int = 0, held_out: bool = False, hinted: float = 0.0
+) -> list[dict[str, str]]:
     """`count` different problems, the same ones for the same arguments.
 
     A problem is held out or not by a hash of its two operands in any order, so that no held-out problem
     (a fifth of them all) is ever a training problem, nor its mirror image, whatever the seeds.
+
+    A share `hinted` of the prompts begins with the solution and a `?`: a model trained on some of them can later be
+    its own teacher, shown what it will not have at test time.
 
     Returns rows of
         prompt: `"4821+1937="`, both operands with exactly `digits` digits;
@@ -40,7 +45,8 @@ def sums(count: int, digits: int = 4, seed: int = 0, held_out: bool = False) -> 
         pair = draw.randrange(low, high), draw.randrange(low, high)
         if is_held_out(*pair) == held_out:
             problems[pair] = None
-    return [_row(first, second) for first, second in problems]
+    hints = random.Random(seed + 1)
+    return [_row(first, second, hints.random() < hinted) for first, second in problems]
 
 
 def is_held_out(first: int, second: int) -> bool:
@@ -66,7 +72,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     """
     vocabulary = {token: number for number, token in enumerate([PAD, EOS, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -77,10 +83,10 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _row(first: int, second: int) -> dict[str, str]:
+def _row(first: int, second: int, hinted: bool) -> dict[str, str]:
     solution = scratchpad(first, second)
     return {
-        "prompt": f"{first}+{second}=",
+        "prompt": f"{solution}?{first}+{second}=" if hinted else f"{first}+{second}=",
         "answer": str(first + second),
         "solution": solution,
         "completion": solution,

@@ -1,0 +1,121 @@
+"""`opd`: overlays, messages, and what wins on resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from opd_lightning.cli import resolve, run
+from opd_lightning.shipped import shipped
+from tests.test_resume import PLAIN, configuration
+
+
+@pytest.fixture
+def config(tmp_path, tiny_student, tiny_teacher, tiny_data):
+    return configuration(tmp_path / "run", tiny_student, tiny_teacher, tiny_data, PLAIN)
+
+
+def printed(capsys, *arguments: str) -> dict:
+    with pytest.raises(SystemExit):
+        run([*arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_shipped_configurations_are_found_by_name():
+    assert resolve("opd:text/quickstart.yaml").endswith("configs/text/quickstart.yaml")
+    assert resolve("--config=opd:methods/gkd.yaml").startswith("--config=/")
+    assert resolve("runs/mine.yaml") == "runs/mine.yaml"
+    with pytest.raises(FileNotFoundError, match=r"nothing of that name is shipped; there are .*text/quickstart\.yaml"):
+        shipped("opd:text/quickstrat.yaml")
+
+
+def test_overlays_replace_and_append(config, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "model:\n  init_args:\n    objective:\n      terms:\n"
+        "        - signal: {class_path: JSD, init_args: {beta: 0.25}}\n"
+        "          weights: [{class_path: Window, init_args: {start: 1}}]\n"
+    )
+    more = tmp_path / "more.yaml"
+    more.write_text(
+        "model:\n  init_args:\n    objective:\n      terms+:\n"
+        "        - signal: {class_path: CrossEntropy}\n          teacher: null\n"
+    )
+    found = printed(capsys, "fit", "-c", str(config), "-c", str(overlay), "-c", str(more))
+    terms = found["model"]["init_args"]["objective"]["terms"]
+    assert [term["signal"]["class_path"].rpartition(".")[2] for term in terms] == ["JSD", "CrossEntropy"]
+    assert terms[0]["signal"]["init_args"]["beta"] == 0.25
+    assert found["model"]["init_args"]["rollout"]["batch_size"] == 8, "the base's other settings stay"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.init_args.rollout.horizen=3", "horizen"),
+        ("--model.init_args.rollout.horizon=long", "horizon"),
+        ("--model.init_args.rollout.horizon=0", "rollout.horizon must be >= 1, got 0"),
+        ("--trainer.max_stepz=3", "max_stepz"),
+    ],
+)
+def test_a_wrong_key_or_type_is_named(config, argument, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        run(["fit", "-c", str(config), argument])
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+def test_a_wrong_key_in_a_file_names_file_and_key(config, tmp_path, capsys):
+    overlay = tmp_path / "typo.yaml"
+    overlay.write_text("model:\n  init_args:\n    rollout: {horizen: 3}\n")
+    with pytest.raises(SystemExit):
+        run(["fit", "-c", str(config), "-c", str(overlay)])
+    error = capsys.readouterr().err
+    assert "horizen" in error
+    assert "typo.yaml" in error
+
+
+def test_saved_configuration_reruns_the_experiment(config, tmp_path):
+    run(["fit", "-c", str(config), "--trainer.max_steps=2"])
+    first = torch.load(config.parent / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = config.parent / "config.yaml"
+    run(["fit", "-c", str(saved), f"--trainer.default_root_dir={tmp_path / 'again'}"])
+    second = torch.load(tmp_path / "again" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert second["global_step"] == 2
+    for name, value in first["state_dict"].items():
+        assert torch.equal(second["state_dict"][name], value), name
+
+
+@pytest.mark.parametrize("which", ["last", "file"])
+def test_the_command_line_wins_over_the_checkpoint(config, which):
+    run(["fit", "-c", str(config), "--trainer.max_steps=1"])
+    checkpoint = config.parent / "checkpoints" / "last.ckpt"
+    path = "last" if which == "last" else str(checkpoint)
+    run(["fit", "-c", str(config), "--trainer.max_steps=2", "--model.init_args.rollout.horizon=5", f"--ckpt_path={path}"])
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 2
+    assert yaml.safe_load(state["opd_config"])["model"]["init_args"]["rollout"]["horizon"] == 5
+
+
+def test_predict_writes_one_line_per_example(config, tiny_data):
+    run(["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", "--model.init_args.rollout.horizon=4"])
+    lines = (config.parent / "predictions-0.jsonl").read_text().splitlines()
+    assert len(lines) == len(tiny_data.read_text().splitlines())
+    assert {"prompt", "completion"} <= json.loads(lines[0]).keys()
+
+
+def test_validate_and_test_report_accuracy(config, tiny_data, capsys):
+    rewarded = ["--model.init_args.reward.class_path=ExactMatch", "--trainer.limit_val_batches=2"]
+    run(["validate", "-c", str(config), f"--data.init_args.validation={tiny_data}", *rewarded])
+    assert "val/accuracy" in capsys.readouterr().out
+    run(["test", "-c", str(config), f"--data.init_args.test={tiny_data}", *rewarded])
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_module_and_console_script_are_the_same_program():
+    output = subprocess.run([sys.executable, "-m", "opd_lightning", "--help"], capture_output=True, text=True, check=True)
+    assert "fit" in output.stdout
+    assert "validate" in output.stdout

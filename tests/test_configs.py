@@ -1,0 +1,52 @@
+"""Every shipped configuration parses, and the ones that need nothing from outside run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opd_lightning.cli import OPDCLI, run
+
+ROOT = Path(__file__).parent.parent / "configs"
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
+TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
+TEXT = sorted(path.stem for path in (ROOT / "text").glob("*.yaml"))
+SMALL = [
+    "--trainer.max_steps=2",
+    "--trainer.logger=false",
+    "--trainer.limit_val_batches=0",
+    "--model.init_args.evaluation.before=false",
+    "--model.init_args.rollout.batch_size=4",
+]
+
+
+def parse(*names: str) -> None:
+    """Parses without loading a model."""
+    arguments = [part for name in names for part in ("-c", f"opd:{name}.yaml")]
+    with pytest.raises(SystemExit) as caught:
+        OPDCLI(["fit", *arguments, "--print_config"])
+    assert caught.value.code == 0
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_configurations_parse(name):
+    parse(f"text/{name}")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_overlays_parse(name):
+    parse("text/quickstart", f"trainer/{name}")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_overlays_run_on_the_quickstart(name, tmp_path):
+    run(["fit", "-c", "opd:text/quickstart.yaml", "-c", f"opd:methods/{name}.yaml", *SMALL,
+         f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student"])
+def test_supervised_configurations_run(name, tmp_path):
+    run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, f"--trainer.default_root_dir={tmp_path}"])
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()

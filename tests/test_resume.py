@@ -1,0 +1,118 @@
+"""A killed and resumed run equals the unbroken one bit for bit (rule 14)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+STEPS = 14
+
+PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "teacher": "frozen", "accumulate": 1}
+# several optimiser steps per generation batch, so that trajectories are pending at every other checkpoint
+EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
+
+
+def configuration(folder: Path, student: Path, teacher: Path, data: Path, setup: dict) -> Path:
+    weights = (
+        {"class_path": "EMA", "init_args": {"rate": 0.2}}
+        if setup["teacher"] == "ema"
+        else {"class_path": "Frozen", "init_args": {"pretrained": {"path": str(teacher)}}}
+    )
+    view = {"class_path": "PromptView", "init_args": {"prompt": "{{ completion }}{{ prompt }}"}}
+    config = {
+        "seed_everything": 3,
+        "trainer": {
+            "default_root_dir": str(folder),
+            "accelerator": "cpu",
+            "max_steps": STEPS,
+            "max_epochs": -1,
+            "accumulate_grad_batches": setup["accumulate"],
+            "log_every_n_steps": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+        },
+        "checkpoint": {"every_n_train_steps": 1},
+        "model": {
+            "class_path": "TextDistillation",
+            "init_args": {
+                "student": {"path": str(student)},
+                "teachers": {"teacher": {"weights": weights, "view": view if setup["teacher"] == "ema" else None}},
+                "objective": {"terms": [{"signal": {"class_path": "ReverseKL"}}]},
+                "rollout": setup["rollout"],
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "schedule": {"name": "cosine", "warmup_steps": 2},
+            },
+        },
+        "data": {"class_path": "PromptData", "init_args": {"train": str(data)}},
+    }
+    path = folder / "run.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, *extra: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "opd_lightning", "fit", "-c", str(config), *extra]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+
+
+def last(config: Path) -> dict:
+    return torch.load(config.parent / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_student, tiny_teacher, tiny_data):
+    """Final checkpoints of unbroken runs, each made once."""
+    made: dict[str, dict] = {}
+
+    def get(name: str, setup: dict) -> dict:
+        if name not in made:
+            config = configuration(tmp_path_factory.mktemp(name), tiny_student, tiny_teacher, tiny_data, setup)
+            finish(start(config))
+            made[name] = last(config)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "setup", "moment"), [("plain", PLAIN, 0.2), ("plain", PLAIN, 0.7), ("ema", EMA, 0.5)])
+def test_kill_and_resume_is_bit_exact(name, setup, moment, unbroken, tmp_path, tiny_student, tiny_teacher, tiny_data):
+    expected = unbroken(name, setup)
+    config = configuration(tmp_path / "run", tiny_student, tiny_teacher, tiny_data, setup)
+    process = start(config)
+    checkpoint = config.parent / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # from here a run takes a second or two: kill it anywhere in there, in mid-step or in mid-save
+    time.sleep(moment * random.Random(f"{name}{moment}").random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists(), process.stdout.read()[-3000:]
+    seen = last(config)["global_step"]
+    finish(start(config, "--ckpt_path=last"))
+
+    found = last(config)
+    assert found["global_step"] == expected["global_step"] == STEPS, f"killed at step {seen}"
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for key, value in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][key], value), f"{key} differs after a kill at step {seen}"
+    assert any(key.startswith("teacher_state.") for key in found["state_dict"]) == (name == "ema")
+    assert not any("policies" in key for key in found["state_dict"])
