@@ -1,0 +1,299 @@
+"""PromptData: examples for training and validation, checked before the first step."""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from datasets import Dataset, concatenate_datasets
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from .data_source import LOCATION, is_remote, read_source
+
+Example = dict[str, Any]
+Split = Literal["train", "validation", "test", "predict"]
+
+# A task that makes its rows draws row i from seed + i: neighbouring seeds would share nearly all rows.
+_SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
+# A teacher's column may be empty in a row, which then has no view; these may not.
+_NEVER_EMPTY = ("prompt", "answer", "completion")
+
+
+class PromptData(LightningDataModule):
+    """Prompts and their other columns, from files, tasks, functions or the hub.
+
+    A source is one of
+        a local .jsonl, .json or .parquet file, or a folder of such files;
+        `reasoning_gym:TASK`, with the extra `tasks`; columns `prompt`, `answer`, `task`, `metadata`;
+        `python:package.module.function`, which returns a list of dicts;
+        the name of a Hugging Face data set, downloaded with `datasets.load_dataset`.
+
+    After `setup` the splits are the attributes `train`, `validation`, `test` and `predict`, each a
+    `datasets.Dataset` of examples, or None.
+
+    Args:
+        train: a source.
+        validation: a source; or a share (a float in (0, 1)) or number of rows of `train`, drawn by `seed`
+            and held out.
+        test: a source.
+        predict: a source; the validation examples if none is given.
+        train_options: arguments for the source of `train`: those of the reasoning-gym task (size, seed, …), of
+            the function, of `load_dataset` (name, split, revision, …); `field` for the key of a .json file
+            that holds the rows. A reasoning-gym task gets a seed that differs between splits unless set here.
+        validation_options, test_options, predict_options: the same for the other sources.
+        columns: canonical column → the column of the sources that it is made from. One column may serve two.
+        on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
+            them in `skipped` and warns once.
+        validation_batch_size: prompts per batch of validation, test and predict.
+        seed: of the held-out rows and of the order of training.
+
+    Raises:
+        ValueError: at construction for settings that contradict each other; in `setup` for a source that
+            can't be read or is empty, a missing column, a bad row, a split with no rows.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: int | float | str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        train_options: dict[str, Any] | None = None,
+        validation_options: dict[str, Any] | None = None,
+        test_options: dict[str, Any] | None = None,
+        predict_options: dict[str, Any] | None = None,
+        columns: dict[str, str] | None = None,
+        on_bad_row: Literal["refuse", "skip"] = "refuse",
+        validation_batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._sources: dict[Split, Any] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+            "predict": predict,
+        }
+        self._options = {
+            "train": train_options,
+            "validation": validation_options,
+            "test": test_options,
+            "predict": predict_options,
+        }
+        self.columns, self.on_bad_row = columns or {}, on_bad_row
+        self.validation_batch_size, self.seed = validation_batch_size, seed
+        self._check_settings()
+        self.train: Dataset | None = None
+        self.validation: Dataset | None = None
+        self.test: Dataset | None = None
+        self.predict: Dataset | None = None
+        self._read: dict[Split, Dataset] = {}
+        self._checked_for: dict[Split, object] = {}
+        self._skipped: dict[str, _BadRows] = {}
+
+    def _check_settings(self) -> None:
+        share = self._sources["validation"]
+        if isinstance(share, bool) or (isinstance(share, float) and not 0 < share < 1):
+            raise ValueError(f"data.validation is {share}; as a share of data.train it must be between 0 and 1")
+        if isinstance(share, int) and share < 1:
+            raise ValueError(f"data.validation is {share}; as a number of rows of data.train it must be at least 1")
+        if self._is_held_out and self._sources["train"] is None:
+            raise ValueError(f"data.validation is {share}, a part of data.train, but data.train is not set")
+        for split, options in self._options.items():
+            if options and not isinstance(self._sources[split], str):  # type: ignore[index]
+                raise ValueError(f"data.{split}_options are set, but data.{split} names no source that takes them")
+        if self.on_bad_row not in ("refuse", "skip"):
+            raise ValueError(f"data.on_bad_row is {self.on_bad_row!r}; it must be 'refuse' or 'skip'")
+        if self.validation_batch_size < 1:
+            raise ValueError(f"data.validation_batch_size is {self.validation_batch_size}; it must be at least 1")
+
+    @property
+    def _is_held_out(self) -> bool:
+        return isinstance(self._sources["validation"], int | float)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Kind of reason → number of rows that were left out, over all splits read so far."""
+        return sum((bad.kinds for bad in self._skipped.values()), Counter())
+
+    # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Downloads, once per machine."""
+        for split, source in self._sources.items():
+            if isinstance(source, str) and is_remote(source):
+                self._read_source(split)
+
+    def setup(self, stage: str) -> None:
+        """Reads and checks what the stage needs; what was checked for the same module is left as it is."""
+        if stage == "fit":
+            self._provide("train")
+            if self._sources["validation"] is not None:
+                self._provide("validation")
+        elif stage == "predict" and self._sources["predict"] is None:
+            self._provide("validation", "data.predict and data.validation are not set; name a source in one")
+            self.predict = self.validation
+        elif stage in ("validate", "test", "predict"):
+            self._provide("validation" if stage == "validate" else stage)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> Any:
+        from .rollout import RolloutLoader
+
+        assert self.trainer is not None
+        return RolloutLoader(self.train, self.trainer.lightning_module, seed=self.seed)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return self._loader(self.validation) if self.validation is not None else []
+
+    def test_dataloader(self) -> Any:
+        return self._loader(self.test)
+
+    def predict_dataloader(self) -> Any:
+        return self._loader(self.predict)
+
+    def _loader(self, dataset: Dataset | None) -> "DataLoader[list[Example]]":
+        assert dataset is not None, "setup comes before the dataloaders"
+        return DataLoader(dataset, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _provide(self, split: Split, unset: str | None = None) -> None:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if split in self._checked_for and self._checked_for[split] is module:
+            return
+        if self._sources[split] is None:
+            raise ValueError(unset or f"data.{split} is not set; name a file, a task or a data set")
+        setattr(self, split, self._check(split, self._rows(split), module))
+        self._checked_for[split] = module
+
+    def _rows(self, split: Split) -> Dataset:
+        """The rows of a split with their locations, read once."""
+        if split not in self._read:
+            if not self._is_held_out or split not in ("train", "validation"):
+                self._read[split] = self._read_source(split)
+            else:
+                rows = self._read_source("train")
+                kept, held_out = hold_out(len(rows), self._sources["validation"], self.seed)
+                self._read["train"], self._read["validation"] = rows.select(kept), rows.select(held_out)
+        return self._read[split]
+
+    def _read_source(self, split: Split) -> Dataset:
+        key = f"data.{split}"
+        bad = self._skipped[f"{split}, reading"] = _BadRows(key, self.on_bad_row)
+        options = self._options[split] or {}
+        rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
+        bad.warn()
+        return rename(rows, self.columns, key)
+
+    # -- checking ---------------------------------------------------------------------------------------------------
+
+    def _check(self, split: Split, rows: Dataset, module: Any) -> Dataset:
+        """The examples that can be used; raises for a missing column, and for a bad row unless it is skipped."""
+        needed = {"prompt": "the rollout"}
+        if module is not None and split != "predict":
+            needed |= module.required_columns()
+        examples = rows.remove_columns(LOCATION)
+        for column, who in needed.items():
+            if column not in examples.column_names:
+                raise ValueError(
+                    f"data.{split} has no column {column!r}, which {who} needs; it has "
+                    f"{', '.join(examples.column_names)}. data.columns maps a column to another name"
+                )
+        bad = self._skipped[split] = _BadRows(f"data.{split}", self.on_bad_row)
+        kept = []
+        for index, (location, example) in enumerate(zip(rows[LOCATION], examples, strict=True)):
+            reason = problem(example, needed) or (module.refusal(example) if module is not None else None)
+            if reason is None:
+                kept.append(index)
+            else:
+                bad(location, reason)
+        bad.warn()
+        if not kept:
+            raise ValueError(f"data.{split}: no row is left; all {len(rows)} were skipped ({bad.first})")
+        return examples.select(kept) if len(kept) < len(examples) else examples
+
+
+class _BadRows:
+    """What becomes of rows that can't be used: the first raises, or all are counted."""
+
+    def __init__(self, key: str, policy: str) -> None:
+        self.key, self.policy = key, policy
+        self.kinds: Counter[str] = Counter()
+        self.first = ""
+
+    def __call__(self, location: str, reason: str) -> None:
+        if self.policy == "refuse":
+            raise ValueError(f"{location}: {reason}. Correct the row, or leave such rows out: data.on_bad_row: skip")
+        self.first = self.first or f"{location}: {reason}"
+        self.kinds[re.sub(r"\d+", "N", reason.split(": ")[0])] += 1
+
+    def warn(self) -> None:
+        if self.kinds:
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in self.kinds.most_common())
+            rank_zero_warn(f"{self.key}: {self.kinds.total()} rows are skipped: {kinds}. The first is {self.first}")
+
+
+def hold_out(rows: int, part: int | float, seed: int) -> tuple[list[int], list[int]]:
+    """Splits row numbers into those kept and those held out, each in order.
+
+    Args:
+        rows: how many rows there are.
+        part: the number to hold out (int), or their share (float).
+        seed: which rows; the same seed holds out the same.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    count = round(part * rows) if isinstance(part, float) else part
+    if not 0 < count < rows:
+        raise ValueError(
+            f"data.validation is {part}: that holds out {count} of the {rows} rows of data.train, "
+            "and both parts need at least one"
+        )
+    held_out = set(random.Random(seed).sample(range(rows), count))
+    return [row for row in range(rows) if row not in held_out], sorted(held_out)
+
+
+def rename(dataset: Dataset, columns: Mapping[str, str], key: str) -> Dataset:
+    """Makes each canonical column from the one that it is mapped to; the mapped columns lose their old names.
+
+    Raises:
+        ValueError: a mapped column does not exist, or a canonical name is taken by another column.
+    """
+    present = [name for name in dataset.column_names if name != LOCATION]
+    for canonical, name in columns.items():
+        mapping = f"data.columns maps {canonical!r} to {name!r}"
+        if name not in present:
+            raise ValueError(f"{mapping}, which {key} does not have; it has {', '.join(present)}")
+        if canonical in present and canonical not in columns.values():
+            raise ValueError(
+                f"{mapping}, but {key} has a column {canonical!r} already; keep it under another name "
+                f"(data.columns.other_name: {canonical}) or map nothing to it"
+            )
+    if not columns:
+        return dataset
+    made = [dataset.select_columns(old).rename_column(old, new) for new, old in columns.items() if new != old]
+    moved = {old for new, old in columns.items() if columns.get(old) != old}
+    return concatenate_datasets([dataset.remove_columns(list(moved)), *made], axis=1)
+
+
+def problem(example: Example, needed: Mapping[str, str]) -> str | None:
+    """What is wrong with the values of an example, or None."""
+    for column in _NEVER_EMPTY:
+        value = example.get(column)
+        if column in needed and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
+            return f"{column} is {'null' if value is None else 'empty'}"
+    prompt = example["prompt"]
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, list):
+        return f"prompt is neither text nor a list of messages: {prompt!r}"
+    for number, message in enumerate(prompt, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {number} of the prompt has no role: write {{role: …, content: …}}"
+        if not isinstance(message.get("content"), str | list):
+            return f"message {number} of the prompt has no content: it must be text or a list of parts"
+    return None
