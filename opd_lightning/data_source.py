@@ -257,8 +257,15 @@ def _check_one_kind(name: str, values: list[Any], locations: list[str]) -> None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "null": type(None),
+        "a boolean": bool,
+        "a number": (int, float),
+        "text": str,
+        "a list": (list, tuple),
+        "an object": dict,
+    }
+    return next((name for name, kind in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -133,7 +133,7 @@ class Evaluator:
     def before_training(self) -> None:
         """Scores the student, and once the teachers that are not just the student again."""
         data = getattr(self.module.trainer, "datamodule", None)
-        examples = getattr(data, "validation_data", None)
+        examples = getattr(data, "validation", None)
         if examples is None:
             return
         asked = [

@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,25 +16,25 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 Example = Mapping[str, Any]
 _MATH_WORKER = Path(__file__).with_name("math_worker.py")
 
 
-@runtime_checkable
-class Reward(Protocol):
+class Reward(ABC):
     """What a reward is: a function of a completion and its example, and the columns that it reads.
 
     `columns` are canonical names; the data module refuses a data set that lacks one, before training.
     """
 
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
+    @abstractmethod
     def __call__(self, completion: str, example: Example) -> float: ...
 
 
-class ExactMatch:
+class ExactMatch(Reward):
     """1 if the completion is the example's `answer`, else 0.
 
     Args:
@@ -60,7 +61,7 @@ class ExactMatch:
         return text.casefold() if self.ignore_case else text
 
 
-class RegexMatch:
+class RegexMatch(Reward):
     """1 if what a regular expression extracts from the completion is the example's `answer`, else 0.
 
     White space around both is ignored. A completion in which the pattern is not found scores 0.
@@ -100,7 +101,7 @@ class RegexMatch:
         return float(extracted is not None and extracted.strip() == answer.strip())
 
 
-class MathVerify:
+class MathVerify(Reward):
     """1 if math-verify finds the completion mathematically equal to the example's `answer`, else 0.
 
     math-verify bounds its time with signals, which only work on the main thread, so each comparison runs in a
@@ -165,7 +166,7 @@ class MathVerify:
             return "timeout" if isinstance(error, TimeoutError) else "worker died"
 
 
-class ReasoningGymScore:
+class ReasoningGymScore(Reward):
     """reasoning-gym's own score of the completion, in [0, 1]; partial marks are its own too.
 
     For examples that come from `reasoning_gym:TASK`, whose `task` and `metadata` it needs. A scorer that
@@ -206,7 +207,7 @@ class ReasoningGymScore:
             return 0.0
 
 
-class CallableReward:
+class CallableReward(Reward):
     """Any plain function `f(completion: str, example: dict) -> float` as a reward.
 
     Args:
