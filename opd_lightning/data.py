@@ -156,7 +156,7 @@ class PromptData(LightningDataModule):
 
     def _loader(self, dataset: Dataset | None) -> "DataLoader[list[Example]]":
         assert dataset is not None, "setup comes before the dataloaders"
-        return DataLoader(dataset, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(dataset, batch_size=self.validation_batch_size, collate_fn=list)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

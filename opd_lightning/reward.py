@@ -51,10 +51,9 @@ class ExactMatch(Reward):
         self.strip, self.ignore_case, self.after = strip, ignore_case, after
 
     def __call__(self, completion: str, example: Example) -> float:
-        answer = _answer("ExactMatch", example)
+        answer = _answer("ExactMatch", example, self.after)
         found = _tail(completion, self.after)
-        expected = _tail(answer, self.after)
-        return float(found is not None and self._normal(found) == self._normal(expected or answer))
+        return float(found is not None and self._normal(found) == self._normal(answer))
 
     def _normal(self, text: str) -> str:
         text = text.strip() if self.strip else text
@@ -131,11 +130,11 @@ class MathVerify(Reward):
         self._worker: subprocess.Popen[bytes] | None = None
 
     def __call__(self, completion: str, example: Example) -> float:
-        answer = _answer("MathVerify", example)
+        answer = _answer("MathVerify", example, self.after)
         found = _tail(completion, self.after)
         if found is None:
             return 0.0
-        verdict = self._ask(_tail(answer, self.after) or answer, found)
+        verdict = self._ask(answer, found)
         if verdict in ("right", "wrong"):
             return float(verdict == "right")
         self.failures[verdict] += 1
@@ -276,8 +275,11 @@ def _column(who: str, name: str, example: Example) -> Any:
     return example[name]
 
 
-def _answer(who: str, example: Example) -> str:
-    return str(_column(who, "answer", example))
+def _answer(who: str, example: Example, marker: str | None = None) -> str:
+    """The example's answer; of a worked one, what follows its last marker."""
+    answer = str(_column(who, "answer", example))
+    tail = _tail(answer, marker)
+    return answer if tail is None else tail
 
 
 def _check_marker(who: str, marker: str | None) -> None:
