@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from . import callbacks, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
 from .export import export
 from .module import OnPolicyDistillation
 from .shipped import PREFIX, shipped
@@ -132,8 +132,9 @@ def resolve(argument: str) -> str:
 
 def run(arguments: Sequence[str]) -> None:
     """What `opd` does with its arguments."""
-    # Lightning's own use of a deprecated torch helper, once per process
+    # Lightning's own use of a deprecated torch helper, and its doubt about arguments that do come from the command line
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     torch.set_float32_matmul_precision("high")
     if arguments[:1] == ["export"]:
         export(arguments[1:])

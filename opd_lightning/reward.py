@@ -40,14 +40,14 @@ class ExactMatch(Reward):
     Args:
         strip: whether white space around both texts is ignored.
         ignore_case: whether both texts are case-folded.
-        after: compare only what follows the last occurrence of this marker ("####", "="). A completion
+        after: compare only what follows the last occurrence of this marker ("####", "="); default: the whole text
+            (an empty string and no None: YAML would read a "#" of an optional string as a comment). A completion
             without the marker scores 0; an answer without it is taken whole.
     """
 
     columns = ("answer",)
 
-    def __init__(self, strip: bool = True, ignore_case: bool = False, after: str | None = None) -> None:
-        _check_marker("ExactMatch", after)
+    def __init__(self, strip: bool = True, ignore_case: bool = False, after: str = "") -> None:
         self.strip, self.ignore_case, self.after = strip, ignore_case, after
 
     def __call__(self, completion: str, example: Example) -> float:
@@ -119,10 +119,9 @@ class MathVerify(Reward):
     columns = ("answer",)
     start_timeout = 120.0  # importing sympy takes seconds on a busy machine
 
-    def __init__(self, timeout: float = 5.0, after: str | None = None) -> None:
+    def __init__(self, timeout: float = 5.0, after: str = "") -> None:
         if timeout <= 0:
             raise ValueError(f"MathVerify.timeout is {timeout} s; it must be greater than 0")
-        _check_marker("MathVerify", after)
         if importlib.util.find_spec("math_verify") is None:
             raise ModuleNotFoundError("MathVerify needs the package math-verify: pip install math-verify")
         self.timeout, self.after = timeout, after
@@ -181,8 +180,7 @@ class ReasoningGymScore(Reward):
 
     columns = ("task", "metadata")
 
-    def __init__(self, after: str | None = None) -> None:
-        _check_marker("ReasoningGymScore", after)
+    def __init__(self, after: str = "") -> None:
         import_reasoning_gym("ReasoningGymScore")
         self.after = after
         self.failures: Counter[str] = Counter()
@@ -275,21 +273,16 @@ def _column(who: str, name: str, example: Example) -> Any:
     return example[name]
 
 
-def _answer(who: str, example: Example, marker: str | None = None) -> str:
+def _answer(who: str, example: Example, marker: str = "") -> str:
     """The example's answer; of a worked one, what follows its last marker."""
     answer = str(_column(who, "answer", example))
     tail = _tail(answer, marker)
     return answer if tail is None else tail
 
 
-def _check_marker(who: str, marker: str | None) -> None:
-    if marker == "":
-        raise ValueError(f"{who}.after is empty; give a marker such as '####', or null for the whole text")
-
-
-def _tail(text: str, marker: str | None) -> str | None:
+def _tail(text: str, marker: str) -> str | None:
     """What follows the last marker; the whole text without a marker to look for; none where it is absent."""
-    if marker is None:
+    if not marker:
         return text
     _, found, tail = text.rpartition(marker)
     return tail if found else None

@@ -94,7 +94,16 @@ def test_the_command_line_wins_over_the_checkpoint(config, which):
     run(["fit", "-c", str(config), "--trainer.max_steps=1"])
     checkpoint = config.parent / "checkpoints" / "last.ckpt"
     path = "last" if which == "last" else str(checkpoint)
-    run(["fit", "-c", str(config), "--trainer.max_steps=2", "--model.init_args.rollout.horizon=5", f"--ckpt_path={path}"])
+    run(
+        [
+            "fit",
+            "-c",
+            str(config),
+            "--trainer.max_steps=2",
+            "--model.init_args.rollout.horizon=5",
+            f"--ckpt_path={path}",
+        ]
+    )
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 2
     assert yaml.safe_load(state["opd_config"])["model"]["init_args"]["rollout"]["horizon"] == 5
@@ -116,6 +125,8 @@ def test_validate_and_test_report_accuracy(config, tiny_data, capsys):
 
 
 def test_module_and_console_script_are_the_same_program():
-    output = subprocess.run([sys.executable, "-m", "opd_lightning", "--help"], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-m", "opd_lightning", "--help"], capture_output=True, text=True, check=True
+    )
     assert "fit" in output.stdout
     assert "validate" in output.stdout
