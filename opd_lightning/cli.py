@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from .cli_errors import Parser, config_files
 from .export import export
 from .module import OnPolicyDistillation
 from .shipped import PREFIX, shipped
@@ -104,7 +105,9 @@ class PredictionWriter(BasePredictionWriter):
 class OPDCLI(LightningCLI):
     """LightningCLI in subclass mode: the setting and the data are named by class in YAML."""
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str]) -> None:
+        arguments = [resolve(argument) for argument in args]
+        Parser.files = config_files(arguments)
         super().__init__(
             OnPolicyDistillation,
             L.LightningDataModule,
@@ -114,7 +117,8 @@ class OPDCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             trainer_defaults={"callbacks": [PredictionWriter()]},
-            args=None if args is None else [resolve(argument) for argument in args],
+            parser_class=Parser,
+            args=arguments,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

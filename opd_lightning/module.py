@@ -157,14 +157,18 @@ class OnPolicyDistillation(L.LightningModule):
 
     def required_columns(self) -> dict[str, str]:
         """Canonical column → who needs it."""
-        needed = {"prompt": "the rollout"}
+        needed: dict[str, str] = {"prompt": "the rollout"}
+
+        def need(column: str, who: str) -> None:
+            needed[column] = f"{needed[column]}, {who}" if column in needed else who
+
         if "dataset" in self.rollout.sources:
-            needed["completion"] = "rollout.behaviour.dataset"
+            need("completion", "rollout.behaviour.dataset")
         for column in getattr(self.reward, "columns", ()):
-            needed[column] = "model.reward"
+            need(column, "model.reward")
         for name, teacher in self.teachers.items():
             for column in (*(teacher.view.columns if teacher.view else ()), *teacher.where):
-                needed[column] = f"model.teachers.{name}"
+                need(column, f"model.teachers.{name}")
         return needed
 
     def configure_model(self) -> None:
@@ -323,7 +327,7 @@ class OnPolicyDistillation(L.LightningModule):
         missing = [name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} trainable parameters got no gradient, among them {missing[0]}: they would never learn. "
+                f"{len(missing)} trainable parameters got no gradient, among them {missing[0]}; they would not learn. "
                 "4-bit bases lose the gradients of their adapters on some CPUs after a forward pass in eval mode; "
                 "otherwise freeze what the loss does not reach."
             )
