@@ -9,20 +9,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import Qwen3Config
 
 from opd_lightning.modalities.text.sums import character_tokenizer
 
 HERE = Path(__file__).parent / "quickstart"
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "teacher": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 24},
     "student": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "head_dim": 16},
 }
 CONFIGS = {"teacher": "pretrain_teacher", "student": "warm_start_student"}
 
 
-def architecture(folder: Path, sizes: dict[str, int]) -> None:
+def architecture(folder: Path, sizes: dict[str, Any]) -> None:
     """A folder with a configuration and a tokenizer, but no weights yet."""
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -50,5 +51,6 @@ for role, sizes in SIZES.items():
         shutil.rmtree(old, ignore_errors=True)
     architecture(HERE / role, sizes)
     opd("fit", "-c", f"opd:text/{CONFIGS[role]}.yaml")
+    opd("export", str(run / "checkpoints" / "last.ckpt"), str(run / "export"))
     shutil.rmtree(HERE / role)
-    opd("export", str(run / "checkpoints" / "last.ckpt"), str(HERE / role))
+    shutil.move(run / "export", HERE / role)
