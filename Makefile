@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow check bench assets clean
+.PHONY: install demo test test-slow check bench recover assets clean
 
 install: .venv/installed
 
@@ -31,6 +31,9 @@ test-slow: install
 
 bench: install
 	$(BIN)/python benchmarks/objective.py
+
+recover: install
+	$(BIN)/python benchmarks/recover.py
 
 assets: install
 	$(BIN)/python assets/make_quickstart.py

@@ -35,7 +35,8 @@ class Parser(LightningArgumentParser):
 def explain(message: str, files: list[Path]) -> str:
     """The short form of an error message of jsonargparse, with the file and line that hold the key."""
     path: list[str] = []
-    class_path, problems = "", []
+    class_path = ""
+    problems: list[str] = []
     for line in message.splitlines():
         text = line.strip()
         if found := _KEY.match(text):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .objective.weight import Weight
 
 OVERLAP_K = 16
+# The stream of a teacher that is asked once more without its view, to log what the view changes
+WITHOUT_VIEW = " without view"
 
 
 class Averages:
@@ -66,7 +68,10 @@ class Averages:
 
 @torch.no_grad()
 def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
-    """Entropies, both KLs, first-step KL and top-k overlap of the open chunk, at temperature 1."""
+    """Of the open chunk, at temperature 1: entropies, both KLs, first-step KL, top-k overlap, privileged gap.
+
+    The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights.
+    """
     student = chunk.student
     if not isinstance(student, CategoricalChunk):
         return
@@ -74,10 +79,15 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     log_p = student.log_probs().detach()
     for name, teacher in chunk.streams.items():
         assert isinstance(teacher, CategoricalChunk)
+        if name.endswith(WITHOUT_VIEW):
+            continue
         here = torch.ones(len(chunk), device=log_p.device)
         if name in chunk.available:
             here = chunk.per_trajectory(chunk.available[name]).float()
         log_q = teacher.log_probs()
+        if name + WITHOUT_VIEW in chunk.streams:
+            blind = chunk.streams[name + WITHOUT_VIEW].log_prob(chunk.action)
+            averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
         reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
         averages.add(f"{name}/kl_student_teacher", reverse * here, here)
         averages.add(f"{name}/kl_teacher_student", (log_q.exp() * (log_q - log_p)).sum(-1) * here, here)
@@ -92,11 +102,19 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
 
 
 class Stopwatch:
-    """Seconds per phase since the last `read`."""
+    """Seconds and steps per phase since the last `read`.
+
+    On a GPU a phase ends when its kernels are queued, so shares are exact only where something waits for the result
+    (rollouts do); the sum of all phases is.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
         self.since = time.perf_counter()
+
+    def count(self, name: str, steps: int) -> None:
+        self.steps[name] = self.steps.get(name, 0) + steps
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -106,9 +124,15 @@ class Stopwatch:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def read(self) -> tuple[dict[str, float], float]:
-        """Seconds by phase and seconds in all, then starts anew."""
+    def read(self) -> dict[str, float]:
+        """Each phase's share of the time and its steps per second, then starts anew."""
         now = time.perf_counter()
-        seconds, total = self.seconds, now - self.since
-        self.seconds, self.since = {}, now
-        return seconds, total
+        total = now - self.since
+        values = {f"time/{phase}_share": spent / total for phase, spent in self.seconds.items()}
+        values |= {
+            f"speed/{phase}_steps_per_s": self.steps[phase] / spent
+            for phase, spent in self.seconds.items()
+            if phase in self.steps
+        }
+        self.seconds, self.steps, self.since = {}, {}, now
+        return values

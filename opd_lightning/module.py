@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from .audit import audit
-from .diagnostics import Averages, Stopwatch
+from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
 from .objective import Objective, Steps
@@ -241,6 +241,7 @@ class OnPolicyDistillation(L.LightningModule):
     def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
         """What a teacher says at every state, without gradient, and for which trajectories ``[B]`` it does."""
         teacher, policy = self.teachers[name], self.policies[name]
+        self.stopwatch.count("teacher", int(trajectories.mask.sum()))
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if teacher.view is None and not teacher.where and not teacher.own_template:
                 return self.steps(policy, trajectories), None
@@ -258,6 +259,9 @@ class OnPolicyDistillation(L.LightningModule):
         if batch.micro_batch == 0:
             self._look_ahead(whole)
         teachers, available = self.ask_all(batch)
+        if self._logs_now():
+            teachers |= self._ask_without_views(batch)
+        self.stopwatch.count("student", int(batch.mask.sum()))
         with self.stopwatch.phase("student"):
             student = self.steps(self.policies["student"], batch)
         with self.stopwatch.phase("objective"):
@@ -274,6 +278,16 @@ class OnPolicyDistillation(L.LightningModule):
             if has_view is not None:
                 available[name] = has_view
         return teachers, available
+
+    @torch.no_grad()
+    def _ask_without_views(self, batch: Trajectories) -> dict[str, Distribution]:
+        """Teachers that have a view, asked without it; only for the log."""
+        asked = [name for name in sorted(self.objective.teachers()) if self.teachers[name].view is not None]
+        found = {}
+        for name in asked:
+            with evaluating(self.policies[name].model):
+                found[name + WITHOUT_VIEW] = self.steps(self.policies[name], batch)
+        return found
 
     @torch.no_grad()
     def _look_ahead(self, whole: OptimiserStep) -> None:
@@ -353,13 +367,10 @@ class OnPolicyDistillation(L.LightningModule):
             return
         averages, self._averages = self._averages, Averages(self.device)
         if self._is_logged(self.global_step):
-            seconds, total = self.stopwatch.read()
             values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
-            for phase, spent in seconds.items():
-                values[f"time/{phase}_share"] = spent / total
             shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
             self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
-            self.log_dict(values)
+            self.log_dict(values | self.stopwatch.read())
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
@@ -384,7 +395,10 @@ class OnPolicyDistillation(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.log_dict(self.evaluator.finish("val"), prog_bar=True)
+            values = self.evaluator.finish("val")
+            shown = "val/accuracy" if self.reward is not None else "val/length"
+            self.log(shown, values.pop(shown), prog_bar=True)
+            self.log_dict(values)
 
     def test_step(self, examples: list[Example], batch_idx: int) -> None:
         self.evaluator.step("test", "student", examples, batch_idx)

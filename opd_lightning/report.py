@@ -37,13 +37,11 @@ def read_curves(run: Path) -> Curves:
 
 
 def summarise(curves: Curves) -> dict[str, float]:
-    """Held-out accuracy before, after, and of the teacher, as fractions."""
+    """Held-out accuracy before and after, and of each teacher by its name, as fractions."""
     accuracy = curves["val/accuracy"]
     found = {"before": accuracy[0][1], "after": accuracy[-1][1]}
-    teachers = [points for name, points in curves.items() if name.startswith("val/") and name.endswith("/accuracy")]
-    if teachers:
-        found["teacher"] = teachers[0][0][1]
-    return found
+    teachers = [name for name in curves if name.startswith("val/") and name.endswith("/accuracy")]
+    return found | {name.split("/")[1]: curves[name][0][1] for name in teachers if name != "val/accuracy"}
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
@@ -63,13 +61,13 @@ def draw(curves: Curves, path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("curves need matplotlib: pip install 'opd-lightning[plots]'") from error
-    panels = {
+    panels: dict[str, list[str]] = {
         "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
         "rollout length": [name for name in ("train/length", "val/length") if name in curves],
     }
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels))
+    axes: Any = figure.subplots(1, len(panels))
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             steps, values = zip(*curves[name], strict=True)

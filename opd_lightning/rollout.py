@@ -182,6 +182,7 @@ class RolloutLoader:
                     places.append(mine)
             trajectories = Trajectories.concatenate(parts, self.module.padding)
             trajectories = trajectories.select(torch.cat(places).argsort())
+        self.module.stopwatch.count("rollout", int(trajectories.mask.sum()))
         trajectories = dataclasses.replace(
             trajectories,
             examples=examples,
