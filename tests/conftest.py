@@ -5,50 +5,69 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from opd_lightning.modalities.text.sums import character_tokenizer  # noqa: E402
+from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
 
-torch.set_num_threads(2)
-
-
-def save_qwen3(folder: Path, seed: int, hidden: int = 32, rows: int = 24) -> Path:
-    """A model folder: random weights, a character tokenizer, and a head with a few rows more than it has tokens."""
-    torch.manual_seed(seed)
-    tokenizer = character_tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = Qwen3Config(
-        vocab_size=max(rows, len(tokenizer)),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
-def tiny_student(tmp_path_factory) -> Path:
-    return save_qwen3(tmp_path_factory.mktemp("student"), seed=1)
+def saved(tmp_path_factory) -> Callable[..., Path]:
+    """`save_model` into a folder of its own; the same arguments give the same folder."""
+    made: dict[str, Path] = {}
+
+    def get(**settings: Any) -> Path:
+        key = repr(sorted(settings.items(), key=lambda item: item[0]))
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp("model"), **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
+def architecture(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory) -> Path:
-    return save_qwen3(tmp_path_factory.mktemp("teacher"), seed=2, hidden=48, rows=28)
+def student(saved, architecture) -> Path:
+    """A tiny student of every architecture in turn."""
+    return saved(architecture=architecture)
+
+
+@pytest.fixture(scope="session")
+def teacher(saved, architecture) -> Path:
+    """Another model of the same architecture: wider, with another number of head rows."""
+    return saved(architecture=architecture, seed=2, hidden=48, rows=28)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(saved) -> Path:
+    return saved(seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(saved) -> Path:
+    return saved(seed=2, hidden=48, rows=28)
+
+
+@pytest.fixture(scope="session")
+def chat_student(tmp_path_factory) -> Path:
+    """A model with a chat template, a beginning-of-sequence token, and two stop tokens as chat models have them."""
+    tokenizer = chat_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
+    folder = tmp_path_factory.mktemp("chat")
+    return save_model(folder, tokenizer=tokenizer, rows=104, generation={"eos_token_id": ids})
 
 
 @pytest.fixture(scope="session")
