@@ -133,8 +133,10 @@ class CategoricalChunk:
     def log_probs(self, temperature: float = 1.0) -> Tensor:
         """``[n, V]`` log-softmax of the logits divided by ``temperature``."""
         if temperature not in self._log_probs:
-            logits = self.logits if temperature == 1.0 else self.logits / temperature
-            self._log_probs[temperature] = logits.log_softmax(-1)
+            # whoever asks first may do so under no_grad (a weight, a target); the signal still needs the gradient
+            with torch.set_grad_enabled(self.logits.requires_grad):
+                logits = self.logits if temperature == 1.0 else self.logits / temperature
+                self._log_probs[temperature] = logits.log_softmax(-1)
         return self._log_probs[temperature]
 
     def log_prob(self, action: Tensor) -> Tensor:
