@@ -59,6 +59,11 @@ class Term:
         return set().union(*(part.needs for part in self.parts()))
 
     @property
+    def stream(self) -> str | None:
+        """Name of what the term compares with: its teacher, or what its target makes of it."""
+        return self.teacher if self.target is None else f"{self.teacher} as {self.name}'s target"
+
+    @property
     def teachers(self) -> set[str]:
         """Names whose forward pass the term needs."""
         own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
@@ -141,7 +146,7 @@ class Objective:
                     term.normaliser == "weights" and "batch" in scopes and part in term.weights
                 ):
                     for name in part.reads:
-                        found[term.teacher if name.startswith("teacher") else "", name] = (term, name)
+                        found[term.stream if name.startswith("teacher") else "", name] = (term, name)
         return list(found.values())
 
     @property
@@ -174,7 +179,7 @@ class Objective:
                     if optimiser_step.statistics is not None:
                         steps.statistics = optimiser_step.statistics[i]
                         steps.everywhere = optimiser_step.over_batch
-                    total = total + self._weigh(steps.for_term(term.teacher), term, term.weights).sum().cpu()
+                    total = total + self._weigh(steps.for_term(term.stream), term, term.weights).sum().cpu()
                 assert term.name is not None
                 sums[term.name] = total
         return sums
@@ -223,7 +228,7 @@ class Objective:
         self._count_clipped(steps, averages, {"row", "batch"})
         factors: dict[str | None, Tensor] = {}
         for term in self.active:
-            ahead = self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data", "row", "batch"}))
+            ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
             factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
 
         def evaluate(accumulator: Any) -> Tensor:
@@ -283,14 +288,14 @@ class Objective:
         for term in self.active:
             for part in term.parts():
                 if part.scope in scopes and isinstance(part, Weight | Advantage):
-                    steps.parts[id(part)] = part(steps.for_term(term.teacher)).detach()
+                    steps.parts[id(part), term.stream] = part(steps.for_term(term.stream)).detach()
 
     def _drop_weightless(self, steps: Steps) -> Steps:
         """Without the steps that no term gives a weight, unless some part wants to see whole rows."""
         parts = [part for term in self.active for part in term.parts()]
         if any(part.scope in ("row", "batch") for part in parts):
             return steps
-        known = [self._weigh(steps.for_term(term.teacher), term, _of_scope(term, {"data"})) for term in self.active]
+        known = [self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data"})) for term in self.active]
         kept = (
             torch.stack([weight > 0 for weight in known]).any(0)
             if known
@@ -301,12 +306,12 @@ class Objective:
     def _see(self, chunk: Steps, term: Term) -> Steps:
         """The open chunk as a term sees it: with its target built, if it has a teacher."""
         if not term.teachers:
-            return chunk.for_term(None)
+            return chunk.for_term(term.stream)
         assert term.teacher is not None
         target = chunk.streams[term.teacher]
         if term.target is not None:
             target = term.target({**chunk.streams, "teacher": target, "student": chunk.student})  # type: ignore[dict-item]
-        return chunk.for_term(term.teacher, target)
+        return chunk.for_term(term.stream, target)
 
     def _on(self, steps: Steps, term: Term) -> Tensor:
         """``[N]`` bool: where the term applies at all."""
@@ -326,10 +331,10 @@ class Objective:
 
     def _count_clipped(self, steps: Steps, averages: Averages, scopes: set[str]) -> None:
         for term in self.active:
-            seen = steps.for_term(term.teacher)
+            seen = steps.for_term(term.stream)
             for weight in _of_scope(term, scopes):
                 assert term.name is not None
-                averages.add_clipped(term.name, weight, steps.part(weight), self._on(seen, term))
+                averages.add_clipped(term.name, weight, seen.part(weight), self._on(seen, term))
 
     def _normaliser(self, term: Term, whole: OptimiserStep) -> float:
         if term.normaliser == "steps":

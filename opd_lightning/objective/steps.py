@@ -33,10 +33,11 @@ class Steps:
     student: CategoricalChunk | Gaussian | None = None
     streams: dict[str, CategoricalChunk | Gaussian] = field(default_factory=dict)
     available: dict[str, Tensor] = field(default_factory=dict)  # [B] bool, by teacher
-    teacher_name: str | None = None
+    stream: str | None = None  # what "teacher" stands for: `Term.stream`
     target: CategoricalChunk | Gaussian | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    parts: dict[int, Tensor] = field(default_factory=dict)  # values of parts of wider scope, by id
+    # values of parts of wider scope, by the part's id and the stream that it reads
+    parts: dict[tuple[int, str | None], Tensor] = field(default_factory=dict)
     everywhere: Callable[[str], Tensor] | None = None
 
     @classmethod
@@ -59,9 +60,9 @@ class Steps:
             **changes,
         )
 
-    def for_term(self, teacher: str | None, target: CategoricalChunk | Gaussian | None = None) -> Steps:
+    def for_term(self, stream: str | None, target: CategoricalChunk | Gaussian | None = None) -> Steps:
         """The same steps as one term sees them: what "teacher" stands for."""
-        return replace(self, teacher_name=teacher, target=target)
+        return replace(self, stream=stream, target=target)
 
     @property
     def teacher(self) -> Any:
@@ -96,14 +97,15 @@ class Steps:
 
     def part(self, part: Callable[[Steps], Tensor]) -> Tensor:
         """``[n]`` the value of an advantage or a weight: looked up if its scope is wider than a step."""
-        return self.parts[id(part)] if id(part) in self.parts else part(self)
+        key = id(part), self.stream
+        return self.parts[key] if key in self.parts else part(self)
 
     def key(self, name: str) -> str:
-        """Under which a statistic is kept: a teacher's under the teacher's name."""
-        return f"{self.teacher_name}/{name}" if name.startswith("teacher") else name
+        """Under which a statistic is kept: a teacher's under the stream's name."""
+        return f"{self.stream}/{name}" if name.startswith("teacher") else name
 
     def statistic(self, name: str) -> Tensor:
-        """``[N]``, without gradient: one of `STATISTICS`, for the term's own teacher."""
+        """``[N]``, without gradient: one of `STATISTICS`, for the term's own stream."""
         key = self.key(name)
         if key not in self.statistics:
             self.statistics[key] = measure(self, name)
