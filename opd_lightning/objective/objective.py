@@ -279,8 +279,9 @@ class Objective:
                 averages.add_clipped(term.name, weight, local, self._on(seen, term))
                 factor = factor * local
             # an infinite loss at a step of weight 0 must not turn into NaN
-            losses.append(torch.where(factor != 0, values * factor, 0.0).sum())
-            averages.add(f"loss/{term.name}", values.detach() * (factor != 0), (factor != 0).float())
+            on = factor != 0
+            losses.append(torch.where(on, values * factor, 0.0).sum())
+            averages.add(f"loss/{term.name}", torch.where(on, values.detach(), 0.0), on.float())
         return torch.stack(losses).sum()
 
     def _settle(self, steps: Steps, scopes: set[str]) -> None:

@@ -190,10 +190,7 @@ class PolicyGradient(Signal):
     def __call__(self, steps: Steps) -> Tensor:
         assert steps.student is not None
         advantage = steps.part(self.advantage).detach()
-        return surrogate(
-            steps.student.log_prob(steps.action),
-            steps.behaviour_log_prob,
-            advantage,
-            self.clip,
-            self.clip_high,
-        )
+        log_prob, old = steps.student.log_prob(steps.action), steps.behaviour_log_prob
+        # unknown where another term trains (`check` sees to that); its NaN would survive a weight of 0 in the gradient
+        old = torch.where(old.isnan(), log_prob.detach(), old)
+        return surrogate(log_prob, old, advantage, self.clip, self.clip_high)
