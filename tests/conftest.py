@@ -17,7 +17,7 @@ import torch  # noqa: E402
 
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(1)  # more only get in each other's way on models this small
 
 
 @pytest.fixture(scope="session")

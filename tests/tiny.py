@@ -20,7 +20,7 @@ from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.modalities.text.sums import character_tokenizer
 from opd_lightning.module import OnPolicyDistillation
-from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout, RolloutLoader
 from opd_lightning.teacher import Frozen, Teacher
@@ -136,6 +136,10 @@ def make_rows(count: int = 24) -> list[dict[str, Any]]:
 
 def reverse_kl(**settings: Any) -> Objective:
     return Objective([Term(ReverseKL(), **settings)])
+
+
+def no_teacher() -> Objective:
+    return Objective([Term(CrossEntropy(), teacher=None)])
 
 
 def sgd(lr: float = 0.1) -> Callable[[Any], torch.optim.Optimizer]:
