@@ -173,13 +173,15 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             return f"the prompt's {length} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
         for name, teacher in self.teachers.items():
             seen = teacher.look(example)
-            if seen is None or (teacher.view is None and not teacher.own_template):
+            if seen is None:
                 continue
             policy = self.policies[name]
-            length = self.prompt_length(seen, policy if teacher.own_template else None)
-            limit = teacher.max_prompt_length or context_length(policy) - rollout.horizon
-            if length > limit:
-                return f"the teacher's prompt has {length} tokens, the limit of model.teachers.{name} is {limit}"
+            own = teacher.view is not None or teacher.own_template
+            shown = self.prompt_length(seen, policy if teacher.own_template else None) if own else length
+            room = context_length(policy) - rollout.horizon
+            limit = min(teacher.max_prompt_length or room, room)
+            if shown > limit:
+                return f"the teacher's prompt has {shown} tokens, the limit of model.teachers.{name} is {limit}"
         return None
 
 

@@ -1,0 +1,153 @@
+"""What a policy says at every visited state: padding, views, replay, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
+from opd_lightning.pretrained import Lora, Pretrained
+from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
+from tests.tiny import act, log_softmax, make_module, make_rows, no_teacher, teacher_forced
+
+PRIVILEGED = PromptView("{{ solution }}?{{ prompt }}")
+
+
+def frozen(path, **settings) -> dict[str, Teacher]:
+    return {"teacher": Teacher(Frozen(Pretrained(str(path))), **settings)}
+
+
+def test_a_batch_says_what_each_row_says_alone(student):
+    """Prompts padded on the left, completions on the right."""
+    module = make_module(student, {}, no_teacher())
+    rolled = act(module, make_rows(8))
+    together = log_softmax(module, "student", rolled)
+    for i, alone in enumerate(rolled.split(1)):
+        steps = int(alone.mask.sum())
+        prompt = alone.observation["attention_mask"].bool()
+        text = torch.cat([alone.observation["input_ids"][prompt], alone.actions[0, :steps]])
+        model = module.policies["student"].model
+        with torch.no_grad():
+            plain = model(input_ids=text[None]).logits[0, -steps - 1 : -1, : module.vocabulary].log_softmax(-1)
+        assert (log_softmax(module, "student", alone)[0, :steps] - plain).abs().max() < 1e-4
+        assert (together[i, :steps] - plain).abs().max() < 1e-4
+
+
+def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):
+    """Its prompt has another length in every row, and the same completion."""
+    module = make_module(student, frozen(teacher, view=PRIVILEGED))
+    rolled = act(module, make_rows(8))
+    distribution, available = module.ask("teacher", rolled)
+    assert available.tolist() == [bool(example["solution"]) for example in rolled.examples]
+    said = distribution.head(distribution.hidden).log_softmax(-1)
+    model, tokenizer = module.policies["teacher"].model, module.tokenizer()
+    for i, example in enumerate(rolled.examples):
+        shown = (PRIVILEGED(example) or example)["prompt"]
+        steps = int(rolled.mask[i].sum())
+        text = torch.cat([torch.tensor(tokenizer(shown)["input_ids"]), rolled.actions[i, :steps]])
+        with torch.no_grad():
+            plain = model(input_ids=text[None]).logits[0, -steps - 1 : -1, : module.vocabulary].log_softmax(-1)
+        assert (said[i, :steps] - plain).abs().max() < 1e-4
+    assert not torch.allclose(said, log_softmax(module, "teacher", rolled), atol=1e-2), "the view changes nothing?"
+
+
+@pytest.mark.parametrize("weights", ["frozen", "initial", "live", "ema"])
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
+def test_the_student_itself_without_a_view_is_at_no_distance(student, weights, lora):
+    made = {
+        "frozen": Frozen(Pretrained(str(student))),
+        "initial": Initial(),
+        "live": Live(),
+        "ema": EMA(0.3),
+    }[weights]
+    objective = Objective([Term(ReverseKL()), Term(ForwardKL())])
+    module = make_module(Pretrained(str(student), lora=lora), {"teacher": Teacher(made)}, objective)
+    rolled = act(module, make_rows(8))
+    teachers, available = module.ask_all(rolled)
+    with torch.no_grad():
+        loss, averages = objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
+    found = averages.compute()
+    assert found["loss/ReverseKL"] == found["loss/ForwardKL"] == float(loss) == 0.0
+
+
+def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(student, teacher):
+    module = make_module(
+        student,
+        frozen(teacher, view=PRIVILEGED),
+        rollout=Rollout(batch_size=8, horizon=10, behaviour={"teacher": 1.0}),
+    )
+    rows = make_rows(8)
+    rolled = act(module, rows, "teacher")
+    assert torch.equal(rolled.observation["input_ids"], module.collate(rows)["input_ids"])
+    assert rolled.examples == rows
+    shown = [PRIVILEGED(row) or row for row in rows]
+    seen = teacher_forced(module, "teacher", rolled, shown)
+    assert (seen - rolled.behaviour_log_probs).abs().max() < 1e-4
+    assert (teacher_forced(module, "teacher", rolled) - rolled.behaviour_log_probs).abs().max() > 1e-2
+
+
+def test_replay_ends_with_the_stop_token_and_is_cut_at_the_horizon(student):
+    module = make_module(student, {}, no_teacher(), rollout=Rollout(horizon=4, behaviour={"dataset": 1.0}))
+    rows = [{"prompt": "1+1=", "completion": text} for text in ("2", "123", "1234", "")]
+    rolled = module.act("dataset", rows, [0] * 4)
+    known = [module.tokenizer().decode(a[m]) for a, m in zip(rolled.actions, rolled.mask, strict=True)]
+    assert known == ["2<eos>", "123<eos>", "1234", "<eos>"]
+    assert rolled.stopped.tolist() == [True, True, False, True]
+    assert rolled.behaviour_log_probs.isnan().all()
+    assert rolled.mask.shape == (4, 4)
+
+
+# -- refusals (rule 8) --------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_is_refused_with_its_length_and_the_limit(tiny_student):
+    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(horizon=8, max_prompt_length=6))
+    assert module.refusal({"prompt": "12+34="}) is None
+    assert module.refusal({"prompt": "12+345="}) == "the prompt has 7 tokens, rollout.max_prompt_length is 6"
+
+
+def test_prompt_and_horizon_must_fit_the_context(saved):
+    short = saved(max_position_embeddings=16)
+    module = make_module(short, {}, no_teacher(), rollout=Rollout(horizon=10))
+    assert module.refusal({"prompt": "12+34="}) is None
+    reason = module.refusal({"prompt": "12+345="})
+    assert reason == "the prompt's 7 tokens and rollout.horizon 10 exceed the context of 16"
+
+
+def test_a_teachers_prompt_has_its_own_limit(saved, tiny_student):
+    view = PromptView("{{ solution }}{{ prompt }}")
+    module = make_module(
+        tiny_student,
+        frozen(tiny_student, view=view, max_prompt_length=12),
+        rollout=Rollout(horizon=8, max_prompt_length=4),
+    )
+    assert module.refusal({"prompt": "1+1=", "solution": "12345678"}) is None
+    assert module.refusal({"prompt": "1+1=", "solution": ""}) is None, "no view, nothing to be too long"
+    reason = module.refusal({"prompt": "1+1=", "solution": "123456789"})
+    assert reason == "the teacher's prompt has 13 tokens, the limit of model.teachers.teacher is 12"
+
+    module = make_module(tiny_student, frozen(saved(max_position_embeddings=16), view=view), rollout=Rollout(horizon=8))
+    assert module.refusal({"prompt": "1+1=", "solution": "1234"}) is None
+    reason = module.refusal({"prompt": "1+1=", "solution": "12345"})
+    assert reason == "the teacher's prompt has 9 tokens, the limit of model.teachers.teacher is 8"
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_prompt_length": 100, "view": PRIVILEGED}], ids=["plain", "own limit"])
+def test_prompt_and_horizon_must_fit_the_teachers_context(saved, tiny_student, settings):
+    """Also where it sees the student's prompt, and where its own limit is beyond what it can hold."""
+    module = make_module(
+        tiny_student, frozen(saved(max_position_embeddings=16), **settings), rollout=Rollout(horizon=10)
+    )
+    assert module.refusal({"prompt": "123", "solution": "1"}) is None
+    reason = module.refusal({"prompt": "1234567", "solution": "1"})
+    assert reason is not None
+    assert reason.endswith("the limit of model.teachers.teacher is 6")
+
+
+def test_a_teachers_limit_holds_without_a_view_too(tiny_student):
+    module = make_module(tiny_student, frozen(tiny_student, max_prompt_length=5))
+    assert module.refusal({"prompt": "1+11="}) is None
+    reason = module.refusal({"prompt": "11+11="})
+    assert reason == "the teacher's prompt has 6 tokens, the limit of model.teachers.teacher is 5"
