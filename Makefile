@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-slow check bench recover assets clean
+.PHONY: install demo test test-slow check bench methods recover assets clean
 
 install: .venv/installed
 
@@ -31,6 +31,9 @@ test-slow: install
 
 bench: install
 	$(BIN)/python benchmarks/objective.py
+
+methods: install
+	$(BIN)/python benchmarks/methods.py
 
 recover: install
 	$(BIN)/python benchmarks/recover.py

@@ -1,0 +1,46 @@
+"""Two ranks do what one rank does with the same global batch (rule 2), and their metrics are reduced."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from tests.test_resume import PLAIN, configuration, finish, last, start
+
+SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
+SHORT = ["--trainer.max_steps=1", "--model.init_args.schedule.warmup_steps=0", "--model.init_args.schedule.name=constant"]
+TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normaliser: weights}]"
+
+
+@pytest.mark.parametrize("terms", [None, TERM], ids=["trained steps", "sum of weights over the batch"])
+def test_two_ranks_train_and_score_like_one(terms, tmp_path, tiny_student, tiny_teacher, tiny_data):
+    results = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        setup = {**PLAIN, "rollout": {"batch_size": 8 // ranks, "horizon": 8}}
+        config = configuration(folder, tiny_student, tiny_teacher, tiny_data, setup)
+        extra = [
+            "--model.init_args.reward.class_path=ExactMatch",
+            f"--trainer.devices={ranks}",
+            f"--trainer.strategy={'auto' if ranks == 1 else 'ddp'}",
+            "--trainer.limit_val_batches=1.0",
+            "--trainer.val_check_interval=1",
+            "--trainer.check_val_every_n_epoch=null",
+            f"--data.init_args.validation={tiny_data}",
+            "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.init_args.save_dir={folder}",
+            "--trainer.logger.init_args.name=logs",
+        ]
+        if terms:
+            extra.append(f"--model.init_args.objective.terms={terms}")
+        finish(start(config, *SGD, *SHORT, *extra))
+        rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open()))
+        results[ranks] = last(config)["state_dict"], {k: float(v) for row in rows for k, v in row.items() if v}
+
+    (one, metrics), (two, metrics_of_two) = results[1], results[2]
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for name in ("val/accuracy", "val/length", "val/stopped", "val/teacher/kl_student_teacher", "train/length"):
+        assert metrics_of_two[name] == pytest.approx(metrics[name], rel=1e-4), name
