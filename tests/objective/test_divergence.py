@@ -313,5 +313,7 @@ def test_out_of_range_settings_are_refused_with_the_range():
         JSD(beta=1.5)
     for make in (SkewForwardKL, SkewReverseKL):
         for alpha in (0, 1):
-            with pytest.raises(ValueError, match=rf"signal\.alpha must be in \(0, 1\), got {alpha}; the plain KL is its"):
+            with pytest.raises(
+                ValueError, match=rf"signal\.alpha must be in \(0, 1\), got {alpha}; the plain KL is its"
+            ):
                 make(alpha=alpha)

@@ -1,0 +1,74 @@
+"""Supports: which ids, and what happens to the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_lightning.distribution import IMPOSSIBLE
+from opd_lightning.objective import Support
+from tests.objective.reference import close
+
+STUDENT = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+TEACHER = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+ACTION = torch.tensor([1])
+
+
+def restrict(*settings) -> tuple[list[float], list[float]]:
+    return tuple(
+        [round(v, 4) for v in side.exp()[0].tolist()] for side in Support(*settings).restrict(STUDENT, TEACHER, ACTION)
+    )
+
+
+def test_each_support_by_hand():
+    assert restrict() == ([0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4])
+    assert restrict("teacher", 2) == ([0.05, 0.15, 0.8], [0.4, 0.3, 0.3])
+    assert restrict("student", 2) == ([0.5, 0.3, 0.2], [0.1, 0.2, 0.7])
+    assert restrict("student", 2, "drop") == ([0.5, 0.3], [0.1, 0.2])
+    assert restrict("student", 2, "renormalise") == ([0.625, 0.375], [0.3333, 0.6667])
+    assert restrict("sampled") == ([0.3, 0.7], [0.2, 0.8])
+    assert restrict("sampled", None, "drop") == ([0.3], [0.2])
+
+
+def test_an_id_in_both_halves_of_a_union_counts_once():
+    student, teacher = Support("union", 3).restrict(STUDENT, TEACHER, ACTION)
+    close(student.exp().sum(-1), torch.ones(1), 1e-6)
+    close(teacher.exp().sum(-1), torch.ones(1), 1e-6)
+    assert sorted(round(v, 2) for v in student.exp()[0].tolist()) == [0, 0, 0, 0.05, 0.15, 0.3, 0.5]
+
+
+def test_the_tail_of_a_nearly_certain_distribution_is_exact():
+    """1 − Σ would be rounding noise of 1e-7 in float32."""
+    logits = torch.tensor([[40.0, 0.0, 0.0, 1.0]])
+    log_probs = logits.log_softmax(-1)
+    student, _ = Support("student", 1).restrict(log_probs, log_probs, ACTION)
+    expected = torch.tensor([0.0, 0.0, 1.0]).double().logsumexp(0) - 40
+    close(student[0, 1:], expected[None], 1e-6)
+
+
+def test_a_support_that_holds_all_that_is_possible_has_an_impossible_tail():
+    log_probs = torch.tensor([[0.0, 1.0, IMPOSSIBLE, IMPOSSIBLE]]).log_softmax(-1)
+    student, _ = Support("student", 3).restrict(log_probs, log_probs, ACTION)
+    assert student.exp()[0, -1] == 0
+    assert torch.isfinite(student).all()
+
+
+@pytest.mark.parametrize("k", [None, 0, -2])
+@pytest.mark.parametrize("of", ["teacher", "student", "union"])
+def test_ranked_supports_need_k(of, k):
+    with pytest.raises(ValueError, match=rf"support\.k: a support of '{of}' needs k >= 1, got {k}"):
+        Support(of, k)
+
+
+@pytest.mark.parametrize("of", ["full", "sampled"])
+def test_a_k_that_nothing_reads_is_refused(of):
+    with pytest.raises(ValueError, match=rf"support\.k: a support of '{of}' takes no k, got 5"):
+        Support(of, 5)
+
+
+def test_remainders_that_mean_nothing_are_refused():
+    for remainder in ("renormalise", "drop"):
+        with pytest.raises(ValueError, match=f"the full vocabulary leaves nothing to {remainder}"):
+            Support("full", None, remainder)
+    with pytest.raises(ValueError, match="one sampled id renormalises to probability 1 on both sides"):
+        Support("sampled", None, "renormalise")
