@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -40,23 +41,24 @@ class TextDistillation(AutoregressiveDistillation):
             ValueError: a chat, and no chat template to render it.
         """
         tokenizer = self.tokenizer(policy)
-        texts = [self._render(example["prompt"], tokenizer) for example in examples]
-        # a rendered chat holds its own beginning-of-sequence token already
-        plain = tokenizer.chat_template is None or self.raw_prompts
-        batch = tokenizer(texts, padding=True, add_special_tokens=plain, return_tensors="pt")
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        rows = [self._tokens(example["prompt"], tokenizer) for example in examples]
+        width = max(map(len, rows))
+        missing = [width - len(row) for row in rows]
+        ids = [[tokenizer.pad_token_id] * gap + row for gap, row in zip(missing, rows, strict=True)]
+        mask = [[0] * gap + [1] * len(row) for gap, row in zip(missing, rows, strict=True)]
+        return {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
 
-    def _render(self, prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
+    def _tokens(self, prompt: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
         if isinstance(prompt, str):
             if tokenizer.chat_template is None or self.raw_prompts:
-                return prompt
+                return list(tokenizer(prompt)["input_ids"])
             prompt = [{"role": "user", "content": prompt}]
         elif tokenizer.chat_template is None:
             raise ValueError(
                 f"the prompt is a chat but {tokenizer.name_or_path} has no chat template; give string prompts"
             )
-        return str(
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
         )
+        # a rendered chat holds its own beginning-of-sequence token already
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
