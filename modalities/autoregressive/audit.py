@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...teacher import Policy
+from ...teacher import Policy, evaluating
 from .models import bare, context_length, eos_ids, output_embeddings
 
 if TYPE_CHECKING:
@@ -96,12 +96,10 @@ def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -
     model, head = bare(policy.model), module.head(policy)
     device = next(model.parameters()).device
     ids = torch.arange(min(8, module.vocabulary), device=device)[None]
-    was_training = model.training
-    with policy.active():
+    with policy.active(), evaluating(model):
         own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
     ours = head(hidden)
-    model.train(was_training)
     if head.suppressed is not None:
         own[:, head.suppressed] = ours[:, head.suppressed]
     error, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)

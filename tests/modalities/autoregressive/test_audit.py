@@ -1,0 +1,178 @@
+"""The start-up audit: what it shows, what just works, and what it refuses (rules 4 and 7)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3ForCausalLM
+
+from opd_lightning.audit import audit
+from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.pretrained import Lora, Pretrained
+from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import EMA, Frozen, Initial, Teacher
+from tests.tiny import act, chat_tokenizer, make_module, make_rows, no_teacher, save_model, teacher_forced
+
+SCALED = {
+    "softcap": {"architecture": "gemma3", "final_logit_softcapping": 1.5},
+    "gemma2": {"config_class": "Gemma2Config", "final_logit_softcapping": 2.0},
+    "cohere": {"config_class": "CohereConfig", "logit_scale": 0.25},
+    "granite": {"config_class": "GraniteConfig", "logits_scaling": 8.0},
+    "bias": {"config_class": "PhiConfig"},
+}
+
+
+def table(module) -> dict[str, dict[str, str]]:
+    return dict(module.audit_rows())
+
+
+def test_rows_say_what_each_role_is(tiny_student, tiny_teacher):
+    teachers = {
+        "teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), PromptView("{{ solution }}"), max_prompt_length=40),
+        "before": Teacher(Initial()),
+    }
+    spec = Pretrained(str(tiny_student), lora=Lora(r=3))
+    module = make_module(spec, teachers, no_teacher(), rollout=Rollout(max_prompt_length=30))
+    rows = table(module)
+    assert rows["path"] == {"student": str(tiny_student), "teacher": str(tiny_teacher), "before": str(tiny_student)}
+    assert rows["weights"] == {"student": "LoRA r=3", "teacher": "Frozen, view PromptView", "before": "Initial"}
+    assert rows["dtype"]["teacher"] == "float32"
+    assert rows["tokens known / head rows"] == {"student": "17 / 24", "teacher": "17 / 28", "before": "17 / 24"}
+    assert rows["ids compared"]["teacher"] == "17"
+    assert rows["prompt limit"] == {"student": "30", "teacher": "40", "before": "256"}
+    assert rows["chat template"]["student"] == "none: prompts as they are"
+
+
+def test_the_table_is_printed(tiny_student, tiny_teacher, capsys):
+    audit(make_module(tiny_student, tiny_teacher))
+    printed = capsys.readouterr().out
+    assert "stop ids" in printed
+    assert "teacher" in printed
+
+
+def test_differing_stop_ids_and_templates_are_shown(chat_student, tmp_path):
+    other = chat_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    folder = save_model(tmp_path / "other", tokenizer=other, rows=104)
+    settings = {"chat_template_kwargs": {"enable_thinking": False}}
+    module = make_module(chat_student, folder, **settings)
+    rows = table(module)
+    assert rows["stop ids"] == {"student": "[3, 4]", "teacher": "[3] (differs: the student stops rollouts)"}
+    mine, theirs = rows["chat template"]["student"], rows["chat template"]["teacher"]
+    assert mine.endswith("used, {'enable_thinking': False}")
+    assert theirs.endswith("not used (own_template: false)")
+    assert mine[:8] != theirs[:8]
+    own = Teacher(Frozen(Pretrained(str(folder))), own_template=True)
+    assert table(make_module(chat_student, {"teacher": own}, **settings))["chat template"]["teacher"].endswith(
+        "used, {'enable_thinking': False}"
+    )
+
+
+# -- vocabularies (rule 4) ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [(17, 40), (40, 17), (24, 28)])
+def test_heads_padded_differently_just_work(saved, rows):
+    module = make_module(saved(rows=rows[0]), saved(rows=rows[1], seed=2))
+    assert module.vocabulary == 17
+    table(module)
+    rolled = act(module, make_rows(4))
+    teachers, _ = module.ask_all(rolled)
+    with torch.no_grad():
+        loss, averages = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled)
+    assert float(loss) > 0
+    assert averages.compute()["loss/ReverseKL"] > 0
+
+
+def test_another_tokenizer_is_refused_naming_id_and_readings(tiny_student, tmp_path):
+    tokenizer = character_tokenizer()
+    path = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["+"], vocabulary["="] = vocabulary["="], vocabulary["+"]
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    folder = save_model(tmp_path / "model", tokenizer=type(tokenizer).from_pretrained(path))
+    with pytest.raises(ValueError, match=r"model\.teachers\.teacher: .*reads id 12 as '=', the student's .* as '\+'"):
+        table(make_module(tiny_student, folder))
+
+
+def test_a_tokenizer_with_a_gap_keeps_its_last_ids(tmp_path):
+    """An id may be above the number of tokens; it is an action like any other."""
+    tokenizer = character_tokenizer()
+    path = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["?"] = 20
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    folder = save_model(tmp_path / "model", tokenizer=type(tokenizer).from_pretrained(path))
+    module = make_module(folder, {}, no_teacher())
+    assert module.vocabulary == 21
+    rolled = act(module, [{"prompt": "1+1=?"}])
+    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+
+
+def test_no_stop_token_is_refused(tmp_path):
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = None
+    folder = save_model(tmp_path / "model", tokenizer=tokenizer)
+    path = folder / "generation_config.json"
+    path.write_text("{}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(ValueError, match="has no stop token, so no rollout could end by itself"):
+        table(make_module(folder, {}, no_teacher()))
+
+
+def test_the_checkpoint_alone_may_name_the_stop_token(tmp_path):
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = None
+    folder = save_model(tmp_path / "model", tokenizer=tokenizer, generation={"eos_token_id": [1]})
+    module = make_module(folder, {}, no_teacher(), rollout=Rollout(behaviour={"dataset": 1.0}))
+    table(module)
+    assert module.eos == [1]
+    assert module.act("dataset", [{"prompt": "1", "completion": "2"}], [0]).actions.tolist() == [[4, 1]]
+
+
+# -- heads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scale_cap_and_bias_of_the_architecture_are_honoured(saved, tmp_path, name):
+    folder = saved(**SCALED[name])
+    module = make_module(folder, {"teacher": Teacher(Frozen(Pretrained(str(folder))))})
+    if name == "bias":
+        with torch.no_grad():
+            module.student.lm_head.bias.normal_()
+    table(module)
+    rolled = act(module, make_rows(8))
+    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+    head = module.head(module.policies["student"])
+    assert head.scale != 1 or head.softcap is not None or head.module.bias is not None
+
+
+def test_a_head_that_does_something_else_is_refused(tiny_student, tiny_teacher, monkeypatch):
+    plain = Qwen3ForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    with pytest.raises(ValueError, match=r"\(student\): its logits are not head\(hidden states\).*not supported yet"):
+        table(make_module(tiny_student, tiny_teacher))
+
+
+def test_dropout_does_not_fool_the_check_of_the_head(saved):
+    folder = saved(attention_dropout=0.5)
+    module = make_module(Pretrained(str(folder), lora=Lora(r=2, dropout=0.5)), {"teacher": Teacher(EMA())})
+    for name, parameter in module.student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert module.student.training
+    table(module)
+    assert module.student.training
