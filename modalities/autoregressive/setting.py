@@ -5,6 +5,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
         )
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any id will do
         return tokenizer
 
     def tokenizer(self, policy: Policy | None = None) -> Any:
@@ -51,11 +52,12 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """Ids that can never be an action (placeholders of other modalities)."""
         return []
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """Ids below it can be actions: those that the tokenizer knows and every head has a row for."""
         rows = [output_embeddings(policy).weight.shape[0] for policy in self.policies.values()]
-        return min(len(self.tokenizer()), *rows)
+        # not its length: some tokenizers leave ids out
+        return min(1 + max(self.tokenizer().get_vocab().values()), *rows)
 
     def head(self, policy: Policy) -> Head:
         module, config = output_embeddings(policy), bare(policy.model).config.get_text_config()
@@ -97,10 +99,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def replay(self, examples: list[Example]) -> Trajectories:
         """The column ``completion``, ended by the stop token, cut at the horizon."""
         tokenizer, horizon = self.tokenizer(), self.rollout.horizon
-        rows = [
-            tokenizer(example["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            for example in examples
-        ]
+        stop = self.eos[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        rows = [tokenizer(e["completion"], add_special_tokens=False)["input_ids"] + [stop] for e in examples]
         length = torch.tensor([min(len(row), horizon) for row in rows])
         actions = torch.full((len(rows), int(length.max())), tokenizer.pad_token_id)
         for i, row in enumerate(rows):
@@ -166,6 +166,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def refusal(self, example: Example) -> str | None:
         self.configure_model()
         length, rollout = self.prompt_length(example), self.rollout
+        if not length:
+            return "the prompt is empty"
         if rollout.max_prompt_length is not None and length > rollout.max_prompt_length:
             return f"the prompt has {length} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
         room = context_length(self.policies["student"])
