@@ -70,6 +70,8 @@ class LogRatio(Advantage):
     def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalised: bool = False) -> None:
         if not 0 <= discount <= 1:
             raise ValueError(f"advantage.discount must be in [0, 1], got {discount}")
+        if clip is not None and clip <= 0:
+            raise ValueError(f"advantage.clip must be > 0, got {clip}")
         if length_normalised and discount == 0:
             raise ValueError("advantage.length_normalised: there is no return to normalise while discount is 0")
         self.clip, self.discount, self.length_normalised = clip, discount, length_normalised
@@ -173,6 +175,7 @@ class PolicyGradient(Signal):
 
     Raises:
         TypeError: ``advantage`` is a divergence or anything else that is not an `Advantage`.
+        ValueError: a clip is not positive.
     """
 
     def __init__(self, advantage: Advantage, clip: float = 0.2, clip_high: float | None = None) -> None:
@@ -184,6 +187,8 @@ class PolicyGradient(Signal):
             )
         self.advantage, self.clip = advantage, clip
         self.clip_high = clip if clip_high is None else clip_high
+        if min(self.clip, self.clip_high) <= 0:
+            raise ValueError(f"signal.clip and clip_high must be > 0, got {self.clip} and {self.clip_high}")
         self.needs = advantage.needs | {"behaviour"}
         self.reads = advantage.reads
 
