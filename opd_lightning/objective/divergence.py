@@ -117,7 +117,7 @@ def gaussian_total_variation(p: Gaussian, q: Gaussian) -> Tensor:
     if not torch.allclose(p.scale, q.scale):
         raise ValueError("total variation between Gaussians has a closed form only for equal scales")
     squared = ((p.mean - q.mean) / q.scale).square().flatten(1).sum(1)
-    # erf(√x / c) has an infinite slope at 0 though erf itself is smooth there: keep √ away from it
+    # √ has an infinite slope at 0, which the chain rule multiplies by 0; kept away from it the gradient there is 0
     return torch.erf(squared.clamp(min=1e-24).sqrt() / (2 * math.sqrt(2)))
 
 

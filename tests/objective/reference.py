@@ -123,12 +123,10 @@ class Policy:
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within ``tolerance`` of the largest entry, or of 1 if that is larger."""
+    actual, expected = actual.detach().double(), expected.detach().double()
     assert torch.isfinite(actual).all(), actual
-    size = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
-    assert float((actual.detach().double() - expected.detach().double()).abs().max()) <= tolerance * size, (
-        actual,
-        expected,
-    )
+    size = max(1.0, float(expected.abs().max()))
+    assert float((actual - expected).abs().max()) <= tolerance * size, (actual, expected)
 
 
 # -- divergences between two rows of log-probabilities [K], as K contributions ----------------------------------------

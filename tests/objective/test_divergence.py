@@ -80,7 +80,7 @@ def pair(kind: str, seed: int, suppressed: tuple[int, ...], dtype: torch.dtype) 
 
 
 def has_gap(logits: torch.Tensor, k: int, least: float) -> bool:
-    """Whether the k-th id is clearly ahead of the next: the choice of a top-k is a jump, its gradient undefined there."""
+    """Whether the k-th id is clearly ahead of the next; at a tie the top-k jumps and has no gradient."""
     ranked = logits.sort(-1, descending=True).values
     return k >= logits.shape[-1] or bool((ranked[:, k - 1] - ranked[:, k] > least).all())
 

@@ -137,7 +137,7 @@ def test_chunks_give_the_gradient_of_the_whole(learnt, chunk_steps):
 
 
 def test_cross_entropy_and_the_entropy_weight_read_the_whole_event():
-    p, q = normals(6)
+    p, _ = normals(6)
     trajectories = batch(MASK, 1, actions=torch.randn(SHAPE, dtype=torch.float64))
     index = trajectories.mask.flatten()
     normal = torch.distributions.Normal(p.mean, p.scale)

@@ -1,0 +1,286 @@
+"""Policy gradient: the surrogate's gradient is what the formula says, and advantages carry none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opd_lightning.objective import (
+    Advantage,
+    CrossEntropy,
+    GroupRelative,
+    LogLinear,
+    LogRatio,
+    Objective,
+    PolicyGradient,
+    ReverseKL,
+    RewardPlusLogRatio,
+    RewardTimesLogRatio,
+    Steps,
+    Term,
+)
+from opd_lightning.objective.policy_gradient import returns_to_go, surrogate
+from opd_lightning.trajectory import Trajectories
+from tests.objective.reference import Policy, batch, close, examples
+
+V = 5
+MASK = [[1, 1, 1, 0], [1, 0, 1, 1]]
+SHAPE = (2, 4)
+
+
+class World:
+    """A student, a teacher, and rollouts of the student with rewards."""
+
+    def __init__(self, seed: int = 0, on_policy: bool = True, same: bool = False, **changes: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.student = Policy.random(generator, SHAPE, V)
+        self.teacher = self.student.copy() if same else Policy.random(generator, SHAPE, V)
+        reward, group = torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.5])
+        self.trajectories = batch(
+            MASK, V, seed, reward=reward, group_mean=group, group_std=torch.tensor([0.4, 0.5]), **changes
+        )
+        if on_policy:
+            self.trajectories.behaviour_log_probs = self.every_log_prob(self.student).detach()
+
+    def every_log_prob(self, policy: Policy) -> Tensor:
+        """``[B, T]`` of the actions."""
+        logits = policy.logits(torch.ones(SHAPE, dtype=torch.bool)).log_softmax(-1)
+        return logits.gather(-1, self.trajectories.actions.flatten()[:, None]).view(SHAPE)
+
+    def log_prob(self, policy: Policy) -> Tensor:
+        """``[N]``"""
+        return self.every_log_prob(policy)[self.trajectories.mask]
+
+    @property
+    def delta(self) -> Tensor:
+        return (self.log_prob(self.teacher) - self.log_prob(self.student)).detach()
+
+    @property
+    def group_relative(self) -> Tensor:
+        """``[N]`` worked out by hand: (1 − .25)/.4 and (0 − .5)/.5."""
+        per_row = torch.tensor([0.75 / (0.4 + 1e-6), -0.5 / (0.5 + 1e-6)], dtype=torch.float64)
+        return per_row[:, None].expand(SHAPE)[self.trajectories.mask]
+
+    def loss(self, advantage: Advantage, chunk_steps: int | None = 2, **settings: Any) -> Tensor:
+        term = Term(PolicyGradient(advantage, **settings))
+        return Objective([term], chunk_steps=chunk_steps)(
+            self.student.distribution, {"teacher": self.teacher.teacher}, self.trajectories
+        )[0]
+
+    def gradient(self, *args: Any, **settings: Any) -> list[Tensor]:
+        return self.student.gradients(self.loss(*args, **settings))
+
+
+def by_loops(values: Tensor, mask: Tensor, discount: float, normalise: bool) -> Tensor:
+    """Each return as a sum over the trained steps that follow, one by one."""
+    found = torch.zeros_like(values)
+    for row in range(values.shape[0]):
+        for t in range(values.shape[1]):
+            rest = [u for u in range(t, values.shape[1]) if mask[row, u]]
+            total = sum(discount**i * float(values[row, u]) for i, u in enumerate(rest))
+            found[row, t] = total / len(rest) if normalise and rest else total
+    return found
+
+
+def advantages(world: World) -> list[tuple[Advantage, Tensor]]:
+    """Every advantage, and what it is at each step by its formula."""
+    delta, reward = world.delta, world.group_relative
+    mask = world.trajectories.mask
+    rows = torch.zeros(SHAPE, dtype=torch.float64).masked_scatter(mask, delta)
+    factor = (reward.sign() * delta).exp().clamp(0.7, 1.3)
+    return [
+        (LogRatio(), delta),
+        (LogRatio(clip=0.3), delta.clamp(-0.3, 0.3)),
+        (LogRatio(discount=0.9), by_loops(rows, mask, 0.9, False)[mask]),
+        (LogRatio(discount=1.0, length_normalised=True), by_loops(rows, mask, 1.0, True)[mask]),
+        (GroupRelative(), reward),
+        (GroupRelative(scale=False), torch.tensor([0.75, -0.5]).double()[:, None].expand(SHAPE)[mask]),
+        (RewardPlusLogRatio(0.5), reward + 0.5 * delta),
+        (RewardTimesLogRatio(share=0.6, clip=0.3), reward * (0.4 + 0.6 * factor)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(8))
+@examples(10)
+@given(seed=st.integers(0, 10**6))
+def test_on_the_first_pass_the_gradient_is_minus_advantage_times_that_of_the_log_prob(which, seed):
+    world = World(seed)
+    advantage, expected = advantages(world)[which]
+    wanted = world.student.gradients((-expected * world.log_prob(world.student)).sum() / 6)
+    for actual, formula in zip(world.gradient(advantage), wanted, strict=True):
+        close(actual, formula, 1e-6)
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_off_policy_the_surrogate_is_clipped(which):
+    """Both signs of the advantage and both sides of the clip occur among the seeds."""
+    sides = set()
+    for seed in range(6):
+        world = World(seed, on_policy=False)
+        advantage, expected = advantages(world)[which]
+        log_prob, old = world.log_prob(world.student), world.trajectories.behaviour_log_probs[world.trajectories.mask]
+        total = torch.zeros((), dtype=torch.float64)
+        for now, then, a in zip(log_prob, old, expected, strict=True):
+            ratio = (now - then).exp()
+            bound = 1.1 if a > 0 else 0.8
+            active = bool(ratio > bound) if a > 0 else bool(ratio < bound)
+            sides.add((bool(a > 0), active))
+            total = total - (bound * a if active else ratio * a)
+        loss = world.loss(advantage, clip=0.2, clip_high=0.1)
+        close(loss, total / 6, 1e-6)
+        for actual, wanted in zip(world.student.gradients(loss), world.student.gradients(total / 6), strict=True):
+            close(actual, wanted, 1e-6)
+    assert len(sides) == 4
+
+
+def test_an_upper_clip_defaults_to_the_lower_one():
+    ratio = torch.tensor([0.5, 0.9, 1.1, 1.5], dtype=torch.float64)
+    for sign, expected in ((1.0, [-0.5, -0.9, -1.1, -1.2]), (-1.0, [0.8, 0.9, 1.1, 1.5])):
+        value = surrogate(ratio.log(), torch.zeros(4).double(), torch.full((4,), sign).double(), 0.2, 0.2)
+        close(value, torch.tensor(expected), 1e-7)
+    assert PolicyGradient(LogRatio(), clip=0.3).clip_high == 0.3
+
+
+def test_an_advantage_has_no_gradient():
+    world = World()
+    student = world.student.distribution
+    steps = Steps.of(world.trajectories).for_term("teacher")
+    opened = student.at(steps.index).accumulator().open(slice(0, 6))
+    teacher = world.teacher.teacher.at(steps.index).chunk(slice(0, 6))
+    assert opened.logits.requires_grad
+    for advantage, expected in advantages(world):
+        if advantage.scope != "row":
+            seen = steps.at(slice(0, 6), student=opened, streams={"teacher": teacher}).for_term("teacher", teacher)
+            value = advantage(seen)
+            assert value.grad_fn is None
+            close(value, expected, 1e-6)
+
+
+@examples(15)
+@given(seed=st.integers(0, 10**6), share=st.sampled_from([0.3, 0.5, 1.0]), clip=st.sampled_from([0.2, 0.9, 1.0]))
+def test_rlsd_never_flips_the_sign_of_the_reward(seed, share, clip):
+    world = World(seed)
+    world.teacher.layer.bias.data.mul_(50)  # large log-ratios, some impossible steps
+    advantage = RewardTimesLogRatio(share, clip)
+    steps = Steps.of(world.trajectories).for_term("teacher")
+    steps.student = world.student.distribution.at(steps.index).chunk(slice(0, 6))
+    steps.target = world.teacher.teacher.at(steps.index).chunk(slice(0, 6))
+    value, reward = advantage(steps), world.group_relative
+    assert (value * reward >= 0).all()
+    assert (value.abs() >= reward.abs() * (1 - share * clip) - 1e-6).all()
+    assert (value.abs() <= reward.abs() * (1 + share * clip) + 1e-6).all()
+
+
+def test_rlsd_with_share_zero_is_grpo_bit_by_bit():
+    world = World(3)
+    for ours, grpo in zip(world.gradient(RewardTimesLogRatio(0.0)), world.gradient(GroupRelative()), strict=True):
+        assert torch.equal(ours, grpo)
+
+
+def test_a_teacher_equal_to_the_student_teaches_nothing():
+    world = World(same=True)
+    for advantage in (LogRatio(), LogRatio(discount=0.95)):
+        assert world.loss(advantage).item() == 0
+        assert all((gradient == 0).all() for gradient in world.gradient(advantage))
+    for ours, grpo in zip(world.gradient(RewardPlusLogRatio(2.0)), world.gradient(GroupRelative()), strict=True):
+        assert torch.equal(ours, grpo)
+
+
+def test_where_all_rewards_of_a_group_are_equal_only_the_teacher_teaches():
+    world = World(2)
+    trajectories = world.trajectories
+    trajectories.group_mean, trajectories.group_std = trajectories.reward.clone(), torch.zeros(2)
+    assert all((gradient == 0).all() for gradient in world.gradient(GroupRelative()))
+    for both, ratio in zip(world.gradient(RewardPlusLogRatio()), world.gradient(LogRatio()), strict=True):
+        torch.testing.assert_close(both, ratio)
+
+
+@examples(25)
+@given(
+    seed=st.integers(0, 10**6),
+    discount=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    normalise=st.booleans(),
+    steps=st.integers(1, 6),
+)
+def test_returns_to_go_equal_a_loop(seed, discount, normalise, steps):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(3, steps, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, steps, generator=generator) < 0.7
+    mask[0, 0] = True
+    values = values * mask
+    found = returns_to_go(values, mask, discount, normalise)
+    close(found[mask], by_loops(values, mask, discount, normalise)[mask], 1e-12)
+
+
+def test_terms_with_one_teacher_and_different_targets_read_their_own_log_probs():
+    world = World(4)
+    other = Policy.random(torch.Generator().manual_seed(9), SHAPE, V).teacher
+    streams = {"teacher": world.teacher.teacher, "reference": other}
+
+    def gradient(*terms: Term) -> list[Tensor]:
+        return world.student.gradients(
+            Objective(list(terms))(world.student.distribution, streams, world.trajectories)[0]
+        )
+
+    for advantage in (LogRatio, lambda: LogRatio(discount=0.9)):
+        plain = Term(PolicyGradient(advantage()))
+        moved = Term(PolicyGradient(advantage()), target=LogLinear({"teacher": 0.2, "reference": 0.8}))
+        both = gradient(plain, moved)
+        for sum_of, one, two in zip(both, gradient(plain), gradient(moved), strict=True):
+            close(sum_of, one + two, 1e-7)
+
+
+def test_beside_supervised_completions_without_behaviour_log_probs():
+    """Their log-probs are NaN, which must reach neither the gradient nor the log."""
+    world = World(5, sources=("student", "dataset"), source=torch.tensor([0, 1]))
+    world.trajectories.behaviour_log_probs[1] = float("nan")
+    terms = [Term(PolicyGradient(LogRatio()), source="student"), Term(CrossEntropy(), None, source="dataset")]
+    loss, averages = Objective(terms)(
+        world.student.distribution, {"teacher": world.teacher.teacher}, world.trajectories
+    )
+    log_prob = world.log_prob(world.student)
+    expected = (-(world.delta * log_prob)[:3].sum() - log_prob[3:].sum()) / 6
+    for actual, wanted in zip(world.student.gradients(loss), world.student.gradients(expected), strict=True):
+        close(actual, wanted, 1e-7)
+    close(torch.tensor(averages.compute()["loss/PolicyGradient"]), -world.delta[:3].mean(), 1e-6)
+
+
+def test_group_statistics_are_those_of_the_trajectories():
+    world = World()
+    steps = Steps.of(Trajectories.select(world.trajectories, torch.tensor([1])))
+    close(GroupRelative()(steps), torch.full((3,), -1.0), 1e-5)
+
+
+# -- construction -------------------------------------------------------------------------------------------------
+
+
+def test_a_divergence_is_not_an_advantage():
+    with pytest.raises(
+        TypeError,
+        match=r"signal\.advantage must be an Advantage such as LogRatio, got ReverseKL\. What depends on the prefix "
+        r"alone, as a divergence does, has zero expected gradient as an advantage; use it as a signal of its own\.",
+    ):
+        PolicyGradient(ReverseKL())
+
+
+def test_out_of_range_settings_are_refused():
+    with pytest.raises(ValueError, match=r"advantage\.discount must be in \[0, 1\], got 1\.1"):
+        LogRatio(discount=1.1)
+    with pytest.raises(ValueError, match="length_normalised: there is no return to normalise while discount is 0"):
+        LogRatio(length_normalised=True)
+    with pytest.raises(ValueError, match=r"advantage\.clip must be > 0, got -1"):
+        LogRatio(clip=-1)
+    with pytest.raises(ValueError, match=r"advantage\.share must be in \[0, 1\], got 2"):
+        RewardTimesLogRatio(share=2)
+    for clip in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"advantage\.clip must be in \(0, 1\], or the sign .* got {clip}"):
+            RewardTimesLogRatio(clip=clip)
+    with pytest.raises(ValueError, match=r"signal\.clip and clip_high must be > 0, got -0\.2 and -0\.2"):
+        PolicyGradient(LogRatio(), clip=-0.2)
+    with pytest.raises(ValueError, match=r"signal\.clip and clip_high must be > 0, got 0\.2 and 0"):
+        PolicyGradient(LogRatio(), clip_high=0)
