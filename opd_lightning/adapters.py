@@ -33,6 +33,12 @@ def only_adapters(model: nn.Module, *names: str) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
+def does_something(model: nn.Module) -> bool:
+    """Whether the student's adapter changes the base at all; a fresh one does not."""
+    factors = (p for name, p in model.named_parameters() if ("lora_B" in name or "lora_embedding_B" in name))
+    return any(bool(factor.any()) for factor in factors)
+
+
 def average_product(
     left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor, rate: float, rank: int
 ) -> tuple[Tensor, Tensor]:
@@ -63,8 +69,8 @@ def average_product(
 class AverageAdapter:
     """A second adapter that follows the exponential moving average of what the student's adapter *does*, B·A.
 
-    It starts where the student's adapter does nothing. The average of products has a growing rank, so the adapter has
-    twice the student's and keeps the best approximation.
+    It starts as the student's adapter. The average of products has a growing rank, so the adapter has twice the
+    student's and keeps the best approximation.
 
     Raises:
         ValueError: the student's adapter has parts other than linear LoRA (embeddings, DoRA, whole trained modules).
@@ -74,19 +80,26 @@ class AverageAdapter:
         self.name = name
         config: Any = model.peft_config[STUDENT]
         if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None):
-            raise ValueError("an EMA teacher over adapters supports plain LoRA only (no DoRA, no modules_to_save)")
+            raise ValueError(
+                "a teacher in an adapter of its own supports plain LoRA only (no DoRA, no modules_to_save)"
+            )
         rank = 2 * config.r
-        model.add_adapter(
-            name, dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False, lora_dropout=0.0)
-        )
+        plain: dict[str, Any] = {
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "init_lora_weights": True,
+        }
+        model.add_adapter(name, dataclasses.replace(config, r=rank, lora_alpha=rank, lora_dropout=0.0, **plain))
         self.layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for layer in self.layers:
             if not isinstance(layer, LoraLinear) and type(layer).__module__.rpartition(".")[2] != "bnb":
                 raise ValueError(
-                    f"an EMA teacher over adapters supports linear layers only, not {type(layer).__name__}"
+                    f"a teacher in an adapter of its own supports linear layers only, not {type(layer).__name__}"
                 )
             layer.lora_A[name].requires_grad_(False)
             layer.lora_B[name].requires_grad_(False)
+        self.update(1.0)
 
     @torch.no_grad()
     def update(self, rate: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .adapters import AverageAdapter, only_adapters
+from .adapters import AverageAdapter, does_something, only_adapters
 from .pretrained import Pretrained
 from .trajectory import Example
 
@@ -89,11 +89,16 @@ class Live(TeacherWeights):
 
 
 class Initial(TeacherWeights):
-    """The student before training: with LoRA its adapter switched off, at no memory; otherwise a copy."""
+    """The student before training: with LoRA its adapter switched off, at no memory; otherwise a copy.
+
+    Where training starts from a saved adapter, a copy of that adapter.
+    """
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         if isinstance(student.model, PeftModel):
-            return Policy(student.model, student.processor, partial(only_adapters, student.model), student.path)
+            own = (AverageAdapter(student.model, name).name,) if does_something(student.model) else ()
+            active = partial(only_adapters, student.model, *own)
+            return Policy(student.model, student.processor, active, student.path)
         return Policy(frozen_copy(student.model), student.processor, path=student.path)
 
 
