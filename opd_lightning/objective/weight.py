@@ -106,14 +106,14 @@ class TopEntropy(Weight):
         self.reads = frozenset({f"{of}_entropy"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        entropy = steps.statistic(f"{self.of}_entropy")
+        entropy = steps.statistic(f"{self.of}_entropy").float()
         if self.scope == "batch":
             everywhere = steps.over_batch(f"{self.of}_entropy")
             return (entropy >= everywhere.float().quantile(1 - self.share)).float()
         chosen = torch.zeros_like(entropy)
         for row in steps.trajectory.unique():
             mine = steps.trajectory == row
-            chosen[mine] = (entropy[mine] >= entropy[mine].float().quantile(1 - self.share)).float()
+            chosen[mine] = (entropy[mine] >= entropy[mine].quantile(1 - self.share)).float()
         return chosen
 
 
