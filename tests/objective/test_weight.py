@@ -1,0 +1,237 @@
+"""Weights, normalisers, and where a term is on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.objective import (
+    ByReward,
+    Constant,
+    CrossEntropy,
+    Entropy,
+    LogRatio,
+    Objective,
+    Outcome,
+    PolicyGradient,
+    ReverseKL,
+    Steps,
+    Term,
+    TopEntropy,
+    Weight,
+    Window,
+)
+from tests.objective.reference import Policy, batch, close, dense, kl
+
+V = 6
+MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
+SHAPE = (3, 5)
+ROW = torch.tensor([0] * 3 + [1] * 5 + [2] * 3)
+POSITION = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 1, 2, 4])
+N = 11
+
+
+@pytest.fixture
+def world():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (Policy.random(generator, SHAPE, V) for _ in range(2))
+    trajectories = batch(MASK, V, reward=torch.tensor([1.0, 0.25, -2.0]))
+    return student, teacher, trajectories
+
+
+def divergences(student: Policy, teacher: Policy, mask: Tensor) -> Tensor:
+    """``[N]``"""
+    return dense(kl, student.logits(mask), teacher.logits(mask).detach(), torch.zeros(N, dtype=torch.long))
+
+
+def entropy(policy: Policy, mask: Tensor) -> Tensor:
+    log_probs = policy.logits(mask).detach().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def share_of_highest(values: Tensor, share: float) -> Tensor:
+    return (values >= values.quantile(1 - share)).double()
+
+
+def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight, Tensor]]:
+    """Every weight, and what it is at each of the N steps."""
+    ours, theirs = entropy(student, mask), entropy(teacher, mask)
+    by_row = torch.cat([share_of_highest(theirs[row == ROW], 0.4) for row in range(3)])
+    return [
+        (Constant(0.5), torch.full((N,), 0.5)),
+        (Constant(0.0), torch.zeros(N)),
+        (Window(stop=2), (POSITION < 2).double()),
+        (Window(start=1, stop=3), ((POSITION >= 1) & (POSITION < 3)).double()),
+        (Window(start=9), torch.zeros(N)),
+        (Entropy(), (-theirs).exp()),
+        (Entropy("student", beta=-0.5), (0.5 * ours).exp()),
+        (TopEntropy(0.3), share_of_highest(ours, 0.3)),
+        (TopEntropy(0.3, of="teacher"), share_of_highest(theirs, 0.3)),
+        (TopEntropy(0.4, of="teacher", scope="row"), by_row),
+        (TopEntropy(1.0), torch.ones(N)),
+        (Outcome(), (ROW == 0).double()),
+        (Outcome(right=0.0, wrong=2.0, threshold=0.25), 2.0 * (ROW == 2)),
+        (ByReward(), torch.tensor([1.0, 0.25, 0.0])[ROW]),
+    ]
+
+
+@pytest.mark.parametrize("normaliser", ["steps", "weights"])
+@pytest.mark.parametrize("chunk_steps", [1, 4, None])
+@pytest.mark.parametrize("which", range(14))
+def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normaliser):
+    student, teacher, trajectories = world
+    mask = trajectories.mask
+    weight, expected = weights(student, teacher, mask)[which]
+    objective = Objective([Term(ReverseKL(), weights=[weight], normaliser=normaliser)], chunk_steps=chunk_steps)
+    loss, averages = objective(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    total = N if normaliser == "steps" else float(expected.sum()) or 1.0
+    wanted = (divergences(student, teacher, mask) * expected).sum() / total
+    close(loss, wanted, 1e-6)
+    for actual, gradient in zip(student.gradients(loss), student.gradients(wanted), strict=True):
+        close(actual, gradient, 1e-6)
+    clipped = averages.compute()[f"clipped/ReverseKL/{type(weight).__name__}"]
+    assert clipped == pytest.approx(float((expected == 0).double().mean()))
+
+
+def test_weights_multiply_and_each_is_counted(world):
+    student, teacher, trajectories = world
+    parts = [weights(student, teacher, trajectories.mask)[i] for i in (3, 6, 9)]
+    term = Term(ReverseKL(), weights=[weight for weight, _ in parts], coefficient=3.0, normaliser="weights")
+    loss, averages = Objective([term])(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    product = parts[0][1] * parts[1][1] * parts[2][1]
+    expected = 3 * (divergences(student, teacher, trajectories.mask) * product).sum() / product.sum()
+    close(loss, expected, 1e-6)
+    means = averages.compute()
+    assert {"clipped/ReverseKL/Window", "clipped/ReverseKL/Entropy", "clipped/ReverseKL/TopEntropy"} <= set(means)
+
+
+def test_a_weight_has_no_gradient(world):
+    """With a soft weight of the student's own entropy the gradient is weight times that of the divergence."""
+    student, teacher, trajectories = world
+    loss, _ = Objective([Term(ReverseKL(), weights=[Entropy("student")])])(
+        student.distribution, {"teacher": teacher.teacher}, trajectories
+    )
+    factor = (-entropy(student, trajectories.mask)).exp()
+    expected = (divergences(student, teacher, trajectories.mask) * factor).sum() / N
+    for actual, gradient in zip(student.gradients(loss), student.gradients(expected), strict=True):
+        close(actual, gradient, 1e-6)
+
+
+def test_a_weight_that_reads_the_student_leaves_the_other_terms_their_gradient(world):
+    student, teacher, trajectories = world
+    streams = {"teacher": teacher.teacher}
+    first = Term(CrossEntropy(), teacher=None, weights=[Entropy("student")])
+    second = Term(ReverseKL())
+
+    def gradient(*terms: Term) -> list[Tensor]:
+        return student.gradients(Objective(list(terms))(student.distribution, streams, trajectories)[0])
+
+    for both, one, two in zip(gradient(first, second), gradient(first), gradient(second), strict=True):
+        close(both, one + two, 1e-7)
+
+
+def test_one_weight_object_in_two_terms_is_evaluated_for_each(world):
+    student, teacher, trajectories = world
+    streams = {"a": teacher.teacher, "b": Policy.random(torch.Generator().manual_seed(5), SHAPE, V).teacher}
+
+    def loss(*terms: tuple[str, Weight]) -> Tensor:
+        listed = [Term(ReverseKL(), teacher=name, weights=[weight]) for name, weight in terms]
+        return Objective(listed)(student.distribution, streams, trajectories)[0]
+
+    for scope in ("row", "batch"):
+        shared = TopEntropy(0.3, of="teacher", scope=scope)
+        close(loss(("a", shared), ("b", shared)), loss(("a", shared)) + loss(("b", shared)), 1e-6)
+
+
+# -- where a term is on ---------------------------------------------------------------------------------------------
+
+
+def test_a_term_with_a_source_trains_on_that_behaviour_only(world):
+    student, teacher, trajectories = world
+    trajectories.sources, trajectories.source = ("student", "dataset"), torch.tensor([0, 1, 0])
+    terms = [Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset", normaliser="weights")]
+    loss, averages = Objective(terms, chunk_steps=2)(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    mask = trajectories.mask
+    each = divergences(student, teacher, mask)
+    log_prob = student.logits(mask).log_softmax(-1).gather(-1, trajectories.actions[mask][:, None]).squeeze(-1)
+    expected = each[ROW != 1].sum() / N - log_prob[ROW == 1].mean()
+    close(loss, expected, 1e-6)
+    for actual, gradient in zip(student.gradients(loss), student.gradients(expected), strict=True):
+        close(actual, gradient, 1e-6)
+    means = averages.compute()
+    assert means["loss/ReverseKL"] == pytest.approx(float(each[ROW != 1].mean()), rel=1e-5)
+    assert means["loss/CrossEntropy"] == pytest.approx(float(-log_prob[ROW == 1].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("normaliser", ["steps", "weights"])
+def test_without_a_view_a_term_is_off_and_not_in_its_sum_of_weights(world, normaliser):
+    student, teacher, trajectories = world
+    available = {"teacher": torch.tensor([True, False, True])}
+    weight = Entropy()
+    term = Term(ReverseKL(), weights=[weight], normaliser=normaliser)
+    streams = {"teacher": teacher.teacher}
+    loss, _ = Objective([term])(student.distribution, streams, trajectories, available)
+    on = ROW != 1
+    factor = (-entropy(teacher, trajectories.mask)).exp()
+    total = N if normaliser == "steps" else factor[on].sum()
+    expected = (divergences(student, teacher, trajectories.mask) * factor)[on].sum() / total
+    close(loss, expected, 1e-6)
+    gradients = student.gradients(loss)
+    assert (gradients[0][1] == 0).all()
+    for actual, gradient in zip(gradients, student.gradients(expected), strict=True):
+        close(actual, gradient, 1e-6)
+
+
+def test_what_a_teacher_without_a_view_says_is_never_read(world):
+    """Rows without a view hold anything at all: their contribution is 0 exactly, in the log as in the gradient."""
+    student, teacher, trajectories = world
+    trajectories.behaviour_log_probs = trajectories.behaviour_log_probs.double()
+    available = {"teacher": torch.tensor([True, False, True])}
+    found = []
+    for filling in (0.0, 1e3):
+        said = teacher.teacher
+        said.hidden[1] = filling
+        terms = [Term(ReverseKL()), Term(PolicyGradient(LogRatio())), Term(CrossEntropy(), None)]
+        loss, averages = Objective(terms)(student.distribution, {"teacher": said}, trajectories, available)
+        found.append(([loss, *student.gradients(loss)], averages.compute()))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] == found[1][1]
+
+
+def test_a_target_needs_all_its_streams(world):
+    student, teacher, trajectories = world
+    from opd_lightning.objective import LogLinear
+
+    streams = {"teacher": teacher.teacher, "reference": student.teacher}
+    available = {"teacher": torch.tensor([True, False, True]), "reference": torch.tensor([True, True, False])}
+    term = Term(ReverseKL(), target=LogLinear({"teacher": 1.25, "reference": -0.25}))
+    loss, _ = Objective([term])(student.distribution, streams, trajectories, available)
+    gradient = student.gradients(loss)[0]
+    assert (gradient[0, :3] != 0).all()
+    assert (gradient[1:] == 0).all()
+
+
+# -- construction -------------------------------------------------------------------------------------------------
+
+
+def test_out_of_range_settings_are_refused():
+    with pytest.raises(ValueError, match=r"weight\.value must be >= 0, got -1"):
+        Constant(-1)
+    for start, stop in ((-1, None), (3, 3), (3, 2)):
+        with pytest.raises(ValueError, match=rf"weight: need 0 <= start < stop, got start={start}, stop={stop}"):
+            Window(start, stop)
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"weight\.share must be in \(0, 1\], got {share}"):
+            TopEntropy(share)
+    with pytest.raises(ValueError, match="weight: right and wrong must be >= 0, got 1 and -1"):
+        Outcome(1, -1)
+
+
+def test_the_position_of_a_step_counts_from_the_start_of_its_trajectory():
+    steps = Steps.of(batch(MASK, V))
+    assert steps.position.tolist() == POSITION.tolist()
+    assert steps.trajectory.tolist() == ROW.tolist()
+    assert math.isclose(float(Window(stop=1)(steps).sum()), 2)
