@@ -218,8 +218,8 @@ class Objective:
         self._count_clipped(steps, averages, {"data"})
         steps = self._drop_weightless(steps)
         student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
+        averages.add("empty_micro_batches", float(not len(steps)))
         if not len(steps):
-            averages.add("empty_micro_batches", 1.0)
             inputs = student.accumulator().inputs
             return torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum(), averages
 
