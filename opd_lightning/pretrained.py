@@ -47,7 +47,7 @@ class Pretrained:
         trust_remote_code: run Python code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        ValueError: a quantised model is to be trained without adapters.
+        ValueError: a quantised model is to be trained without adapters; or a setting that nothing would read.
         ModuleNotFoundError: bitsandbytes is missing; the message names the extra.
     """
 
@@ -61,6 +61,10 @@ class Pretrained:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.random_init and self.quantization:
+            raise ValueError(f"random_init draws new weights: quantization={self.quantization} has nothing to quantise")
+
     def load(self, model_class: Any, trained: bool) -> nn.Module:
         """The model; frozen and in evaluation mode unless ``trained``, and then with adapters if ``lora`` is set."""
         if trained and self.quantization and not self.lora:
@@ -69,7 +73,11 @@ class Pretrained:
             )
         if not trained and self.lora is not None and self.lora.adapter is None:
             raise ValueError("a teacher's lora needs `adapter`: fresh adapters would change nothing")
+        if not trained and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing: a teacher has no backward pass to recompute anything in")
         model = self._base(model_class, trained)
+        if trained:
+            _never_repack(model)
         model.requires_grad_(trained and self.lora is None)
         if self.lora is not None:
             model = self._adapt(model, trained)
@@ -128,3 +136,10 @@ class Pretrained:
             target_modules=self.lora.target_modules,
         )
         return get_peft_model(model, config)
+
+
+def _never_repack(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation; no gradient passes them from then on."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

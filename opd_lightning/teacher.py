@@ -176,14 +176,9 @@ class Teacher:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode: no dropout, no recomputation.
-
-    4-bit layers on a CPU stay in training mode: bitsandbytes repacks their weights at the first evaluation, and the
-    adapters on top of them then never get a gradient again.
-    """
-    repacks = getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu"
+    """Evaluation mode within it: no dropout, no recomputation."""
     was_training = model.training
-    model.train(repacks)
+    model.eval()
     try:
         yield
     finally:
