@@ -159,13 +159,15 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The statistics ``[N]`` that parts of these scopes read, from a pass without gradient."""
         wanted = self.statistics_needed(scopes)
-        found: dict[str, list[Tensor]] = {}
+        # a micro-batch without trained steps has its share of every statistic too: none
+        nothing = torch.zeros(0, device=steps.index.device)
+        found = {steps.for_term(term.stream).key(name): [nothing] for term, name in wanted}
         for states in self._chunks(student, len(steps)) if wanted else ():
             streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
             chunk = steps.at(states, student=student.chunk(states), streams=streams)
             for term, name in wanted:
                 seen = self._see(chunk, term)
-                found.setdefault(seen.key(name), []).append(measure(seen, name))
+                found[seen.key(name)].append(measure(seen, name))
         return {key: torch.cat(values) for key, values in found.items()}
 
     def weight_sums(self, optimiser_step: OptimiserStep, available: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -109,6 +109,8 @@ class TopEntropy(Weight):
         entropy = steps.statistic(f"{self.of}_entropy").float()
         if self.scope == "batch":
             everywhere = steps.over_batch(f"{self.of}_entropy")
+            if not len(everywhere):
+                return entropy
             return (entropy >= everywhere.float().quantile(1 - self.share)).float()
         chosen = torch.zeros_like(entropy)
         for row in steps.trajectory.unique():
