@@ -140,11 +140,13 @@ class RolloutLoader:
         while self.generation < self.generations:
             if self.pending is None:
                 self._hold(self._generate(), 0)
-            while self.next < self.per_generation:
-                self.next += 1
-                yield self._steps[self.next - 1]
-            self.pending, self._steps = None, []
-            self.generation += 1
+            batch = self._steps[self.next]
+            self.next += 1
+            if self.next == self.per_generation:
+                # before it is handed out: the trainer does not come back for more after an epoch's last micro-batch
+                self.pending, self._steps, self.next = None, [], 0
+                self.generation += 1
+            yield batch
 
     def _hold(self, trajectories: Trajectories, done: int) -> None:
         """Cuts a generation batch into micro-batches, each of which knows its optimiser step's totals."""
@@ -205,24 +207,31 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands; the pending trajectories without their examples, which ``row`` finds again."""
-        pending = None if self.pending is None or self.next == self.per_generation else self.pending.state_dict()
         return {
             "epoch": self.epoch,
-            "generation": self.generation + (self.next == self.per_generation and self.pending is not None),
-            "next": 0 if pending is None else self.next,
-            "pending": pending,
+            "generation": self.generation,
+            "next": self.next,
+            "pending": None if self.pending is None else self.pending.state_dict(),
             "examples": len(self.dataset),
+            "cut": [self.prompts, self.per_generation, self.size],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the checkpoint was written over another dataset.
+            ValueError: the checkpoint was written over another dataset, or with other batches.
         """
         if state["examples"] != len(self.dataset):
             raise ValueError(
                 f"the checkpoint was written with {state['examples']} training examples, there are now "
                 f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
+            )
+        cut = [self.prompts, self.per_generation, self.size]
+        if state["cut"] != cut:
+            raise ValueError(
+                "the checkpoint was written with {} prompts per generation (rollout.batch_size × ranks), cut into {} "
+                "micro-batches of {} trajectories (rollout.micro_batch_size)".format(*state["cut"])
+                + "; now these would be {}, {} and {}, so its position means nothing here".format(*cut)
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
         self.pending, self.next, self._steps = None, 0, []

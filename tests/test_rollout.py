@@ -1,0 +1,358 @@
+"""Rollouts are data: the loader, its state, and what each micro-batch knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_lightning.modalities.text import TextDistillation
+from opd_lightning.objective import (
+    ForwardKL,
+    Objective,
+    PolicyGradient,
+    ReverseKL,
+    RewardPlusLogRatio,
+    Term,
+    TopEntropy,
+)
+from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
+from opd_lightning.trajectory import Trajectories
+from tests.tiny import LongerIsBetter, Rows, attach, fit, make_module, make_rows, make_trainer, no_teacher
+
+ROWS = make_rows(24)
+
+
+@pytest.fixture
+def built(tiny_student, tmp_path):
+    """A module with a trainer attached, and a loader over 24 rows."""
+
+    def get(accumulate: int = 1, rows=ROWS, seed: int = 0, module=None, **changes) -> RolloutLoader:
+        rollout = Rollout(**{"batch_size": 4, "horizon": 5} | changes)
+        module = module or make_module(tiny_student, {}, no_teacher(), rollout=rollout)
+        attach(module, tmp_path, accumulate_grad_batches=accumulate)
+        return RolloutLoader(rows, module, seed)
+
+    return get
+
+
+def same(mine: Trajectories, theirs: Trajectories) -> None:
+    for field in dataclasses.fields(Trajectories):
+        a, b = getattr(mine, field.name), getattr(theirs, field.name)
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), field.name
+        elif field.name == "observation":
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) for name in a)
+        elif field.name != "optimiser_step":
+            assert a == b, field.name
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, r"rollout\.batch_size must be >= 1, got 0"),
+        ({"horizon": 0}, r"rollout\.horizon must be >= 1, got 0"),
+        ({"top_k": 0}, r"rollout\.top_k must be >= 1"),
+        ({"temperature": -0.1}, r"rollout\.temperature must be >= 0 \(0 is greedy\), got -0\.1"),
+        ({"top_p": 0.0}, r"rollout\.top_p must be in \(0, 1\], got 0\.0"),
+        ({"min_p": 1.5}, r"rollout\.min_p must be in \(0, 1\], got 1\.5"),
+        ({"behaviour": {}}, r"rollout\.behaviour: shares must be >= 0 and sum to 1"),
+        (
+            {"behaviour": {"student": 0.5}},
+            r"rollout\.behaviour: shares must be >= 0 and sum to 1, got \{'student': 0\.5",
+        ),
+        ({"behaviour": {"student": 1.5, "dataset": -0.5}}, r"rollout\.behaviour: shares must be >= 0"),
+    ],
+)
+def test_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Rollout(**changes)
+
+
+def test_a_generation_batch_is_cut_into_whole_optimiser_steps():
+    assert Rollout(batch_size=8).micro_batches(1) == (8, 1)
+    assert Rollout(batch_size=8).micro_batches(4) == (2, 4)
+    assert Rollout(batch_size=8, group_size=2, micro_batch_size=4).micro_batches(2) == (4, 4)
+    for rollout, accumulate in (
+        (Rollout(batch_size=8, micro_batch_size=3), 1),
+        (Rollout(batch_size=8, micro_batch_size=4), 4),
+        (Rollout(batch_size=2), 4),
+    ):
+        with pytest.raises(ValueError, match=r"cannot be cut into optimiser steps of \d × \d .*make it a multiple"):
+            rollout.micro_batches(accumulate)
+
+
+def test_too_small_a_dataset_is_refused(built):
+    with pytest.raises(ValueError, match="the training data has 3 examples, fewer than one generation batch of 4"):
+        built(rows=ROWS[:3])
+
+
+# -- micro-batches ------------------------------------------------------------------------------------------------
+
+
+def test_lengths(built):
+    loader = built(accumulate=2, batch_size=5, group_size=4, micro_batch_size=2)
+    assert len(loader) == 4 * 10, "24 rows are 4 generation batches of 5 prompts; 4 rows wait for another epoch"
+    assert len(list(loader)) == len(loader)
+    assert len(list(loader)) == len(loader), "and so in the next epoch"
+    assert loader.epoch == 1
+
+
+def test_one_generation_serves_several_optimiser_steps(built, monkeypatch):
+    loader = built(accumulate=2, batch_size=4, group_size=2, micro_batch_size=2)
+    generated = []
+    monkeypatch.setattr(loader, "_generate", lambda plain=loader._generate: generated.append(1) or plain())
+    batches = []
+    for i, batch in enumerate(loader):
+        batches.append(batch)
+        assert len(generated) == i // 4 + 1, "generated when its first micro-batch is asked for, no sooner"
+    assert [batch.micro_batch for batch in batches[:4]] == [0, 1, 0, 1]
+    first, second = batches[0].optimiser_step, batches[2].optimiser_step
+    assert first is batches[1].optimiser_step
+    assert first is not second
+    for step, mine in ((first, batches[:2]), (second, batches[2:4])):
+        assert step.micro_batches == mine
+        assert step.trained_steps == sum(int(batch.mask.sum()) for batch in mine)
+    assert all(len(batch) == 2 for batch in batches)
+
+
+def test_a_group_is_one_prompt_with_different_draws(built):
+    loader = built(batch_size=4, group_size=3, horizon=8)
+    batch = next(iter(loader))
+    assert batch.group.tolist() == [draw for draw in batch.group.tolist()[::3] for _ in range(3)]
+    assert len(set(batch.group.tolist())) == 4
+    for start in range(0, 12, 3):
+        members = batch.select(torch.arange(start, start + 3))
+        assert len(set(members.row.tolist())) == 1
+        assert members.examples[0] == ROWS[int(members.row[0])]
+    drawn = {tuple(actions.tolist()) for actions in batch.actions}
+    assert len(drawn) > 6
+
+
+def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
+    loader = built()
+    epochs = [[int(row) for batch in loader for row in batch.row] for _ in range(3)]
+    assert all(sorted(rows) == list(range(24)) for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    again = built()
+    assert [int(row) for batch in again for row in batch.row] == epochs[0]
+    other = built(seed=1)
+    assert [int(row) for batch in other for row in batch.row] != epochs[0]
+
+
+def test_no_epoch_of_a_run_is_empty(tiny_student, tmp_path):
+    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(batch_size=8, horizon=2))
+    trainer = make_trainer(tmp_path, steps=-1)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, datamodule=Rows(ROWS))
+    assert trainer.global_step == 9
+
+
+def test_the_same_prompt_is_drawn_anew_in_the_next_epoch(built):
+    loader = built(batch_size=24, horizon=8)
+    first, second = next(iter(loader)), next(iter(loader))
+    second_by_row = {int(row): i for i, row in enumerate(second.row)}
+    repeated = sum(
+        first.actions[i][first.mask[i]].tolist() == second.actions[j][second.mask[j]].tolist()
+        for i, row in enumerate(first.row)
+        for j in (second_by_row[int(row)],)
+    )
+    assert repeated < 12
+    assert not set(first.group.tolist()) & set(second.group.tolist())
+
+
+def test_draws_do_not_depend_on_the_number_of_ranks(built):
+    whole = built(batch_size=8)
+    one = list(whole)
+    parts = []
+    for rank in range(2):
+        loader = built(batch_size=4)
+        loader.rank, loader.world_size, loader.prompts = rank, 2, 8
+        loader.generations = 24 // 8
+        parts.append(list(loader))
+    for batch, left, right in zip(one, *parts, strict=True):
+        both = Trajectories.concatenate([left, right], TextDistillation.padding)
+        assert both.row.tolist() == batch.row.tolist()
+        assert both.group.tolist() == batch.group.tolist()
+        width = batch.actions.shape[1]
+        assert torch.equal(both.actions[:, :width], batch.actions)
+        assert torch.equal(both.mask[:, :width], batch.mask)
+
+
+def test_the_weights_version_is_the_number_of_steps_done(tiny_student, tiny_teacher, tmp_path):
+    seen = []
+
+    class Watching(TextDistillation):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.global_step, batch.weights_version.tolist(), batch.optimiser_step.micro_batches))
+            return super().training_step(batch, batch_idx)
+
+    module = make_module(
+        tiny_student, tiny_teacher, setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4)
+    )
+    fit(module, tmp_path, steps=4)
+    assert [(step, set(version)) for step, version, _ in seen] == [(0, {0}), (1, {0}), (2, {2}), (3, {2})]
+
+
+# -- behaviour ----------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built):
+    loader = built(rows=make_rows(200), batch_size=100, group_size=2, behaviour={"student": 0.3, "dataset": 0.7})
+    batches = [batch for _ in range(2) for batch in loader]
+    for batch in batches:
+        assert batch.sources == ("student", "dataset")
+        by_group = batch.source.view(-1, 2)
+        assert torch.equal(by_group[:, 0], by_group[:, 1])
+        replayed = batch.source == 1
+        known = ~batch.behaviour_log_probs.isnan()
+        assert not known[replayed][batch.mask[replayed]].any()
+        assert known[~replayed].all()
+        for i in replayed.nonzero().flatten().tolist()[:5]:
+            text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]])
+            assert text == (batch.examples[i]["completion"] + "<eos>")
+    shares = torch.cat([batch.source for batch in batches]).float().mean()
+    assert 0.6 < float(shares) < 0.8
+    assert not torch.equal(batches[0].source, batches[1].source)
+
+
+def test_the_dataset_alone_never_asks_the_generator(built, monkeypatch):
+    """GKD's λ = 0, and SFT."""
+    loader = built(behaviour={"student": 0.0, "dataset": 1.0})
+    monkeypatch.setattr(TextDistillation, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
+    for batch in loader:
+        assert set(batch.source.tolist()) == {1}
+
+
+def test_members_keep_their_place_in_a_mixture(built):
+    """Whoever acts, a row's prompt, example and reward belong together."""
+    loader = built(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
+    loader.module.reward = LongerIsBetter(2)
+    batch = next(iter(loader))
+    assert batch.reward is not None
+    for i, example in enumerate(batch.examples):
+        assert example == ROWS[int(batch.row[i])]
+        prompt = batch.observation["input_ids"][i][batch.observation["attention_mask"][i].bool()]
+        assert loader.module.tokenizer().decode(prompt) == example["prompt"]
+        text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]], skip_special_tokens=True)
+        assert float(batch.reward[i]) == float(len(text) >= 2)
+
+
+@given(
+    rewards=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=24),
+    groups=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_group_statistics_are_numpys(rewards, groups, seed):
+    group = np.random.default_rng(seed).integers(100, 100 + groups, len(rewards))
+    mean, std = group_statistics(torch.tensor(rewards), torch.tensor(group))
+    for i in range(len(rewards)):
+        mine = np.array(rewards)[group == group[i]]
+        assert float(mean[i]) == pytest.approx(mine.mean(), abs=1e-5)
+        assert float(std[i]) == pytest.approx(mine.std(), abs=1e-4)
+
+
+def test_seeds_differ_and_are_fixed():
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 2**33, 0)]
+    assert len({derived_seed(*key) for key in keys}) == len(keys)
+    assert derived_seed(3, 1, 4) == derived_seed(3, 1, 4)
+    assert all(0 <= derived_seed(i) < 2**63 for i in range(50))
+
+
+# -- state --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 11, 12, 13, 20])
+def test_a_resumed_loader_goes_on_exactly(built, done):
+    """Also in the middle of a generation batch and across the border of an epoch (12 micro-batches each)."""
+    changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2}
+    unbroken = built(**changes)
+    unbroken.module.reward = LongerIsBetter()
+
+    def forever(loader):
+        while True:
+            yield from loader
+
+    stream = forever(unbroken)
+    for _ in range(done):
+        next(stream)
+    file = io.BytesIO()
+    torch.save(unbroken.state_dict(), file)
+    expected = [next(stream) for _ in range(6)]
+
+    file.seek(0)
+    resumed = built(**changes)
+    resumed.module.reward = LongerIsBetter()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for mine, theirs in zip(forever(resumed), expected, strict=False):
+        same(mine, theirs)
+        assert mine.optimiser_step is not None
+        assert theirs.optimiser_step is not None
+        assert mine.optimiser_step.trained_steps == theirs.optimiser_step.trained_steps
+
+
+def test_another_dataset_is_refused_on_resume(built):
+    state = built().state_dict()
+    with pytest.raises(ValueError, match="written with 24 training examples, there are now 20: its position and"):
+        built(rows=ROWS[:20]).load_state_dict(state)
+
+
+def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
+    """Its position counts micro-batches: with others it would repeat or leave out some."""
+    loader = built(batch_size=8, micro_batch_size=2)
+    stream = iter(loader)
+    for _ in range(3):
+        next(stream)
+    with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
+        built(batch_size=8, micro_batch_size=4).load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
+        built(batch_size=4, micro_batch_size=2).load_state_dict(loader.state_dict())
+
+
+# -- the gradient does not depend on how the batch is cut (rule 2) ------------------------------------------------
+
+
+def cut_objectives() -> dict[str, Objective]:
+    return {
+        "steps": Objective([Term(ReverseKL())]),
+        "weights": Objective([Term(ForwardKL(), weights=[TopEntropy(0.4)], normaliser="weights")]),
+        "group": Objective([Term(PolicyGradient(RewardPlusLogRatio())), Term(ReverseKL(), coefficient=0.3)]),
+    }
+
+
+@pytest.mark.parametrize("name", ["steps", "weights", "group"])
+def test_the_gradient_does_not_depend_on_micro_batches(student, teacher, name, tmp_path):
+    found = []
+
+    class Watching(TextDistillation):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            self.gradient = torch.cat([p.grad.flatten().double() for p in self.student.parameters()])
+
+    for size, accumulate in ((16, 1), (8, 2), (4, 4), (2, 8), (1, 16)):
+        module = make_module(
+            student,
+            teacher,
+            cut_objectives()[name],
+            setting=Watching,
+            rollout=Rollout(batch_size=8, group_size=2, horizon=8, micro_batch_size=size),
+            reward=LongerIsBetter(6),
+        )
+        fit(module, tmp_path, accumulate_grad_batches=accumulate)
+        weights = torch.cat([p.detach().flatten().double() for p in module.student.parameters()])
+        found.append((module.gradient, weights))
+    gradient, weights = found[0]
+    assert gradient.norm() > 1e-3
+    for other, theirs in found[1:]:
+        assert (other - gradient).norm() / gradient.norm() < 1e-6
+        assert (theirs - weights).norm() / weights.norm() < 1e-6
