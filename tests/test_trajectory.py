@@ -1,0 +1,154 @@
+"""Trajectories move, split, cut and join as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_lightning.trajectory import OptimiserStep, Trajectories
+from tests.objective.reference import examples
+
+PAD = {"ids": (-7.0, "left"), "ids_mask": (0.0, "left")}
+
+
+def make(lengths: list[int], steps: int | None = None, prompt: int = 3, seed: int = 0) -> Trajectories:
+    generator = torch.Generator().manual_seed(seed)
+    steps = steps or max(1, *lengths)
+    mask = torch.arange(steps) < torch.tensor(lengths)[:, None]
+    count = len(lengths)
+    return Trajectories(
+        observation={
+            "ids": torch.randint(100, (count, prompt), generator=generator),
+            "ids_mask": torch.ones(count, prompt, dtype=torch.bool),
+            "position": torch.arange(count),
+        },
+        actions=torch.randint(100, (count, steps), generator=generator),
+        mask=mask,
+        examples=[{"row": i} for i in range(count)],
+        stopped=torch.rand(count, generator=generator) < 0.5,
+        behaviour_log_probs=torch.randn(count, steps, generator=generator),
+        row=torch.arange(count) + 10,
+        group=torch.arange(count) // 2,
+        weights_version=torch.full((count,), 4),
+        reward=torch.rand(count, generator=generator),
+    )
+
+
+def same(a: Trajectories, b: Trajectories) -> bool:
+    """On every trained step, and on everything that is not a step."""
+    ours, theirs = ({f.name: getattr(x, f.name) for f in dataclasses.fields(x)} for x in (a, b))
+    for name in ("actions", "behaviour_log_probs"):
+        if not torch.equal(ours.pop(name)[a.mask], theirs.pop(name)[b.mask]):
+            return False
+    ours.pop("mask"), theirs.pop("mask")
+    observation = ours.pop("observation"), theirs.pop("observation")
+    if not all(torch.equal(observation[0][name], observation[1][name]) for name in observation[0]):
+        return False
+    return all(
+        torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        for name, value in ours.items()
+    )
+
+
+def test_what_the_loader_fills_in_later_starts_at_zero():
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    plain = Trajectories({}, torch.zeros(2, 1), mask, [{}, {}], mask[:, 0], torch.zeros(2, 1))
+    for name in ("row", "group", "source", "weights_version"):
+        assert getattr(plain, name).tolist() == [0, 0]
+    assert len(plain) == 2
+    assert plain.reward is None
+
+
+def test_select_takes_everything_along_in_order():
+    batch = make([3, 1, 2])
+    part = batch.select(torch.tensor([2, 0]))
+    assert part.row.tolist() == [12, 10]
+    assert part.examples == [{"row": 2}, {"row": 0}]
+    assert torch.equal(part.observation["ids"], batch.observation["ids"][[2, 0]])
+    assert torch.equal(part.reward, batch.reward[[2, 0]])
+    assert part.length.tolist() == [2, 3]
+
+
+def test_what_a_horizon_cuts_has_not_stopped():
+    batch = dataclasses.replace(make([3, 1, 2]), stopped=torch.tensor([True, True, False]))
+    cut = batch.truncate(2)
+    assert cut.length.tolist() == [2, 1, 2]
+    assert cut.stopped.tolist() == [False, True, False]
+    assert cut.actions.shape == cut.behaviour_log_probs.shape == (3, 2)
+    assert batch.truncate(3) is batch
+
+
+@examples(30)
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6), size=st.integers(1, 4), seed=st.integers(0, 99))
+def test_splitting_loses_no_trained_step(lengths, size, seed):
+    batch = make(lengths, seed=seed)
+    parts = list(batch.split(size))
+    assert [len(part) for part in parts] == [min(size, len(lengths) - i) for i in range(0, len(lengths), size)]
+    for part in parts:
+        assert part.mask.shape[1] == max(1, int(part.length.max()))
+    assert torch.cat([part.length for part in parts]).tolist() == lengths
+    for name in ("actions", "behaviour_log_probs"):
+        together = torch.cat([getattr(part, name)[part.mask] for part in parts])
+        assert torch.equal(together, getattr(batch, name)[batch.mask])
+    assert torch.equal(torch.cat([part.stopped for part in parts]), batch.stopped)
+
+
+def test_a_mask_with_holes_is_not_cut():
+    batch = make([4, 4])
+    batch.mask[:, 0] = False
+    assert all(part.mask.shape[1] == 4 for part in batch.split(1))
+
+
+@examples(30)
+@given(
+    widths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4), seed=st.integers(0, 99)
+)
+def test_joining_pads_prompts_on_their_side_and_steps_on_the_right(widths, seed):
+    parts = [make([steps, steps - 1], prompt=prompt, seed=seed + i) for i, (steps, prompt) in enumerate(widths)]
+    whole = Trajectories.concatenate(parts, PAD)
+    prompt, steps = max(p for _, p in widths), max(s for s, _ in widths)
+    assert whole.observation["ids"].shape == (2 * len(parts), prompt)
+    assert whole.mask.shape == whole.actions.shape == (2 * len(parts), steps)
+    for i, part in enumerate(parts):
+        rows = slice(2 * i, 2 * i + 2)
+        width = part.observation["ids"].shape[1]
+        assert torch.equal(whole.observation["ids"][rows, prompt - width :], part.observation["ids"])
+        assert (whole.observation["ids"][rows, : prompt - width] == -7).all()
+        assert not whole.observation["ids_mask"][rows, : prompt - width].any()
+        assert torch.equal(whole.actions[rows][whole.mask[rows]], part.actions[part.mask])
+        assert torch.equal(whole.row[rows], part.row)
+    assert whole.length.tolist() == [n for part in parts for n in part.length.tolist()]
+    assert len(whole.examples) == len(whole)
+
+
+def test_the_state_passes_through_a_weights_only_checkpoint():
+    batch = dataclasses.replace(make([3, 1, 2]), sources=("student", "dataset"), micro_batch=1)
+    file = io.BytesIO()
+    torch.save(batch.state_dict(), file)
+    file.seek(0)
+    back = Trajectories.from_state_dict(torch.load(file, weights_only=True), batch.examples)
+    assert same(back, dataclasses.replace(batch, micro_batch=0))
+    assert torch.equal(back.mask, batch.mask)
+
+
+def test_moving_moves_every_tensor():
+    moved = make([2, 1]).to("meta")
+    for item in dataclasses.fields(moved):
+        value = getattr(moved, item.name)
+        if isinstance(value, torch.Tensor):
+            assert value.device.type == "meta", item.name
+    assert all(tensor.device.type == "meta" for tensor in moved.observation.values())
+
+
+def test_a_statistic_over_the_batch_is_gathered_over_ranks():
+    whole = OptimiserStep(
+        [],
+        3.0,
+        statistics=[{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0])}],
+        gather=lambda values: torch.cat([values, values + 10]),
+    )
+    assert whole.over_batch("x").tolist() == [1, 2, 3, 11, 12, 13]
