@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MeanMetric
 
-from .rollout import derived_seed, group_statistics
+from .rollout import check_sampling, derived_seed, group_statistics
 from .teacher import Frozen
 from .trajectory import Example, Trajectories
 
@@ -34,7 +34,7 @@ class Evaluation:
         show: held-out prompts whose completions go to samples.jsonl at each validation.
 
     Raises:
-        ValueError: several greedy samples, which would be equal.
+        ValueError: several greedy samples, which would be equal; or a value out of range.
     """
 
     samples: int = 1
@@ -49,6 +49,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"evaluation.samples must be >= 1, got {self.samples}")
+        check_sampling("evaluation", self)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"evaluation.samples={self.samples} greedy samples would be equal; set evaluation.temperature"

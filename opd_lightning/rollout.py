@@ -57,16 +57,11 @@ class Rollout:
     max_prompt_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "group_size", "micro_batch_size", "horizon", "top_k", "max_prompt_length"):
+        for name in ("batch_size", "group_size", "micro_batch_size", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be >= 1, got {value}")
-        if self.temperature < 0:
-            raise ValueError(f"rollout.temperature must be >= 0 (0 is greedy), got {self.temperature}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"rollout.{name} must be in (0, 1], got {value}")
+        check_sampling("rollout", self)
         shares = self.behaviour.values()
         if not self.behaviour or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"rollout.behaviour: shares must be >= 0 and sum to 1, got {self.behaviour}")
@@ -91,6 +86,24 @@ class Rollout:
                 f"(rollout.micro_batch_size × trainer.accumulate_grad_batches); make it a multiple"
             )
         return size, total // size
+
+
+def check_sampling(key: str, settings: Any) -> None:
+    """The settings that rollouts and evaluation share.
+
+    Raises:
+        ValueError: a value out of range, named below ``key``.
+    """
+    for name in ("horizon", "top_k"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}.{name} must be >= 1, got {value}")
+    if settings.temperature < 0:
+        raise ValueError(f"{key}.temperature must be >= 0 (0 is greedy), got {settings.temperature}")
+    for name in ("top_p", "min_p"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{key}.{name} must be in (0, 1], got {value}")
 
 
 def derived_seed(*key: int) -> int:
