@@ -394,8 +394,8 @@ class OnPolicyDistillation(L.LightningModule):
         self.evaluator.step("val", "student", examples, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
+        values = self.evaluator.finish("val")
         if not self.trainer.sanity_checking:
-            values = self.evaluator.finish("val")
             shown = "val/accuracy" if self.reward is not None else "val/length"
             self.log(shown, values.pop(shown), prog_bar=True)
             self.log_dict(values)

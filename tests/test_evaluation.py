@@ -1,0 +1,166 @@
+"""Validation: the student acts on held-out prompts and is scored."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from opd_lightning.evaluation import Evaluation, pass_at_k
+from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.pretrained import Pretrained
+from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import EMA, Frozen, Teacher
+from tests.tiny import LongerIsBetter, Rows, act, fit, log_softmax, make_module, make_rows, make_trainer, no_teacher
+
+HELD_OUT = make_rows(30)[24:]  # batches of 4 and 2
+
+
+class IsEven:
+    """Right for the prompts with an even number, whatever was written."""
+
+    columns = ("task",)
+
+    def __call__(self, completion: str, example: dict) -> float:
+        return float(example["task"] == "even" and int(example["answer"]) > 48)
+
+
+def validate(module, folder, rows=HELD_OUT, **settings) -> dict[str, float]:
+    trainer = make_trainer(folder, **settings)
+    return trainer.validate(module, datamodule=Rows([], rows), verbose=False)[0]
+
+
+# -- pass@k -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_pass_at_k_counts_the_subsets_that_hold_a_right_one(n):
+    outcomes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)))
+    for k in range(1, n + 1):
+        wanted = [
+            sum(any(row[i] for i in chosen) for chosen in itertools.combinations(range(n), k))
+            / len(list(itertools.combinations(range(n), k)))
+            for row in outcomes.tolist()
+        ]
+        assert torch.allclose(pass_at_k(outcomes, k), torch.tensor(wanted))
+
+
+def test_pass_at_k_reads_rewards_against_a_threshold():
+    assert pass_at_k(torch.tensor([[0.2, 0.5], [0.4, 0.1]]), 1).tolist() == [0.5, 0.0]
+
+
+# -- what is reported ---------------------------------------------------------------------------------------------
+
+
+def test_values_are_those_of_all_held_out_prompts(student, teacher, tmp_path):
+    module = make_module(student, teacher, reward=IsEven(), rollout=Rollout(horizon=8, top_k=1, temperature=3.0))
+    found = validate(module, tmp_path)
+    rolled = act(module, HELD_OUT, temperature=0.0, top_k=None)
+    p, q = log_softmax(module, "student", rolled), log_softmax(module, "teacher", rolled)
+    kl = (p.exp() * (p - q)).sum(-1)
+    other = (q.exp() * (q - p)).sum(-1)
+    assert found["val/accuracy"] == pytest.approx(2 / 6)
+    assert found["val/length"] == pytest.approx(float(rolled.length.float().mean()))
+    assert found["val/stopped"] == pytest.approx(float(rolled.stopped.float().mean()))
+    assert found["val/teacher/kl_student_teacher"] == pytest.approx(float(kl[rolled.mask].mean()), rel=1e-4)
+    assert found["val/teacher/kl_teacher_student"] == pytest.approx(float(other[rolled.mask].mean()), rel=1e-4)
+    assert found["val/teacher/kl_first_step"] == pytest.approx(float(kl[:, 0].mean()), rel=1e-4)
+    assert "val/pass@1" not in found
+
+
+def test_several_samples_per_prompt(tiny_student, tmp_path):
+    settings = Evaluation(samples=4, temperature=1.0, horizon=3, before=False)
+    module = make_module(tiny_student, {}, no_teacher(), reward=LongerIsBetter(3), evaluation=settings)
+    found = validate(module, tmp_path)
+    assert 0 < found["val/accuracy"] < found["val/pass@4"] <= 1
+    assert found["val/length"] <= 3
+    assert validate(module, tmp_path) == found, "the same draws at every validation"
+
+
+def test_without_a_reward_there_is_no_accuracy(tiny_student, tmp_path):
+    found = validate(make_module(tiny_student, {}, no_teacher()), tmp_path)
+    assert {"val/length", "val/stopped"} <= found.keys()
+    assert not any("accuracy" in name or "kl" in name for name in found)
+
+
+def test_test_and_predict(tiny_student, tmp_path):
+    module = make_module(tiny_student, {}, no_teacher(), reward=IsEven())
+    trainer = make_trainer(tmp_path)
+    assert trainer.test(module, datamodule=Rows([], HELD_OUT), verbose=False)[0]["test/accuracy"] == pytest.approx(
+        2 / 6
+    )
+    rows = [row for batch in trainer.predict(module, datamodule=Rows([], HELD_OUT)) for row in batch]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in HELD_OUT]
+    assert {"prompt", "completion", "reward"} == rows[0].keys()
+
+
+def test_samples_are_kept(tiny_student, tmp_path):
+    module = make_module(
+        tiny_student, {}, no_teacher(), reward=IsEven(), evaluation=Evaluation(show=2, samples=3, temperature=1.0)
+    )
+    validate(module, tmp_path)
+    validate(module, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in HELD_OUT[:2]] * 2, "one of each prompt's three"
+    assert rows[0].keys() == {"step", "stage", "who", "prompt", "completion", "reward"}
+    assert (rows[0]["step"], rows[0]["stage"], rows[0]["who"]) == (0, "val", "student")
+
+
+# -- before training ----------------------------------------------------------------------------------------------
+
+
+def test_student_and_teachers_are_scored_once_before_training(tiny_student, tiny_teacher, tmp_path):
+    """Not mixed with the trainer's sanity check, which runs first."""
+    teachers = {
+        "teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), PromptView("{{ solution }}{{ prompt }}")),
+        "average": Teacher(EMA()),
+    }
+    objective = Objective([Term(ReverseKL()), Term(ReverseKL(), "average")])
+    module = make_module(tiny_student, teachers, objective, reward=IsEven(), evaluation=Evaluation(show=1))
+    alone = make_module(tiny_student, teachers, objective, reward=IsEven())
+    expected = validate(alone, tmp_path / "alone")
+    logger = CSVLogger(tmp_path)
+    fit(module, tmp_path, validation=HELD_OUT, logger=logger, num_sanity_val_steps=1)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = {name: float(value) for name, value in next(csv.DictReader(file)).items() if value}
+    assert logged["val/accuracy"] == pytest.approx(2 / 6)
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value, rel=1e-4), name
+    shown = [row for row in HELD_OUT if row["solution"]]
+    with torch.no_grad():
+        rolled = act(alone, shown, "teacher", temperature=0.0)
+    assert logged["val/teacher/accuracy"] == pytest.approx(2 / 5), "only where its view shows it something"
+    assert logged["val/teacher/length"] == pytest.approx(float(rolled.length.float().mean()))
+    assert "val/average/accuracy" not in logged, "just the student again"
+    who = [json.loads(line)["who"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert who == ["teacher", "student"]
+
+
+def test_nothing_before_training_if_so_configured(tiny_student, tmp_path):
+    module = make_module(tiny_student, {}, no_teacher(), reward=IsEven(), evaluation=Evaluation(before=False))
+    fit(module, tmp_path, validation=HELD_OUT, num_sanity_val_steps=0)
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 3}, r"evaluation\.samples=3 greedy samples would be equal; set evaluation\.temperature"),
+        ({"samples": 0}, r"evaluation\.samples must be >= 1, got 0"),
+        ({"temperature": -1.0}, r"evaluation\.temperature must be >= 0"),
+        ({"top_p": 2.0}, r"evaluation\.top_p must be in \(0, 1\]"),
+        ({"horizon": 0}, r"evaluation\.horizon must be >= 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_built(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(**settings)
