@@ -66,6 +66,7 @@ def draw(curves: Curves, path: Path) -> None:
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
         "rollout length": [name for name in ("train/length", "val/length") if name in curves],
     }
+    panels = {title: names for title, names in panels.items() if names}
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes: Any = figure.subplots(1, len(panels))
     for axis, (title, names) in zip(axes, panels.items(), strict=True):

@@ -1,0 +1,54 @@
+"""The report of a run reads what the loggers wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from opd_lightning.report import read_curves, report
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}))
+    first, second = tmp_path / "logs" / "version_0", tmp_path / "logs" / "version_1"
+    first.mkdir(parents=True)
+    second.mkdir()
+    (first / "metrics.csv").write_text(
+        "epoch,step,val/accuracy,val/teacher/accuracy,train/length\n0,0,0.25,1.0,\n0,4,,,8.0\n0,5,0.5,,\n"
+    )
+    (second / "metrics.csv").write_text("epoch,step,val/accuracy\n0,10,0.75\n")
+    rows = [
+        {"step": 0, "who": "student", "prompt": "1+1=", "completion": "3", "reward": 0.0},
+        {"step": 10, "who": "student", "prompt": "1+1=", "completion": "2", "reward": 1.0},
+        {"step": 0, "who": "teacher", "prompt": "1+1=", "completion": "2", "reward": 1.0},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_curves_go_on_over_a_resumed_run(run_folder):
+    assert read_curves(run_folder)["val/accuracy"] == [(0, 0.25), (5, 0.5), (10, 0.75)]
+
+
+def test_report_writes_result_and_picture(run_folder, capsys):
+    found = report(run_folder, since=0.0)
+    assert json.loads((run_folder / "result.json").read_text()) == found
+    assert {key: found[key] for key in ("before", "after", "teacher", "seed")} == {
+        "before": 0.25,
+        "after": 0.75,
+        "teacher": 1.0,
+        "seed": 7,
+    }
+    assert found["wall_s"] > 0
+    assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "1+1=2 ✓" in printed
+    assert "1+1=3" not in printed, "only the last completions are shown"
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no logs/version_\*/metrics.csv"):
+        read_curves(tmp_path)
