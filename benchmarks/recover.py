@@ -42,9 +42,8 @@ def write_stories(source: Path, count: int, tokens: int) -> torch.Tensor:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     start = torch.full((count, 1), model.config.bos_token_id)
-    return model.generate(
-        start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens
-    )
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    return model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, **length)
 
 
 @torch.no_grad()

@@ -12,12 +12,15 @@ ROOT = Path(__file__).parent.parent / "configs"
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 TEXT = sorted(path.stem for path in (ROOT / "text").glob("*.yaml"))
+# Settings that overlay another setting
+OVERLAID = {"qwen3_qlora": ["text/qwen3_gsm8k"]}
 SMALL = [
     "--trainer.max_steps=2",
     "--trainer.logger=false",
     "--trainer.limit_val_batches=0",
     "--model.init_args.evaluation.before=false",
     "--model.init_args.rollout.batch_size=4",
+    "--data.init_args.train_options.count=64",
 ]
 
 
@@ -31,7 +34,7 @@ def parse(*names: str) -> None:
 
 @pytest.mark.parametrize("name", TEXT)
 def test_text_configurations_parse(name):
-    parse(f"text/{name}")
+    parse(*OVERLAID.get(name, []), f"text/{name}")
 
 
 @pytest.mark.parametrize("name", TRAINERS)

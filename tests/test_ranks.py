@@ -10,7 +10,11 @@ import torch
 from tests.test_resume import PLAIN, configuration, finish, last, start
 
 SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
-SHORT = ["--trainer.max_steps=1", "--model.init_args.schedule.warmup_steps=0", "--model.init_args.schedule.name=constant"]
+SHORT = [
+    "--trainer.max_steps=1",
+    "--model.init_args.schedule.warmup_steps=0",
+    "--model.init_args.schedule.name=constant",
+]
 TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normaliser: weights}]"
 
 
