@@ -76,12 +76,14 @@ class Objective:
 
     Args:
         terms: summed.
-        chunk_mib: memory for one chunk's logits and what is computed from them, in MiB; decides the chunk's size.
+        chunk_mib: memory for one chunk's logits and what is computed from them, in MiB; decides the chunk's size. On
+            a CPU the process grows by up to 2.7 times as much (docs/performance.md has the measurements); a GPU with
+            memory to spare wants larger chunks.
         chunk_steps: the chunk's size itself, in steps; overrides ``chunk_mib``.
     """
 
     terms: list[Term]
-    chunk_mib: int = 192
+    chunk_mib: int = 96
     chunk_steps: int | None = None
 
     def __post_init__(self) -> None:
