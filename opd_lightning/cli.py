@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from .checkpoint import Checkpoint
 from .cli_errors import Parser, config_files
 from .export import export
 from .module import OnPolicyDistillation
@@ -37,53 +37,6 @@ class SaveConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
-
-
-class Checkpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, under ``<default_root_dir>/checkpoints`` and with ``last.ckpt`` to resume from.
-
-    Args:
-        every_n_train_steps: optimiser steps between checkpoints.
-        dirpath, monitor, mode, save_top_k, save_last: as in Lightning.
-    """
-
-    def __init__(
-        self,
-        every_n_train_steps: int | None = 100,
-        dirpath: str | None = None,
-        monitor: str | None = None,
-        mode: str = "max",
-        save_top_k: int = 1,
-        save_last: bool = True,
-    ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="step-{step}",
-            monitor=monitor,
-            mode=mode,
-            save_top_k=save_top_k,
-            save_last=save_last,
-            every_n_train_steps=every_n_train_steps,
-            auto_insert_metric_name=False,
-            save_on_train_epoch_end=False,
-        )
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._settle(trainer)
-        super().setup(trainer, pl_module, stage)
-
-    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        # `--ckpt_path=last` is looked up before setup
-        self._settle(trainer)
-        return super()._find_last_checkpoints(trainer)
-
-    def _settle(self, trainer: L.Trainer) -> None:
-        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class PredictionWriter(BasePredictionWriter):

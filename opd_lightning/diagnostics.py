@@ -43,6 +43,7 @@ class Averages:
 
     def merge(self, other: Averages) -> None:
         for name, pair in other.sums.items():
+            pair = pair.to(self.device)
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def compute(self) -> dict[str, float]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.fabric.utilities.seed import _set_rng_states
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from .audit import audit
+from .checkpoint import kept_names, plain_rng_states
 from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
@@ -218,8 +220,12 @@ class OnPolicyDistillation(L.LightningModule):
         """
         if who == "dataset":
             return self.replay(examples)
-        rollout, policy = rollout or self.rollout, self.policies[who]
-        prompts = self.collate(examples)
+        # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
+        with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
+            return self._act(who, examples, seeds, rollout or self.rollout)
+
+    def _act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout) -> Trajectories:
+        policy, prompts = self.policies[who], self.collate(examples)
         if who == "student":
             return self.sample(policy, prompts, examples, rollout, seeds)
         seen = [self.teachers[who].look(example) for example in examples]
@@ -256,6 +262,8 @@ class OnPolicyDistillation(L.LightningModule):
     def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
         whole = batch.optimiser_step
         assert whole is not None
+        # the trajectories as they were sampled: a precision plugin may have rounded those that it handed over
+        batch = whole.micro_batches[batch.micro_batch].to(self.device)
         if batch.micro_batch == 0:
             self._look_ahead(whole)
         teachers, available = self.ask_all(batch)
@@ -293,11 +301,11 @@ class OnPolicyDistillation(L.LightningModule):
     def _look_ahead(self, whole: OptimiserStep) -> None:
         """Statistics and sums of weights over the whole optimiser step, where a term asks for them."""
         whole.gather = self._gather
-        micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
+        whole.micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
         availables: list[dict[str, Tensor]] = []
         if self.objective.looks_ahead:
             whole.statistics = []
-            for batch in micro_batches:
+            for batch in whole.micro_batches:
                 teachers, available = self.ask_all(batch)
                 steps = Steps.of(batch, available)
                 student = self.steps(self.policies["student"], batch).at(steps.index)
@@ -305,8 +313,8 @@ class OnPolicyDistillation(L.LightningModule):
                 whole.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
                 availables.append(available)
         elif any(term.normaliser == "weights" for term in self.objective.active):
-            availables = [self._available(batch) for batch in micro_batches]
-        sums = self.objective.weight_sums(dataclasses.replace(whole, micro_batches=micro_batches), availables)
+            availables = [self._available(batch) for batch in whole.micro_batches]
+        sums = self.objective.weight_sums(whole, availables)
         whole.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
 
     def _available(self, batch: Trajectories) -> dict[str, Tensor]:
@@ -375,6 +383,7 @@ class OnPolicyDistillation(L.LightningModule):
     # -- evaluation ---------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        self._averages = Averages(self.device)
         self._place_teachers()
 
     def on_validation_start(self) -> None:
@@ -412,13 +421,13 @@ class OnPolicyDistillation(L.LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self._checkpointed()
+        kept = kept_names(self)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["rng"] = _plain(_collect_rng_states())
+        checkpoint["rng"] = plain_rng_states()
         checkpoint["opd_config"] = self.config_yaml
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        missing = sorted(self._checkpointed() - set(checkpoint["state_dict"]))
+        missing = sorted(kept_names(self) - set(checkpoint["state_dict"]))
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} of the weights that this configuration trains, among them "
@@ -426,25 +435,7 @@ class OnPolicyDistillation(L.LightningModule):
             )
         self._rng = checkpoint.get("rng")
 
-    def _checkpointed(self) -> set[str]:
-        """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; no frozen base."""
-        frozen = set()
-        if self._student_spec.lora is not None:
-            frozen = {
-                name for name, p in self.student.named_parameters() if not p.requires_grad and "lora_" not in name
-            }
-            frozen |= {name for name, _ in self.student.named_buffers()}
-            quantised = {n for n in self.student.state_dict() if any(n.startswith(f"{f}.") for f in frozen)}
-            frozen |= quantised
-        return {name for name in self.state_dict() if name.removeprefix("student.") not in frozen}
-
     @property
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.trainer.default_root_dir)
-
-
-def _plain(states: dict[str, Any]) -> dict[str, Any]:
-    """RNG states as tensors, numbers and tuples only, so that ``weights_only=True`` loads them."""
-    name, keys, *rest = states["numpy"]
-    return {**states, "numpy": (name, keys.tolist() if hasattr(keys, "tolist") else keys, *rest)}

@@ -149,23 +149,24 @@ class Trajectories:
         )
 
 
-@dataclass
 class OptimiserStep:
     """The micro-batches of one optimiser step on this rank, and the totals that its terms divide by.
+
+    No dataclass on purpose: Lightning casts what it finds in dataclasses to the precision of the model, log-probs too.
 
     Attributes:
         micro_batches: in the order in which they are trained.
         trained_steps: Σ mask over all micro-batches **and all ranks**: the default normaliser Z.
-        weight_sums: Z of the terms that divide by their sum of weights, by term name, filled at the first micro-batch.
+        weight_sums: by term name, Z of the terms that divide by their sum of weights; filled at the first micro-batch.
         statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
         gather: concatenates a tensor ``[N]`` over all ranks.
     """
 
-    micro_batches: list[Trajectories]
-    trained_steps: float
-    weight_sums: dict[str, float] | None = None
-    statistics: list[dict[str, Tensor]] | None = None
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    def __init__(self, micro_batches: list[Trajectories], trained_steps: float) -> None:
+        self.micro_batches, self.trained_steps = micro_batches, trained_steps
+        self.weight_sums: dict[str, float] | None = None
+        self.statistics: list[dict[str, Tensor]] | None = None
+        self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def over_batch(self, key: str) -> Tensor:
         """``[M]`` one statistic at every trained step of the optimiser step, on all ranks."""

@@ -145,10 +145,7 @@ def test_moving_moves_every_tensor():
 
 
 def test_a_statistic_over_the_batch_is_gathered_over_ranks():
-    whole = OptimiserStep(
-        [],
-        3.0,
-        statistics=[{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0])}],
-        gather=lambda values: torch.cat([values, values + 10]),
-    )
+    whole = OptimiserStep([], 3.0)
+    whole.statistics = [{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0])}]
+    whole.gather = lambda values: torch.cat([values, values + 10])
     assert whole.over_batch("x").tolist() == [1, 2, 3, 11, 12, 13]
