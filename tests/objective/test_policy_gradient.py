@@ -161,6 +161,16 @@ def test_an_advantage_has_no_gradient():
             close(value, expected, 1e-6)
 
 
+def test_an_advantage_that_forgets_to_detach_is_detached_for_it():
+    class Leaky(LogRatio):
+        def __call__(self, steps: Steps) -> Tensor:
+            return steps.teacher.log_prob(steps.action) - steps.student.log_prob(steps.action)
+
+    world = World(1)
+    for leaky, clean in zip(world.gradient(Leaky()), world.gradient(LogRatio()), strict=True):
+        torch.testing.assert_close(leaky, clean)
+
+
 @examples(15)
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.3, 0.5, 1.0]), clip=st.sampled_from([0.2, 0.9, 1.0]))
 def test_rlsd_never_flips_the_sign_of_the_reward(seed, share, clip):
