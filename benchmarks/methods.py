@@ -26,8 +26,12 @@ METHODS: dict[str, list[str]] = {
     "sft": [],
 }
 # Two hundred problems only, again and again: what the teacher writes about them runs out, what the student does not.
-FEW = ["--data.init_args.train_options.count=200"]
-COMPARISON = {"reverse_kl": FEW, "sft": FEW}
+FEW = [
+    "--trainer.max_steps=500",
+    "--trainer.val_check_interval=100",
+    "--data.init_args.train_options.count=200",
+]
+SEEDS = (5, 6, 7)
 
 
 def fit(name: str, overlay: str, extra: list[str]) -> tuple[Curves, float]:
@@ -55,17 +59,22 @@ def plot(found: dict[str, Curves], path: Path, title: str) -> None:
 
 def main() -> None:
     results = []
+    few = {
+        f"{overlay}, seed {seed}": [*FEW, f"--seed_everything={seed}", f"--data.init_args.train_options.seed={seed}"]
+        for seed in SEEDS
+        for overlay in ("reverse_kl", "sft")
+    }
     for group, title, runs in (
         ("methods", "Methods on the quickstart", METHODS),
-        ("few_problems", "200 training problems", COMPARISON),
+        ("few_problems", "200 training problems", few),
     ):
         found = {}
-        for overlay, extra in runs.items():
-            curves, wall = fit(f"{group}/{overlay}", overlay, extra)
-            found[overlay] = curves
+        for name, extra in runs.items():
+            curves, wall = fit(f"{group}/{name}", name.partition(",")[0], extra)
+            found[name] = curves
             accuracy = [value for _, value in curves["val/accuracy"]]
-            results.append({"group": group, "method": overlay, "accuracy": accuracy, "wall_s": round(wall)})
-            print(f"{group:14} {overlay:12} {' '.join(f'{value:.3f}' for value in accuracy)}  {wall:.0f} s")
+            results.append({"group": group, "run": name, "accuracy": accuracy, "wall_s": round(wall)})
+            print(f"{group:14} {name:20} {' '.join(f'{value:.3f}' for value in accuracy)}  {wall:.0f} s")
         plot(found, Path("docs") / f"{group}.png", title)
     (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n")
 
