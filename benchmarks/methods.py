@@ -31,7 +31,7 @@ FEW = [
     "--trainer.val_check_interval=100",
     "--data.init_args.train_options.count=200",
 ]
-SEEDS = (5, 6, 7)
+PROBLEMS = (5, 6, 7)
 
 
 def fit(name: str, overlay: str, extra: list[str]) -> tuple[Curves, float]:
@@ -60,8 +60,8 @@ def plot(found: dict[str, Curves], path: Path, title: str) -> None:
 def main() -> None:
     results = []
     few = {
-        f"{overlay}, seed {seed}": [*FEW, f"--seed_everything={seed}", f"--data.init_args.train_options.seed={seed}"]
-        for seed in SEEDS
+        f"{overlay}, problems {seed}": [*FEW, f"--data.init_args.train_options.seed={seed}"]
+        for seed in PROBLEMS
         for overlay in ("reverse_kl", "sft")
     }
     for group, title, runs in (

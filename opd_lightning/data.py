@@ -1,5 +1,6 @@
 """PromptData: examples for training and validation, checked before the first step."""
 
+import os
 import random
 import re
 from collections import Counter
@@ -48,7 +49,8 @@ class PromptData(LightningDataModule):
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
             them in `skipped` and warns once.
         validation_batch_size: prompts per batch of validation, test and predict.
-        seed: of the held-out rows and of the order of training.
+        seed: of the held-out rows and of tasks that make their rows. The order of training and all rollouts follow
+            `seed_everything` where it was called, so that runs of different seeds share their held-out rows.
 
     Raises:
         ValueError: at construction for settings that contradict each other; in `setup` for a source that
@@ -143,7 +145,8 @@ class PromptData(LightningDataModule):
         from .rollout import RolloutLoader
 
         assert self.trainer is not None
-        return RolloutLoader(self.train, self.trainer.lightning_module, seed=self.seed)  # type: ignore[arg-type]
+        seed = int(os.environ.get("PL_GLOBAL_SEED", self.seed))  # where Lightning leaves what seed_everything was given
+        return RolloutLoader(self.train, self.trainer.lightning_module, seed=seed)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Any:
         return self._loader(self.validation) if self.validation is not None else []

@@ -130,3 +130,14 @@ def test_module_and_console_script_are_the_same_program():
     )
     assert "fit" in output.stdout
     assert "validate" in output.stdout
+
+
+@pytest.mark.parametrize(("seeds", "same"), [((1, 1), True), ((1, 2), False)])
+def test_seed_everything_decides_what_is_sampled(config, seeds, same, tmp_path):
+    found = []
+    for place, seed in enumerate(seeds):
+        folder = tmp_path / str(place)
+        run(["fit", "-c", str(config), "--trainer.max_steps=2", f"--seed_everything={seed}",
+             f"--trainer.default_root_dir={folder}"])  # fmt: skip
+        found.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) is same

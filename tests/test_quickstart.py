@@ -12,7 +12,7 @@ from opd_lightning.report import report
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_student_learns_to_add(seed, tmp_path):
     logs = f"--trainer.logger.init_args.save_dir={tmp_path}"
-    run(["fit", "-c", "opd:text/quickstart.yaml", f"--seed_everything={seed}", f"--data.init_args.seed={seed}", logs,
+    run(["fit", "-c", "opd:text/quickstart.yaml", f"--seed_everything={seed}", logs,
          f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     found = report(tmp_path)
     assert found["teacher"] >= 0.95
