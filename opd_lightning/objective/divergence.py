@@ -139,7 +139,7 @@ class Divergence(Signal):
         ValueError: temperature or clip not positive.
     """
 
-    needs = frozenset({"teacher"})
+    needs: frozenset[str] = frozenset({"teacher"})
 
     def __init__(self, support: Support = FULL, temperature: float = 1.0, clip: float | None = None) -> None:
         if temperature <= 0:
@@ -147,6 +147,9 @@ class Divergence(Signal):
         if clip is not None and clip <= 0:
             raise ValueError(f"signal.clip must be > 0, got {clip}")
         self.support, self.temperature, self.clip = support, temperature, clip
+        of_a_vocabulary = support != FULL or temperature != 1 or clip is not None
+        if of_a_vocabulary or type(self).gaussian is Divergence.gaussian:
+            self.needs = self.needs | {"categorical"}
 
     @abstractmethod
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -168,3 +168,10 @@ def test_log_prob_and_entropy_of_a_standard_normal():
     p = Gaussian(torch.zeros(3, 2), torch.tensor(1.0))
     close(p.log_prob(torch.zeros(3, 2)), torch.full((3,), -math.log(2 * math.pi)), 1e-6)
     close(p.entropy(), torch.full((3,), math.log(2 * math.pi * math.e)), 1e-6)
+
+
+@pytest.mark.parametrize("signal", [JSD(), SkewForwardKL(), ForwardKL(temperature=2.0), ReverseKL(clip=1.0)])
+def test_what_has_no_gaussian_form_is_refused_when_the_objective_is_checked(signal):
+    with pytest.raises(ValueError, match="needs 'categorical': only distributions over a vocabulary have it"):
+        Objective([Term(signal)]).check({"teacher"}, {"behaviour"}, {"student"})
+    Objective([Term(ForwardKL())]).check({"teacher"}, {"behaviour"}, {"student"})
