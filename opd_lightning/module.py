@@ -134,6 +134,9 @@ class OnPolicyDistillation(L.LightningModule):
         """Why this example cannot be used (too long a prompt, …), or None."""
         return None
 
+    def prepare_export(self, model: nn.Module) -> None:
+        """Settings of the exported model without which it would not act as it did here."""
+
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
         return []

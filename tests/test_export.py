@@ -90,3 +90,10 @@ def test_refuses_a_full_folder_and_a_foreign_checkpoint(trained, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="only checkpoints of `opd fit` can be exported"):
         export.write(tmp_path / "foreign.ckpt", tmp_path / "out")
+
+
+def test_ids_that_could_be_no_action_stay_impossible_after_export(trained, tmp_path):
+    export.write(trained, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    known = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert model.generation_config.suppress_tokens == list(range(known, model.config.vocab_size))

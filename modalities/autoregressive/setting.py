@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ...distribution import Categorical, Head
@@ -154,6 +154,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         for row, reward in zip(shown, rewards, strict=True):
             row["reward"] = reward
         return torch.tensor(rewards), shown
+
+    def prepare_export(self, model: nn.Module) -> None:
+        """The ids that can be no action here (padding of the head, placeholders) are none in `generate` either."""
+        rows = bare(model).get_output_embeddings().weight.shape[0]
+        impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
+        if impossible:
+            bare(model).generation_config.suppress_tokens = impossible
 
     # -- checks -------------------------------------------------------------------------------------------------
 
