@@ -18,7 +18,9 @@ def kept_names(module: OnPolicyDistillation) -> set[str]:
     student, everything = module.student, set(module.state_dict())
     if module._student_spec.lora is None:
         return everything
-    frozen = {name for name, p in student.named_parameters() if not p.requires_grad and "lora_" not in name}
+    # a tied head is the same parameter under a second name, and just as frozen
+    parameters = student.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in parameters if not p.requires_grad and "lora_" not in name}
     frozen |= {name for name, _ in student.named_buffers()}
     # the scales and maps that bitsandbytes keeps beside each weight
     frozen |= {name for name in student.state_dict() if any(name.startswith(f"{base}.") for base in frozen)}

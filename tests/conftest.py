@@ -15,7 +15,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import worlds  # noqa: E402
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
+from tests.tiny_vlm import save_vlm  # noqa: E402
 
 torch.set_num_threads(1)  # more only get in each other's way on models this small
 
@@ -49,6 +51,33 @@ def student(saved, architecture) -> Path:
 def teacher(saved, architecture) -> Path:
     """Another model of the same architecture: wider, with another number of head rows."""
     return saved(architecture=architecture, seed=2, hidden=48, rows=28)
+
+
+@pytest.fixture(scope="session")
+def make_world(saved, tmp_path_factory) -> Callable[[str], worlds.World]:
+    """A world by the name of its setting, or of a text architecture."""
+    folder = tmp_path_factory.mktemp("eyes")
+    eyes = save_vlm(folder / "student"), save_vlm(folder / "teacher", seed=2, hidden=48)
+
+    def get(name: str) -> worlds.World:
+        if name in ("vision_language", "gui_grounding"):
+            return getattr(worlds, name)(*eyes)
+        settings = {} if name == "text" else {"architecture": name}
+        return worlds.text(saved(**settings, seed=1), saved(**settings, seed=2, hidden=48, rows=28))
+
+    return get
+
+
+@pytest.fixture(scope="session", params=["text", "vision_language", "gui_grounding"])
+def world(request, make_world) -> worlds.World:
+    """Every setting in turn."""
+    return make_world(request.param)
+
+
+@pytest.fixture(scope="session", params=[*sorted(ARCHITECTURES), "vision_language", "gui_grounding"])
+def any_world(request, make_world) -> worlds.World:
+    """Every text architecture in turn, and the other settings."""
+    return make_world(request.param)
 
 
 @pytest.fixture(scope="session")

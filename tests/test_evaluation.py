@@ -12,26 +12,29 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from opd_lightning.evaluation import Evaluation, pass_at_k
-from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
-from tests.tiny import LongerIsBetter, Rows, act, fit, log_softmax, make_module, make_rows, make_trainer, no_teacher
+from tests.tiny import LongerIsBetter, Rows, act, log_softmax, make_trainer
 
-HELD_OUT = make_rows(30)[24:]  # batches of 4 and 2
+
+@pytest.fixture
+def held_out(world):
+    """Batches of 4 and 2."""
+    return world.make_rows(30)[24:]
 
 
 class IsEven:
-    """Right for the prompts with an even number, whatever was written."""
+    """Right for the prompts with an even number but the first, whatever was written."""
 
-    columns = ("task",)
+    columns = ("task", "prompt")
 
     def __call__(self, completion: str, example: dict) -> float:
-        return float(example["task"] == "even" and int(example["answer"]) > 48)
+        return float(example["task"] == "even" and "24" not in example["prompt"])
 
 
-def validate(module, folder, rows=HELD_OUT, **settings) -> dict[str, float]:
+def validate(module, folder, rows, **settings) -> dict[str, float]:
     trainer = make_trainer(folder, **settings)
     return trainer.validate(module, datamodule=Rows([], rows), verbose=False)[0]
 
@@ -58,10 +61,11 @@ def test_pass_at_k_reads_rewards_against_a_threshold():
 # -- what is reported ---------------------------------------------------------------------------------------------
 
 
-def test_values_are_those_of_all_held_out_prompts(student, teacher, tmp_path):
-    module = make_module(student, teacher, reward=IsEven(), rollout=Rollout(horizon=8, top_k=1, temperature=3.0))
-    found = validate(module, tmp_path)
-    rolled = act(module, HELD_OUT, temperature=0.0, top_k=None)
+def test_values_are_those_of_all_held_out_prompts(any_world, tmp_path):
+    held_out = any_world.make_rows(30)[24:]
+    module = any_world.module(reward=IsEven(), rollout=Rollout(horizon=8, top_k=1, temperature=3.0))
+    found = validate(module, tmp_path, held_out)
+    rolled = act(module, held_out, temperature=0.0, top_k=None)
     p, q = log_softmax(module, "student", rolled), log_softmax(module, "teacher", rolled)
     kl = (p.exp() * (p - q)).sum(-1)
     other = (q.exp() * (q - p)).sum(-1)
@@ -74,65 +78,65 @@ def test_values_are_those_of_all_held_out_prompts(student, teacher, tmp_path):
     assert "val/pass@1" not in found
 
 
-def test_several_samples_per_prompt(tiny_student, tmp_path):
+def test_several_samples_per_prompt(world, held_out, tmp_path):
     settings = Evaluation(samples=4, temperature=1.0, horizon=3, before=False)
-    module = make_module(tiny_student, {}, no_teacher(), reward=LongerIsBetter(3), evaluation=settings)
-    found = validate(module, tmp_path)
+    module = world.alone(reward=LongerIsBetter(3), evaluation=settings)
+    found = validate(module, tmp_path, held_out)
     assert 0 < found["val/accuracy"] < found["val/pass@4"] <= 1
     assert found["val/length"] <= 3
-    assert validate(module, tmp_path) == found, "the same draws at every validation"
+    assert validate(module, tmp_path, held_out) == found, "the same draws at every validation"
 
 
-def test_without_a_reward_there_is_no_accuracy(tiny_student, tmp_path):
-    found = validate(make_module(tiny_student, {}, no_teacher()), tmp_path)
+def test_without_a_reward_there_is_no_accuracy(world, held_out, tmp_path):
+    module = world.alone()
+    module.reward = None
+    found = validate(module, tmp_path, held_out)
     assert {"val/length", "val/stopped"} <= found.keys()
     assert not any("accuracy" in name or "kl" in name for name in found)
 
 
-def test_test_and_predict(tiny_student, tmp_path):
-    module = make_module(tiny_student, {}, no_teacher(), reward=IsEven())
+def test_test_and_predict(world, held_out, tmp_path):
+    module = world.alone(reward=IsEven())
     trainer = make_trainer(tmp_path)
-    assert trainer.test(module, datamodule=Rows([], HELD_OUT), verbose=False)[0]["test/accuracy"] == pytest.approx(
+    assert trainer.test(module, datamodule=Rows([], held_out), verbose=False)[0]["test/accuracy"] == pytest.approx(
         2 / 6
     )
-    rows = [row for batch in trainer.predict(module, datamodule=Rows([], HELD_OUT)) for row in batch]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in HELD_OUT]
-    assert {"prompt", "completion", "reward"} == rows[0].keys()
+    rows = [row for batch in trainer.predict(module, datamodule=Rows([], held_out)) for row in batch]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in held_out]
+    assert {"prompt", "completion", "reward"} <= rows[0].keys()
 
 
-def test_samples_are_kept(tiny_student, tmp_path):
-    module = make_module(
-        tiny_student, {}, no_teacher(), reward=IsEven(), evaluation=Evaluation(show=2, samples=3, temperature=1.0)
-    )
-    validate(module, tmp_path)
-    validate(module, tmp_path)
+def test_samples_are_kept(world, held_out, tmp_path):
+    module = world.alone(reward=IsEven(), evaluation=Evaluation(show=2, samples=3, temperature=1.0))
+    validate(module, tmp_path, held_out)
+    validate(module, tmp_path, held_out)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in HELD_OUT[:2]] * 2, "one of each prompt's three"
-    assert rows[0].keys() == {"step", "stage", "who", "prompt", "completion", "reward"}
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in held_out[:2]] * 2, "one of each prompt's three"
+    assert rows[0].keys() >= {"step", "stage", "who", "prompt", "completion", "reward"}
     assert (rows[0]["step"], rows[0]["stage"], rows[0]["who"]) == (0, "val", "student")
 
 
 # -- before training ----------------------------------------------------------------------------------------------
 
 
-def test_student_and_teachers_are_scored_once_before_training(tiny_student, tiny_teacher, tmp_path):
+def test_student_and_teachers_are_scored_once_before_training(world, held_out, tmp_path):
     """Not mixed with the trainer's sanity check, which runs first."""
     teachers = {
-        "teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), PromptView("{{ solution }}{{ prompt }}")),
+        "teacher": Teacher(Frozen(Pretrained(str(world.teacher))), world.view),
         "average": Teacher(EMA()),
     }
     objective = Objective([Term(ReverseKL()), Term(ReverseKL(), "average")])
-    module = make_module(tiny_student, teachers, objective, reward=IsEven(), evaluation=Evaluation(show=1))
-    alone = make_module(tiny_student, teachers, objective, reward=IsEven())
-    expected = validate(alone, tmp_path / "alone")
+    module = world.module(teachers, objective, reward=IsEven(), evaluation=Evaluation(show=1))
+    alone = world.module(teachers, objective, reward=IsEven())
+    expected = validate(alone, tmp_path / "alone", held_out)
     logger = CSVLogger(tmp_path)
-    fit(module, tmp_path, validation=HELD_OUT, logger=logger, num_sanity_val_steps=1)
+    world.fit(module, tmp_path, validation=held_out, logger=logger, num_sanity_val_steps=1)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         logged = {name: float(value) for name, value in next(csv.DictReader(file)).items() if value}
     assert logged["val/accuracy"] == pytest.approx(2 / 6)
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value, rel=1e-4), name
-    shown = [row for row in HELD_OUT if row["solution"]]
+    shown = [row for row in held_out if row["solution"]]
     with torch.no_grad():
         rolled = act(alone, shown, "teacher", temperature=0.0)
     assert logged["val/teacher/accuracy"] == pytest.approx(2 / 5), "only where its view shows it something"
@@ -142,9 +146,9 @@ def test_student_and_teachers_are_scored_once_before_training(tiny_student, tiny
     assert who == ["teacher", "student"]
 
 
-def test_nothing_before_training_if_so_configured(tiny_student, tmp_path):
-    module = make_module(tiny_student, {}, no_teacher(), reward=IsEven(), evaluation=Evaluation(before=False))
-    fit(module, tmp_path, validation=HELD_OUT, num_sanity_val_steps=0)
+def test_nothing_before_training_if_so_configured(world, held_out, tmp_path):
+    module = world.alone(reward=IsEven(), evaluation=Evaluation(before=False))
+    world.fit(module, tmp_path, validation=held_out, num_sanity_val_steps=0)
     assert not (tmp_path / "samples.jsonl").exists()
 
 

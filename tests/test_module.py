@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.modalities.autoregressive import PromptView
-from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.module import Schedule
 from opd_lightning.objective import (
     ByReward,
@@ -23,9 +21,7 @@ from opd_lightning.objective import (
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
-from tests.tiny import LongerIsBetter, fit, make_module, make_rows, no_teacher, sgd, teacher_forced
-
-VIEW = PromptView("{{ solution }}?{{ prompt }}")
+from tests.tiny import LongerIsBetter, fit, make_module, no_teacher, sgd, teacher_forced
 
 
 def build(**settings):
@@ -109,60 +105,58 @@ def test_a_generation_batch_that_cannot_be_cut_is_refused_before_training(tiny_s
 # -- an optimiser step --------------------------------------------------------------------------------------------
 
 
-def test_a_parameter_without_gradient_stops_the_run_and_is_named(tiny_student, tiny_teacher, tmp_path):
+def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path):
     """Rule 18."""
-    module = make_module(tiny_student, tiny_teacher)
+    module = world.module()
     module.student.model.idle = torch.nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match=r"2 trainable parameters got no gradient, among them model\.idle\.weight"):
-        fit(module, tmp_path)
+        world.fit(module, tmp_path)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("normaliser", ["steps", "weights"])
-def test_a_step_with_nothing_to_train_is_a_counted_zero(tiny_student, tiny_teacher, lora, normaliser, tmp_path):
+def test_a_step_with_nothing_to_train_is_a_counted_zero(world, lora, normaliser, tmp_path):
     """Rule 17: it touches every trained parameter, and moves none."""
-    teachers = {"teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), where={"task": "nowhere"})}
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(world.teacher))), where={"task": "nowhere"})}
     objective = Objective([Term(ReverseKL(), normaliser=normaliser)])
-    module = make_module(Pretrained(str(tiny_student), lora=lora), teachers, objective)
+    module = world.module(teachers, objective, lora=lora)
     before = [p.detach().clone() for p in module.student.parameters()]
-    trainer = fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
+    trainer = world.fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
     assert trainer.global_step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
     assert trainer.callback_metrics["train/empty_micro_batches"] == 1
 
 
-def test_part_of_a_step_may_have_nothing_to_train(tiny_student, tiny_teacher, tmp_path):
-    teachers = {"teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), where={"task": "even"})}
-    module = make_module(tiny_student, teachers, rollout=Rollout(batch_size=8, micro_batch_size=1, horizon=4))
-    trainer = fit(module, tmp_path, accumulate_grad_batches=8)
+def test_part_of_a_step_may_have_nothing_to_train(world, tmp_path):
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(world.teacher))), where={"task": "even"})}
+    module = world.module(teachers, rollout=Rollout(batch_size=8, micro_batch_size=1, horizon=4))
+    trainer = world.fit(module, tmp_path, accumulate_grad_batches=8)
     assert 0 < trainer.callback_metrics["train/empty_micro_batches"] < 1
 
 
-def test_completions_beyond_the_window_are_not_trained(tiny_student, tiny_teacher, tmp_path):
+def test_completions_beyond_the_window_are_not_trained(world, tmp_path):
     """Every row masked by a weight: the window begins behind the horizon."""
     objective = Objective([Term(ReverseKL(), weights=[Window(start=50)], normaliser="weights")])
-    module = make_module(tiny_student, tiny_teacher, objective)
+    module = world.module(world.teacher, objective)
     before = [p.detach().clone() for p in module.student.parameters()]
-    fit(module, tmp_path, steps=1)
+    world.fit(module, tmp_path, steps=1)
     assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
 
 
-def test_distillation_lowers_the_divergence(student, teacher, tmp_path):
+def test_distillation_lowers_the_divergence(any_world, tmp_path):
     losses = []
 
-    class Watching(TextDistillation):
+    class Watching(any_world.setting):
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
             losses.append(float(self.trainer.callback_metrics["train/loss/ReverseKL"]))
 
-    module = make_module(
-        student,
-        teacher,
+    module = any_world.module(
         setting=Watching,
         rollout=Rollout(batch_size=24, horizon=8),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     )
-    fit(module, tmp_path, steps=15)
+    any_world.fit(module, tmp_path, steps=15)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -190,72 +184,72 @@ LOGGED = [
 ]
 
 
-def test_what_is_logged_at_each_step(tiny_student, tiny_teacher, tmp_path):
-    teachers = {"teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), VIEW)}
+def test_what_is_logged_at_each_step(world, tmp_path):
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(world.teacher))), world.view)}
     objective = Objective([Term(ReverseKL(), weights=[Window(stop=5)])])
-    module = make_module(tiny_student, teachers, objective, reward=LongerIsBetter())
-    trainer = fit(module, tmp_path, steps=2)
+    module = world.module(teachers, objective, reward=LongerIsBetter())
+    trainer = world.fit(module, tmp_path, steps=2)
     missing = [name for name in LOGGED if name not in trainer.callback_metrics]
     assert not missing
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
 
 
 @pytest.mark.parametrize("made", ["initial", "ema", "live"])
-def test_self_distillation_starts_at_no_distance(tiny_student, made, tmp_path):
+def test_self_distillation_starts_at_no_distance(world, made, tmp_path):
     weights = {"initial": Initial(), "ema": EMA(), "live": Live()}[made]
-    module = make_module(tiny_student, {"teacher": Teacher(weights)}, optimizer=sgd(1.0))
-    trainer = fit(module, tmp_path)
+    module = world.module({"teacher": Teacher(weights)}, optimizer=sgd(1.0))
+    trainer = world.fit(module, tmp_path)
     assert float(trainer.callback_metrics["train/loss/ReverseKL"]) == 0
 
 
-def test_a_teacher_that_is_off_is_not_asked(tiny_student, tiny_teacher, tmp_path, monkeypatch):
+def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
     """A coefficient of 0 skips its forward pass."""
     objective = Objective([Term(ReverseKL(), coefficient=0.0), Term(CrossEntropy(), teacher=None)])
-    module = make_module(tiny_student, tiny_teacher, objective)
+    module = world.module(world.teacher, objective)
     monkeypatch.setattr(module, "ask", lambda *_: pytest.fail("asked"))
-    fit(module, tmp_path)
+    world.fit(module, tmp_path)
 
 
-def test_a_checkpoint_of_another_student_is_refused(tiny_student, tiny_teacher, tmp_path):
-    trainer = fit(make_module(tiny_student, tiny_teacher), tmp_path)
+def test_a_checkpoint_of_another_student_is_refused(world, tmp_path):
+    trainer = world.fit(world.module(), tmp_path)
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True)
-    other = make_module(Pretrained(str(tiny_student), lora=Lora(r=2)), tiny_teacher)
+    other = world.module(lora=Lora(r=2))
     with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ of the weights .* trains.*lora_"):
         other.on_load_checkpoint(checkpoint)
 
 
-def test_an_adapters_checkpoint_holds_no_base(tiny_student, tiny_teacher, tmp_path):
-    trainer = fit(make_module(Pretrained(str(tiny_student), lora=Lora(r=2)), tiny_teacher), tmp_path)
+def test_an_adapters_checkpoint_holds_no_base(world, tmp_path):
+    trainer = world.fit(world.module(lora=Lora(r=2)), tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     names = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert names
     assert all("lora_" in name for name in names)
 
 
-def test_models_are_loaded_once(tiny_student, tiny_teacher):
-    module = make_module(tiny_student, tiny_teacher)
+def test_models_are_loaded_once(world):
+    module = world.module()
     policies = dict(module.policies)
     module.configure_model()
     assert module.policies == policies
 
 
-def test_sources_route_terms(tiny_student, tiny_teacher, tmp_path):
+def test_sources_route_terms(world, tmp_path):
     """Reverse KL on the student's rollouts, cross entropy on the dataset's completions."""
     objective = Objective([Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset")])
     rollout = Rollout(batch_size=24, horizon=6, behaviour={"student": 0.5, "dataset": 0.5})
     seen = []
 
-    class Watching(TextDistillation):
+    class Watching(world.setting):
         def training_step(self, batch, batch_idx):
             seen.append(batch)
             return super().training_step(batch, batch_idx)
 
-    module = make_module(tiny_student, tiny_teacher, objective, setting=Watching, rollout=rollout)
-    trainer = fit(module, tmp_path, make_rows(24))
+    module = world.module(world.teacher, objective, setting=Watching, rollout=rollout)
+    trainer = world.fit(module, tmp_path, world.make_rows(24))
     (batch,) = seen
     assert 0 < float(batch.source.float().mean()) < 1
-    fresh = make_module(tiny_student, tiny_teacher)
+    fresh = world.module()
     dataset = batch.select((batch.source == 1).nonzero().flatten())
     wanted = -float(teacher_forced(fresh, "student", dataset).sum() / dataset.mask.sum())
     assert float(trainer.callback_metrics["train/loss/CrossEntropy"]) == pytest.approx(wanted, rel=1e-4)

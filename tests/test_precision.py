@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, Term
-from tests.tiny import fit, make_module
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_importance_ratios_start_at_one_in_every_precision(
-    precision, tmp_path, tiny_student, tiny_teacher, monkeypatch
-):
+def test_importance_ratios_start_at_one_in_every_precision(precision, tmp_path, world, monkeypatch):
     objective = Objective([Term(PolicyGradient(LogRatio()))])
-    module = make_module(tiny_student, tiny_teacher, objective=objective)
+    module = world.module(objective=objective)
     seen = []
     evaluate = objective.__class__.__call__
 
@@ -27,7 +24,7 @@ def test_importance_ratios_start_at_one_in_every_precision(
         return evaluate(self, student, teachers, trajectories, *args, **kwargs)
 
     monkeypatch.setattr(objective.__class__, "__call__", spy)
-    fit(module, tmp_path, precision=precision)
+    world.fit(module, tmp_path, precision=precision)
     ((dtype, difference),) = seen
     assert dtype == torch.float32, "a precision plugin must not round stored log-probs"
     assert difference.abs().max() < (1e-4 if precision == "32-true" else 0.05)

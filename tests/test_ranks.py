@@ -18,13 +18,17 @@ SHORT = [
 TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normaliser: weights}]"
 
 
-@pytest.mark.parametrize("terms", [None, TERM], ids=["trained steps", "sum of weights over the batch"])
-def test_two_ranks_train_and_score_like_one(terms, tmp_path, tiny_student, tiny_teacher, tiny_data):
+@pytest.mark.parametrize(
+    ("setting", "terms"),
+    [("text", None), ("text", TERM), ("vision_language", None), ("gui_grounding", TERM)],
+)
+def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world):
+    """With the number of trained steps as the normaliser, or a sum of weights over the batch."""
     results = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         setup = {**PLAIN, "rollout": {"batch_size": 8 // ranks, "horizon": 8}}
-        config = configuration(folder, tiny_student, tiny_teacher, tiny_data, setup)
+        config = configuration(folder, make_world(setting), setup)
         extra = [
             "--model.init_args.reward.class_path=ExactMatch",
             f"--trainer.devices={ranks}",
@@ -32,7 +36,7 @@ def test_two_ranks_train_and_score_like_one(terms, tmp_path, tiny_student, tiny_
             "--trainer.limit_val_batches=1.0",
             "--trainer.val_check_interval=1",
             "--trainer.check_val_every_n_epoch=null",
-            f"--data.init_args.validation={tiny_data}",
+            f"--data.init_args.validation={folder / 'data' / 'rows.jsonl'}",
             "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
             f"--trainer.logger.init_args.save_dir={folder}",
             "--trainer.logger.init_args.name=logs",

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tests.worlds import World
+
 STEPS = 14
 
 PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "teacher": "frozen", "accumulate": 1}
@@ -21,11 +23,11 @@ PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "tea
 EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
 
 
-def configuration(folder: Path, student: Path, teacher: Path, data: Path, setup: dict) -> Path:
+def configuration(folder: Path, world: World, setup: dict) -> Path:
     weights = (
         {"class_path": "EMA", "init_args": {"rate": 0.2}}
         if setup["teacher"] == "ema"
-        else {"class_path": "Frozen", "init_args": {"pretrained": {"path": str(teacher)}}}
+        else {"class_path": "Frozen", "init_args": {"pretrained": {"path": str(world.teacher)}}}
     )
     view = {"class_path": "PromptView", "init_args": {"prompt": "{{ completion }}{{ prompt }}"}}
     config = {
@@ -44,9 +46,9 @@ def configuration(folder: Path, student: Path, teacher: Path, data: Path, setup:
         },
         "checkpoint": {"every_n_train_steps": 1},
         "model": {
-            "class_path": "TextDistillation",
+            "class_path": world.setting.__name__,
             "init_args": {
-                "student": {"path": str(student)},
+                "student": {"path": str(world.student)},
                 "teachers": {"teacher": {"weights": weights, "view": view if setup["teacher"] == "ema" else None}},
                 "objective": {"terms": [{"signal": {"class_path": "ReverseKL"}}]},
                 "rollout": setup["rollout"],
@@ -54,7 +56,7 @@ def configuration(folder: Path, student: Path, teacher: Path, data: Path, setup:
                 "schedule": {"name": "cosine", "warmup_steps": 2},
             },
         },
-        "data": {"class_path": "PromptData", "init_args": {"train": str(data)}},
+        "data": {"class_path": "PromptData", "init_args": {"train": str(world.write(folder / "data"))}},
     }
     path = folder / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,13 +80,14 @@ def last(config: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_student, tiny_teacher, tiny_data):
+def unbroken(tmp_path_factory):
     """Final checkpoints of unbroken runs, each made once."""
     made: dict[str, dict] = {}
 
-    def get(name: str, setup: dict) -> dict:
+    def get(name: str, world: World, setup: dict) -> dict:
+        name = f"{world.setting.__name__}-{name}"
         if name not in made:
-            config = configuration(tmp_path_factory.mktemp(name), tiny_student, tiny_teacher, tiny_data, setup)
+            config = configuration(tmp_path_factory.mktemp(name), world, setup)
             finish(start(config))
             made[name] = last(config)
         return made[name]
@@ -92,10 +95,20 @@ def unbroken(tmp_path_factory, tiny_student, tiny_teacher, tiny_data):
     return get
 
 
-@pytest.mark.parametrize(("name", "setup", "moment"), [("plain", PLAIN, 0.2), ("plain", PLAIN, 0.7), ("ema", EMA, 0.5)])
-def test_kill_and_resume_is_bit_exact(name, setup, moment, unbroken, tmp_path, tiny_student, tiny_teacher, tiny_data):
-    expected = unbroken(name, setup)
-    config = configuration(tmp_path / "run", tiny_student, tiny_teacher, tiny_data, setup)
+@pytest.mark.parametrize(
+    ("setting", "name", "setup", "moment"),
+    [
+        ("text", "plain", PLAIN, 0.2),
+        ("text", "plain", PLAIN, 0.7),
+        ("text", "ema", EMA, 0.5),
+        ("vision_language", "ema", EMA, 0.5),
+        ("gui_grounding", "ema", EMA, 0.5),
+    ],
+)
+def test_kill_and_resume_is_bit_exact(setting, name, setup, moment, unbroken, tmp_path, make_world):
+    world = make_world(setting)
+    expected = unbroken(name, world, setup)
+    config = configuration(tmp_path / "run", world, setup)
     process = start(config)
     checkpoint = config.parent / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120

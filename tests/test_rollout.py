@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.objective import (
     ForwardKL,
     Objective,
@@ -23,18 +22,20 @@ from opd_lightning.objective import (
 )
 from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
 from opd_lightning.trajectory import Trajectories
-from tests.tiny import LongerIsBetter, Rows, attach, fit, make_module, make_rows, make_trainer, no_teacher
-
-ROWS = make_rows(24)
+from tests.tiny import LongerIsBetter, Rows, attach, make_trainer
 
 
 @pytest.fixture
-def built(tiny_student, tmp_path):
+def rows(world):
+    return world.make_rows(24)
+
+
+@pytest.fixture
+def built(world, rows, tmp_path):
     """A module with a trainer attached, and a loader over 24 rows."""
 
-    def get(accumulate: int = 1, rows=ROWS, seed: int = 0, module=None, **changes) -> RolloutLoader:
-        rollout = Rollout(**{"batch_size": 4, "horizon": 5} | changes)
-        module = module or make_module(tiny_student, {}, no_teacher(), rollout=rollout)
+    def get(accumulate: int = 1, rows=rows, seed: int = 0, **changes) -> RolloutLoader:
+        module = world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
         attach(module, tmp_path, accumulate_grad_batches=accumulate)
         return RolloutLoader(rows, module, seed)
 
@@ -46,7 +47,7 @@ def same(mine: Trajectories, theirs: Trajectories) -> None:
         a, b = getattr(mine, field.name), getattr(theirs, field.name)
         if isinstance(a, torch.Tensor):
             assert torch.equal(a, b), field.name
-        elif field.name == "observation":
+        elif field.name in ("observation", "channels"):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
         elif field.name != "optimiser_step":
@@ -91,9 +92,9 @@ def test_a_generation_batch_is_cut_into_whole_optimiser_steps():
             rollout.micro_batches(accumulate)
 
 
-def test_too_small_a_dataset_is_refused(built):
+def test_too_small_a_dataset_is_refused(built, rows):
     with pytest.raises(ValueError, match="the training data has 3 examples, fewer than one generation batch of 4"):
-        built(rows=ROWS[:3])
+        built(rows=rows[:3])
 
 
 # -- micro-batches ------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def test_one_generation_serves_several_optimiser_steps(built, monkeypatch):
     assert all(len(batch) == 2 for batch in batches)
 
 
-def test_a_group_is_one_prompt_with_different_draws(built):
+def test_a_group_is_one_prompt_with_different_draws(built, rows):
     loader = built(batch_size=4, group_size=3, horizon=8)
     batch = next(iter(loader))
     assert batch.group.tolist() == [draw for draw in batch.group.tolist()[::3] for _ in range(3)]
@@ -133,7 +134,7 @@ def test_a_group_is_one_prompt_with_different_draws(built):
     for start in range(0, 12, 3):
         members = batch.select(torch.arange(start, start + 3))
         assert len(set(members.row.tolist())) == 1
-        assert members.examples[0] == ROWS[int(members.row[0])]
+        assert members.examples[0] == rows[int(members.row[0])]
     drawn = {tuple(actions.tolist()) for actions in batch.actions}
     assert len(drawn) > 6
 
@@ -149,11 +150,11 @@ def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
     assert [int(row) for batch in other for row in batch.row] != epochs[0]
 
 
-def test_no_epoch_of_a_run_is_empty(tiny_student, tmp_path):
-    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(batch_size=8, horizon=2))
+def test_no_epoch_of_a_run_is_empty(world, rows, tmp_path):
+    module = world.alone(rollout=Rollout(batch_size=8, horizon=2))
     trainer = make_trainer(tmp_path, steps=-1)
     trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, datamodule=Rows(ROWS))
+    trainer.fit(module, datamodule=Rows(rows))
     assert trainer.global_step == 9
 
 
@@ -180,7 +181,7 @@ def test_draws_do_not_depend_on_the_number_of_ranks(built):
         loader.generations = 24 // 8
         parts.append(list(loader))
     for batch, left, right in zip(one, *parts, strict=True):
-        both = Trajectories.concatenate([left, right], TextDistillation.padding)
+        both = Trajectories.concatenate([left, right], whole.module.padding)
         assert both.row.tolist() == batch.row.tolist()
         assert both.group.tolist() == batch.group.tolist()
         width = batch.actions.shape[1]
@@ -188,26 +189,24 @@ def test_draws_do_not_depend_on_the_number_of_ranks(built):
         assert torch.equal(both.mask[:, :width], batch.mask)
 
 
-def test_the_weights_version_is_the_number_of_steps_done(tiny_student, tiny_teacher, tmp_path):
+def test_the_weights_version_is_the_number_of_steps_done(world, tmp_path):
     seen = []
 
-    class Watching(TextDistillation):
+    class Watching(world.setting):
         def training_step(self, batch, batch_idx):
             seen.append((self.global_step, batch.weights_version.tolist(), batch.optimiser_step.micro_batches))
             return super().training_step(batch, batch_idx)
 
-    module = make_module(
-        tiny_student, tiny_teacher, setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4)
-    )
-    fit(module, tmp_path, steps=4)
+    module = world.module(setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
+    world.fit(module, tmp_path, steps=4)
     assert [(step, set(version)) for step, version, _ in seen] == [(0, {0}), (1, {0}), (2, {2}), (3, {2})]
 
 
 # -- behaviour ----------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built):
-    loader = built(rows=make_rows(200), batch_size=100, group_size=2, behaviour={"student": 0.3, "dataset": 0.7})
+def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, world):
+    loader = built(rows=world.make_rows(200), batch_size=100, group_size=2, behaviour={"student": 0.3, "dataset": 0.7})
     batches = [batch for _ in range(2) for batch in loader]
     for batch in batches:
         assert batch.sources == ("student", "dataset")
@@ -218,33 +217,36 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built):
         assert not known[replayed][batch.mask[replayed]].any()
         assert known[~replayed].all()
         for i in replayed.nonzero().flatten().tolist()[:5]:
-            text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]])
-            assert text == (batch.examples[i]["completion"] + "<eos>")
+            given = loader.module.replay([batch.examples[i]])
+            assert batch.actions[i][batch.mask[i]].tolist() == given.actions[0][given.mask[0]].tolist()
     shares = torch.cat([batch.source for batch in batches]).float().mean()
     assert 0.6 < float(shares) < 0.8
     assert not torch.equal(batches[0].source, batches[1].source)
 
 
-def test_the_dataset_alone_never_asks_the_generator(built, monkeypatch):
+def test_the_dataset_alone_never_asks_the_generator(built, world, monkeypatch):
     """GKD's λ = 0, and SFT."""
     loader = built(behaviour={"student": 0.0, "dataset": 1.0})
-    monkeypatch.setattr(TextDistillation, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
+    monkeypatch.setattr(world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
     for batch in loader:
         assert set(batch.source.tolist()) == {1}
 
 
-def test_members_keep_their_place_in_a_mixture(built):
+def test_members_keep_their_place_in_a_mixture(built, rows):
     """Whoever acts, a row's prompt, example and reward belong together."""
     loader = built(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
     loader.module.reward = LongerIsBetter(2)
     batch = next(iter(loader))
     assert batch.reward is not None
     for i, example in enumerate(batch.examples):
-        assert example == ROWS[int(batch.row[i])]
-        prompt = batch.observation["input_ids"][i][batch.observation["attention_mask"][i].bool()]
-        assert loader.module.tokenizer().decode(prompt) == example["prompt"]
+        assert example == rows[int(batch.row[i])]
+        assert _prompt(batch.observation, i) == _prompt(loader.module.collate([example]), 0)
         text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]], skip_special_tokens=True)
         assert float(batch.reward[i]) == float(len(text) >= 2)
+
+
+def _prompt(inputs: dict[str, torch.Tensor], i: int) -> list[int]:
+    return inputs["input_ids"][i][inputs["attention_mask"][i].bool()].tolist()
 
 
 @given(
@@ -301,10 +303,10 @@ def test_a_resumed_loader_goes_on_exactly(built, done):
         assert mine.optimiser_step.trained_steps == theirs.optimiser_step.trained_steps
 
 
-def test_another_dataset_is_refused_on_resume(built):
+def test_another_dataset_is_refused_on_resume(built, rows):
     state = built().state_dict()
     with pytest.raises(ValueError, match="written with 24 training examples, there are now 20: its position and"):
-        built(rows=ROWS[:20]).load_state_dict(state)
+        built(rows=rows[:20]).load_state_dict(state)
 
 
 def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
@@ -331,28 +333,27 @@ def cut_objectives() -> dict[str, Objective]:
 
 
 @pytest.mark.parametrize("name", ["steps", "weights", "group"])
-def test_the_gradient_does_not_depend_on_micro_batches(student, teacher, name, tmp_path):
+def test_the_gradient_does_not_depend_on_micro_batches(any_world, name, tmp_path):
     found = []
 
-    class Watching(TextDistillation):
+    class Watching(any_world.setting):
         def on_before_optimizer_step(self, optimizer):
             super().on_before_optimizer_step(optimizer)
             self.gradient = torch.cat([p.grad.flatten().double() for p in self.student.parameters()])
 
     for size, accumulate in ((16, 1), (8, 2), (4, 4), (2, 8), (1, 16)):
-        module = make_module(
-            student,
-            teacher,
-            cut_objectives()[name],
+        module = any_world.module(
+            objective=cut_objectives()[name],
             setting=Watching,
             rollout=Rollout(batch_size=8, group_size=2, horizon=8, micro_batch_size=size),
             reward=LongerIsBetter(6),
         )
-        fit(module, tmp_path, accumulate_grad_batches=accumulate)
+        any_world.fit(module, tmp_path, accumulate_grad_batches=accumulate)
         weights = torch.cat([p.detach().flatten().double() for p in module.student.parameters()])
         found.append((module.gradient, weights))
     gradient, weights = found[0]
     assert gradient.norm() > 1e-3
     for other, theirs in found[1:]:
-        assert (other - gradient).norm() / gradient.norm() < 1e-6
+        # what float32 leaves after the longer way through eyes and language model
+        assert (other - gradient).norm() / gradient.norm() < 3e-6
         assert (theirs - weights).norm() / weights.norm() < 1e-6

@@ -190,3 +190,22 @@ def vlm_rows(count: int = 12) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def gui_rows(count: int = 8) -> list[dict[str, Any]]:
+    """Instructions for screenshots of three sizes, with the columns that views and rewards read."""
+    sizes = [(64, 48), (48, 64), (100, 60)]
+    return [
+        {
+            "prompt": f"Click on {i}{'!' * (i % 3)}",
+            "image": picture(i, *sizes[i % 3]),
+            "box": [4.0 + i % 16, 6.0, 20.0 + i % 16, 21.5],
+            "platform": ("web", "mobile")[i % 2],
+            "element_type": ("text", "icon")[i % 3 == 0],
+            "answer": str(i),
+            "completion": f"it is {i}",
+            "solution": f"{i}" if i % 5 else "",
+            "task": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(count)
+    ]

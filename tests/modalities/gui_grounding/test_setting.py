@@ -30,7 +30,7 @@ from opd_lightning.objective import Confidence, Objective, ReverseKL, Term
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Initial, Live, Original, Teacher
 from tests.tiny import act, fit, log_softmax, make_module, no_teacher
-from tests.tiny_vlm import picture, save_vlm
+from tests.tiny_vlm import gui_rows, save_vlm
 
 FORMATS = [
     Normalised1000(),
@@ -41,20 +41,6 @@ FORMATS = [
     JSONAnswer("pixels", box=True),
     PyAutoGUI(),
 ]
-
-
-def gui_rows(count: int = 8) -> list[dict]:
-    sizes = [(64, 48), (48, 64), (100, 60)]
-    return [
-        {
-            "prompt": f"Click on {i}",
-            "image": picture(i, *sizes[i % 3]),
-            "box": [4.0 + i, 6.0, 20.0 + i, 21.5],
-            "platform": ("web", "mobile")[i % 2],
-            "element_type": ("text", "icon")[i % 3 == 0],
-        }
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
