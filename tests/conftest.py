@@ -57,7 +57,7 @@ def teacher(saved, architecture) -> Path:
 def make_world(saved, tmp_path_factory) -> Callable[[str], worlds.World]:
     """A world by the name of its setting, or of a text architecture."""
     folder = tmp_path_factory.mktemp("eyes")
-    eyes = save_vlm(folder / "student"), save_vlm(folder / "teacher", seed=2, hidden=48)
+    eyes = save_vlm(folder / "student"), save_vlm(folder / "teacher", seed=2, hidden=48, padding=9)
 
     def get(name: str) -> worlds.World:
         if name in ("vision_language", "gui_grounding"):

@@ -41,13 +41,18 @@ def vlm_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_vlm(folder: Path, architecture: str = "qwen3_vl", seed: int = 1, hidden: int = 32, eyes: int = 32) -> Path:
-    """A model folder: random weights far from uniform, and a processor; ``eyes``: hidden size of its vision."""
+def save_vlm(
+    folder: Path, architecture: str = "qwen3_vl", seed: int = 1, hidden: int = 32, eyes: int = 32, padding: int = 5
+) -> Path:
+    """A model folder: random weights far from uniform, and a processor.
+
+    ``eyes`` is the hidden size of its vision, ``padding`` the number of head rows that stand for no token.
+    """
     torch.manual_seed(seed)
     tokenizer = vlm_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     text = {
-        "vocab_size": len(tokenizer) + 5,
+        "vocab_size": len(tokenizer) + padding,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": 2,

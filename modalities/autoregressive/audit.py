@@ -101,7 +101,7 @@ def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
     ours = head(hidden)
     if head.suppressed is not None:
-        own[:, head.suppressed] = ours[:, head.suppressed]
+        own[:, head.suppressed] = ours[:, head.suppressed] = 0.0
     error, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)
     if error > 0.02 * scale:
         raise ValueError(

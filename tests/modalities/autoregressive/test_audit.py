@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3ForCausalLM
 
 from opd_lightning.audit import audit
 from opd_lightning.modalities.autoregressive import PromptView
@@ -87,17 +87,18 @@ def test_heads_padded_differently_just_work(saved, rows):
     assert averages.compute()["loss/ReverseKL"] > 0
 
 
-def test_another_tokenizer_is_refused_naming_id_and_readings(tiny_student, tmp_path):
-    tokenizer = character_tokenizer()
-    path = tmp_path / "tokenizer"
-    tokenizer.save_pretrained(path)
-    content = json.loads((path / "tokenizer.json").read_text())
+def test_another_tokenizer_is_refused_naming_id_and_readings(world, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(world.teacher, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
+    plus = min(vocabulary["+"], vocabulary["="])
     vocabulary["+"], vocabulary["="] = vocabulary["="], vocabulary["+"]
-    (path / "tokenizer.json").write_text(json.dumps(content))
-    folder = save_model(tmp_path / "model", tokenizer=type(tokenizer).from_pretrained(path))
-    with pytest.raises(ValueError, match=r"model\.teachers\.teacher: .*reads id 12 as '=', the student's .* as '\+'"):
-        table(make_module(tiny_student, folder))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=rf"model\.teachers\.teacher: .*reads id {plus} as '=', the student's .* as '\+'"
+    ):
+        table(world.module(folder))
 
 
 def test_a_tokenizer_with_a_gap_keeps_its_last_ids(tmp_path):
@@ -154,17 +155,19 @@ def test_scale_cap_and_bias_of_the_architecture_are_honoured(saved, tmp_path, na
     assert head.scale != 1 or head.softcap is not None or head.module.bias is not None
 
 
-def test_a_head_that_does_something_else_is_refused(tiny_student, tiny_teacher, monkeypatch):
-    plain = Qwen3ForCausalLM.forward
+def test_a_head_that_does_something_else_is_refused(world, monkeypatch):
+    module = world.module()
+    model = type(module.student)
+    plain = model.forward
 
     def scaled(self, *args, **kwargs):
         out = plain(self, *args, **kwargs)
         out.logits = out.logits * 1.5
         return out
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(ValueError, match=r"\(student\): its logits are not head\(hidden states\).*not supported yet"):
-        table(make_module(tiny_student, tiny_teacher))
+        table(module)
 
 
 def test_dropout_does_not_fool_the_check_of_the_head(saved):

@@ -55,16 +55,16 @@ def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):
 
 @pytest.mark.parametrize("weights", ["frozen", "initial", "live", "ema"])
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
-def test_the_student_itself_without_a_view_is_at_no_distance(student, weights, lora):
+def test_the_student_itself_without_a_view_is_at_no_distance(any_world, weights, lora):
     made = {
-        "frozen": Frozen(Pretrained(str(student))),
+        "frozen": Frozen(Pretrained(str(any_world.student))),
         "initial": Initial(),
         "live": Live(),
         "ema": EMA(0.3),
     }[weights]
     objective = Objective([Term(ReverseKL()), Term(ForwardKL())])
-    module = make_module(Pretrained(str(student), lora=lora), {"teacher": Teacher(made)}, objective)
-    rolled = act(module, make_rows(8))
+    module = any_world.module({"teacher": Teacher(made)}, objective, lora=lora)
+    rolled = act(module, any_world.make_rows(8))
     teachers, available = module.ask_all(rolled)
     with torch.no_grad():
         loss, averages = objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
@@ -72,40 +72,67 @@ def test_the_student_itself_without_a_view_is_at_no_distance(student, weights, l
     assert found["loss/ReverseKL"] == found["loss/ForwardKL"] == float(loss) == 0.0
 
 
-def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(student, teacher):
-    module = make_module(
-        student,
-        frozen(teacher, view=PRIVILEGED),
+def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(any_world):
+    module = any_world.module(
+        frozen(any_world.teacher, view=any_world.view),
         rollout=Rollout(batch_size=8, horizon=10, behaviour={"teacher": 1.0}),
     )
-    rows = make_rows(8)
+    rows = any_world.make_rows(8)
     rolled = act(module, rows, "teacher")
     assert torch.equal(rolled.observation["input_ids"], module.collate(rows)["input_ids"])
     assert rolled.examples == rows
-    shown = [PRIVILEGED(row) or row for row in rows]
+    shown = [any_world.view(row) or row for row in rows]
     seen = teacher_forced(module, "teacher", rolled, shown)
     assert (seen - rolled.behaviour_log_probs).abs().max() < 1e-4
     assert (teacher_forced(module, "teacher", rolled) - rolled.behaviour_log_probs).abs().max() > 1e-2
 
 
-def test_replay_ends_with_the_stop_token_and_is_cut_at_the_horizon(student):
-    module = make_module(student, {}, no_teacher(), rollout=Rollout(horizon=4, behaviour={"dataset": 1.0}))
+def test_replay_ends_with_the_stop_token_and_is_cut_at_the_horizon(world):
+    rows = world.make_rows(4)
+    whole, cut = (
+        world.alone(rollout=Rollout(horizon=horizon, behaviour={"dataset": 1.0})).act("dataset", rows, [0] * 4)
+        for horizon in (60, 4)
+    )
+    eos = world.alone().eos
+    assert bool(whole.stopped.all())
+    for i in range(4):
+        long, short = whole.actions[i][whole.mask[i]].tolist(), cut.actions[i][cut.mask[i]].tolist()
+        assert long[-1] in eos
+        assert not set(long[:-1]) & set(eos)
+        assert short == long[:4]
+        assert bool(cut.stopped[i]) == (len(long) <= 4)
+    assert whole.behaviour_log_probs.isnan().all()
+
+
+def test_an_empty_completion_is_a_stop_token(tiny_student):
+    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(horizon=4, behaviour={"dataset": 1.0}))
     rows = [{"prompt": "1+1=", "completion": text} for text in ("2", "123", "1234", "")]
     rolled = module.act("dataset", rows, [0] * 4)
     known = [module.tokenizer().decode(a[m]) for a, m in zip(rolled.actions, rolled.mask, strict=True)]
     assert known == ["2<eos>", "123<eos>", "1234", "<eos>"]
-    assert rolled.stopped.tolist() == [True, True, False, True]
-    assert rolled.behaviour_log_probs.isnan().all()
-    assert rolled.mask.shape == (4, 4)
 
 
 # -- refusals (rule 8) --------------------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_is_refused_with_its_length_and_the_limit(tiny_student):
-    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(horizon=8, max_prompt_length=6))
-    assert module.refusal({"prompt": "12+34="}) is None
-    assert module.refusal({"prompt": "12+345="}) == "the prompt has 7 tokens, rollout.max_prompt_length is 6"
+def test_a_long_prompt_is_refused_with_its_length_and_the_limit(world):
+    row = world.make_rows(1)[0]
+    length = world.alone().prompt_length(row)
+    assert world.alone(rollout=Rollout(horizon=8, max_prompt_length=length)).refusal(row) is None
+    reason = world.alone(rollout=Rollout(horizon=8, max_prompt_length=length - 1)).refusal(row)
+    assert reason == f"the prompt has {length} tokens, rollout.max_prompt_length is {length - 1}"
+
+
+def test_a_teachers_view_has_its_own_limit(world):
+    row = world.make_rows(2)[1]
+    seen = world.view(row)
+    length = world.alone().prompt_length(seen)
+    for limit in (length, length - 1):
+        module = world.module(
+            frozen(world.teacher, view=world.view, max_prompt_length=limit), rollout=Rollout(horizon=8)
+        )
+        wanted = f"the teacher's prompt has {length} tokens, the limit of model.teachers.teacher is {limit}"
+        assert module.refusal(row) == (None if limit == length else wanted)
 
 
 def test_prompt_and_horizon_must_fit_the_context(saved):

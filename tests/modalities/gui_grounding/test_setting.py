@@ -28,7 +28,7 @@ from opd_lightning.modalities.gui_grounding.weight import digit_places
 from opd_lightning.modalities.vision_language import Downscale
 from opd_lightning.objective import Confidence, Objective, ReverseKL, Term
 from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import EMA, Initial, Live, Original, Teacher
+from opd_lightning.teacher import EMA, Initial, Original, Teacher
 from tests.tiny import act, fit, log_softmax, make_module, no_teacher
 from tests.tiny_vlm import gui_rows, save_vlm
 
@@ -135,16 +135,6 @@ def test_digit_weights_survive_the_cut_into_micro_batches(folder, tmp_path):
         trainer = fit(module, tmp_path / str(size), gui_rows(16), accumulate_grad_batches=8 // size)
         losses.append(float(trainer.callback_metrics["train/loss/ReverseKL"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("weights", [Live, Initial, EMA])
-def test_the_plain_screenshot_and_the_same_weights_are_at_no_distance(folder, weights):
-    module = make(folder, {"teacher": Teacher(weights(), view=Original())}, Objective([Term(ReverseKL())]))
-    rolled = act(module, gui_rows())
-    teachers, available = module.ask_all(rolled)
-    with torch.no_grad():
-        loss, _ = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
-    assert abs(float(loss)) < 1e-6
 
 
 @pytest.mark.parametrize("view", [Spotlight(), BoxOnly(), CropZoom()])
