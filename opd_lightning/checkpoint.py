@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
@@ -34,8 +41,60 @@ def plain_rng_states() -> dict[str, Any]:
     return {**states, "numpy": (name, keys.tolist(), *rest)}
 
 
+class AtomicIO(TorchCheckpointIO):
+    """Writes beside the target and renames: a checkpoint is there whole, or the one before it still is.
+
+    Lightning's own writes to the system's temporary folder first; from another disk a move is a copy, which a kill can
+    cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """
+        Raises:
+            OSError: it could not be written (the disk is full, …).
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's zip writer wraps what the disk said
+            part.unlink(missing_ok=True)
+            before = f"; the one before it is whole: {whole}" if (whole := newest_whole(target.parent)) else ""
+            raise OSError(f"the checkpoint {target} could not be written ({error}){before}") from error
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The checkpoint that was written last and is not cut short."""
+    found = [file for file in folder.glob("*.ckpt") if file.is_dir() or zipfile.is_zipfile(file)]
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: the file was cut short; the message names the newest one beside it that was not.
+    """
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        whole = newest_whole(checkpoint.parent)
+        advice = (
+            f"resume from the newest whole one: --ckpt_path={whole}" if whole else "there is no whole one beside it"
+        )
+        raise ValueError(f"{checkpoint} is cut short or no checkpoint at all; {advice}")
+
+
 class Checkpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, under ``<default_root_dir>/checkpoints`` and with ``last.ckpt`` to resume from.
+
+    After a SIGTERM the optimiser step is finished on every rank, ``last.ckpt`` is written, and the run ends as if it
+    were done, with exit code 0: a queue may start it again with ``--ckpt_path=last``.
 
     Args:
         every_n_train_steps: optimiser steps between checkpoints.
@@ -63,9 +122,39 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+        self._terminated = False
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._settle(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicIO()
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+
+        def terminate(number: int, _: Any) -> None:
+            launcher: Any = trainer.strategy.launcher
+            if launcher is not None and not self._terminated:
+                launcher.kill(number)  # the ranks that this process started
+            self._terminated = True
+
+        # in place of Lightning's, which ends the run between any two batches, in the middle of an optimiser step too;
+        # its own handlers are put back when the trainer is torn down
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            if self._last_global_step_saved != trainer.global_step:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            rank_zero_info(f"SIGTERM: stopped after optimiser step {trainer.global_step}; go on with --ckpt_path=last")
+            trainer.should_stop = True
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # `--ckpt_path=last` is looked up before setup

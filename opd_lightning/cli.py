@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_whole
 from .cli_errors import Parser, config_files
 from .export import export
 from .modalities.gui_grounding.render import render_gui
@@ -77,6 +77,16 @@ class OPDCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+
+    def before_fit(self) -> None:
+        """A checkpoint that was cut short is refused before anything is loaded."""
+        path = self.config.fit.ckpt_path
+        if path == "last":
+            saved = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
+            for file in (file for callback in saved for file in callback._find_last_checkpoints(self.trainer)):
+                check_whole(Path(file))
+        elif path is not None:
+            check_whole(Path(path))
 
     def _parse_ckpt_path(self) -> None:
         """What the command line says wins: hyper-parameters of a checkpoint are never merged over it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -64,6 +65,9 @@ class OnPolicyDistillation(L.LightningModule):
             masked region); teachers without a view see the same.
         optimizer: from parameters to a torch optimiser. Default: AdamW at 1e-5.
         schedule: of the learning rate.
+        on_nonfinite: what to do about a gradient with NaN or infinity in it: "stop" with an error that names the step,
+            or "skip" the optimiser step, whose weights and moments then stay as they are, and count it
+            (``train/skipped_steps``).
 
     Raises:
         ValueError: a part of the objective needs something that this run does not offer; the message names both.
@@ -84,12 +88,14 @@ class OnPolicyDistillation(L.LightningModule):
         student_view: View | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         schedule: Schedule | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.objective, self.teachers = objective, teachers or {}
         self.rollout, self.reward = rollout or Rollout(), reward
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or Schedule()
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
+        self.on_nonfinite = on_nonfinite
         self.strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the rest
         self.policies: dict[str, Policy] = {}
         self.teacher_state = nn.ModuleDict()
@@ -302,12 +308,29 @@ class OnPolicyDistillation(L.LightningModule):
         self.stopwatch.count("student", int(batch.mask.sum()))
         with self.stopwatch.phase("student"):
             student = self.steps(self.policies["student"], batch)
-        with self.stopwatch.phase("objective"):
+        with self.stopwatch.phase("objective"), self._advising():
             loss, averages = self.objective(student, teachers, batch, available, diagnose=self._logs_now())
         self._averages.merge(averages)
         self._describe(batch)
         # Lightning divides by the accumulation, and DDP averages over ranks: the normaliser already holds both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """
+        Raises:
+            RuntimeError: the memory does not suffice for the objective; the message says what would need less.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise RuntimeError(
+                f"out of memory in the objective, whose chunks take {self.objective.chunk_mib} MiB of logits: lower "
+                "model.objective.chunk_mib first, then rollout.micro_batch_size (with more "
+                f"trainer.accumulate_grad_batches the result is the same). {error}"
+            ) from error
 
     def ask_all(self, batch: Trajectories) -> tuple[dict[str, Distribution], dict[str, Tensor]]:
         teachers, available = {}, {}
@@ -383,6 +406,22 @@ class OnPolicyDistillation(L.LightningModule):
                 "4-bit bases lose the gradients of their adapters on some CPUs after a forward pass in eval mode; "
                 "otherwise name what the loss does not reach in student.freeze."
             )
+        self._check_finite(optimizer)
+
+    def _check_finite(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        bad = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if self.on_nonfinite == "skip":
+            self._averages.add("skipped_steps", float(bad))
+        if not bad:
+            return
+        if self.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"the gradient of optimiser step {self.global_step + 1} is not finite; the last checkpoint is from "
+                "before it. A lower learning rate, trainer.gradient_clip_val or float32 may help; model.on_nonfinite: skip "
+                "leaves such steps out"
+            )
+        optimizer.zero_grad(set_to_none=True)  # an optimiser does not touch what has no gradient
 
     # -- logging ------------------------------------------------------------------------------------------------
 

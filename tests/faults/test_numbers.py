@@ -1,0 +1,72 @@
+"""NaN, infinity, and too little memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from opd_lightning.objective import Objective, ReverseKL, Term
+from tests.tiny import fit, make_module
+
+
+class Breaks(ReverseKL):
+    """NaN at one of its calls."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def __call__(self, steps):
+        self.calls += 1
+        return super().__call__(steps) * (torch.nan if self.calls == self.at else 1.0)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_moves_anything(world, tmp_path):
+    module = world.module(objective=Objective([Term(Breaks(3))]), optimizer=adam)
+    seen = []
+    module.on_train_batch_start = lambda *_: seen.append([p.detach().clone() for p in module.student.parameters()])
+    with pytest.raises(FloatingPointError, match=r"the gradient of optimiser step 3 is not finite.*on_nonfinite: skip"):
+        world.fit(module, tmp_path, steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1], module.student.parameters(), strict=True))
+
+
+def test_or_is_skipped_and_counted(world, tmp_path):
+    """Neither the moments of the optimiser nor its weight decay move anything."""
+    module = world.module(objective=Objective([Term(Breaks(3))]), optimizer=adam, on_nonfinite="skip")
+    seen, skipped = [], []
+
+    class Watching(type(module)):  # type: ignore[misc]
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            seen.append([p.detach().clone() for p in self.student.parameters()])
+            skipped.append(float(self.trainer.callback_metrics["train/skipped_steps"]))
+
+    module.__class__ = Watching
+    trainer = world.fit(module, tmp_path, steps=5)
+    assert trainer.global_step == 5
+    assert skipped == [0, 0, 1, 0, 0]
+    same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in pairwise(seen)]
+    assert same == [False, True, False, False]
+    assert all(torch.isfinite(p).all() for p in module.student.parameters())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")],
+)
+def test_too_little_memory_for_the_objective_says_what_would_need_less(error, tiny_student, tiny_teacher, tmp_path):
+    module = make_module(tiny_student, tiny_teacher)
+
+    class Full(Objective):
+        def __call__(self, *_, **__):
+            raise error
+
+    module.objective.__class__ = Full
+    with pytest.raises(RuntimeError, match=r"out of memory in the objective, .* take 96 MiB.*chunk_mib first"):
+        fit(module, tmp_path)

@@ -1,0 +1,143 @@
+"""Real training processes that are terminated, killed in part, or run out of disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_resume import EMA, PLAIN, STEPS, configuration, finish, last, start
+
+TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+HALF = {**EMA, "rollout": {**EMA["rollout"], "batch_size": 8}}
+
+
+@pytest.fixture(scope="module")
+def text(make_world):
+    return make_world("text")
+
+
+@pytest.fixture(scope="module")
+def unbroken(text, tmp_path_factory):
+    config = configuration(tmp_path_factory.mktemp("unbroken"), text, EMA)
+    finish(start(config))
+    return last(config)["state_dict"]
+
+
+def wait_for_checkpoint(config: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (config.parent / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.01)
+
+
+def equal(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(text, unbroken, tmp_path):
+    """With two micro-batches to a step, of which the first may be done."""
+    config = configuration(tmp_path, text, EMA)
+    process = start(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
+    wait_for_checkpoint(config, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-3000:]
+    assert "go on with --ckpt_path=last" in output
+    assert 1 <= last(config)["global_step"] < 1000
+
+    again = configuration(tmp_path / "again", text, EMA)
+    process = start(again)
+    wait_for_checkpoint(again, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    finish(start(again, "--ckpt_path=last"))
+    equal(last(again)["state_dict"], unbroken)
+
+
+def limited(size: int, config: Path, *extra: str) -> subprocess.Popen:
+    """A run that can write no file beyond a size, as if the disk were full."""
+    command = [sys.executable, "-m", "opd_lightning", "fit", "-c", str(config), *extra]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(text, unbroken, tmp_path):
+    config = configuration(tmp_path, text, EMA)
+    finish(start(config, "--trainer.max_steps=5"))
+    size = (config.parent / "checkpoints" / "last.ckpt").stat().st_size
+    process = limited(size // 2, config, "--ckpt_path=last")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "could not be written" in output
+    assert "the one before it is whole" in output
+    assert last(config)["global_step"] == 5
+    assert not list((config.parent / "checkpoints").glob("*.part"))
+
+
+def test_a_truncated_checkpoint_is_refused_with_the_last_good_one(text, tmp_path):
+    config = configuration(tmp_path, text, PLAIN)
+    finish(start(config, "--trainer.max_steps=4"))
+    folder = config.parent / "checkpoints"
+    broken, (good,) = folder / "last.ckpt", folder.glob("step-*.ckpt")
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    process = start(config, "--ckpt_path=last")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"{broken} is cut short or no checkpoint at all" in output
+    assert f"--ckpt_path={good}" in output.replace("\n", "")
+    finish(start(config, f"--ckpt_path={good}", "--trainer.max_steps=6"))
+    assert last(config)["global_step"] == 6
+
+
+def test_what_a_kill_leaves_of_a_save_is_ignored(text, unbroken, tmp_path):
+    config = configuration(tmp_path, text, EMA)
+    process = start(config)
+    wait_for_checkpoint(config, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    part = config.parent / "checkpoints" / "last.ckpt.part"
+    part.write_bytes(b"half of a")
+    finish(start(config, "--ckpt_path=last"))
+    equal(last(config)["state_dict"], unbroken)
+    assert not part.exists()
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other rank in /proc")
+@pytest.mark.timeout(240)
+def test_a_killed_rank_ends_the_run_and_loses_nothing(text, tmp_path):
+    config = configuration(tmp_path / "whole", text, HALF)
+    finish(start(config, *TWO_RANKS))
+    expected = last(config)["state_dict"]
+
+    config = configuration(tmp_path / "killed", text, HALF)
+    process = start(config, *TWO_RANKS)
+    wait_for_checkpoint(config, process)
+    for child in children(process.pid):
+        if "opd_lightning" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(child, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    seen = last(config)["global_step"]
+    assert seen < STEPS
+    finish(start(config, "--ckpt_path=last", *TWO_RANKS))
+    equal(last(config)["state_dict"], expected)
