@@ -26,7 +26,7 @@ from .evaluation import Evaluation, Evaluator
 from .objective import Objective, Steps
 from .pretrained import Pretrained
 from .reward import Reward
-from .rollout import Rollout, group_statistics
+from .rollout import EndOfRollouts, Rollout, group_statistics
 from .teacher import Frozen, Policy, Teacher, View, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
@@ -418,8 +418,8 @@ class OnPolicyDistillation(L.LightningModule):
         if self.on_nonfinite == "stop":
             raise FloatingPointError(
                 f"the gradient of optimiser step {self.global_step + 1} is not finite; the last checkpoint is from "
-                "before it. A lower learning rate, trainer.gradient_clip_val or float32 may help; model.on_nonfinite: skip "
-                "leaves such steps out"
+                "before it. A lower learning rate, trainer.gradient_clip_val or float32 may help; model.on_nonfinite: "
+                "skip leaves such steps out"
             )
         optimizer.zero_grad(set_to_none=True)  # an optimiser does not touch what has no gradient
 
@@ -454,6 +454,9 @@ class OnPolicyDistillation(L.LightningModule):
     def on_fit_start(self) -> None:
         self._averages = Averages(self.device)
         self._place_teachers()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [EndOfRollouts()]
 
     def on_validation_start(self) -> None:
         self._place_teachers()

@@ -6,15 +6,20 @@ Shape legend: P prompts of a generation batch on this rank, B = P × group_size 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
 from .trajectory import Example, OptimiserStep, Trajectories
+from .worker import RolloutWorker
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
@@ -40,6 +45,11 @@ class Rollout:
             ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
             ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
         max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
+        max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
+            it is trained. A generation batch that is trained after optimiser step n was sampled with the weights
+            before the max_staleness generation batches that came before it: that is fixed, not a matter of timing, so
+            runs are reproducible and resume exactly. 0, the default, is on-policy. From 1 on rollouts and training
+            overlap; larger values only add lag.
 
     Raises:
         ValueError: a value out of range, named.
@@ -55,8 +65,11 @@ class Rollout:
     min_p: float | None = None
     behaviour: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     max_prompt_length: int | None = None
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ValueError(f"rollout.max_staleness must be >= 0, got {self.max_staleness}")
         for name in ("batch_size", "group_size", "micro_batch_size", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -114,9 +127,10 @@ def derived_seed(*key: int) -> int:
 class RolloutLoader:
     """The training dataloader: pulls prompts, lets the behaviour policy act, yields micro-batches of trajectories.
 
-    Nothing is prefetched, so each generation batch sees the current weights. Every draw is seeded by (seed, place of
-    the prompt in the global order, member of the group): it depends neither on the order of calls nor on how many
-    ranks share the work. Position and the trajectories not yet trained are in the checkpoint.
+    Each generation batch sees the current weights, or those of ``rollout.max_staleness`` generations ago. Every draw is
+    seeded by (seed, place of the prompt in the global order, member of the group): it depends neither on the order of
+    calls nor on how many ranks share the work. Position and the trajectories not yet trained are in the checkpoint,
+    those made ahead too.
 
     Args:
         dataset: examples by index.
@@ -142,6 +156,8 @@ class RolloutLoader:
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
         self._steps: list[Trajectories] = []
+        self._ahead: deque[Future[Trajectories]] = deque()
+        self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
@@ -175,11 +191,34 @@ class RolloutLoader:
             self._steps += mine
 
     def _generate(self) -> Trajectories:
-        rollout = self.module.rollout
-        order = torch.randperm(len(self.dataset), generator=self._generator(self.epoch))
-        first = self.generation * self.prompts + self.rank * rollout.batch_size
+        """The next generation batch, with rewards."""
+        number, module = self.epoch * self.generations + self.generation, self.module
+        with module.stopwatch.phase("rollout"):
+            if self._worker is None:
+                trajectories = self._roll_out(number, module.global_step, module)
+            else:
+                self._keep_ahead(number, self._worker)
+                trajectories = self._ahead.popleft().result()
+        module.stopwatch.count("rollout", int(trajectories.mask.sum()))
+        return module.judge(trajectories)
+
+    def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
+        """Sees to it that the generation batches up to number + max_staleness are on their way."""
+        for rolled in self._ahead:  # the weights must not change while it acts, and what it raised is raised here
+            rolled.result()
+        worker.refresh()
+        version = self.module.global_step
+        for later in range(number + len(self._ahead), number + self.module.rollout.max_staleness + 1):
+            self._ahead.append(worker.submit(partial(self._roll_out, later, version)))
+
+    def _roll_out(self, number: int, version: int, actor: OnPolicyDistillation) -> Trajectories:
+        """Generation batch ``number`` since the start of the run, without rewards."""
+        rollout = actor.rollout
+        epoch, generation = divmod(number, self.generations)
+        order = torch.randperm(len(self.dataset), generator=self._generator(epoch))
+        first = generation * self.prompts + self.rank * rollout.batch_size
         rows = order[first : first + rollout.batch_size].repeat_interleave(rollout.group_size)
-        draws = self.epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
+        draws = epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
         draws = draws.repeat_interleave(rollout.group_size)
         members = torch.arange(rollout.group_size).repeat(rollout.batch_size)
         examples = [dict(self.dataset[int(row)]) for row in rows]
@@ -188,25 +227,26 @@ class RolloutLoader:
         sources = tuple(rollout.behaviour)
         source = self._choose(draws, torch.tensor(list(rollout.behaviour.values())))
         parts, places = [], []
-        with self.module.stopwatch.phase("rollout"):
-            for i, name in enumerate(sources):
-                mine = (source == i).nonzero().squeeze(-1)
-                if len(mine):
-                    who = self.module.act(name, [examples[j] for j in mine], [seeds[j] for j in mine])
-                    parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
-                    places.append(mine)
-            trajectories = Trajectories.concatenate(parts, self.module.padding)
-            trajectories = trajectories.select(torch.cat(places).argsort())
-        self.module.stopwatch.count("rollout", int(trajectories.mask.sum()))
-        trajectories = dataclasses.replace(
-            trajectories,
+        for i, name in enumerate(sources):
+            mine = (source == i).nonzero().squeeze(-1)
+            if len(mine):
+                who = actor.act(name, [examples[j] for j in mine], [seeds[j] for j in mine])
+                parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
+                places.append(mine)
+        trajectories = Trajectories.concatenate(parts, actor.padding)
+        return dataclasses.replace(
+            trajectories.select(torch.cat(places).argsort()),
             examples=examples,
             row=rows,
             group=draws,
             source=source,
-            weights_version=torch.full_like(rows, self.module.global_step),
+            weights_version=torch.full_like(rows, version),
         )
-        return self.module.judge(trajectories)
+
+    def close(self) -> None:
+        """Ends the thread that rolls out ahead, if there is one."""
+        if self._worker is not None:
+            self._worker.close()
 
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
         """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
@@ -225,6 +265,7 @@ class RolloutLoader:
             "generation": self.generation,
             "next": self.next,
             "pending": None if self.pending is None else self.pending.state_dict(),
+            "ahead": [rolled.result().state_dict() for rolled in self._ahead],
             "examples": len(self.dataset),
             "cut": [self.prompts, self.per_generation, self.size],
         }
@@ -246,12 +287,34 @@ class RolloutLoader:
                 "micro-batches of {} trajectories (rollout.micro_batch_size)".format(*state["cut"])
                 + "; now these would be {}, {} and {}, so its position means nothing here".format(*cut)
             )
+        if len(state["ahead"]) > self.module.rollout.max_staleness:
+            raise ValueError(
+                f"the checkpoint holds {len(state['ahead'])} generation batches that were rolled out ahead; "
+                f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
+            )
         self.epoch, self.generation = state["epoch"], state["generation"]
         self.pending, self.next, self._steps = None, 0, []
         if state["pending"] is not None:
-            rows = state["pending"]["row"].tolist()
-            examples = [dict(self.dataset[row]) for row in rows]
-            self._hold(Trajectories.from_state_dict(state["pending"], examples), state["next"])
+            self._hold(self._restored(state["pending"]), state["next"])
+        self._ahead.clear()
+        for saved in state["ahead"]:
+            rolled: Future[Trajectories] = Future()
+            rolled.set_result(self._restored(saved))
+            self._ahead.append(rolled)
+
+    def _restored(self, state: dict[str, Any]) -> Trajectories:
+        return Trajectories.from_state_dict(state, [dict(self.dataset[row]) for row in state["row"].tolist()])
+
+
+class EndOfRollouts(L.Callback):
+    """Ends what rolls out ahead when the run ends, however it does; every module brings one."""
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.train_dataloader, RolloutLoader):
+            trainer.train_dataloader.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
 
 def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ STEPS = 14
 PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "teacher": "frozen", "accumulate": 1}
 # several optimiser steps per generation batch, so that trajectories are pending at every other checkpoint
 EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
+# two generation batches made ahead are in every checkpoint
+AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}
 
 
 def configuration(folder: Path, world: World, setup: dict) -> Path:
@@ -101,6 +103,7 @@ def unbroken(tmp_path_factory):
         ("text", "plain", PLAIN, 0.2),
         ("text", "plain", PLAIN, 0.7),
         ("text", "ema", EMA, 0.5),
+        ("text", "ahead", AHEAD, 0.5),
         ("vision_language", "ema", EMA, 0.5),
         ("gui_grounding", "ema", EMA, 0.5),
     ],

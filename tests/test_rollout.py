@@ -274,10 +274,11 @@ def test_seeds_differ_and_are_fixed():
 # -- state --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 11, 12, 13, 20])
-def test_a_resumed_loader_goes_on_exactly(built, done):
+def test_a_resumed_loader_goes_on_exactly(built, done, staleness):
     """Also in the middle of a generation batch and across the border of an epoch (12 micro-batches each)."""
-    changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2}
+    changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2, "max_staleness": staleness}
     unbroken = built(**changes)
     unbroken.module.reward = LongerIsBetter()
 

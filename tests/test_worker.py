@@ -1,0 +1,105 @@
+"""Rollouts ahead of training: which weights they see, what they share, and how they end."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+
+import pytest
+import torch
+
+from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.rollout import Rollout, RolloutLoader
+from opd_lightning.teacher import EMA, Teacher
+from tests.tiny import attach
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rollout")]
+
+
+def watched(world, seen, **settings):
+    class Watching(world.setting):
+        def training_step(self, batch, batch_idx):
+            seen.append(
+                (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behaviour_log_probs)
+            )
+            return super().training_step(batch, batch_idx)
+
+    return world.module(setting=Watching, **settings)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_the_lag_is_fixed_and_runs_repeat_themselves(world, staleness, tmp_path):
+    runs = []
+    for _ in range(2):
+        seen: list = []
+        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, max_staleness=staleness)
+        module = watched(world, seen, rollout=rollout)
+        world.fit(module, tmp_path, steps=14)
+        runs.append((seen, [p.detach().clone() for p in module.student.parameters()]))
+        assert not workers(), "its thread has ended"
+    (one, weights), (two, again) = runs
+    generations = [(step // 2, version) for step, version, *_ in one]
+    assert generations == [(g, 2 * max(0, g - staleness)) for g, _ in generations], "two optimiser steps a generation"
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+
+
+def test_what_is_rolled_out_ahead_is_what_those_weights_do(world, tmp_path):
+    """The behaviour log-probs of generation g are those of the student before generation g − 1."""
+    seen: list = []
+    rows = world.make_rows(24)
+    module = watched(world, seen, rollout=Rollout(batch_size=8, horizon=6, max_staleness=1))
+    before = []
+    start = module.training_step
+
+    def keep(batch, batch_idx):
+        before.append({name: p.detach().clone() for name, p in module.student.named_parameters()})
+        return start(batch, batch_idx)
+
+    module.training_step = keep
+    world.fit(module, tmp_path, rows, steps=6)
+    fresh = world.alone(rollout=module.rollout)
+    loader = RolloutLoader(rows, attach(fresh, tmp_path), seed=0)
+    for generation in range(6):
+        fresh.student.load_state_dict(before[max(0, generation - 1)], strict=False)
+        rolled = loader._roll_out(generation, 0, fresh)
+        assert torch.equal(rolled.actions, seen[generation][2])
+        assert (rolled.behaviour_log_probs - seen[generation][3]).abs().max() < 1e-5
+
+
+def test_what_the_worker_raises_reaches_the_trainer(world, tmp_path):
+    class Fails(world.setting):
+        def sample(self, policy, prompts, examples, rollout, seeds):
+            if threading.current_thread() in workers():
+                self.calls = getattr(self, "calls", 0) + 1
+                if self.calls == 3:
+                    raise RuntimeError("the third generation fails")
+            return super().sample(policy, prompts, examples, rollout, seeds)
+
+    module = world.module(setting=Fails, rollout=Rollout(batch_size=8, horizon=4, max_staleness=1))
+    with pytest.raises(RuntimeError, match="the third generation fails") as caught:
+        world.fit(module, tmp_path, steps=6)
+    assert any(frame.name == "sample" for frame in traceback.extract_tb(caught.tb))
+
+
+def test_knobs_are_those_of_when_it_was_asked(world, tmp_path):
+    module = attach(world.alone(rollout=Rollout(batch_size=4, horizon=8, max_staleness=1)), tmp_path)
+    loader = RolloutLoader(world.make_rows(24), module)
+    batches = iter(loader)
+    next(batches)
+    module.rollout.horizon = 2
+    widths = [next(batches).actions.shape[1] for _ in range(3)]
+    assert widths[0] > 2, "on its way before the knob was turned"
+    assert widths[1:] == [2, 2]
+    loader.close()
+
+
+def test_what_no_copy_of_the_student_can_do_is_refused(world, tmp_path):
+    rollout = Rollout(batch_size=4, behaviour={"student": 0.5, "teacher": 0.5}, max_staleness=2)
+    module = world.module({"teacher": Teacher(EMA())}, Objective([Term(ReverseKL())]), rollout=rollout)
+    with pytest.raises(ValueError, match=r"rollout\.max_staleness=2: the worker .* copy of the student only.*teacher"):
+        RolloutLoader(world.make_rows(8), attach(module, tmp_path))
+    with pytest.raises(ValueError, match=r"rollout\.max_staleness must be >= 0, got -1"):
+        Rollout(max_staleness=-1)
