@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,10 +109,15 @@ class Distribution(ABC):
 
 
 class GradientAccumulator(ABC):
-    """Opens chunks whose loss can be differentiated, and sums up the gradients of ``inputs``."""
+    """Opens chunks whose loss can be differentiated, and sums up the gradients of ``inputs`` in ``sums``."""
 
     inputs: list[Tensor]
-    gradients: list[Tensor]
+    sums: list[Tensor]
+
+    @property
+    def gradients(self) -> Sequence[Tensor | None]:
+        """None for an input that no chunk depended on, so that it is noticed."""
+        return self.sums
 
     @abstractmethod
     def open(self, states: slice) -> Any: ...
@@ -184,7 +189,7 @@ class _CategoricalGradient(GradientAccumulator):
         self._parameters = student.head.trainable()
         self.inputs = [student.hidden, *self._parameters]
         wide = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-        self.gradients = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
+        self.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
         if student.head.is_linear:
             self._weight, self._bias = (
                 None if part is None else part.detach() for part in student.head.linear(_compute_dtype(student.hidden))
@@ -205,15 +210,16 @@ class _CategoricalGradient(GradientAccumulator):
 
     def close(self, loss: Tensor) -> None:
         leaf_gradients = torch.autograd.grad(loss, self._leaves)
+        self._leaves = []  # logits among them, which must be gone when the next chunk is opened
         if not self._head.is_linear:
-            self.gradients[0][self._states] = leaf_gradients[0]
-            for total, part in zip(self.gradients[1:], leaf_gradients[1:], strict=True):
+            self.sums[0][self._states] = leaf_gradients[0]
+            for total, part in zip(self.sums[1:], leaf_gradients[1:], strict=True):
                 total.add_(part)
             return
         assert self._weight is not None
         (raw,) = leaf_gradients
-        self.gradients[0][self._states] = raw @ self._weight
-        for parameter, total in zip(self._parameters, self.gradients[1:], strict=True):
+        self.sums[0][self._states] = raw @ self._weight
+        for parameter, total in zip(self._parameters, self.sums[1:], strict=True):
             rows = total[: self._head.vocabulary]
             if parameter is self._head.module.bias:
                 rows.add_(raw.sum(0))
@@ -261,7 +267,7 @@ class _GaussianGradient(GradientAccumulator):
         self._student = student
         learnt_scale = student.scale.requires_grad
         self.inputs = [student.mean, student.scale] if learnt_scale else [student.mean]
-        self.gradients = [torch.zeros_like(tensor) for tensor in self.inputs]
+        self.sums = [torch.zeros_like(tensor) for tensor in self.inputs]
 
     def open(self, states: slice) -> Gaussian:
         self._states, self._open = states, self._student.chunk(states)
@@ -271,8 +277,65 @@ class _GaussianGradient(GradientAccumulator):
         return self._open
 
     def close(self, loss: Tensor) -> None:
-        for total, part in zip(self.gradients, torch.autograd.grad(loss, self._leaves), strict=True):
+        for total, part in zip(self.sums, torch.autograd.grad(loss, self._leaves), strict=True):
             if total.dim() == 0:
                 total.add_(part)
             else:
                 total[self._states] = part
+
+
+@dataclass
+class Lazy(Distribution):
+    """Normals that are made when their chunk is opened, for policies that cost a forward pass per state: a denoiser at
+    every noise level. Memory then grows with the chunk and not with the number of states.
+
+    Attributes:
+        make: from an index ``[n]`` into the flattened B × T states to `Gaussian` of n states.
+        parameters: the trained ones among what it is made of; none for a teacher.
+        size: bytes that one state takes while its chunk is open, activations included.
+        index: ``[N]`` the states that are meant; None, before `at`: all of them.
+    """
+
+    make: Callable[[Tensor], Gaussian]
+    parameters: list[nn.Parameter]
+    size: int
+    index: Tensor | None = None
+
+    def at(self, index: Tensor) -> Lazy:
+        return replace(self, index=index if self.index is None else self.index[index])
+
+    def bytes_per_state(self) -> int:
+        return self.size
+
+    def accumulator(self) -> GradientAccumulator:
+        return _LazyGradient(self)
+
+    def chunk(self, states: slice) -> Gaussian:
+        with torch.no_grad():
+            return self.opened(states)
+
+    def opened(self, states: slice) -> Gaussian:
+        assert self.index is not None
+        return self.make(self.index[states])
+
+
+class _LazyGradient(GradientAccumulator):
+    def __init__(self, student: Lazy) -> None:
+        self._student = student
+        self.inputs = list(student.parameters)
+        self._reached = [False] * len(self.inputs)
+        self.sums = [torch.zeros_like(parameter) for parameter in self.inputs]
+
+    @property
+    def gradients(self) -> Sequence[Tensor | None]:
+        return [total if reached else None for total, reached in zip(self.sums, self._reached, strict=True)]
+
+    def open(self, states: slice) -> Gaussian:
+        return self._student.opened(states)
+
+    def close(self, loss: Tensor) -> None:
+        parts = torch.autograd.grad(loss, self.inputs, allow_unused=True)
+        for i, part in enumerate(parts):
+            if part is not None:
+                self.sums[i].add_(part)
+                self._reached[i] = True

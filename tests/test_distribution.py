@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from opd_lightning.adapters import only_adapters
-from opd_lightning.distribution import IMPOSSIBLE, Categorical, CategoricalChunk, Gaussian, Head
+from opd_lightning.distribution import IMPOSSIBLE, Categorical, CategoricalChunk, Gaussian, Head, Lazy
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, ReverseKL, Term
 from tests.objective.reference import batch, close, linear
 
@@ -260,3 +261,55 @@ def test_padded_heads_of_151936_and_152064_rows_give_a_zero_at_equal_weights():
         loss, _ = Objective([Term(signal)])(Categorical(hidden, Head(short, V)), {"teacher": against}, batch(MASK, V))
         assert abs(loss.item()) < 1e-12
         close(torch.autograd.grad(loss, hidden)[0], torch.zeros_like(hidden), 1e-12)
+
+
+# -- lazy normals ---------------------------------------------------------------------------------------------------
+
+
+class Field(nn.Module):
+    """One forward pass per state; counts how many graphs are alive."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+        self.idle = nn.Parameter(torch.zeros(1))
+        nn.init.normal_(self.layer.weight, generator=seeded(seed))
+        self.states = torch.randn(B * T, 3, generator=seeded(7), dtype=torch.float64)
+        self.alive = self.peak = 0
+
+    def forward(self, index: Tensor) -> Gaussian:
+        mean = torch.tanh(self.layer(self.states[index]))
+        if mean.requires_grad:
+            self.alive += len(index)
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(mean, self._drop, len(index))
+        return Gaussian(mean, torch.tensor(0.5, dtype=torch.float64))
+
+    def _drop(self, states: int) -> None:
+        self.alive -= states
+
+    def lazy(self, trained: bool = True) -> Lazy:
+        return Lazy(self, list(self.parameters()) if trained else [], size=1)
+
+
+@pytest.mark.parametrize("chunk_steps", [1, 2, 6])
+def test_lazy_normals_give_the_gradient_of_the_whole_and_hold_one_chunk(chunk_steps):
+    student, other = Field(1), Field(2)
+    trajectories = batch(MASK, 3)
+    trajectories.actions = torch.zeros(B, T, 3, dtype=torch.float64)
+    objective = Objective([Term(ReverseKL()), Term(ForwardKL(), coefficient=0.3)], chunk_steps=chunk_steps)
+    loss, _ = objective(student.lazy(), {"teacher": other.lazy(trained=False)}, trajectories)
+    assert student.peak == chunk_steps
+    whole = Gaussian(student(torch.arange(B * T)).mean.view(B, T, 3), torch.tensor(0.5, dtype=torch.float64))
+    said = Gaussian(other(torch.arange(B * T)).mean.detach().view(B, T, 3), torch.tensor(0.5, dtype=torch.float64))
+    expected, _ = objective(whole, {"teacher": said}, trajectories)
+    compare(loss, expected, list(student.layer.parameters()))
+
+
+def test_a_parameter_that_no_lazy_chunk_depends_on_gets_no_gradient():
+    student = Field(1)
+    trajectories = batch(MASK, 3)
+    loss, _ = Objective([Term(ReverseKL())])(student.lazy(), {"teacher": Field(2).lazy(trained=False)}, trajectories)
+    loss.backward()
+    assert student.idle.grad is None
+    assert student.layer.weight.grad is not None

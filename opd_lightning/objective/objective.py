@@ -236,19 +236,23 @@ class Objective:
             ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
             factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
 
+        def one(states: slice, accumulator: Any) -> Tensor:
+            # a function of its own, so that nothing of a chunk is alive when the next is opened
+            with torch.enable_grad() if accumulator is not None else torch.no_grad():
+                opened = accumulator.open(states) if accumulator is not None else student.chunk(states)
+                streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+                chunk = steps.at(states, student=opened, streams=streams)
+                loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
+                if accumulator is not None:
+                    accumulator.close(loss)
+            if diagnose:
+                chunk_diagnostics(chunk, averages)
+            return loss.detach()
+
         def evaluate(accumulator: Any) -> Tensor:
             total = torch.zeros((), device=trajectories.mask.device, dtype=torch.float64)
             for states in self._chunks(student, len(steps)):
-                with torch.enable_grad() if accumulator is not None else torch.no_grad():
-                    opened = accumulator.open(states) if accumulator is not None else student.chunk(states)
-                    streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-                    chunk = steps.at(states, student=opened, streams=streams)
-                    loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
-                    if accumulator is not None:
-                        accumulator.close(loss)
-                total += loss.detach()
-                if diagnose:
-                    chunk_diagnostics(chunk, averages)
+                total += one(states, accumulator)
             return total.float()
 
         if not torch.is_grad_enabled():
@@ -376,7 +380,9 @@ class _GradientsInside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluate: Callable[[Any], Tensor], accumulator: Any, *inputs: Tensor) -> Tensor:
         loss = evaluate(accumulator)
-        ctx.gradients = [g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)]
+        ctx.gradients = [
+            None if g is None else g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)
+        ]
         return loss
 
     @staticmethod
@@ -384,7 +390,7 @@ class _GradientsInside(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
-        return None, None, *(gradient.mul_(outputs[0]) for gradient in gradients)
+        return None, None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
 
 
 def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:
