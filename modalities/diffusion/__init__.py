@@ -1,0 +1,1 @@
+"""Few-step diffusion: so far its convention and the steps of its samplers (`flow`)."""

@@ -1,0 +1,101 @@
+"""The convention of flow matching that everything here follows, as diffusers has it, and the steps of its samplers.
+
+    x_σ = (1 − σ)·x₀ + σ·ε        σ = 1 is noise, σ = 0 is data
+    v   = ε − x₀                   what a model predicts
+    x_r = x_t + (r − t)·v          Euler's step from noise level t to r
+
+Shape legend: latents and velocities ``[B, ...]``; noise levels ``[B]`` or a scalar, in [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Convention = Literal["uncond + w·(cond − uncond)", "cond + w·(cond − uncond)", "cond + (w − 1)·(cond − uncond)"]
+
+
+def over(level: Tensor | float, like: Tensor) -> Tensor:
+    """A noise level ``[B]`` so that it multiplies ``like [B, ...]``."""
+    level = torch.as_tensor(level, dtype=like.dtype, device=like.device)
+    return level.reshape(-1, *[1] * (like.dim() - 1)) if level.dim() else level
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """x_σ"""
+    sigma = over(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """v"""
+    return noise - clean
+
+
+def clean_estimate(latent: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    """x₀ = x_σ − σ·v; a difference of two of them is σ times that of the velocities."""
+    return latent - over(sigma, latent) * v
+
+
+def noise_estimate(latent: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    """ε = x_σ + (1 − σ)·v"""
+    return latent + (1 - over(sigma, latent)) * v
+
+
+def euler(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float) -> Tensor:
+    """x_r from x_t."""
+    return latent + (over(r, latent) - over(t, latent)) * v
+
+
+def renoised(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise: Tensor) -> Tensor:
+    """The clean estimate at t with fresh noise of level r: the step of consistency models and of DMD2 (2405.14867)."""
+    return noised(clean_estimate(latent, v, t), noise, r)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """v_uncond + w·(v_cond − v_uncond), the one formula of guidance here; w = 1 is the conditional model."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guidance_scale(value: float, convention: Convention) -> float:
+    """w of `guided` for a strength that was published under another convention.
+
+    ``cond + w·(cond − uncond)`` is written by DMD2-derived video code, Self-Forcing and LCM, ``cond + (w − 1)·(…)`` by
+    FastGen.
+
+    Raises:
+        ValueError: no such convention.
+    """
+    shift = {"uncond + w·(cond − uncond)": 0.0, "cond + w·(cond − uncond)": 1.0, "cond + (w − 1)·(cond − uncond)": 0.0}
+    if convention not in shift:
+        raise ValueError(f"guidance: no convention {convention!r}; there are {', '.join(map(repr, shift))}")
+    return value + shift[convention]
+
+
+def stochastic_step(
+    latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise_level: float, first: float
+) -> tuple[Tensor, Tensor]:
+    """Mean ``[B, ...]`` and standard deviation ``[B, 1, ...]`` of x_r, of the SDE with the same marginals as the ODE.
+
+    With s = a·√(t / (1 − t)) and Δ = r − t < 0, the mean is x·(1 + s²·Δ / 2t) + v·(1 + s²·(1 − t) / 2t)·Δ and the
+    standard deviation s·√−Δ (Flow-GRPO, 2505.05470).
+
+    Args:
+        noise_level: a; 0 is Euler's step. Default in Flow-GRPO 0.7; verl-omni uses 0.8.
+        first: the level whose 1 − t stands in at t = 1, where s is infinite: the second level of the schedule.
+    """
+    level, to = over(t, latent), over(r, latent)
+    away = torch.where(level >= 1, torch.as_tensor(1 - first, dtype=latent.dtype, device=latent.device), 1 - level)
+    s, step = noise_level * (level / away).sqrt(), to - level
+    mean = latent * (1 + s**2 * step / (2 * level)) + v * velocity_gain(t, r, noise_level, first, latent)
+    return mean, (s * (-step).sqrt()).expand(latent.shape[0], *[1] * (latent.dim() - 1))
+
+
+def velocity_gain(t: Tensor | float, r: Tensor | float, noise_level: float, first: float, like: Tensor) -> Tensor:
+    """∂mean / ∂v of `stochastic_step`: two means differ by it times the difference of the velocities."""
+    level, to = over(t, like), over(r, like)
+    away = torch.where(level >= 1, torch.as_tensor(1 - first, dtype=like.dtype, device=like.device), 1 - level)
+    s = noise_level * (level / away).sqrt()
+    return (1 + s**2 * (1 - level) / (2 * level)) * (to - level)
