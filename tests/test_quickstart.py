@@ -26,7 +26,8 @@ def test_the_student_learns_to_add(seed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_student_that_sees_learns_from_itself(tmp_path):
-    found = demo("vision_language", 1, tmp_path)
+@pytest.mark.parametrize(("setting", "gain"), [("vision_language", 0.15), ("gui_grounding", 0.1)])
+def test_a_student_that_sees_learns_from_itself(setting, gain, tmp_path):
+    found = demo(setting, 1, tmp_path)
     assert found["teacher"] >= 0.8
-    assert found["after"] - found["before"] >= 0.15
+    assert found["after"] - found["before"] >= gain

@@ -184,7 +184,8 @@ def rendered(
 ) -> list[Row]:
     """Screens of `opd render-gui`: `annotations.jsonl` and the pictures that it names.
 
-    The columns of the file are kept; `application` and `group` are the page.
+    The columns of the file are kept; `application` and `group` are the page. Rows come seed by seed, so that the first
+    few show every page.
 
     Args:
         folder: what the command wrote; `opd:assets/gui_screens` for the screens that ship.
@@ -213,6 +214,8 @@ def rendered(
         for path, number, row in located
         if row.get("page") in wanted and row.get("kind") in kinds and first <= row.get("seed", first) <= last
     ]
+
+    chosen.sort(key=lambda item: item[2].get("seed", 0))
 
     def convert(file: Path, row: Row) -> Row:
         return {

@@ -21,6 +21,7 @@ from ..vision_language.images import images_of, with_images
 Box = tuple[float, float, float, float]
 
 HINT = "Hint: what you are looking for is inside the {colour} rectangle."
+TOLD = "Hint: it is at ({x}, {y}), from 0 to 1000 across the image."
 
 
 class BoxOnly(View):
@@ -187,7 +188,7 @@ class CoordinatesAsText(View):
     columns = ("box",)
     tells_the_answer: ClassVar[bool] = True
 
-    def __init__(self, text: str = "Hint: it is at ({x}, {y}), from 0 to 1000 across the image.") -> None:
+    def __init__(self, text: str = TOLD) -> None:
         _filled("CoordinatesAsText.text", text, x=0, y=0)
         self.text = text
 
