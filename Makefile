@@ -42,8 +42,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# a file to a worker, so that what its tests share is made once; for one test: .venv/bin/pytest tests/test_x.py
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -16,8 +16,8 @@ from tests.test_resume import PLAIN, configuration
 
 
 @pytest.fixture
-def config(tmp_path, tiny_student, tiny_teacher, tiny_data):
-    return configuration(tmp_path / "run", tiny_student, tiny_teacher, tiny_data, PLAIN)
+def config(tmp_path, make_world):
+    return configuration(tmp_path / "run", make_world("text"), PLAIN)
 
 
 def printed(capsys, *arguments: str) -> dict:
