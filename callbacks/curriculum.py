@@ -153,7 +153,7 @@ class Curriculum(KnobCallback):
         needed: dict[str, str] = {}
         for step in sorted({0}.union(*(schedule.changes for schedule in self.schedules.values())), reverse=True):
             self._turn(module, step)
-            module._check()
+            module.check()
             needed |= module.required_columns()
         for knob, schedule in self.schedules.items():
             for value in schedule.values if isinstance(schedule, OnPlateau) else ():

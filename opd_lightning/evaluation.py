@@ -31,7 +31,7 @@ class Evaluation:
         samples: per prompt; with more than one, pass@k is reported beside the mean (k = samples).
         temperature: default 0, greedy; needs to be positive for several samples.
         top_p, top_k, min_p: filters, off by default (the rollout's do not apply here).
-        horizon: default: the rollout's.
+        horizon: default: the rollout's as it was configured, whatever callbacks turn it to.
         before: score the student (and the teachers, once) before the first training step.
         show: held-out prompts whose completions go to samples.jsonl at each validation.
         by: one or two columns; accuracy is also reported for each of their values, as ``accuracy/web/icon``, and
@@ -79,6 +79,7 @@ class Evaluator:
 
     def __init__(self, module: OnPolicyDistillation) -> None:
         self.module = module
+        self._horizon = module.rollout.horizon
         self.metrics: dict[str, MeanMetric] = {}
 
     def _act(self, who: str, examples: list[Example], batch_idx: int) -> Trajectories:
@@ -89,7 +90,7 @@ class Evaluator:
             top_p=settings.top_p,
             top_k=settings.top_k,
             min_p=settings.min_p,
-            horizon=settings.horizon or module.rollout.horizon,
+            horizon=settings.horizon or self._horizon,
         )
         repeated = [example for example in examples for _ in range(settings.samples)]
         seeds = [derived_seed(EVALUATION_DRAWS, module.global_rank, batch_idx, i) for i in range(len(repeated))]

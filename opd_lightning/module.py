@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ class OnPolicyDistillation(L.LightningModule):
         self.evaluator = Evaluator(self)
         self._averages = Averages()
         self._rng: dict[str, Any] | None = None
-        self._check()
+        self.check()
 
     # -- the four methods of a setting --------------------------------------------------------------------------
 
@@ -157,7 +157,12 @@ class OnPolicyDistillation(L.LightningModule):
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Whether the parts fit together, as the knobs are now.
+
+        Raises:
+            ValueError: a part needs something that this run does not offer; the message names both.
+        """
         served = set(self.served)
         if self.reward is not None:
             served.add("reward")
@@ -292,6 +297,41 @@ class OnPolicyDistillation(L.LightningModule):
             mine = self.shown(trajectories.examples)
             shown = [own if view is None else view for own, view in zip(mine, seen, strict=True)]
             return self.steps(policy, trajectories, shown), available
+
+    @torch.no_grad()
+    def per_step(
+        self, trajectories: Trajectories, read: Callable[[Steps], Tensor], teacher: str | None = None
+    ) -> Tensor:
+        """What ``read`` says of every trained step, ``[B, T]`` on the CPU: a look at a generation batch before it is
+        trained, in micro-batches and chunks, without gradient.
+
+        Args:
+            trajectories: a generation batch.
+            read: from the n steps of an open chunk to ``[n]``; any signal will do.
+            teacher: an entry of ``model.teachers``, whom ``steps.teacher`` then stands for.
+
+        Returns:
+            NaN where nothing is trained, and where the teacher has nothing to say.
+        """
+        values, done = torch.full(trajectories.mask.shape, torch.nan), 0
+        size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
+        for part in trajectories.split(size):
+            mine = self._per_step(part.to(self.device), read, teacher)
+            values[done : done + len(part), : mine.shape[1]] = mine.cpu()
+            done += len(part)
+        return values
+
+    def _per_step(self, batch: Trajectories, read: Callable[[Steps], Tensor], teacher: str | None) -> Tensor:
+        policy = self.policies["student"]
+        streams, available = {}, {}
+        with self.trainer.precision_plugin.forward_context():
+            with evaluating(policy.model):
+                student = self.steps(policy, batch)
+            if teacher is not None:
+                streams[teacher], has_view = self.ask(teacher, batch)
+                if has_view is not None:
+                    available[teacher] = has_view
+            return self.objective.per_step(student, streams, Steps.of(batch, available), read, teacher)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -431,6 +471,10 @@ class OnPolicyDistillation(L.LightningModule):
     def _is_logged(self, step: int) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step == 1
+
+    def record(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
+        """Has the mean of ``values`` since the last logged step, over ranks, logged as ``train/<name>``."""
+        self._averages.add(name, values, counts)
 
     def _describe(self, batch: Trajectories) -> None:
         self._averages.add("length", batch.length)

@@ -6,6 +6,7 @@ Shape legend: P prompts of a generation batch on this rank, B = P × group_size 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -200,7 +201,11 @@ class RolloutLoader:
                 self._keep_ahead(number, self._worker)
                 trajectories = self._ahead.popleft().result()
         module.stopwatch.count("rollout", int(trajectories.mask.sum()))
-        return module.judge(trajectories)
+        trajectories = module.judge(trajectories)
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RolloutCallback):
+                trajectories = callback.on_rollouts(module, trajectories)
+        return trajectories
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
         """Sees to it that the generation batches up to number + max_staleness are on their way."""
@@ -304,6 +309,17 @@ class RolloutLoader:
 
     def _restored(self, state: dict[str, Any]) -> Trajectories:
         return Trajectories.from_state_dict(state, [dict(self.dataset[row]) for row in state["row"].tolist()])
+
+
+class RolloutCallback(L.Callback):
+    """A callback that sees every generation batch between acting and training."""
+
+    @abstractmethod
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        """The generation batch ``[B, T]`` as it is to be trained, on the CPU and with rewards if there are any.
+
+        Steps that leave the mask are not trained and count in no normaliser. Every rank is asked at the same time.
+        """
 
 
 class EndOfRollouts(L.Callback):

@@ -16,6 +16,19 @@ from .trajectory import Trajectories
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
+    from .rollout import Rollout
+
+
+def refuse_teachers(rollout: Rollout) -> None:
+    """
+    Raises:
+        ValueError: a teacher is to act ahead of training.
+    """
+    if teachers := sorted(rollout.sources - {"student", "dataset"}):
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness}: the worker that rolls out ahead has a copy of the student "
+            f"only; rollout.behaviour names {', '.join(teachers)}"
+        )
 
 
 class RolloutWorker:
@@ -32,11 +45,7 @@ class RolloutWorker:
     def __init__(self, module: OnPolicyDistillation) -> None:
         key = f"rollout.max_staleness={module.rollout.max_staleness}"
         student = module.policies["student"]
-        if teachers := sorted(module.rollout.sources - {"student", "dataset"}):
-            raise ValueError(
-                f"{key}: the worker that rolls out ahead has a copy of the student only; rollout.behaviour names "
-                f"{', '.join(teachers)}"
-            )
+        refuse_teachers(module.rollout)
         if getattr(student.model, "is_quantized", False):
             raise ValueError(f"{key}: a quantised student can't be copied for the worker; set it to 0")
         if not isinstance(module.trainer.strategy, SingleDeviceStrategy | DDPStrategy):

@@ -276,6 +276,35 @@ class Objective:
             chunk_diagnostics(steps.at(states, student=student.chunk(states), streams=streams), averages)
         return averages
 
+    @torch.no_grad()
+    def per_step(
+        self,
+        student: Distribution,
+        streams: dict[str, Distribution],
+        steps: Steps,
+        read: Callable[[Steps], Tensor],
+        teacher: str | None = None,
+    ) -> Tensor:
+        """``[B, T]`` what ``read`` says of the trained steps, chunk by chunk; NaN elsewhere.
+
+        Args:
+            student: at all B × T states.
+            streams: teachers by name, at all B × T states.
+            steps: all trained steps.
+            read: from the n steps of an open chunk to ``[n]``.
+            teacher: which of the streams ``steps.teacher`` stands for; NaN where it has nothing to say.
+        """
+        values = torch.full(steps.trajectories.mask.shape, torch.nan, device=steps.index.device)
+        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
+        for states in self._chunks(student, len(steps)):
+            opened = {name: stream.chunk(states) for name, stream in streams.items()}
+            chunk = steps.at(states, student=student.chunk(states), streams=opened)
+            said = read(chunk.for_term(teacher, opened[teacher] if teacher is not None else None)).float()
+            if teacher in chunk.available:
+                said = said.masked_fill(~chunk.per_trajectory(chunk.available[teacher]), torch.nan)
+            values.view(-1)[chunk.index] = said
+        return values
+
     def _chunk_loss(self, chunk: Steps, factors: dict[str | None, Tensor], averages: Averages) -> Tensor:
         losses = []
         for term in self.active:
