@@ -107,6 +107,10 @@ class Distribution(ABC):
     def chunk(self, states: slice) -> Any:
         """The family's chunk at some of the N states, without gradient."""
 
+    def only_at(self, states: Tensor) -> Distribution:
+        """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""
+        return self
+
 
 class GradientAccumulator(ABC):
     """Opens chunks whose loss can be differentiated, and sums up the gradients of ``inputs`` in ``sums``."""
@@ -294,12 +298,17 @@ class Lazy(Distribution):
         parameters: the trained ones among what it is made of; none for a teacher.
         size: bytes that one state takes while its chunk is open, activations included.
         index: ``[N]`` the states that are meant; None, before `at`: all of them.
+        asked: ``[N]`` bool, where it is read; it is 0 elsewhere. None: everywhere.
     """
 
     make: Callable[[Tensor], Gaussian]
     parameters: list[nn.Parameter]
     size: int
     index: Tensor | None = None
+    asked: Tensor | None = None
+
+    def only_at(self, states: Tensor) -> Lazy:
+        return replace(self, asked=states)
 
     def at(self, index: Tensor) -> Lazy:
         return replace(self, index=index if self.index is None else self.index[index])
@@ -316,7 +325,21 @@ class Lazy(Distribution):
 
     def opened(self, states: slice) -> Gaussian:
         assert self.index is not None
-        return self.make(self.index[states])
+        if self.asked is None or bool(self.asked[states].all()):
+            return self.make(self.index[states])
+        return self._partly(self.index[states], self.asked[states])
+
+    def _partly(self, index: Tensor, asked: Tensor) -> Gaussian:
+        # one state is made anyway, for the shape
+        made = self.make(index[asked] if bool(asked.any()) else index[:1])
+        where = asked if bool(asked.any()) else torch.arange(len(index), device=index.device) < 1
+        mean = made.mean.new_zeros(len(index), *made.mean.shape[1:])
+        mean[where] = made.mean
+        if not made.scale.dim():
+            return Gaussian(mean, made.scale)
+        scale = made.scale.new_ones(len(index), *made.scale.shape[1:])
+        scale[where] = made.scale
+        return Gaussian(mean, scale)
 
 
 class _LazyGradient(GradientAccumulator):

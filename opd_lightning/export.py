@@ -64,11 +64,7 @@ def write(checkpoint: str | Path, folder: str | Path, merge: bool = True) -> Non
             )
         if merge:
             model = model.merge_and_unload()
-    module.prepare_export(model)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    processor = module.policies["student"].processor
-    if processor is not None:
-        processor.save_pretrained(folder)
+    module.save_student(model, folder)
     (folder / "README.md").write_text(model_card(module, config, steps))
     print(f"wrote {folder}")
 

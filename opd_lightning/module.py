@@ -136,8 +136,8 @@ class OnPolicyDistillation(L.LightningModule):
         """What turns examples into inputs (a tokenizer, a processor)."""
         return None
 
-    def replay(self, examples: list[Example]) -> Trajectories:
-        """Given completions as trajectories, for ``rollout.behaviour: {dataset: …}``."""
+    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
+        """Given completions as trajectories, for ``rollout.behaviour: {dataset: …}``; ``seeds`` as in `sample`."""
         raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
 
     def refusal(self, example: Example) -> str | None:
@@ -148,8 +148,16 @@ class OnPolicyDistillation(L.LightningModule):
         """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
         return {}
 
-    def prepare_export(self, model: nn.Module) -> None:
-        """Settings of the exported model without which it would not act as it did here."""
+    def asked_by_parts(self) -> set[str]:
+        """Teachers that no term names, but other parts of the setting ask."""
+        return set()
+
+    def save_student(self, model: nn.Module, folder: Path) -> None:
+        """Writes the exported model, with everything without which it would not act as it did here."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        processor = self.policies["student"].processor
+        if processor is not None:
+            processor.save_pretrained(folder)
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
@@ -177,7 +185,8 @@ class OnPolicyDistillation(L.LightningModule):
             raise ValueError(
                 f"rollout.behaviour names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
             )
-        idle = set(self.teachers) - set().union(*(t.teachers for t in self.objective.terms)) - self.rollout.sources
+        asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
+        idle = set(self.teachers) - asked - self.rollout.sources
         if idle and not any(not term.teachers for term in self.objective.terms):
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
 
@@ -210,7 +219,9 @@ class OnPolicyDistillation(L.LightningModule):
         student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
         self.policies["student"] = student
         for name, teacher in self.teachers.items():
-            self.policies[name] = teacher.weights.attach(name, student, self._load_frozen)
+            self.policies[name] = dataclasses.replace(
+                teacher.weights.attach(name, student, self._load_frozen), name=name
+            )
             if teacher.weights.state is not None:
                 self.teacher_state[name] = teacher.weights.state
 
@@ -247,7 +258,7 @@ class OnPolicyDistillation(L.LightningModule):
         The observation is the student's in every case: that is what the loss conditions on.
         """
         if who == "dataset":
-            return self.replay(examples)
+            return self.replay(examples, seeds)
         # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
         with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
             return self._act(who, examples, seeds, rollout or self.rollout)
@@ -264,7 +275,7 @@ class OnPolicyDistillation(L.LightningModule):
         shown = [own if view is None else view for own, view in zip(mine, self._look(who, examples), strict=True)]
         theirs = self.collate(shown, policy if self.teachers[who].own_template else None)
         acted = self.sample(policy, theirs, shown, rollout, seeds)
-        return dataclasses.replace(acted, observation=prompts, examples=examples)
+        return dataclasses.replace(acted, observation=acted.observation | prompts, examples=examples)
 
     def _look(self, name: str, examples: list[Example]) -> list[Example | None]:
         """What a teacher is shown of each example; without a view of its own, what the student sees."""
@@ -383,6 +394,8 @@ class OnPolicyDistillation(L.LightningModule):
     @torch.no_grad()
     def _ask_without_views(self, batch: Trajectories) -> dict[str, Distribution]:
         """Teachers that have a view, asked without it; only for the log."""
+        if "categorical" not in self.served:
+            return {}  # nothing is logged of it
         asked = [name for name in sorted(self.objective.teachers()) if self.teachers[name].view is not None]
         found = {}
         for name in asked:

@@ -28,12 +28,14 @@ class Policy:
         processor: what turns examples into its inputs (tokenizer, processor); None: the student's.
         active: entered around every forward pass.
         path: where its weights came from, for messages.
+        name: ``student``, or its entry in ``model.teachers``.
     """
 
     model: nn.Module
     processor: Any = None
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
     path: str = ""
+    name: str = "student"
 
 
 class View(ABC):

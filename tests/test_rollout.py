@@ -217,7 +217,7 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, world):
         assert not known[replayed][batch.mask[replayed]].any()
         assert known[~replayed].all()
         for i in replayed.nonzero().flatten().tolist()[:5]:
-            given = loader.module.replay([batch.examples[i]])
+            given = loader.module.replay([batch.examples[i]], [0])
             assert batch.actions[i][batch.mask[i]].tolist() == given.actions[0][given.mask[0]].tolist()
     shares = torch.cat([batch.source for batch in batches]).float().mean()
     assert 0.6 < float(shares) < 0.8

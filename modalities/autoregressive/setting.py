@@ -6,6 +6,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             behaviour_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
         )
 
-    def replay(self, examples: list[Example]) -> Trajectories:
+    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         """The column ``completion``, ended by the stop token, cut at the horizon."""
         tokenizer, horizon = self.tokenizer(), self.rollout.horizon
         stop = self.eos[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -121,7 +122,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         if view is None:
             prompts, seen = trajectories.observation, self.shown(trajectories.examples)
         else:
-            own = next((t.own_template for n, t in self.teachers.items() if self.policies[n] is policy), False)
+            own = policy.name in self.teachers and self.teachers[policy.name].own_template
             prompts, seen = self.collate(view, policy if own else None), view
         prompts = trim({name: tensor.to(device) for name, tensor in prompts.items()})
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
@@ -167,12 +168,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         and validation averages the numbers in its entry ``metrics``."""
         return {}
 
-    def prepare_export(self, model: nn.Module) -> None:
+    def save_student(self, model: nn.Module, folder: Path) -> None:
         """The ids that can be no action here (padding of the head, placeholders) are none in `generate` either."""
         rows = bare(model).get_output_embeddings().weight.shape[0]
         impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
         if impossible:
             bare(model).generation_config.suppress_tokens = impossible
+        super().save_student(model, folder)
 
     # -- checks -------------------------------------------------------------------------------------------------
 

@@ -1,1 +1,41 @@
-"""Few-step diffusion: so far its convention and the steps of its samplers (`flow`)."""
+"""Few-step diffusion: flow-matching models, distilled on the states that their own sampler visits."""
+
+from .answer import Answer, AverageVelocity, SameStep, ScoreDifference, TotalDerivative, Velocity
+from .fake import LearntScore
+from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
+from .quality import DigitFeatures, Features, Inception, SampleQuality
+from .sampler import SDE, Euler, Renoise, Sampler, Shortcuts
+from .setting import DiffusionDistillation, Noising
+from .signal import FlowMatching, NoiseLevel, VelocityMatching
+from .view import DetailedPrompt, ReferenceImage
+
+__all__ = [
+    "SDE",
+    "Answer",
+    "AnyFlow",
+    "AverageVelocity",
+    "DetailedPrompt",
+    "DiffusionDistillation",
+    "DigitFeatures",
+    "Euler",
+    "Family",
+    "Features",
+    "FlowMatching",
+    "Flux",
+    "Inception",
+    "LearntScore",
+    "NoiseLevel",
+    "Noising",
+    "ReferenceImage",
+    "Renoise",
+    "SameStep",
+    "SampleQuality",
+    "Sampler",
+    "ScoreDifference",
+    "Shortcuts",
+    "StableDiffusion3",
+    "TotalDerivative",
+    "Velocity",
+    "VelocityMatching",
+    "ZImage",
+]

@@ -18,8 +18,10 @@ Convention = Literal["uncond + w·(cond − uncond)", "cond + w·(cond − uncon
 
 
 def over(level: Tensor | float, like: Tensor) -> Tensor:
-    """A noise level ``[B]`` so that it multiplies ``like [B, ...]``."""
-    level = torch.as_tensor(level, dtype=like.dtype, device=like.device)
+    """A noise level ``[B]`` so that it multiplies ``like [B, ...]``; one of more precision keeps it."""
+    if not isinstance(level, Tensor):
+        return torch.tensor(level, dtype=like.dtype, device=like.device)
+    level = level.to(like.device, torch.promote_types(level.dtype, like.dtype))
     return level.reshape(-1, *[1] * (like.dim() - 1)) if level.dim() else level
 
 
@@ -45,8 +47,8 @@ def noise_estimate(latent: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def euler(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float) -> Tensor:
-    """x_r from x_t."""
-    return latent + (over(r, latent) - over(t, latent)) * v
+    """x_r from x_t; in the precision of the levels, which diffusers' flow-map scheduler keeps in float64."""
+    return (latent + (over(r, latent) - over(t, latent)) * v).to(latent.dtype)
 
 
 def renoised(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise: Tensor) -> Tensor:
@@ -75,27 +77,27 @@ def guidance_scale(value: float, convention: Convention) -> float:
 
 
 def stochastic_step(
-    latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise_level: float, first: float
+    latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise_level: float
 ) -> tuple[Tensor, Tensor]:
     """Mean ``[B, ...]`` and standard deviation ``[B, 1, ...]`` of x_r, of the SDE with the same marginals as the ODE.
 
     With s = a·√(t / (1 − t)) and Δ = r − t < 0, the mean is x·(1 + s²·Δ / 2t) + v·(1 + s²·(1 − t) / 2t)·Δ and the
-    standard deviation s·√−Δ (Flow-GRPO, 2505.05470).
+    standard deviation s·√−Δ (Flow-GRPO, 2505.05470). At t = 1, where s is infinite, 1 − r stands in for 1 − t, as in
+    Flow-GRPO's code.
 
     Args:
         noise_level: a; 0 is Euler's step. Default in Flow-GRPO 0.7; verl-omni uses 0.8.
-        first: the level whose 1 − t stands in at t = 1, where s is infinite: the second level of the schedule.
     """
     level, to = over(t, latent), over(r, latent)
-    away = torch.where(level >= 1, torch.as_tensor(1 - first, dtype=latent.dtype, device=latent.device), 1 - level)
+    away = torch.where(level >= 1, 1 - to, 1 - level)
     s, step = noise_level * (level / away).sqrt(), to - level
-    mean = latent * (1 + s**2 * step / (2 * level)) + v * velocity_gain(t, r, noise_level, first, latent)
+    mean = latent * (1 + s**2 * step / (2 * level)) + v * velocity_gain(t, r, noise_level, latent)
     return mean, (s * (-step).sqrt()).expand(latent.shape[0], *[1] * (latent.dim() - 1))
 
 
-def velocity_gain(t: Tensor | float, r: Tensor | float, noise_level: float, first: float, like: Tensor) -> Tensor:
+def velocity_gain(t: Tensor | float, r: Tensor | float, noise_level: float, like: Tensor) -> Tensor:
     """∂mean / ∂v of `stochastic_step`: two means differ by it times the difference of the velocities."""
     level, to = over(t, like), over(r, like)
-    away = torch.where(level >= 1, torch.as_tensor(1 - first, dtype=like.dtype, device=like.device), 1 - level)
+    away = torch.where(level >= 1, 1 - to, 1 - level)
     s = noise_level * (level / away).sqrt()
     return (1 + s**2 * (1 - level) / (2 * level)) * (to - level)

@@ -97,9 +97,9 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().sample(policy, *args, **kwargs))
 
-    def replay(self, examples: list[Example]) -> Trajectories:
+    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         written = [{**example, "completion": self.written(example)} for example in examples]
-        trajectories = super().replay(written)
+        trajectories = super().replay(written, seeds)
         trajectories.examples = examples
         return self._with_digits(trajectories)
 

@@ -81,7 +81,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return {name: inputs[name] for name in self.padding if name in inputs}
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        own = any(t.own_template and self.policies[n] is policy for n, t in self.teachers.items())
+        own = policy.name in self.teachers and self.teachers[policy.name].own_template
         inputs = self._process(examples, policy if own else self.policies["student"])
         return {name: tensor for name, tensor in inputs.items() if name not in self.padding}
 

@@ -119,6 +119,7 @@ class Objective:
             "behaviour": "dataset completions have no behaviour log-probs: give the term `source: student`",
             "categorical": "only distributions over a vocabulary have it",
             "digits": "only settings that read numbers out of tokens know them (GUIGroundingDistillation)",
+            "latents": "only samplers of images have velocities (DiffusionDistillation)",
         }
         for i, term in enumerate(self.terms):
             where = f"objective.terms[{i}] ({term.name})"
@@ -235,6 +236,10 @@ class Objective:
         for term in self.active:
             ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
             factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
+
+        for name in teachers:
+            read = [factors[term.name] != 0 for term in self.active if name in term.teachers]
+            teachers[name] = teachers[name].only_at(torch.stack(read).any(0)) if read else teachers[name]
 
         def one(states: slice, accumulator: Any) -> Tensor:
             # a function of its own, so that nothing of a chunk is alive when the next is opened

@@ -76,23 +76,23 @@ def test_the_stochastic_step_is_flow_grpos(t, share, a):
     clean, noise = pair()
     r = t * share
     latent, v = flow.noised(clean, noise, t), torch.sin(clean)
-    mean, std = flow.stochastic_step(latent, v, t, r, a, first=0.9)
+    mean, std = flow.stochastic_step(latent, v, t, r, a)
     s, dt = a * np.sqrt(t / (1 - t)), r - t
     wanted = latent.numpy() * (1 + s**2 / (2 * t) * dt) + v.numpy() * (1 + s**2 * (1 - t) / (2 * t)) * dt
     np.testing.assert_allclose(mean.numpy(), wanted, rtol=1e-10)
     np.testing.assert_allclose(std.numpy(), np.full((2, 1, 1, 1), s * np.sqrt(-dt)), rtol=1e-10)
     other = torch.cos(clean)
-    gain = flow.velocity_gain(t, r, a, 0.9, latent)
-    torch.testing.assert_close(flow.stochastic_step(latent, other, t, r, a, 0.9)[0] - mean, gain * (other - v))
+    gain = flow.velocity_gain(t, r, a, latent)
+    torch.testing.assert_close(flow.stochastic_step(latent, other, t, r, a)[0] - mean, gain * (other - v))
 
 
 def test_without_noise_it_is_eulers_step_and_at_pure_noise_it_is_finite():
     clean, noise = pair()
     v = flow.velocity(clean, noise)
-    mean, std = flow.stochastic_step(noise, v, 1.0, 0.75, 0.0, first=0.75)
+    mean, std = flow.stochastic_step(noise, v, 1.0, 0.75, 0.0)
     torch.testing.assert_close(mean, flow.euler(noise, v, 1.0, 0.75))
     assert (std == 0).all()
-    mean, std = flow.stochastic_step(noise, v, 1.0, 0.75, 0.8, first=0.75)
+    mean, std = flow.stochastic_step(noise, v, 1.0, 0.75, 0.8)
     assert torch.isfinite(mean).all()
     np.testing.assert_allclose(std.flatten().numpy(), 0.8 * np.sqrt(1 / 0.25) * np.sqrt(0.25))
 
@@ -107,7 +107,7 @@ def test_the_stochastic_step_keeps_the_marginals():
         variance = ((1 - t) * sd) ** 2 + t**2
         clean = m + (1 - t) * sd**2 / variance * (x - (1 - t) * m)
         v = (x - clean) / t
-        mean, std = flow.stochastic_step(x, v, t, r, 0.7, first=float(grid[1]))
+        mean, std = flow.stochastic_step(x, v, t, r, 0.7)
         x = mean + std * torch.randn(count, 1, generator=generator, dtype=torch.float64)
     assert abs(float(x.mean()) - m) < 0.03
     assert abs(float(x.std()) - sd) < 0.03

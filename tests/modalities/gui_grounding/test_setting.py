@@ -60,7 +60,7 @@ def test_what_is_written_of_the_box_hits_it(folder, answer):
     """Through tokens, smart-resize and the reward; with a smaller screenshot for the student too."""
     for student_view in (None, Downscale(32)):
         module = make(folder, answer=answer, student_view=student_view)
-        trajectories = module.replay(gui_rows())
+        trajectories = module.replay(gui_rows(), [])
         assert bool(trajectories.stopped.all())
         reward, shown = module.score(trajectories)
         assert reward.tolist() == [1.0] * 8, [row["completion"] for row in shown]
@@ -103,9 +103,9 @@ def test_the_papers_table_is_printed(folder, tmp_path, capsys):
 def test_overlap_rewards_boxes(folder):
     rows = gui_rows(4)
     module = make(folder, answer=Normalised1000(box=True), reward=Overlap())
-    reward, _ = module.score(module.replay(rows))
+    reward, _ = module.score(module.replay(rows, []))
     assert (reward > 0.9).all()
-    reward, _ = make(folder, reward=Overlap()).score(make(folder).replay(rows))
+    reward, _ = make(folder, reward=Overlap()).score(make(folder).replay(rows, []))
     assert (reward == 0).all(), "a point overlaps nothing"
 
 
@@ -114,13 +114,13 @@ def test_overlap_rewards_boxes(folder):
 
 def test_digits_are_counted_in_rollouts_and_given_answers(folder):
     module = make(folder)
-    for trajectories in (act(module, gui_rows()), module.replay(gui_rows())):
+    for trajectories in (act(module, gui_rows()), module.replay(gui_rows(), [])):
         decode = module.tokenizer().decode
         for i, row in enumerate(trajectories.actions):
             length = int(trajectories.length[i])
             places = digit_places(row[:length].tolist(), decode)
             assert trajectories.channels["digits"][i, :length].tolist() == places
-    (row,) = make(folder, answer=Normalised1000()).replay(gui_rows(1)).channels["digits"]
+    (row,) = make(folder, answer=Normalised1000()).replay(gui_rows(1), []).channels["digits"]
     assert row.tolist() == [0, 3, 2, 1, 0, 0, 3, 2, 1, 0, 0]  # (188, 286)
 
 

@@ -1,0 +1,199 @@
+"""Answers: what a teacher says of a step that the student takes from noise level t towards r.
+
+All of them are velocities, so that one squared error serves every method. Shape legend: n states ``[n, ...]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import flow
+from .sampler import generator
+
+AskHere = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From latents ``[n, ...]`` and the levels ``[n]`` that a step goes from and to, to velocities ``[n, ...]``."""
+
+
+@dataclass
+class Moment:
+    """n states that the student visited.
+
+    Attributes:
+        latent: ``[n, ...]``.
+        t, r: ``[n]`` the noise level, and the one that the student is asked to go to.
+        clean: ``[n, ...]`` for states of the data, the image that they were made from; else the next latent.
+        seeds: n numbers of the trajectories, for draws.
+        ask: another policy by its name, as it sees these trajectories, without guidance.
+    """
+
+    latent: Tensor
+    t: Tensor
+    r: Tensor
+    clean: Tensor
+    seeds: list[int]
+    ask: Callable[[str], AskHere]
+
+
+class Answer(ABC):
+    """A teacher's answer.
+
+    Args:
+        guidance: w in v_uncond + w·(v_cond − v_uncond); 1, the default, asks once, for the prompt alone. Other
+            conventions are converted by `flow.guidance_scale`.
+
+    Raises:
+        ValueError: guidance is negative.
+    """
+
+    jumps = False
+    """Whether the teacher is told where steps end, also when it acts."""
+    asks: tuple[str, ...] = ()
+    """Other entries of ``model.teachers`` that it needs."""
+    of_data = False
+    """Whether it can only speak of states of the data (``rollout.behaviour: {dataset: …}``)."""
+
+    def __init__(self, guidance: float = 1.0) -> None:
+        if guidance < 0:
+            raise ValueError(f"{type(self).__name__}.guidance must be >= 0, got {guidance}")
+        self.guidance = guidance
+
+    @abstractmethod
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        """``[n, ...]``; ``ask`` is the teacher itself, with guidance."""
+
+
+class SameStep(Answer):
+    """What it would do itself for the same step: transition matching, D-OPSD. For teachers and students that take few
+    steps already; of models that are not told where a step ends, the velocity at the state."""
+
+    jumps = True
+
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        return ask(moment.latent, moment.t, moment.r)
+
+
+class Velocity(Answer):
+    """Its velocity at the state, that of a step of no length."""
+
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        return ask(moment.latent, moment.t, moment.t)
+
+
+class AverageVelocity(Answer):
+    """Its average velocity from t to r: on-policy flow-map distillation. It integrates the interval in Euler steps from
+    the state that the student visited.
+
+    Args:
+        substeps: equal ones. Default 8: 4 steps of the student are then 32 of the teacher.
+        guidance: as in `Answer`.
+
+    Raises:
+        ValueError: substeps < 1.
+    """
+
+    def __init__(self, substeps: int = 8, guidance: float = 1.0) -> None:
+        super().__init__(guidance)
+        if substeps < 1:
+            raise ValueError(f"AverageVelocity.substeps must be >= 1, got {substeps}")
+        self.substeps = substeps
+
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        latent, stride = moment.latent, (moment.r - moment.t) / self.substeps
+        total = torch.zeros_like(latent)
+        for k in range(self.substeps):
+            t = moment.t + k * stride
+            v = ask(latent, t, t)
+            total += v
+            latent = flow.euler(latent, v, t, t + stride)
+        return total / self.substeps
+
+
+class TotalDerivative(Answer):
+    """v − (t − r)·du/dt with v = ε − x₀ of the data: what a flow map satisfies (AnyFlow's forward stage, 2605.13724;
+    MeanFlow's identity, 2505.13447). For a teacher with `Live` weights, or an average of them.
+
+    du/dt is a central difference along v with r fixed. AnyFlow also rescales the loss of the states with r < t to the
+    mean of the others; that is not done here. Guidance w is folded in as AnyFlow does: the student's velocity is to be
+    w times the right-hand side plus (1 − w) times the unconditional velocity (of which no gradient is taken here).
+
+    Args:
+        epsilon: half the width of the difference. Default 5/1000 (AnyFlow).
+        guidance: w. Default 1; AnyFlow uses 3.
+    """
+
+    of_data = True
+
+    def __init__(self, epsilon: float = 0.005, guidance: float = 1.0) -> None:
+        super().__init__(guidance)
+        self.epsilon = epsilon
+
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        x, t, r = moment.latent, moment.t, moment.r
+        v = data_velocity(x, moment.clean, t)
+        later, sooner = (t + self.epsilon).clamp(max=1), (t - self.epsilon).clamp(min=0)
+        ahead = moment.ask("self")(flow.euler(x, v, t, later), later, r.clamp(max=1))
+        behind = moment.ask("self")(flow.euler(x, v, t, sooner), sooner, torch.minimum(r, sooner))
+        change = (ahead - behind) / flow.over(later - sooner, x)
+        target = v - flow.over(t - r, x) * change.to(x.dtype)
+        if self.guidance == 1:
+            return target
+        here = moment.ask("self")(x, t, r)
+        unconditional = (ask(x, t, r) - self.guidance * here) / (1 - self.guidance)
+        return self.guidance * target + (1 - self.guidance) * unconditional
+
+
+class ScoreDifference(Answer):
+    """Where the student's clean image should go for its samples to be distributed as the teacher's: DMD2 (2405.14867),
+    Self-Forcing (2506.08009), AnyFlow's second stage (2605.13724).
+
+    g is the student's clean prediction at the state. Noised afresh to a level s, the teacher and a model of the
+    student's own samples (``fake``, a `LearntScore`) denoise it; d = x₀(fake) − x₀(teacher), divided by the mean of
+    |g − x₀(teacher)|. With the weight `NoiseLevel` of power 2 and a coefficient of ½, the squared error is DMD2's
+    ½·mean (g − sg[g − d])², whose gradient is d divided by the number of pixels.
+
+    Args:
+        fake: an entry of ``model.teachers`` whose weights are a `LearntScore`.
+        low, high: s is uniform between them. Default 0.02 and 0.98 (DMD2).
+        guidance: of the teacher.
+
+    Raises:
+        ValueError: low and high are no part of [0, 1].
+    """
+
+    def __init__(self, fake: str = "fake", low: float = 0.02, high: float = 0.98, guidance: float = 1.0) -> None:
+        super().__init__(guidance)
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"ScoreDifference: need 0 <= low < high <= 1, got low={low} and high={high}")
+        self.fake, self.low, self.high, self.asks = fake, low, high, (fake,)
+
+    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
+        x, t = moment.latent, moment.t
+        said = moment.ask("student")(x, t, moment.r)
+        g = flow.clean_estimate(x, said, t).to(x.dtype)
+        s, noise = drawn(moment.seeds, g, self.low, self.high)
+        noisy = flow.noised(g, noise, s).to(x.dtype)
+        real = flow.clean_estimate(noisy, ask(noisy, s, s), s)
+        fake = flow.clean_estimate(noisy, moment.ask(self.fake)(noisy, s, s), s)
+        size = (g - real).abs().flatten(1).mean(1).clamp(min=1e-6)
+        direction = (fake - real) / flow.over(size, g)
+        return said + (direction / flow.over(t, g)).to(said.dtype)
+
+
+def data_velocity(latent: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """ε − x₀ of latents that were made from x₀ = ``clean``."""
+    return ((latent - clean) / flow.over(t, latent)).to(latent.dtype)
+
+
+def drawn(seeds: list[int], like: Tensor, low: float, high: float, again: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise levels ``[n]`` and noise ``[n, ...]``, a draw for each seed and each number of ``again``."""
+    levels, noises = [], []
+    for seed in seeds:
+        draw = generator(seed, 3 + again)
+        levels.append(low + (high - low) * torch.rand((), generator=draw))
+        noises.append(torch.randn(like.shape[1:], generator=draw))
+    return torch.stack(levels).to(like.device), torch.stack(noises).to(like)

@@ -1,0 +1,97 @@
+"""Images with captions: scikit-learn's digits, and local folders."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE = 16
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the digits need scikit-learn: pip install 'opd-lightning[vision]'") from error
+    found = load_digits()
+    return found.images, found.target
+
+
+def caption(label: int) -> str:
+    return f"a handwritten {NAMES[label]}"
+
+
+def digits(
+    held_out: bool = False,
+    inverted: float = 0.0,
+    referenced: float = 0.0,
+    limit: int | None = None,
+    repeat: int = 1,
+    seed: int = 0,
+) -> Dataset:
+    """scikit-learn's 1,797 real digits of 8 × 8 pixels, smoothly enlarged to 16 × 16, white on black.
+
+    Columns: ``prompt`` (a caption, such as "a handwritten three"), ``image``, ``label``, and ``reference``, which is
+    the image again or none.
+
+    Args:
+        held_out: the last fifth (by index, which is by writer) instead of the rest.
+        inverted: the share of images in black on white, of those that have a reference (of all, where none has);
+            captions do not say so.
+        referenced: the share of rows with a reference.
+        limit: at most so many.
+        repeat: each of them so many times.
+        seed: which ones are inverted and have a reference.
+    """
+    images, labels = _digits()
+    first = len(images) * 4 // 5
+    chosen = range(first, len(images)) if held_out else range(first)
+    draw = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for i in list(chosen)[:limit] * repeat:
+        told = draw.random() < referenced
+        pixels = np.clip(images[i] * 255 / 16, 0, 255).astype(np.uint8)
+        picture = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        if draw.random() < inverted and (told or not referenced):
+            picture = Image.fromarray(255 - np.asarray(picture))
+        picture, label = picture.convert("RGB"), int(labels[i])
+        row = {"prompt": caption(label), "image": picture, "label": label, "reference": picture if told else None}
+        rows.append(row)
+    kinds = {"prompt": Value("string"), "image": ImageFeature(), "label": Value("int64"), "reference": ImageFeature()}
+    return Dataset.from_list(rows, features=Features(kinds))
+
+
+def image_folder(folder: str, captions: str = "metadata.jsonl") -> Dataset:
+    """Images of a local folder with their captions.
+
+    Columns: ``prompt``, ``image``, and whatever else the rows have.
+
+    Args:
+        folder: holds the images.
+        captions: a JSONL file in it whose rows have ``file_name`` and ``prompt`` (or ``text``).
+
+    Raises:
+        ValueError: a row without them, or whose image is not there; the message names the row.
+    """
+    root, rows = Path(folder).expanduser(), []
+    table = root / captions
+    if not table.exists():
+        raise ValueError(f"{root}: there is no {captions}, whose rows say file_name and prompt of each image")
+    for number, line in enumerate(table.read_text().splitlines(), start=1):
+        row = json.loads(line)
+        name, prompt = row.pop("file_name", None), row.pop("prompt", None) or row.pop("text", None)
+        if not name or not prompt:
+            raise ValueError(f"{table}, row {number}: it needs file_name and prompt")
+        if not (root / name).exists():
+            raise ValueError(f"{table}, row {number}: there is no image {root / name}")
+        rows.append({"prompt": prompt, "image": str(root / name), **row})
+    return Dataset.from_list(rows).cast_column("image", ImageFeature())

@@ -1,0 +1,126 @@
+"""LearntScore: a model of the student's own samples, trained beside the student (the fake score of DMD2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from ...pretrained import Pretrained
+from ...teacher import Policy, TeacherWeights
+from . import flow
+from .answer import AskHere, drawn
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW, learning rate 1e-4, betas (0, 0.999) (AnyFlow's), no weight decay."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0)
+
+
+class LearntScore(TeacherWeights):
+    """Another pretrained model, trained by flow matching on the student's samples before each of its optimiser steps.
+
+    Its weights and its optimiser are in the checkpoint. ``global_step`` counts the student's updates only. Each update
+    sees all samples of the optimiser step, on all ranks, with fresh noise (DMD2 draws fresh samples, too).
+
+    Args:
+        pretrained: where it starts; the teacher itself (DMD2).
+        optimizer: from parameters to a torch optimiser; should be several times faster than the student's.
+        updates: per optimiser step of the student. Default 5 (DMD2, 2405.14867).
+        clip: the largest norm of its gradient; None: any. Default 1.
+
+    Raises:
+        ValueError: updates < 1, or weights that can't be trained.
+    """
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        optimizer: OptimizerCallable = default_optimizer,
+        updates: int = 5,
+        clip: float | None = 1.0,
+    ) -> None:
+        if updates < 1:
+            raise ValueError(f"LearntScore.updates must be >= 1, got {updates}")
+        if pretrained.quantization or pretrained.lora:
+            raise ValueError(
+                "LearntScore.pretrained: all its weights are trained; it takes no quantization and no lora"
+            )
+        self.pretrained, self.optimizer, self.updates, self.clip = pretrained, optimizer, updates, clip
+        self._learner: Learner | None = None
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        policy = load(self.pretrained)
+        self._learner = Learner(policy.model, self.optimizer)
+        return policy
+
+    @property
+    def state(self) -> nn.Module | None:
+        return self._learner
+
+    def learn(
+        self, ask: AskHere, clean: Tensor, seeds: list[int], average: Callable[[Tensor], Tensor], low: float = 0.001
+    ) -> Tensor:
+        """Trains it on the student's clean samples ``[n, ...]``.
+
+        Args:
+            ask: the model, with gradient.
+            clean: without gradient.
+            seeds: n numbers for the draws.
+            average: of a tensor over all ranks.
+            low: noise levels are uniform between it and 1.
+
+        Returns:
+            The mean of its losses, a scalar.
+        """
+        assert self._learner is not None
+        losses = []
+        for update in range(self.updates):
+            s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
+            with torch.enable_grad(), self._learner.training_it() as parameters:
+                said = ask(flow.noised(clean, noise, s).to(clean.dtype), s, s)
+                loss = (said.float() - flow.velocity(clean, noise).float()).square().mean()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = None if gradient is None else average(gradient)
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            self._learner.optimizer.step()
+            self._learner.optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+
+class Learner(nn.Module):
+    """A model and its optimiser, as one part of a checkpoint."""
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer(list(model.parameters()))
+
+    def training_it(self) -> Any:
+        return _Training(self.model)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class _Training:
+    """The model's parameters need gradients within it, and only there: to a strategy it is as frozen as any teacher."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> list[nn.Parameter]:
+        self._model.requires_grad_(True)
+        return list(self._model.parameters())
+
+    def __exit__(self, *_: Any) -> None:
+        self._model.requires_grad_(False)

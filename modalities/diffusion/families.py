@@ -1,0 +1,415 @@
+"""Families of diffusers pipelines: how each one's transformer is asked, and what its other parts make of examples.
+
+A new family is one class. Shape legend: B rows; latents ``[B, ...]`` in the family's own layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...shipped import shipped
+
+Condition = dict[str, Tensor]
+"""What one prompt was encoded to: the transformer's own inputs, without a batch dimension."""
+
+
+def diffusers() -> Any:
+    """
+    Raises:
+        ModuleNotFoundError: diffusers is missing; the message names the extra.
+    """
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("diffusion needs diffusers: pip install 'opd-lightning[diffusion]'") from error
+    return diffusers
+
+
+class Transformer:
+    """Loads the transformer of a pipeline's folder, as `Pretrained` asks for it."""
+
+    @staticmethod
+    def from_pretrained(path: str, dtype: Any = "auto", quantization_config: Any = None, **settings: Any) -> nn.Module:
+        """
+        Raises:
+            ValueError: the folder holds no pipeline with a transformer.
+        """
+        library, settings = diffusers(), {"revision": settings.get("revision")}
+        index = pipeline_index(path, settings["revision"])
+        if "transformer" not in index:
+            raise ValueError(f"{path}: a {index['_class_name']} has no transformer; it has {', '.join(index)}")
+        if quantization_config is not None:
+            same = quantization_config.to_diff_dict()
+            settings["quantization_config"] = library.BitsAndBytesConfig(**same)
+        dtype = torch.float32 if dtype == "auto" else dtype
+        kind = getattr(library, index["transformer"][1])
+        return kind.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **settings)
+
+    @staticmethod
+    def config(path: str, revision: str | None = None) -> dict[str, Any]:
+        """Its configuration alone."""
+        path = shipped(path)
+        kind = getattr(diffusers(), pipeline_index(path, revision)["transformer"][1])
+        return dict(kind.load_config(path, subfolder="transformer", revision=revision))
+
+
+def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
+    """``model_index.json``: the pipeline's class and its parts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return dict(diffusers().DiffusionPipeline.load_config(path, revision=revision))
+    except OSError as error:
+        raise ValueError(f"{path} is no folder of a diffusers pipeline (model_index.json): {error}") from error
+
+
+class Family(ABC):
+    """Everything of a pipeline but its transformer. Nothing in it is trained.
+
+    Args:
+        pipe: a diffusers pipeline without its transformer.
+        config: the transformer's configuration.
+        size: height and width of images in pixels.
+        max_sequence_length: tokens of a prompt.
+        shift: of the noise levels, σ' = s·σ / (1 + (s−1)·σ); None: what the scheduler says.
+        cache: a folder for what prompts and images were encoded to, by content; None: only in memory.
+
+    Raises:
+        ValueError: the pipeline's scheduler is not one of flow matching.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    jumps: ClassVar[bool] = False
+    """Whether the transformer is told where a step ends (flow maps)."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: Any,
+        size: tuple[int, int],
+        max_sequence_length: int,
+        shift: float | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self.pipe, self.config, self.size = pipe, config, size
+        self.max_sequence_length, self.cache = max_sequence_length, Path(cache) if cache else None
+        self._known: dict[str, dict[str, Tensor]] = {}
+        self._lock = threading.RLock()
+        library = diffusers()
+        kinds = library.FlowMatchEulerDiscreteScheduler, library.FlowMapEulerDiscreteScheduler
+        if not isinstance(pipe.scheduler, kinds):
+            raise ValueError(
+                f"student.path: {type(pipe.scheduler).__name__} is no flow-matching scheduler; use a model that "
+                f"predicts velocities ({', '.join(kind.__name__ for kind in kinds)})"
+            )
+        if shift is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(
+                pipe.scheduler.config,
+                shift=shift,
+                **({"use_dynamic_shifting": False} if "base_shift" in pipe.scheduler.config else {}),
+            )
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: Any) -> Family:
+        return self  # text encoders are large; nothing here changes but the cache, behind a lock
+
+    # -- the methods of a family ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        """What the transformer reads of each prompt."""
+
+    def _refer(self, conditions: list[Condition], prompts: list[str], references: Tensor) -> list[Condition]:
+        """The same conditions with reference images ``[B, 3, H, W]`` in [−1, 1] seen by the model's own encoder."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
+        """What the transformer predicts at latents ``[B, ...]`` for steps from level t to r, ``[B]`` each."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipe.vae_scale_factor
+        channels = self.config["in_channels"]
+        return channels, self.size[0] // factor, self.size[1] // factor
+
+    def levels(self, steps: int) -> Tensor:
+        """``[steps + 1]`` noise levels from 1 to 0, as the pipeline's scheduler makes them."""
+        sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
+        dynamic = {"mu": self._mu()} if self.pipe.scheduler.config.use_dynamic_shifting else {}
+        self.pipe.scheduler.set_timesteps(sigmas=sigmas, **dynamic)
+        return self.pipe.scheduler.sigmas.clone()
+
+    def _mu(self) -> float:
+        config, tokens = self.pipe.scheduler.config, self.latent_shape[-2] * self.latent_shape[-1] // 4
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+    def _to_latents(self, images: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return (vae.encode(images).latent_dist.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+    def _to_images(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
+
+    def stack(self, conditions: list[Condition]) -> dict[str, Any]:
+        return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
+
+    def batches(self, conditions: Sequence[Condition]) -> list[list[int]]:
+        """Which rows can be asked in one forward pass."""
+        groups: dict[Any, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            groups.setdefault(tuple((name, tensor.shape) for name, tensor in condition.items()), []).append(row)
+        return list(groups.values())
+
+    # -- what all families share ----------------------------------------------------------------------------------
+
+    def tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, by the tokenizer with the longest context."""
+        return len((getattr(self.pipe, "tokenizer_3", None) or self.pipe.tokenizer)(prompt)["input_ids"])
+
+    @torch.no_grad()
+    def conditions(self, prompts: list[str], references: list[Image.Image | None]) -> list[Condition]:
+        """What the transformer reads of each prompt, and of the reference image beside it where there is one."""
+        keys = [
+            _key("prompt", self._name, prompt, "" if image is None else _content(image))
+            for prompt, image in zip(prompts, references, strict=True)
+        ]
+
+        def make(rows: list[int]) -> list[Condition]:
+            found: dict[int, Condition] = {}
+            mine = self._encode([prompts[i] for i in rows])
+            for with_image in (False, True):
+                which = [place for place, i in enumerate(rows) if (references[i] is not None) is with_image]
+                if not which:
+                    continue
+                texts, encoded = [prompts[rows[p]] for p in which], [mine[p] for p in which]
+                if with_image:
+                    images = self.pixels([references[rows[p]] for p in which])  # type: ignore[misc]
+                    encoded = self._refer(encoded, texts, images)
+                found |= dict(zip(which, encoded, strict=True))
+            return [found[place] for place in range(len(rows))]
+
+        return self._cached(keys, make)
+
+    @torch.no_grad()
+    def latents(self, images: list[Image.Image]) -> Tensor:
+        """``[B, ...]`` of images, which are scaled to the pipeline's size."""
+
+        def make(rows: list[int]) -> list[Condition]:
+            return [{"latent": z} for z in self._to_latents(self.pixels([images[i] for i in rows]))]
+
+        keys = [_key("latent", self._name, str(self.size), _content(image)) for image in images]
+        return torch.stack([found["latent"] for found in self._cached(keys, make)])
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] of latents."""
+        vae = self.pipe.vae
+        pixels = self._to_images(latents.to(vae.device, vae.dtype))
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """``[B, 3, H, W]`` in [−1, 1], on the encoder's device."""
+        height, width = self.size
+        scaled = [
+            image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            if image.size != (width, height)
+            else image.convert("RGB")
+            for image in images
+        ]
+        stacked = torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))
+        vae = self.pipe.vae
+        return stacked.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+
+    @cached_property
+    def _name(self) -> str:
+        """Changes with whatever changes what the encoders say."""
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        weights = [float(p.double().abs().sum()) for part in parts for p in part.parameters()]
+        return f"{type(self).__name__} {self.max_sequence_length} {weights}"
+
+    def _cached(self, keys: list[str], make: Any) -> list[dict[str, Tensor]]:
+        with self._lock:
+            for key in set(keys) - set(self._known):
+                file = self.cache / f"{key}.safetensors" if self.cache else None
+                if file is not None and file.exists():
+                    self._known[key] = load_file(file)
+            missing = list(dict.fromkeys(key for key in keys if key not in self._known))
+            for start in range(0, len(missing), 64):
+                part = missing[start : start + 64]
+                for key, made in zip(part, make([keys.index(key) for key in part]), strict=True):
+                    self._known[key] = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+                    if self.cache is not None:
+                        self.cache.mkdir(parents=True, exist_ok=True)
+                        save_file(self._known[key], self.cache / f"{key}.safetensors")
+            return [self._known[key] for key in keys]
+
+
+class AnyFlow(Family):
+    """AnyFlow (2605.13724): flow maps u(x, t, r), as diffusers has them; with one frame, images.
+
+    Where the transformer has ``image_dim``, reference images are seen through the autoencoder: a token per latent
+    pixel.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ("AnyFlowPipeline",)
+    jumps: ClassVar[bool] = True
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipe.vae_scale_factor_spatial
+        return self.config["in_channels"], 1, self.size[0] // factor, self.size[1] // factor
+
+    def levels(self, steps: int) -> Tensor:
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.sigmas.clone()
+
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        said, _ = self.pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return [{"encoder_hidden_states": row} for row in said]
+
+    def _refer(self, conditions: list[Condition], prompts: list[str], references: Tensor) -> list[Condition]:
+        if self.config["image_dim"] is None:
+            raise ValueError("this transformer sees no reference images: its image_dim is not set")
+        tokens = self._to_latents(references).flatten(2).transpose(1, 2)
+        both = zip(conditions, tokens, strict=True)
+        return [{**text, "encoder_hidden_states_image": image} for text, image in both]
+
+    def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
+        levels = {"timestep": 1000 * t[:, None], "r_timestep": 1000 * r[:, None]}
+        said = model(hidden_states=latent.transpose(1, 2), **levels, **condition, return_dict=False)[0]
+        return said.transpose(1, 2)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        return (x.view(1, -1, 1, 1, 1).to(latents.device, latents.dtype) for x in (mean, 1.0 / std))  # type: ignore[return-value]
+
+    def _to_latents(self, images: Tensor) -> Tensor:
+        latents = self.pipe.vae.encode(images.unsqueeze(2)).latent_dist.mode()
+        mean, precision = self._statistics(latents)
+        return (latents - mean) * precision
+
+    def _to_images(self, latents: Tensor) -> Tensor:
+        mean, precision = self._statistics(latents)
+        return self.pipe.vae.decode(latents / precision + mean, return_dict=False)[0].squeeze(2)
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        said, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        both = zip(said, pooled, strict=True)
+        return [{"encoder_hidden_states": row, "pooled_projections": whole} for row, whole in both]
+
+    def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
+        return model(hidden_states=latent, timestep=1000 * t, **condition, return_dict=False)[0]
+
+
+class Flux(Family):
+    """FLUX.1. Where the transformer has a guidance of its own, it is told the pipeline's default, 3.5."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = 2 * self.pipe.vae_scale_factor
+        return self.config["in_channels"] // 4, 2 * (self.size[0] // factor), 2 * (self.size[1] // factor)
+
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        said, pooled, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)
+        both = zip(said, pooled, strict=True)
+        return [{"encoder_hidden_states": row, "pooled_projections": whole} for row, whole in both]
+
+    def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
+        batch, channels, height, width = latent.shape
+        text = condition["encoder_hidden_states"]
+        said = model(
+            hidden_states=self.pipe._pack_latents(latent, batch, channels, height, width),
+            timestep=1000 * t / 1000,  # as the pipeline does, rounding and all
+            guidance=latent.new_full((batch,), 3.5) if self.config["guidance_embeds"] else None,
+            txt_ids=text.new_zeros(text.shape[1], 3),
+            img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latent.device, latent.dtype),
+            **condition,
+            return_dict=False,
+        )[0]
+        cells = said.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return cells.reshape(latent.shape)
+
+
+class ZImage(Family):
+    """Z-Image. Reference images need a text encoder that sees, such as a Qwen3-VL in place of the Qwen3 (D-OPSD,
+    2605.05204): image and prompt are one user turn, and the last hidden state but one is the condition."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+
+    def _encode(self, prompts: list[str]) -> list[Condition]:
+        said, _ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return [{"prompt": row} for row in said]
+
+    def stack(self, conditions: list[Condition]) -> dict[str, Any]:
+        return {"prompt": [condition["prompt"] for condition in conditions]}
+
+    def batches(self, conditions: Sequence[Condition]) -> list[list[int]]:
+        return [list(range(len(conditions)))]  # its transformer takes prompts of any length
+
+    def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        images = list(latent.to(dtype).unsqueeze(2).unbind(0))
+        said = model(images, (1000 - 1000 * t) / 1000, condition["prompt"], return_dict=False)[0]
+        return -torch.stack([one.float() for one in said]).squeeze(2)
+
+
+FAMILIES: tuple[type[Family], ...] = (AnyFlow, StableDiffusion3, Flux, ZImage)
+
+
+def load_family(path: str, config: Any, revision: str | None = None, **settings: Any) -> Family:
+    """The family of a pipeline's folder, without its transformer.
+
+    Raises:
+        ValueError: no family knows the pipeline, or its scheduler is not one of flow matching.
+    """
+    path = shipped(path)
+    name = pipeline_index(path, revision)["_class_name"]
+    kind = next((family for family in FAMILIES if name in family.pipelines), None)
+    if kind is None:
+        known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+        raise ValueError(f"student.path: {path} is a {name}; there are families for {known}")
+    pipe = diffusers().DiffusionPipeline.from_pretrained(path, transformer=None, revision=revision)
+    pipe.set_progress_bar_config(disable=True)
+    return kind(pipe, config, **settings)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _content(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()

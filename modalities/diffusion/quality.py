@@ -1,0 +1,255 @@
+"""How good samples are: distances of distributions between them and real images, at several numbers of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ...shipped import shipped
+
+if TYPE_CHECKING:
+    from ...trajectory import Example
+    from .setting import DiffusionDistillation
+
+
+class Features(nn.Module, ABC):
+    """What images are compared by.
+
+    Attributes:
+        num_features: d.
+    """
+
+    num_features: int
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """``[n, d]`` of images ``[n, 3, H, W]`` in [0, 1]."""
+
+    def classify(self, images: Tensor) -> Tensor | None:
+        """``[n]`` the class of each image, as the column ``label`` has it; None: no classes are known."""
+        return None
+
+
+class Inception(Features):
+    """Inception-v3's, as FID is published with; needs torch-fidelity (extra ``fid``), which downloads its weights.
+
+    Args:
+        layer: 64, 192, 768 or 2048. Default 2048.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is missing.
+    """
+
+    def __init__(self, layer: int = 2048) -> None:
+        super().__init__()
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+        except ImportError as error:
+            raise ModuleNotFoundError("Inception needs torch-fidelity: pip install torch-fidelity") from error
+        self.network: Any = NoTrainInceptionV3(name="inception-v3-compat", features_list=[str(layer)])
+        self.num_features = layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images * 255).byte())
+
+
+class DigitFeatures(Features):
+    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colours: 32 of them.
+
+    Args:
+        path: its weights, made by ``assets/make_diffusion_quickstart.py``.
+    """
+
+    num_features = 32
+
+    def __init__(self, path: str | None = "opd:assets/diffusion_quickstart/features.safetensors") -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.GELU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(),
+            nn.Linear(32 * 16, 32), nn.GELU(),
+        )  # fmt: skip
+        self.head = nn.Linear(32, 10)
+        if path is not None:
+            self.load_state_dict(load_file(shipped(path)))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(nn.functional.interpolate(images, (16, 16), mode="bilinear") * 2 - 1)
+
+    def classify(self, images: Tensor) -> Tensor:
+        return self.head(self(images)).argmax(1)
+
+
+class SampleQuality:
+    """Frechet distance (``fid``), kernel distance (``kid``, an MMD²), precision and recall (k = 3) of features, and
+    class accuracy, at each number of steps: ``val/fid_4``, ….
+
+    The real images are the column ``image`` of the training examples, or of the validation examples where those have
+    none. Class accuracy says little about few-step samples, which tend to be each class's mean.
+
+    Args:
+        features: what images are compared by.
+        steps: numbers of denoising steps at every validation.
+        test_steps: at `test`. Default: 1, 2, 4, 8, 16, 32.
+        real: the most real images that are compared with.
+        grid: images in a picture of each number of steps.
+
+    Raises:
+        ValueError: a number of steps below 1.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        steps: list[int],
+        test_steps: list[int] | None = None,
+        real: int = 2000,
+        grid: int = 50,
+    ) -> None:
+        self.features, self.steps, self.test_steps = features, steps, test_steps or [1, 2, 4, 8, 16, 32]
+        self.real, self.grid = real, grid
+        if min([*self.steps, *self.test_steps]) < 1:
+            raise ValueError(f"quality: numbers of steps must be >= 1, got {steps} and {test_steps}")
+        self._real: Tensor | None = None
+        self._made: dict[int, list[Tensor]] = {}
+        self._right: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def see(
+        self, module: DiffusionDistillation, who: str, examples: list[Example], batch_idx: int, steps: list[int]
+    ) -> None:
+        """Samples a batch of examples at each number of steps."""
+        configured = module.evaluation
+        for count in steps:
+            module.evaluation = dataclasses.replace(configured, horizon=count)
+            try:
+                images = module.images(module.evaluator.act(who, examples, batch_idx))
+            finally:
+                module.evaluation = configured
+            self._made.setdefault(count, []).append(self.features(images))
+            found = self.features.classify(images)
+            if found is not None and "label" in examples[0]:
+                wanted = torch.tensor([e["label"] for e in examples for _ in range(configured.samples)])
+                self._right.setdefault(count, []).append((found == wanted).float())
+            if batch_idx == 0 and module.trainer.is_global_zero and not module.trainer.sanity_checking:
+                self._draw(module, images[: self.grid], count)
+
+    def _draw(self, module: DiffusionDistillation, images: Tensor, count: int) -> None:
+        path = module.folder / "grids" / f"step-{module.global_step}_steps-{count}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(images)
+        sheet.save(path)
+        for logger in module.loggers:
+            log_image(logger, f"samples/{count}_steps", sheet, module.global_step)
+
+    @torch.no_grad()
+    def finish(self, module: DiffusionDistillation, stage: str) -> dict[str, float]:
+        """Everything since the last call, over all ranks."""
+        real = self._reference(module)
+        values: dict[str, float] = {}
+        for count, parts in sorted(self._made.items()):
+            made = self._everywhere(module, torch.cat(parts))
+            values |= {f"{stage}/{name}_{count}": value for name, value in compare(real, made).items()}
+            if count in self._right:
+                mean = MeanMetric().to(module.device)
+                mean.update(torch.cat(self._right[count]).to(module.device))
+                values[f"{stage}/class_accuracy_{count}"] = float(mean.compute())
+        self._made, self._right = {}, {}
+        return values
+
+    def _everywhere(self, module: DiffusionDistillation, made: Tensor) -> Tensor:
+        if module.trainer.world_size == 1:
+            return made
+        everyone: list[Any] = [None] * module.trainer.world_size
+        torch.distributed.all_gather_object(everyone, made)
+        return torch.cat(everyone)
+
+    def _reference(self, module: DiffusionDistillation) -> Tensor:
+        if self._real is None:
+            from .setting import opened
+
+            data = getattr(module.trainer, "datamodule", None)
+            splits = [getattr(data, name, None) for name in ("train", "validation", "test")]
+            rows = next((rows for rows in splits if rows is not None and rows[0].get("image") is not None), None)
+            if rows is None:
+                raise ValueError("model.quality compares with real images, but no split has a column 'image'")
+            parts = []
+            for start in range(0, min(len(rows), self.real), 64):
+                images = [opened(rows[i]["image"]) for i in range(start, min(start + 64, len(rows), self.real))]
+                parts.append(self.features(module.family.pixels(images).float().cpu() / 2 + 0.5))
+            self._real = torch.cat(parts)
+        return self._real
+
+
+def compare(real: Tensor, made: Tensor) -> dict[str, float]:
+    """Distances between features ``[n, d]`` and ``[m, d]``: fid, kid, precision, recall."""
+    passing = _Passing(real.shape[1])
+    fid = FrechetInceptionDistance(feature=passing, normalize=True).set_dtype(torch.float64)
+    size = min(len(real), len(made), 500)
+    kid = KernelInceptionDistance(feature=passing, normalize=True, subset_size=size, subsets=1)
+    for metric in (fid, kid):
+        metric.update(real.double(), real=True)
+        metric.update(made.double(), real=False)
+    if len(made) < 2 * real.shape[1]:
+        rank_zero_warn(f"quality: {len(made)} samples are few for a covariance of {real.shape[1]} features")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # which subset KID draws
+        kernel, _ = kid.compute()
+    precision, recall = precision_and_recall(real, made)
+    return {"fid": float(fid.compute()), "kid": float(kernel), "precision": precision, "recall": recall}
+
+
+def precision_and_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, float]:
+    """Shares of ``made [m, d]`` within the manifold of ``real [n, d]``, and the other way round (1904.06991): within
+    the distance to the k-th nearest neighbour of some point."""
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values
+        return float((torch.cdist(points, by) <= radius).any(1).float().mean())
+
+    return covered(made, real), covered(real, made)
+
+
+class _Passing(nn.Module):
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def contact_sheet(images: Tensor, columns: int = 10, scale: int = 3) -> Image.Image:
+    """``[n, 3, H, W]`` in [0, 1] as one picture."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 1), columns * (width + 1))
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        sheet[:, y : y + height, x : x + width] = image
+    pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(pixels)
+    larger = max(1, scale if max(picture.size) < 600 else 1)
+    return picture.resize((larger * picture.width, larger * picture.height), Image.Resampling.NEAREST)
+
+
+def log_image(logger: Any, name: str, image: Image.Image, step: int) -> None:
+    """Hands a picture to a logger that takes pictures (W&B, MLflow, TensorBoard)."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [image], step=step)
+    elif hasattr(getattr(logger, "experiment", None), "add_image"):
+        import numpy as np
+
+        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")

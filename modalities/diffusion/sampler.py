@@ -1,0 +1,256 @@
+"""Samplers: which states a few-step student visits, and which of them are trained.
+
+Shape legend: B trajectories, T steps (padded), latents ``[B, ...]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...rollout import derived_seed
+from . import flow
+
+Ask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From rows ``[n]`` of the batch, their latents ``[n, ...]``, and the levels ``[n]`` that a step goes from and to, to
+velocities ``[n, ...]``."""
+
+
+@dataclass
+class Plan:
+    """The steps of one trajectory.
+
+    Attributes:
+        sigma: ``[T + 1]`` the noise level of every state, the last one too.
+        toward: ``[T]`` where the model is asked to go from each; where it goes is the next level.
+        trained: ``[T]`` bool.
+    """
+
+    sigma: Tensor
+    toward: Tensor
+    trained: Tensor
+
+
+class Sampler(ABC):
+    """How the student gets from noise to an image."""
+
+    stochastic = False
+    """Whether its transitions have a density."""
+
+    @abstractmethod
+    def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
+        """The steps of one trajectory.
+
+        Args:
+            levels: ``[K + 1]`` the schedule of K steps, from 1 to 0.
+            horizon: ``rollout.horizon``.
+            draw: for what is random about it.
+        """
+
+    def step(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """The next latents ``[n, ...]``."""
+        return flow.euler(latent, v, t, r)
+
+    def scale(self, t: Tensor, r: Tensor, like: Tensor) -> Tensor:
+        """Standard deviation of a transition in units of the velocity, ``[n, 1, ...]``."""
+        raise NotImplementedError
+
+    def evaluated(self) -> Sampler:
+        """How a student that was trained on its states is sampled."""
+        return Euler()
+
+
+def _whole(sigma: Tensor, toward: Tensor | None = None) -> Plan:
+    return Plan(sigma, sigma[1:] if toward is None else toward, torch.ones(len(sigma) - 1, dtype=torch.bool))
+
+
+class Euler(Sampler):
+    """The few-step ODE: x_r = x_t + (r − t)·v at every level of the schedule; all states are trained.
+
+    Args:
+        steps: draws the number of steps of each trajectory from these, for students that jump over any interval.
+            Default: ``rollout.horizon`` for all.
+
+    Raises:
+        ValueError: a number of steps below 1.
+    """
+
+    def __init__(self, steps: list[int] | None = None) -> None:
+        self.steps = _checked(steps)
+
+    def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
+        return _whole(levels(horizon if self.steps is None else _one_of(self.steps, draw)))
+
+
+class SDE(Sampler):
+    """The SDE with the ODE's marginals (Flow-GRPO, 2505.05470): transitions are Gaussian, so KLs between them exist.
+
+    The step that ends at noise level 0 is Euler's, and is not trained: it has no density.
+
+    Args:
+        noise_level: a in s = a·√(t / (1 − t)). Default 0.7 (Flow-GRPO; verl-omni uses 0.8).
+
+    Raises:
+        ValueError: noise_level is not positive.
+    """
+
+    stochastic = True
+
+    def __init__(self, noise_level: float = 0.7) -> None:
+        if noise_level <= 0:
+            raise ValueError(f"SDE.noise_level must be > 0 (Euler is the sampler without noise), got {noise_level}")
+        self.noise_level = noise_level
+
+    def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
+        if horizon < 2:
+            raise ValueError(f"rollout.horizon={horizon}: the last step of an SDE is not trained; it needs 2 or more")
+        plan = _whole(levels(horizon))
+        plan.trained = plan.sigma[1:] > 0
+        return plan
+
+    def step(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        mean, deviation = flow.stochastic_step(latent, v, t, r, self.noise_level)
+        noisy = mean + deviation * noise()
+        return torch.where(flow.over(r, latent) > 0, noisy, flow.euler(latent, v, t, r)).to(latent.dtype)
+
+    def scale(self, t: Tensor, r: Tensor, like: Tensor) -> Tensor:
+        _, deviation = flow.stochastic_step(like, like, t, r, self.noise_level)
+        gain = flow.velocity_gain(t, r, self.noise_level, like)
+        return (deviation / gain.abs()).to(like.dtype)
+
+
+class Renoise(Sampler):
+    """Predicts the clean image, and adds fresh noise of the next level (consistency models, DMD2's chain, 2405.14867).
+
+    The model is asked to go all the way, from t to 0.
+
+    Args:
+        random_exit: the rollout ends with the clean prediction of a step drawn uniformly, the only one that is
+            trained (backward simulation, DMD2 and Self-Forcing, 2506.08009). They draw one exit for all trajectories;
+            here each has its own. Off: all steps, all trained.
+    """
+
+    def __init__(self, random_exit: bool = True) -> None:
+        self.random_exit = random_exit
+
+    def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
+        sigma = levels(horizon)
+        if self.random_exit:
+            steps = 1 + int(torch.randint(horizon, (), generator=draw))
+            sigma = torch.cat([sigma[:steps], sigma.new_zeros(1)])
+        plan = _whole(sigma, torch.zeros(len(sigma) - 1, dtype=sigma.dtype))
+        if self.random_exit:
+            plan.trained[:-1] = False
+        return plan
+
+    def step(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        clean = flow.clean_estimate(latent, v, t)
+        return torch.where(flow.over(r, latent) > 0, flow.noised(clean, noise(), r), clean).to(latent.dtype)
+
+    def evaluated(self) -> Sampler:
+        return Renoise(random_exit=False)
+
+
+class Shortcuts(Sampler):
+    """A step of an N-step rollout in at most three jumps: 1 → t_i, t_i → t_{i+1}, t_{i+1} → 0 (AnyFlow's flow-map
+    backward simulation, 2605.13724). It costs three forward passes, however large N is.
+
+    Args:
+        steps: N is drawn from these, and i uniformly. Default 2, 4, 8, 16, 50 (AnyFlow).
+        trained: ``all`` jumps, only the ``middle`` one, or only the ``last``, whose end is the clean image.
+
+    Raises:
+        ValueError: a number of steps below 1.
+    """
+
+    def __init__(self, steps: list[int] | None = None, trained: str = "all") -> None:
+        if trained not in ("all", "middle", "last"):
+            raise ValueError(f"Shortcuts.trained must be all, middle or last, got {trained!r}")
+        self.steps, self.trained = _checked(steps) or [2, 4, 8, 16, 50], trained
+
+    def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
+        schedule = levels(_one_of(self.steps, draw))
+        i = int(torch.randint(len(schedule) - 1, (), generator=draw))
+        stops = schedule[[0, i, i + 1, -1]].unique_consecutive()
+        plan = _whole(stops)
+        if self.trained == "middle":
+            plan.trained = stops[:-1] == schedule[i]
+        elif self.trained == "last":
+            plan.trained = stops[1:] == 0
+        return plan
+
+
+def plan_all(
+    sampler: Sampler, levels: Callable[[int], Tensor], horizon: int, seeds: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise levels ``[B, T + 1]``, where the model is asked to go ``[B, T]``, and what is trained ``[B, T]`` bool.
+
+    A trajectory that is over stays at level 0.
+
+    Raises:
+        ValueError: a schedule without steps, or one that does not fall from 1 to 0.
+    """
+    known: dict[int, Tensor] = {}
+
+    def schedule(steps: int) -> Tensor:
+        if steps not in known:
+            known[steps] = _valid(levels(steps), steps)
+        return known[steps]
+
+    plans = [sampler.plan(schedule, horizon, generator(seed, 1)) for seed in seeds]
+    width = max(len(plan.trained) for plan in plans)
+    sigma = torch.zeros(len(plans), width + 1, dtype=plans[0].sigma.dtype)
+    toward, trained = torch.zeros_like(sigma[:, 1:]), torch.zeros(len(plans), width, dtype=torch.bool)
+    for row, plan in enumerate(plans):
+        steps = len(plan.trained)
+        sigma[row, : steps + 1], toward[row, :steps], trained[row, :steps] = plan.sigma, plan.toward, plan.trained
+    return sigma, toward, trained
+
+
+def roll_out(sampler: Sampler, ask: Ask, start: Tensor, sigma: Tensor, toward: Tensor, seeds: Sequence[int]) -> Tensor:
+    """``[B, T, ...]`` the latents after each step, from ``start [B, ...]``; 0 after a trajectory's end."""
+    latent = start
+    after = []
+    draws = [generator(seed, 2) for seed in seeds]
+    for k in range(toward.shape[1]):
+        rows = (sigma[:, k] > 0).nonzero().squeeze(-1)
+        here = latent[rows]
+
+        def noise(rows: Tensor = rows) -> Tensor:
+            drawn = [torch.randn(start.shape[1:], generator=draws[row]) for row in rows.tolist()]
+            return torch.stack(drawn).to(start.device, start.dtype)
+
+        v = ask(rows, here, sigma[rows, k], toward[rows, k])
+        latent = torch.zeros_like(start)
+        latent[rows] = sampler.step(here, v, sigma[rows, k], sigma[rows, k + 1], noise)
+        after.append(latent)
+    return torch.stack(after, 1)
+
+
+def generator(seed: int, purpose: int | None = None) -> torch.Generator:
+    """Of a trajectory's starting noise (what a pipeline makes of ``torch.Generator().manual_seed(seed)``), or of
+    another purpose."""
+    return torch.Generator().manual_seed(seed if purpose is None else derived_seed(seed, purpose))
+
+
+def _valid(sigma: Tensor, steps: int) -> Tensor:
+    if len(sigma) != steps + 1 or steps < 1 or not bool((sigma.diff() < 0).all()) or sigma[-1] != 0:
+        raise ValueError(
+            f"the schedule of {steps} steps is {[round(float(level), 4) for level in sigma]}; it must fall at every "
+            "step and end at 0 (set model.shift, or another number of steps)"
+        )
+    return sigma
+
+
+def _checked(steps: list[int] | None) -> list[int] | None:
+    if steps is not None and (not steps or min(steps) < 1):
+        raise ValueError(f"sampler.steps must be numbers of steps >= 1, got {steps}")
+    return steps
+
+
+def _one_of(steps: list[int], draw: torch.Generator) -> int:
+    return steps[int(torch.randint(len(steps), (), generator=draw))]

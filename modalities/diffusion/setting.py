@@ -1,0 +1,480 @@
+"""DiffusionDistillation: few-step flow-matching models, distilled on the states that their own sampler visits.
+
+Shape legend: B trajectories, T denoising steps, n states of a chunk, latents ``[...]`` in the family's layout.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...distribution import Gaussian, Lazy
+from ...module import OnPolicyDistillation
+from ...objective import Objective
+from ...pretrained import Pretrained
+from ...rollout import Rollout, derived_seed
+from ...teacher import Policy, evaluating
+from ...trajectory import Example, OptimiserStep, Trajectories
+from . import flow
+from .answer import Answer, AskHere, Moment, SameStep
+from .fake import LearntScore
+from .families import Condition, Family, Transformer, load_family
+from .quality import SampleQuality
+from .sampler import Ask, Euler, Sampler, generator, plan_all, roll_out
+from .signal import FlowMatching, VelocityMatching
+from .view import REFERENCE
+
+
+@dataclass
+class Noising:
+    """Which noise levels t, and ends r of an interval, images of the dataset are shown at.
+
+    Args:
+        same: the share with r = t, which is plain flow matching. Default 1; AnyFlow (2605.13724) uses 0.5.
+        whole: the share with r = 0. Default 0; AnyFlow uses 0.25. For the rest t and r are two uniform draws.
+        shift: of both levels, s·t / (1 + (s−1)·t). Default 1; AnyFlow uses 5.
+
+    Raises:
+        ValueError: shares that are negative or exceed 1 together, or a shift that is not positive.
+    """
+
+    same: float = 1.0
+    whole: float = 0.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.same, self.whole) < 0 or self.same + self.whole > 1 or self.shift <= 0:
+            raise ValueError(f"noising: shares must be >= 0 and at most 1 together, and shift > 0, got {self}")
+
+    def draw(self, draw: torch.Generator) -> tuple[float, float]:
+        """t and r of one image."""
+        kind, a, b = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
+        t, r = max(a, b), min(a, b)
+        if kind < self.same:
+            t = r = a
+        elif kind < self.same + self.whole:
+            t, r = a, 0.0
+        shifted = [self.shift * level / (1 + (self.shift - 1) * level) for level in (t, r)]
+        return max(shifted[0], 1e-3), shifted[1] if shifted[1] < shifted[0] else max(shifted[0], 1e-3)
+
+
+class DiffusionDistillation(OnPolicyDistillation):
+    """On-policy distillation of flow-matching models, loaded from folders of diffusers pipelines.
+
+    A trajectory is a latent at the noise levels of a few-step sampler; ``rollout.horizon`` is the number of denoising
+    steps. Temperature and filters mean nothing here: sampling begins with noise, also in evaluation.
+
+    Args:
+        sampler: which states the student visits in training, and which of them are trained. Default: `Euler`.
+        answers: what each teacher says of a step, by its name. Default: `SameStep`.
+        flow_map: whether the student is told where a step ends. Default: if its transformer can be (AnyFlow's).
+        height, width: of images in pixels.
+        max_sequence_length: tokens of a prompt; longer ones are refused.
+        shift: of the noise levels; None: what the pipeline's scheduler says.
+        noising: for ``rollout.behaviour: {dataset: …}``, where images of the column ``image`` are noised.
+        quality: distances between samples and real images, at several numbers of steps.
+        cache: a folder for encoded prompts and images; None: they are kept in memory.
+        **kwargs: as in `OnPolicyDistillation`.
+
+    Raises:
+        ValueError: parts that do not fit: a divergence without densities, an answer for no teacher, ….
+    """
+
+    model_class: ClassVar[Any] = Transformer
+    served: ClassVar[frozenset[str]] = frozenset({"latents"})
+
+    def __init__(
+        self,
+        student: Pretrained,
+        objective: Objective,
+        height: int,
+        width: int,
+        sampler: Sampler | None = None,
+        answers: dict[str, Answer] | None = None,
+        flow_map: bool | None = None,
+        max_sequence_length: int = 256,
+        shift: float | None = None,
+        noising: Noising | None = None,
+        quality: SampleQuality | None = None,
+        cache: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # before the core's own, which checks that everything fits
+        self.sampler, self.answers, self.noising = sampler or Euler(), answers or {}, noising or Noising()
+        self.quality, self.flow_map = quality, flow_map
+        self._family_settings = {
+            "size": (height, width),
+            "max_sequence_length": max_sequence_length,
+            "shift": shift,
+            "cache": cache,
+        }
+        self._families: dict[str, Family] = {}
+        super().__init__(student=student, objective=objective, **kwargs)
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        for name, answer in self.answers.items():
+            if name not in self.teachers:
+                raise ValueError(f"model.answers: there is no teacher {name!r}; there are {sorted(self.teachers)}")
+            for other in sorted(set(answer.asks) - set(self.teachers)):
+                raise ValueError(
+                    f"model.answers.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add it to "
+                    "model.teachers with the weights of a LearntScore"
+                )
+        super().check()
+        for i, term in enumerate(self.objective.terms):
+            where = f"objective.terms[{i}] ({term.name})"
+            self._check_signal(where, term.signal)
+            of_data = isinstance(term.signal, FlowMatching)
+            if term.teacher in term.teachers:
+                of_data = of_data or self._answer(str(term.teacher)).of_data
+            if of_data and {"dataset"} != ({term.source} if term.source else self.rollout.sources):
+                raise ValueError(f"{where} speaks of noised data only: set its source to dataset")
+        settings = self.rollout
+        if settings.temperature != 1 or settings.top_p or settings.top_k or settings.min_p:
+            raise ValueError("rollout: temperature, top_p, top_k and min_p mean nothing to a sampler of images")
+
+    def _check_signal(self, where: str, signal: Any) -> None:
+        if isinstance(signal, VelocityMatching | FlowMatching):
+            return
+        name = type(signal).__name__
+        if not hasattr(signal, "gaussian"):
+            raise ValueError(
+                f"{where}: {name} is refused here: of Gaussian transitions a policy gradient has the expectation of "
+                "a KL, or zero; use VelocityMatching, or ReverseKL with the sampler SDE"
+            )
+        if not self.sampler.stochastic:
+            raise ValueError(
+                f"{where}: {name} compares densities, which the sampler {type(self.sampler).__name__} has none of; use "
+                "VelocityMatching, or the sampler SDE"
+            )
+
+    def asked_by_parts(self) -> set[str]:
+        return {other for name, answer in self.answers.items() if name in self.teachers for other in answer.asks}
+
+    def required_columns(self) -> dict[str, str]:
+        needed = super().required_columns()
+        if "completion" in needed:
+            needed.pop("completion")
+            needed["image"] = f"{needed['image']}, rollout.behaviour.dataset" if "image" in needed else "the dataset"
+        return needed
+
+    def load_processor(self, spec: Pretrained) -> Family:
+        if spec.path not in self._families:
+            config = dict(Transformer.config(spec.path, spec.revision))
+            self._families[spec.path] = load_family(spec.path, config, spec.revision, **self._family_settings)
+        return self._families[spec.path]
+
+    @property
+    def family(self) -> Family:
+        """The student's."""
+        return self.policies["student"].processor
+
+    def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        rows: dict[str, dict[str, str]] = {"weights": {}, "latents": {}, "says": {}}
+        for name, policy in self.policies.items():
+            family = policy.processor or self.family
+            if family.latent_shape != self.family.latent_shape:
+                raise ValueError(
+                    f"model.teachers.{name} has latents of shape {family.latent_shape}, the student "
+                    f"{self.family.latent_shape}: they must be those of one autoencoder"
+                )
+            count = sum(p.numel() for p in policy.model.parameters())
+            rows["weights"][name] = f"{policy.path} ({count / 1e6:.3g}M)"
+            rows["latents"][name] = " × ".join(map(str, family.latent_shape))
+            rows["says"][name] = "" if name == "student" else type(self._answer(name)).__name__
+        if self.flow_map and not self.family.jumps:
+            raise ValueError(f"model.flow_map: a {type(self.family.pipe).__name__} can't be told where a step ends")
+        return list(rows.items())
+
+    def refusal(self, example: Example) -> str | None:
+        self.configure_model()
+        prompts = [self.shown([example])[0]["prompt"]]
+        prompts += [seen["prompt"] for teacher in self.teachers.values() if (seen := teacher.look(example)) is not None]
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                return f"the prompt is no text but {type(prompt).__name__}"
+            length, limit = self.family.tokens(prompt), self.family.max_sequence_length
+            if length > limit:
+                return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
+        for column in ("image", REFERENCE):
+            if example.get(column) is not None:
+                try:
+                    opened(example[column])
+                except (OSError, ValueError) as error:
+                    return f"{column} can't be read: {error}"
+        return None
+
+    # -- the methods of a setting ---------------------------------------------------------------------------------
+
+    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+        """Nothing: what prompts are encoded to is remembered by content, and never stored with trajectories."""
+        return {}
+
+    def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
+        if rollout is None:
+            return super().act(who, examples, seeds)
+        actor = copy.copy(self)  # evaluation has a sampler of its own; a worker may be acting with ours
+        actor.sampler = self.sampler.evaluated()
+        return super(DiffusionDistillation, actor).act(who, examples, seeds, rollout)
+
+    def sample(
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
+    ) -> Trajectories:
+        device = next(policy.model.parameters()).device
+        sigma, toward, trained = (
+            part.to(device) for part in plan_all(self.sampler, self.family.levels, rollout.horizon, seeds)
+        )
+        noise = [torch.randn((1, *self.family.latent_shape), generator=generator(seed)) for seed in seeds]
+        start = torch.cat(noise).to(device)
+        jumps, guidance = self._jumps, 1.0
+        if policy.name != "student":
+            jumps, guidance = self._answer(policy.name).jumps, self._answer(policy.name).guidance
+        asking = self._asking(policy, examples, guidance)
+        with torch.no_grad():
+            after = roll_out(
+                self.sampler, lambda rows, x, t, r: asking(rows, x, t, r if jumps else t), start, sigma, toward, seeds
+            )
+        self._refuse_nonfinite(after, examples)
+        return self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
+
+    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
+        """Images of the dataset, noised: a state each, whose action is the image itself."""
+        images = [opened(example["image"]) for example in examples]
+        clean = self.family.latents(images).cpu()
+        levels = torch.tensor([self.noising.draw(generator(seed, 1)) for seed in seeds], dtype=torch.float64)
+        noise = torch.cat([torch.randn((1, *clean.shape[1:]), generator=generator(seed)) for seed in seeds])
+        start = flow.noised(clean, noise, levels[:, 0]).to(clean.dtype)
+        trained = torch.ones(len(examples), 1, dtype=torch.bool)
+        return self._trajectories(examples, start, clean[:, None], levels[:, :1], levels[:, 1:], trained, seeds)
+
+    def _trajectories(
+        self,
+        examples: list[Example],
+        start: Tensor,
+        after: Tensor,
+        sigma: Tensor,
+        toward: Tensor,
+        trained: Tensor,
+        seeds: list[int],
+    ) -> Trajectories:
+        made = Trajectories(
+            observation={"start": start, "seed": torch.tensor(seeds)},
+            actions=after,
+            mask=trained,
+            examples=examples,
+            stopped=torch.ones(len(examples), dtype=torch.bool),
+            behaviour_log_probs=torch.full(trained.shape, float("nan")),
+            channels={"sigma": sigma.double(), "toward": toward.double()},
+        )
+        return made.to("cpu")
+
+    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
+        examples = self.shown(trajectories.examples) if view is None else view
+        asking = self._asking(policy, examples)
+        width, device = trajectories.mask.shape[1], trajectories.mask.device
+        before = torch.cat([trajectories.observation["start"][:, None], trajectories.actions[:, :-1]], 1)
+        seeds = trajectories.observation["seed"].tolist()
+        is_student = policy.name == "student"
+        answer = SameStep() if is_student else self._answer(policy.name)
+
+        def make(index: Tensor) -> Gaussian:
+            rows, at = index // width, index % width
+            latent = before[rows, at]
+            t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
+
+            def here(ask: Ask) -> AskHere:
+                return lambda x, t, r: ask(rows, x, t, r)
+
+            def other(name: str) -> AskHere:
+                who = policy if name == "self" else self.policies[name]
+                seen = examples if name == "self" else self.shown(trajectories.examples)
+                return here(self._asking(who, seen))
+
+            if is_student:
+                mean = asking(rows, latent, t, r if self._jumps else t)
+            else:
+                moment = Moment(
+                    latent, t, r, trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()], other
+                )
+                mean = answer(here(self._asking(policy, examples, answer.guidance)), moment)
+            scale = self.sampler.scale(t, r, latent) if self.sampler.stochastic else mean.new_ones(())
+            return Gaussian(mean.to(device), scale.to(device))
+
+        trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
+        return Lazy(make, trained, self._bytes_per_state(policy.model))
+
+    @property
+    def _jumps(self) -> bool:
+        return self.family.jumps if self.flow_map is None else self.flow_map
+
+    def _answer(self, teacher: str) -> Answer:
+        return self.answers.get(teacher) or SameStep()
+
+    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        prompts = [example["prompt"] for example in trajectories.examples]
+        if self.reward is None:
+            return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
+        rewards = [
+            float(self.reward(picture(image), example))  # type: ignore[arg-type]
+            for image, example in zip(self.images(trajectories), trajectories.examples, strict=True)
+        ]
+        shown = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]
+        return torch.tensor(rewards), shown
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def ends(self, trajectories: Trajectories) -> Tensor:
+        """``[B, ...]`` the latents that the trajectories end with."""
+        last = (trajectories.channels["sigma"] > 0).sum(1) - 1
+        return trajectories.actions[torch.arange(len(last), device=last.device), last]
+
+    def images(self, trajectories: Trajectories) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1]."""
+        return self.family.images(self.ends(trajectories)).cpu()
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def _conditions(self, examples: list[Example], family: Family) -> list[Condition]:
+        prompts = [example["prompt"] for example in examples]
+        seen = [example.get(REFERENCE) for example in examples]
+        return family.conditions(prompts, [None if image is None else opened(image) for image in seen])
+
+    def _asking(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> Ask:
+        """A policy that can be asked for velocities of any of these examples."""
+        family: Family = policy.processor or self.family
+        conditions, nothing = self._conditions(examples, family), []
+        if guidance != 1.0:
+            nothing = family.conditions([""] * len(examples), [None] * len(examples))
+
+        def ask(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            mine = rows.tolist()
+            said = velocity([conditions[row] for row in mine], latent, t, r)
+            if guidance == 1.0:
+                return said
+            return flow.guided(said, velocity([nothing[row] for row in mine], latent, t, r), guidance)
+
+        def velocity(seen: list[Condition], latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            weight = next(policy.model.parameters())
+            device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
+            parts, order = [], []
+            mode = nullcontext() if torch.is_grad_enabled() else evaluating(policy.model)
+            with policy.active(), mode:
+                for group in family.batches(seen):
+                    at = torch.tensor(group, device=latent.device)
+                    inputs = _to(family.stack([seen[i] for i in group]), device, dtype)
+                    x, start, end = latent[at].to(device, dtype), t[at].to(device), r[at].to(device)
+                    parts.append(family.velocity(policy.model, x, start, end, inputs).to(latent.device))
+                    order.append(at)
+            together = torch.cat(parts)
+            return together if len(parts) == 1 else together[torch.cat(order).argsort()]
+
+        return ask
+
+    def _bytes_per_state(self, model: nn.Module) -> int:
+        """Rough: what a transformer keeps of one state for its backward pass."""
+        config = self.family.config
+        width = config.get("dim") or config.get("num_attention_heads", 8) * config.get("attention_head_dim", 64)
+        layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers", "n_layers")) or 1
+        tokens = self.family.latent_shape[-1] * self.family.latent_shape[-2] // 4
+        return 24 * 4 * width * layers * tokens
+
+    def _refuse_nonfinite(self, latents: Tensor, examples: list[Example]) -> None:
+        finite = latents.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            prompt = examples[int((~finite).nonzero()[0])]["prompt"]
+            raise FloatingPointError(f"the sampler's latents are not finite, first for the prompt {prompt!r}")
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def _look_ahead(self, whole: OptimiserStep) -> None:
+        super()._look_ahead(whole)
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher.weights, LearntScore):
+                self.record(f"learnt/{name}", self._learn(name, teacher.weights, whole))
+
+    def _learn(self, name: str, weights: LearntScore, whole: OptimiserStep) -> Tensor:
+        """A learnt score is trained on what the student made for this optimiser step."""
+        mine = Trajectories.concatenate(whole.micro_batches, self.padding)
+        acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
+        mine = mine.select(acted.nonzero().squeeze(-1))
+        asking = self._asking(self.policies[name], self.shown(mine.examples))
+        rows = torch.arange(len(mine))
+
+        def average(gradient: Tensor) -> Tensor:
+            if self.trainer.world_size == 1:
+                return gradient
+            return self.trainer.strategy.reduce(gradient, reduce_op="mean")
+
+        seeds = [derived_seed(seed, self.global_step) for seed in mine.observation["seed"].tolist()]
+        return weights.learn(lambda x, t, r: asking(rows, x, t, r), self.ends(mine), seeds, average)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def validation_step(self, examples: list[Example], batch_idx: int) -> None:
+        super().validation_step(examples, batch_idx)
+        if self.quality is not None:
+            self.quality.see(self, "student", examples, batch_idx, self.quality.steps)
+
+    def test_step(self, examples: list[Example], batch_idx: int) -> None:
+        super().test_step(examples, batch_idx)
+        if self.quality is not None:
+            self.quality.see(self, "student", examples, batch_idx, self.quality.test_steps)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.quality is not None and not self.trainer.sanity_checking:
+            self.log_dict(self.quality.finish(self, "val"))
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if self.quality is not None:
+            self.log_dict(self.quality.finish(self, "test"))
+
+    # -- export ---------------------------------------------------------------------------------------------------
+
+    def save_student(self, model: nn.Module, folder: Path) -> None:
+        """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads."""
+        pipe = self.family.pipe
+        kind, parts = type(pipe), {**pipe.components, "transformer": model}
+        kind(**parts).save_pretrained(folder)
+
+
+def opened(image: Any) -> Image.Image:
+    """A PIL image of what a row holds: an image, or the path of one.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is something else.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        with Image.open(image) as found:
+            return found.convert("RGB")
+    raise ValueError(f"an image must be one of PIL, or a path, not {type(image).__name__}")
+
+
+def picture(image: Tensor) -> Image.Image:
+    """``[3, H, W]`` in [0, 1] as diffusers turns it into a picture."""
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
+def _to(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+    return {name: [move(x) for x in v] if isinstance(v, list) else move(v) for name, v in inputs.items()}

@@ -1,0 +1,41 @@
+"""Views of prompts for images."""
+
+from __future__ import annotations
+
+from ...teacher import View
+from ...trajectory import Example
+
+REFERENCE = "reference"
+
+
+class ReferenceImage(View):
+    """The teacher also sees an image, through the model's own encoder: D-OPSD (2605.05204), where it is the picture
+    that the prompt should give. It never becomes a latent. A row without one has no view.
+
+    Args:
+        column: which one holds the image. Default ``image``.
+    """
+
+    def __init__(self, column: str = "image") -> None:
+        self.column = column
+        self.columns = (column,)
+
+    def __call__(self, example: Example) -> Example | None:
+        image = example.get(self.column)
+        return None if image is None else {**example, REFERENCE: image}
+
+
+class DetailedPrompt(View):
+    """The teacher reads another, longer prompt.
+
+    Args:
+        column: which one holds it. Default ``caption``.
+    """
+
+    def __init__(self, column: str = "caption") -> None:
+        self.column = column
+        self.columns = (column,)
+
+    def __call__(self, example: Example) -> Example | None:
+        caption = example.get(self.column)
+        return {**example, "prompt": caption} if caption else None
