@@ -95,7 +95,7 @@ class Evaluator:
         )
         repeated = [example for example in examples for _ in range(settings.samples)]
         seeds = [derived_seed(EVALUATION_DRAWS, module.global_rank, batch_idx, i) for i in range(len(repeated))]
-        return module.act(who, repeated, seeds, rollout)
+        return module.for_evaluation().act(who, repeated, seeds, rollout)
 
     @torch.no_grad()
     def step(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:

@@ -148,6 +148,10 @@ class OnPolicyDistillation(L.LightningModule):
         """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
         return {}
 
+    def for_evaluation(self) -> OnPolicyDistillation:
+        """What acts in evaluation: the same with other settings, where those of training make no sense there."""
+        return self
+
     def asked_by_parts(self) -> set[str]:
         """Teachers that no term names, but other parts of the setting ask."""
         return set()

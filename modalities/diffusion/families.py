@@ -132,12 +132,13 @@ class Family(ABC):
     # -- the methods of a family ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _encode(self, prompts: list[str]) -> list[Condition]:
-        """What the transformer reads of each prompt."""
+    def _encode(self, prompt: str) -> Condition:
+        """What the transformer reads of a prompt."""
 
-    def _refer(self, conditions: list[Condition], prompts: list[str], references: Tensor) -> list[Condition]:
-        """The same conditions with reference images ``[B, 3, H, W]`` in [−1, 1] seen by the model's own encoder."""
-        raise NotImplementedError
+    def _refer(self, prompt: str, reference: Tensor) -> Condition:
+        """What it reads in addition, or instead, where the model's own encoder also sees ``reference [1, 3, H, W]`` in
+        [−1, 1]."""
+        raise ValueError(f"a {type(self.pipe).__name__} sees no reference images")
 
     @abstractmethod
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
@@ -194,20 +195,14 @@ class Family(ABC):
         ]
 
         def make(rows: list[int]) -> list[Condition]:
-            found: dict[int, Condition] = {}
-            mine = self._encode([prompts[i] for i in rows])
-            for with_image in (False, True):
-                which = [place for place, i in enumerate(rows) if (references[i] is not None) is with_image]
-                if not which:
-                    continue
-                texts, encoded = [prompts[rows[p]] for p in which], [mine[p] for p in which]
-                if with_image:
-                    images = self.pixels([references[rows[p]] for p in which])  # type: ignore[misc]
-                    encoded = self._refer(encoded, texts, images)
-                found |= dict(zip(which, encoded, strict=True))
-            return [found[place] for place in range(len(rows))]
+            # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
+            return [self._condition(prompts[row], references[row]) for row in rows]
 
         return self._cached(keys, make)
+
+    def _condition(self, prompt: str, reference: Image.Image | None) -> Condition:
+        condition = self._encode(prompt)
+        return condition if reference is None else condition | self._refer(prompt, self.pixels([reference]))
 
     @torch.no_grad()
     def latents(self, images: list[Image.Image]) -> Tensor:
@@ -282,18 +277,16 @@ class AnyFlow(Family):
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.sigmas.clone()
 
-    def _encode(self, prompts: list[str]) -> list[Condition]:
+    def _encode(self, prompt: str) -> Condition:
         said, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        return [{"encoder_hidden_states": row} for row in said]
+        return {"encoder_hidden_states": said[0]}
 
-    def _refer(self, conditions: list[Condition], prompts: list[str], references: Tensor) -> list[Condition]:
+    def _refer(self, prompt: str, reference: Tensor) -> Condition:
         if self.config["image_dim"] is None:
             raise ValueError("this transformer sees no reference images: its image_dim is not set")
-        tokens = self._to_latents(references).flatten(2).transpose(1, 2)
-        both = zip(conditions, tokens, strict=True)
-        return [{**text, "encoder_hidden_states_image": image} for text, image in both]
+        return {"encoder_hidden_states_image": self._to_latents(reference).flatten(2)[0].T}
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         levels = {"timestep": 1000 * t[:, None], "r_timestep": 1000 * r[:, None]}
@@ -320,12 +313,11 @@ class StableDiffusion3(Family):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
 
-    def _encode(self, prompts: list[str]) -> list[Condition]:
+    def _encode(self, prompt: str) -> Condition:
         said, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        both = zip(said, pooled, strict=True)
-        return [{"encoder_hidden_states": row, "pooled_projections": whole} for row, whole in both]
+        return {"encoder_hidden_states": said[0], "pooled_projections": pooled[0]}
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         return model(hidden_states=latent, timestep=1000 * t, **condition, return_dict=False)[0]
@@ -341,10 +333,9 @@ class Flux(Family):
         factor = 2 * self.pipe.vae_scale_factor
         return self.config["in_channels"] // 4, 2 * (self.size[0] // factor), 2 * (self.size[1] // factor)
 
-    def _encode(self, prompts: list[str]) -> list[Condition]:
-        said, pooled, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)
-        both = zip(said, pooled, strict=True)
-        return [{"encoder_hidden_states": row, "pooled_projections": whole} for row, whole in both]
+    def _encode(self, prompt: str) -> Condition:
+        said, pooled, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.max_sequence_length)
+        return {"encoder_hidden_states": said[0], "pooled_projections": pooled[0]}
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         batch, channels, height, width = latent.shape
@@ -368,11 +359,25 @@ class ZImage(Family):
 
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
 
-    def _encode(self, prompts: list[str]) -> list[Condition]:
+    def _encode(self, prompt: str) -> Condition:
         said, _ = self.pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            [prompt], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        return [{"prompt": row} for row in said]
+        return {"prompt": said[0]}
+
+    def _refer(self, prompt: str, reference: Tensor) -> Condition:
+        encoder, processor = self.pipe.text_encoder, getattr(self.pipe.tokenizer, "image_processor", None)
+        if processor is None:
+            raise ValueError(
+                f"the text encoder {type(encoder).__name__} sees no images; put one that does, such as a Qwen3-VL with "
+                "its processor, into the pipeline's folder as text_encoder and tokenizer"
+            )
+        image = Image.fromarray(((reference[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy())
+        turn = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        inputs = self.pipe.tokenizer.apply_chat_template(
+            turn, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(encoder.device)
+        return {"prompt": encoder(**inputs, output_hidden_states=True).hidden_states[-2][0]}
 
     def stack(self, conditions: list[Condition]) -> dict[str, Any]:
         return {"prompt": [condition["prompt"] for condition in conditions]}

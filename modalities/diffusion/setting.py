@@ -129,10 +129,11 @@ class DiffusionDistillation(OnPolicyDistillation):
                     f"model.answers.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add it to "
                     "model.teachers with the weights of a LearntScore"
                 )
+        for i, term in enumerate(self.objective.terms):
+            self._check_signal(f"objective.terms[{i}] ({term.name})", term.signal)
         super().check()
         for i, term in enumerate(self.objective.terms):
             where = f"objective.terms[{i}] ({term.name})"
-            self._check_signal(where, term.signal)
             of_data = isinstance(term.signal, FlowMatching)
             if term.teacher in term.teachers:
                 of_data = of_data or self._answer(str(term.teacher)).of_data
@@ -219,12 +220,10 @@ class DiffusionDistillation(OnPolicyDistillation):
         """Nothing: what prompts are encoded to is remembered by content, and never stored with trajectories."""
         return {}
 
-    def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
-        if rollout is None:
-            return super().act(who, examples, seeds)
-        actor = copy.copy(self)  # evaluation has a sampler of its own; a worker may be acting with ours
+    def for_evaluation(self) -> DiffusionDistillation:
+        actor = copy.copy(self)
         actor.sampler = self.sampler.evaluated()
-        return super(DiffusionDistillation, actor).act(who, examples, seeds, rollout)
+        return actor
 
     def sample(
         self,

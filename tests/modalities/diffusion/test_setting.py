@@ -1,0 +1,516 @@
+"""The diffusion setting: diffusers' own samples, and what each method's loss and gradient are, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from opd_lightning.modalities.diffusion import (
+    SDE,
+    AverageVelocity,
+    FlowMatching,
+    LearntScore,
+    NoiseLevel,
+    Noising,
+    ReferenceImage,
+    Renoise,
+    SameStep,
+    ScoreDifference,
+    Shortcuts,
+    TotalDerivative,
+    Velocity,
+    VelocityMatching,
+    flow,
+)
+from opd_lightning.modalities.diffusion.families import load_family
+from opd_lightning.modalities.diffusion.sampler import generator
+from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGradient, ReverseKL, Term
+from opd_lightning.objective.policy_gradient import LogRatio
+from opd_lightning.pretrained import Lora, Pretrained
+from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import EMA, Frozen, Live, Teacher
+from tests.tiny import act, fit
+from tests.tiny_diffusion import make_rows
+
+
+def on_policy(module: Any, count: int = 4, **settings: Any) -> Any:
+    return act(module, make_rows(count), **settings)
+
+
+def objective_of(module: Any, trajectories: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Loss and gradients of a micro-batch that stands alone."""
+    teachers, available = module.ask_all(trajectories)
+    student = module.steps(module.policies["student"], trajectories)
+    loss, _ = module.objective(student, teachers, trajectories, available)
+    parameters = [p for p in module.student.parameters() if p.requires_grad]
+    return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def states(module: Any, trajectories: Any) -> list[tuple[int, int, torch.Tensor, float, float]]:
+    """Row, step, latent, t and r of every trained step."""
+    found = []
+    for row, k in trajectories.mask.nonzero().tolist():
+        latent = trajectories.observation["start"][row] if k == 0 else trajectories.actions[row, k - 1]
+        t, r = (float(trajectories.channels[name][row, k]) for name in ("sigma", "toward"))
+        found.append((row, k, latent, t, r))
+    return found
+
+
+def says(module: Any, name: str, row: int, latent: torch.Tensor, t: float, r: float, guidance: float = 1.0) -> Any:
+    """One policy's velocity at one state, asked for by itself."""
+    policy = module.policies[name]
+    asking = module._asking(policy, make_rows(row + 1), guidance)
+    with torch.no_grad():
+        levels = (torch.tensor([x], dtype=torch.float64) for x in (t, r))
+        return asking(torch.tensor([row]), latent[None], *levels)[0]
+
+
+# -- rollouts -----------------------------------------------------------------------------------------------------
+
+
+def sample_with_diffusers(folder: Any, kind: str, steps: int, seeds: list[int], size: int = 16) -> torch.Tensor:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    how: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps).tolist()}
+    if kind == "anyflow":
+        how = {"num_frames": 1, "num_inference_steps": steps}
+    elif kind != "flux":
+        how["guidance_scale"] = 1.0 if kind == "stable_diffusion_3" else 0.0
+    shape = {"height": size, "width": size, "max_sequence_length": 16}
+    made = [
+        pipe(row["prompt"], generator=generator(seed), **shape, **how, output_type="latent", return_dict=False)[0]
+        for row, seed in zip(make_rows(len(seeds)), seeds, strict=True)
+    ]
+    if kind == "flux":
+        made = [pipe._unpack_latents(one, size, size, pipe.vae_scale_factor) for one in made]
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_rollout_is_diffusers_own_sampler_bit_for_bit(make, pipeline, kind, steps):
+    """One image at a time: the kernels of larger batches round differently."""
+    module = make(kind)
+    alone = [act(module, [row], seed=1000 * i, horizon=steps) for i, row in enumerate(make_rows(3))]
+    theirs = sample_with_diffusers(pipeline(kind), kind, steps, [0, 1000, 2000])
+    assert torch.equal(torch.cat([module.ends(rolled) for rolled in alone]), theirs)
+    together = on_policy(module, 3, horizon=steps)
+    torch.testing.assert_close(module.ends(together), theirs, rtol=1e-4, atol=1e-5)
+    assert together.mask.shape == (3, steps)
+
+
+def test_an_exported_student_samples_what_validation_saw(make, kind, tmp_path):
+    module = make(kind)
+    fit(module, tmp_path / "run", make_rows(8), steps=2)
+    module.save_student(module.policies["student"].model, tmp_path / "out")
+    seen = module.evaluator.act("student", make_rows(1), 0)
+    seeds = seen.observation["seed"].tolist()
+    assert torch.equal(module.ends(seen), sample_with_diffusers(tmp_path / "out", kind, 3, seeds))
+
+
+def test_the_velocity_of_a_jump_is_told_where_it_ends(make):
+    module = make("anyflow", flow_map=False)
+    rolled = on_policy(module, horizon=1)
+    told = on_policy(make("anyflow"), horizon=1)
+    assert not torch.allclose(rolled.actions, told.actions)
+    with pytest.raises(ValueError, match=r"flow_map: a StableDiffusion3Pipeline can't be told where a step ends"):
+        make("stable_diffusion_3", flow_map=True).audit_rows()
+
+
+def test_draws_depend_on_the_seed_alone(make, kind):
+    module = make(kind, sampler=Renoise())
+    together, alone = on_policy(module, 4), act(module, make_rows(4)[2:3], seed=2000)
+    width = alone.actions.shape[1]
+    torch.testing.assert_close(together.actions[2, :width], alone.actions[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [Renoise(), Shortcuts([2, 4, 8]), Shortcuts([4], trained="last"), SDE()])
+def test_samplers_end_at_an_image_and_train_what_they_say(make, sampler):
+    module = make("anyflow", sampler=sampler)
+    rolled = on_policy(module, 6, horizon=4)
+    sigma, toward = rolled.channels["sigma"], rolled.channels["toward"]
+    assert ((sigma[:, 0] == 1) & (sigma[:, 1:] <= sigma[:, :-1]).all(1)).all()
+    last = (sigma > 0).sum(1) - 1
+    if isinstance(sampler, Renoise):
+        assert (rolled.mask.sum(1) == 1).all()
+        assert rolled.mask[torch.arange(6), last].all()
+        assert (toward == 0).all()
+        assert len(set(last.tolist())) > 1, "exits differ"
+    elif isinstance(sampler, Shortcuts):
+        assert (sigma > 0).sum(1).max() <= 3
+        assert (toward[torch.arange(6), last] == 0).all()
+        assert sampler.trained == "all" or (rolled.mask.sum(1) == 1).all()
+    else:
+        assert rolled.mask.sum(1).tolist() == [3] * 6, "the last step has no density"
+
+
+def test_a_stochastic_transition_has_the_mean_and_deviation_that_it_was_drawn_with(make):
+    """Replaying the stored states gives the sampled means, and the noise that is left over is standard normal's."""
+    module = make("stable_diffusion_3", sampler=SDE(0.7))
+    rolled = on_policy(module, 4, horizon=3)
+    for row, k, latent, t, r in states(module, rolled):
+        v = says(module, "student", row, latent, t, t)
+        mean, deviation = flow.stochastic_step(latent[None], v[None], torch.tensor([t]), torch.tensor([r]), 0.7)
+        draws = generator(int(rolled.observation["seed"][row]), 2)
+        noise = [torch.randn(latent.shape, generator=draws) for _ in range(k + 1)][k]
+        torch.testing.assert_close(rolled.actions[row, k], (mean + deviation * noise)[0], rtol=1e-4, atol=1e-5)
+
+
+# -- formulas -----------------------------------------------------------------------------------------------------
+
+
+def test_transition_matching_is_the_squared_error_at_the_students_states(make, kind):
+    module = make(kind, answers={"teacher": Velocity()})
+    rolled = on_policy(module)
+    loss, _ = objective_of(module, rolled)
+    wanted = [
+        float((says(module, "student", row, x, t, r) - says(module, "teacher", row, x, t, t)).double().square().mean())
+        for row, _, x, t, r in states(module, rolled)
+    ]
+    assert float(loss) == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_the_error_of_clean_images_is_the_level_squared_times_that_of_velocities(make):
+    module = make(objective=Objective([Term(VelocityMatching(), weights=[NoiseLevel(2)])]))
+    rolled = on_policy(module)
+    wanted = []
+    for row, _, x, t, r in states(module, rolled):
+        ours, theirs = (says(module, name, row, x, t, r).double() for name in ("student", "teacher"))
+        clean = flow.clean_estimate(x.double(), ours, t) - flow.clean_estimate(x.double(), theirs, t)
+        wanted.append(float(clean.square().mean()))
+    assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("signal", [ReverseKL(), ForwardKL()])
+def test_the_kl_of_stochastic_transitions_is_exact(make, signal):
+    """‖μ_S − μ_T‖² / 2σ² of the sampler's own means and deviations."""
+    module = make("stable_diffusion_3", signal=signal, sampler=SDE(0.7))
+    rolled = on_policy(module)
+    wanted = []
+    for row, _, x, t, r in states(module, rolled):
+        x = x[None].double()
+        levels = torch.tensor([t]).double(), torch.tensor([r]).double()
+        means = [
+            flow.stochastic_step(x, says(module, who, row, x[0].float(), t, t)[None].double(), *levels, 0.7)
+            for who in ("student", "teacher")
+        ]
+        (ours, deviation), (theirs, _) = means
+        wanted.append(float(((ours - theirs) / deviation).square().sum() / 2))
+    assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-3)
+
+
+def test_nothing_is_lost_or_learnt_from_oneself(make, kind):
+    module = make(kind, teacher={"teacher": Teacher(Live())})
+    loss, gradients = objective_of(module, on_policy(module))
+    assert float(loss) == 0
+    assert all(g is None or not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("substeps", [1, 5])
+def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, substeps):
+    module = make(answers={"teacher": AverageVelocity(substeps)})
+    rolled = on_policy(module)
+    wanted = []
+    for row, _, x, t, r in states(module, rolled):
+        end = x
+        for k in range(substeps):
+            a, b = (t + (r - t) * j / substeps for j in (k, k + 1))
+            end = flow.euler(end, says(module, "teacher", row, end, a, a), a, b)
+        average = (end - x) / (r - t)
+        wanted.append(float((says(module, "student", row, x, t, r) - average).square().mean()))
+    assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_guidance_is_one_formula_and_1_is_the_conditional_model(make):
+    plain, guided = make(answers={"teacher": Velocity(1.0)}), make(answers={"teacher": Velocity(3.0)})
+    rolled = on_policy(plain)
+    assert torch.equal(objective_of(plain, rolled)[0], objective_of(make(answers={"teacher": Velocity()}), rolled)[0])
+    row, _, x, t, _ = states(plain, rolled)[1]
+    asking = plain._asking(plain.policies["teacher"], [{"prompt": ""}])
+    with torch.no_grad():
+        nothing = asking(torch.tensor([0]), x[None], *[torch.tensor([t], dtype=torch.float64)] * 2)[0]
+    conditional = says(plain, "teacher", row, x, t, t)
+    torch.testing.assert_close(
+        says(guided, "teacher", row, x, t, t, 3.0), nothing + 3 * (conditional - nothing), rtol=1e-4, atol=1e-5
+    )
+
+
+def data_module(make: Any, noising: Noising, **settings: Any) -> Any:
+    return make(rollout=Rollout(batch_size=4, behaviour={"dataset": 1.0}), noising=noising, **settings)
+
+
+def test_flow_matching_of_images(make):
+    module = data_module(
+        make, Noising(), teacher={}, objective=Objective([Term(FlowMatching(), teacher=None)]), flow_map=False
+    )
+    given = module.replay(make_rows(4), [5, 6, 7, 8])
+    clean = module.family.latents([row["image"] for row in make_rows(4)])
+    wanted = []
+    for row, _, x, t, _ in states(module, given):
+        noise = torch.randn((1, *clean.shape[1:]), generator=generator(5 + row))[0]
+        torch.testing.assert_close(x, (1 - t) * clean[row] + t * noise, rtol=1e-4, atol=1e-5)
+        wanted.append(float((says(module, "student", row, x, t, t) - (noise - clean[row])).square().mean()))
+    assert float(objective_of(module, given)[0]) == pytest.approx(np.mean(wanted), rel=1e-3)
+
+
+def test_the_forward_flow_map_stage_is_flow_matching_where_r_is_t_and_a_total_derivative_elsewhere(make):
+    teacher = {"teacher": Teacher(Live())}
+    answers = {"teacher": TotalDerivative(0.005)}
+    same = data_module(make, Noising(1.0), teacher=teacher, answers=answers)
+    matching = data_module(make, Noising(1.0), teacher={}, objective=Objective([Term(FlowMatching(), teacher=None)]))
+    given = same.replay(make_rows(4), [1, 2, 3, 4])
+    torch.testing.assert_close(objective_of(same, given)[0], objective_of(matching, given)[0], rtol=1e-4, atol=1e-6)
+
+    free = data_module(make, Noising(0.0), teacher=teacher, answers=answers)
+    given, wanted = free.replay(make_rows(4), [1, 2, 3, 4]), []
+    for row, _, x, t, r in states(free, given):
+        v = (x - given.actions[row, 0]) / t
+        up, down = min(t + 0.005, 1), t - 0.005
+        ahead = says(free, "student", row, x + (up - t) * v, up, r)
+        behind = says(free, "student", row, x + (down - t) * v, down, min(r, down))
+        target = v - (t - r) * (ahead - behind) / (up - down)
+        wanted.append(float((says(free, "student", row, x, t, r) - target).square().mean()))
+    assert float(objective_of(free, given)[0]) == pytest.approx(np.mean(wanted), rel=1e-3)
+
+
+def matched(make: Any, pipeline: Any, fake_seed: int = 3, **settings: Any) -> Any:
+    """Distribution matching: the fake score is another model than the teacher."""
+    teachers = {
+        "teacher": Teacher(Frozen(Pretrained(str(pipeline("anyflow", 2))))),
+        "fake": Teacher(LearntScore(Pretrained(str(pipeline("anyflow", fake_seed))), updates=2)),
+    }
+    objective = Objective([Term(VelocityMatching(), weights=[NoiseLevel(2)], coefficient=0.5)])
+    settings = {"sampler": Renoise(), "answers": {"teacher": ScoreDifference()}, "objective": objective} | settings
+    return make("anyflow", teacher=teachers, **settings)
+
+
+def test_the_gradient_of_distribution_matching_is_the_score_difference_per_pixel(make, pipeline):
+    module = matched(make, pipeline)
+    rolled = on_policy(module, 3)
+    loss, gradients = objective_of(module, rolled)
+    student = module.policies["student"].model
+    asking = module._asking(module.policies["student"], make_rows(3))
+    total, value = torch.zeros(()), 0.0
+    for row, _, x, t, _ in states(module, rolled):
+        t_ = torch.tensor([t], dtype=torch.float64)
+        g = x - t * asking(torch.tensor([row]), x[None], t_, torch.zeros_like(t_))[0]
+        draw = generator(int(rolled.observation["seed"][row]), 3)
+        s = 0.02 + 0.96 * float(torch.rand((), generator=draw))
+        z = (1 - s) * g.detach() + s * torch.randn(g.shape, generator=draw)
+        real, fake = (z - s * says(module, name, row, z, s, s) for name in ("teacher", "fake"))
+        d = (fake - real) / (g.detach() - real).abs().mean()
+        total = total + (g * d / d.numel()).sum() / 3
+        value += float(d.square().mean()) / 2 / 3
+    wanted = torch.autograd.grad(total, [p for p in student.parameters() if p.requires_grad], allow_unused=True)
+    assert float(loss) == pytest.approx(value, rel=1e-3)
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_equal_scores_give_no_gradient_and_the_fake_one_learns_the_students_samples(make, pipeline, tmp_path):
+    module = matched(make, pipeline, fake_seed=2)
+    loss, gradients = objective_of(module, on_policy(module))
+    assert float(loss) < 1e-9
+    assert all(g is None or g.abs().max() < 1e-4 for g in gradients)
+
+    before = [p.clone() for p in module.policies["fake"].model.parameters()]
+    trainer = fit(module, tmp_path, make_rows(8), steps=3)
+    after = list(module.policies["fake"].model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.requires_grad for p in after), "to a strategy it is frozen"
+    assert trainer.global_step == 3, "only the student's updates count"
+    assert "train/learnt/fake" in trainer.callback_metrics
+    steps = {int(s["step"]) for s in module.teachers["fake"].weights.state.optimizer.state.values()}
+    assert steps == {6}, "two updates for each of the student's"
+
+
+# -- D-OPSD -------------------------------------------------------------------------------------------------------
+
+
+def referenced(count: int = 4) -> list[Any]:
+    return [{**row, "reference": None} for row in make_rows(count)]
+
+
+def test_a_reference_is_seen_by_the_teacher_alone(make):
+    views = {"teacher": Teacher(EMA(0.01), view=ReferenceImage()), "blind": Teacher(EMA(0.01))}
+    objective = Objective([Term(VelocityMatching(), teacher=name, name=name) for name in views])
+    module = make(teacher=views, objective=objective)
+    rolled = on_policy(module)
+    student = module.steps(module.policies["student"], rolled)
+    index = torch.arange(rolled.mask.numel())
+    with torch.no_grad():
+        own = student.at(index).chunk(slice(None)).mean
+        told, blind = (module.ask(name, rolled)[0].at(index).chunk(slice(None)).mean for name in views)
+    assert torch.equal(own, blind), "equal weights and equal views"
+    assert not torch.allclose(own, told)
+    other = [{**row, "image": row["image"].point(lambda x: 255 - x)} for row in make_rows(4)]
+    assert module.teachers["teacher"].look({"prompt": "a", "image": None}) is None
+    rolled.examples = other
+    with torch.no_grad():
+        again = module.ask("teacher", rolled)[0].at(index).chunk(slice(None)).mean
+    assert not torch.allclose(again, told), "another image, another answer"
+
+
+def test_references_need_an_encoder_that_sees(make):
+    module = make("flux", teacher={"teacher": Teacher(EMA(0.01), view=ReferenceImage())})
+    with pytest.raises(ValueError, match="FluxPipeline sees no reference images"):
+        objective_of(module, on_policy(module))
+
+
+def test_an_average_with_lora_gets_no_gradient_and_resumes_with_the_student(make, tmp_path):
+    module = make("stable_diffusion_3", teacher={"teacher": Teacher(EMA(0.5))}, lora=Lora(r=2, alpha=4))
+    fit(module, tmp_path, make_rows(8), steps=2)
+    adapters = {n: p for n, p in module.student.named_parameters() if "lora_" in n}
+    assert any(".teacher." in name for name in adapters)
+    assert all(p.grad is None for name, p in adapters.items() if ".teacher." in name)
+
+
+# -- what the core asks -------------------------------------------------------------------------------------------
+
+
+def test_gradients_do_not_depend_on_chunks_and_memory_not_on_the_number_of_steps(make, kind):
+    whole = make(kind, objective=Objective([Term(VelocityMatching())], chunk_steps=100))
+    pieces = make(kind, objective=Objective([Term(VelocityMatching())], chunk_steps=5))
+    rolled = on_policy(whole)
+    torch.testing.assert_close(objective_of(whole, rolled)[0], objective_of(pieces, rolled)[0], rtol=1e-4, atol=1e-7)
+    for a, b in zip(objective_of(whole, rolled)[1], objective_of(pieces, rolled)[1], strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+    opened = []
+    student = pieces.steps(pieces.policies["student"], on_policy(pieces, horizon=9))
+    made = student.make
+    student.make = lambda index: opened.append(len(index)) or made(index)
+    teachers, available = pieces.ask_all(rolled9 := on_policy(pieces, horizon=9))
+    pieces.objective(student, teachers, rolled9, available)[0].backward()
+    assert max(opened) <= 5
+    assert sum(opened) == 36
+
+
+def test_a_teacher_is_asked_only_where_its_term_applies(make):
+    objective = Objective([Term(VelocityMatching(), source="dataset")])
+    shares = Rollout(batch_size=4, horizon=2, behaviour={"student": 0.5, "dataset": 0.5})
+    module = make(objective=objective, rollout=shares)
+    rolled = on_policy(module, 4)
+    rolled.sources, rolled.source = ("student", "dataset"), torch.tensor([0, 0, 1, 0])
+    teacher = module.ask("teacher", rolled)[0]
+    asked, made = [], teacher.make
+    teacher.make = lambda index: asked.extend((index // 2).tolist()) or made(index)
+    student = module.steps(module.policies["student"], rolled)
+    module.objective(student, {"teacher": teacher}, rolled)[0].backward()
+    assert set(asked) == {2}
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"signal": ReverseKL()}, "ReverseKL compares densities, which the sampler Euler has none of"),
+        ({"signal": PolicyGradient(LogRatio())}, "PolicyGradient is refused here: of Gaussian transitions"),
+        ({"signal": CrossEntropy()}, "CrossEntropy is refused here"),
+        ({"signal": FlowMatching()}, "speaks of noised data only: set its source to dataset"),
+        ({"answers": {"teacher": TotalDerivative()}}, "speaks of noised data only"),
+        ({"answers": {"nobody": Velocity()}}, r"model\.answers: there is no teacher 'nobody'; there are \['teacher'\]"),
+        ({"answers": {"teacher": ScoreDifference()}}, r"ScoreDifference asks 'fake', which is no teacher"),
+        ({"rollout": Rollout(top_k=3)}, "temperature, top_p, top_k and min_p mean nothing"),
+        ({"sampler": SDE(), "rollout": Rollout(batch_size=2, horizon=1)}, "the last step of an SDE is not trained"),
+    ],
+)
+def test_what_means_nothing_is_refused_when_it_is_built(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        on_policy(make(**settings))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Velocity(-1), r"Velocity\.guidance must be >= 0"),
+        (lambda: AverageVelocity(0), r"AverageVelocity\.substeps must be >= 1"),
+        (lambda: ScoreDifference(low=0.9, high=0.1), "need 0 <= low < high <= 1"),
+        (lambda: SDE(0), r"SDE\.noise_level must be > 0"),
+        (lambda: Shortcuts([0]), r"sampler\.steps must be numbers of steps >= 1"),
+        (lambda: Shortcuts(trained="some"), "must be all, middle or last"),
+        (lambda: NoiseLevel(of="time"), "must be level or interval"),  # type: ignore[arg-type]
+        (lambda: Noising(0.8, 0.4), "at most 1 together"),
+        (lambda: LearntScore(Pretrained("x"), updates=0), r"LearntScore\.updates must be >= 1"),
+        (lambda: LearntScore(Pretrained("x", lora=Lora())), "it takes no quantization"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_schedulers_that_are_not_flow_matching_are_refused(pipeline, make, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(pipeline("stable_diffusion_3"))
+    from diffusers import DDIMScheduler
+
+    pipe.scheduler = DDIMScheduler()
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"student\.path: DDIMScheduler is no flow-matching scheduler"):
+        make("stable_diffusion_3", teacher=tmp_path)
+
+
+def test_what_is_no_pipeline_or_an_unknown_one_is_refused(make, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline", "transformer": ["diffusers", "X"]}')
+    with pytest.raises(ValueError, match=r"is a OtherPipeline; there are families for AnyFlowPipeline, "):
+        load_family(str(tmp_path), {})
+    with pytest.raises(ValueError, match="is no folder of a diffusers pipeline"):
+        load_family(str(tmp_path / "none"), {})
+
+
+def test_latents_of_another_shape_are_refused(make, pipeline):
+    module = make("stable_diffusion_3", teacher=pipeline("flux"))
+    module.policies["teacher"].processor.size = (32, 32)
+    with pytest.raises(ValueError, match=r"model\.teachers\.teacher has latents of shape \(4, 16, 16\), the student"):
+        module.audit_rows()
+
+
+def test_latents_that_are_not_finite_name_their_prompt(make):
+    module = make("stable_diffusion_3")
+    with torch.no_grad():
+        module.student.proj_out.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="latents are not finite, first for the prompt 'a red square'"):
+        on_policy(module)
+
+
+def test_a_prompt_beyond_the_limit_and_an_image_that_is_none_are_refused_with_their_reason(make):
+    module = make()
+    assert module.refusal({"prompt": " ".join(["big"] * 20)}) == (
+        "the prompt has 21 tokens, model.max_sequence_length is 16"
+    )
+    assert "image can't be read" in module.refusal({"prompt": "a", "image": "/nowhere.png"})
+    assert "no text" in module.refusal({"prompt": [{"role": "user", "content": "x"}]})
+    assert module.refusal(make_rows(1)[0]) is None
+
+
+def test_schedules_that_stand_still_are_refused(make):
+    module = make("stable_diffusion_3")
+    module.family.levels = lambda steps: torch.tensor([1.0, 0.5, 0.5, 0.0])
+    with pytest.raises(ValueError, match=r"the schedule of 3 steps is \[1\.0, 0\.5, 0\.5, 0\.0\]; it must fall"):
+        on_policy(module)
+
+
+# -- caches -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_encoded_is_kept_on_disk_by_content(make, tmp_path):
+    one, two = make(cache=str(tmp_path)), make(cache=str(tmp_path))
+    rows = make_rows(3)
+    made = one.family.conditions([r["prompt"] for r in rows], [None] * 3)
+    latents = one.family.latents([r["image"] for r in rows])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    two.family._encode = two.family._to_latents = None  # nothing is encoded again
+    again = two.family.conditions([r["prompt"] for r in rows], [None] * 3)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(made, again, strict=True) for name in a)
+    assert torch.equal(two.family.latents([r["image"] for r in rows]), latents)
+
+
+def test_same_step_is_the_default_answer(make):
+    assert isinstance(make()._answer("teacher"), SameStep)
