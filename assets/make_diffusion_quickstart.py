@@ -59,10 +59,11 @@ def make_features() -> None:
         seen[flipped] = 1 - seen[flipped]
         moved = torch.roll(seen, tuple(torch.randint(-1, 2, (2,)).tolist()), (2, 3))
         return nn.functional.cross_entropy(
-            features.head(features(moved + 0.05 * torch.randn_like(moved))), labels[rows]
+            features.head(features.raw(moved + 0.05 * torch.randn_like(moved))), labels[rows]
         )
 
     train(features, loss, 1500, len(images), 2e-3)
+    features.spread.copy_(features.raw(images).detach().std(0).clamp(min=1))
     held, wanted = pixels(held_out=True)
     print(f"digits told apart: {(features.classify(held) == wanted).float().mean():.3f} of the held-out ones")
     save_file(features.state_dict(), HERE / "features.safetensors")
@@ -107,8 +108,8 @@ def make_start() -> None:
         relative_attention_num_buckets=8, relative_attention_max_distance=16,
     )  # fmt: skip
     transformer = AnyFlowTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32,
-        freq_dim=64, ffn_dim=256, num_layers=4, image_dim=3, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32,
+        freq_dim=64, ffn_dim=192, num_layers=3, image_dim=3, rope_max_seq_len=32,
     )  # fmt: skip
     pipe: Any = AnyFlowPipeline(
         tokenizer, UMT5EncoderModel(text), transformer, make_autoencoder(), FlowMapEulerDiscreteScheduler()

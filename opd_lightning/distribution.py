@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -298,7 +298,7 @@ class Lazy(Distribution):
         parameters: the trained ones among what it is made of; none for a teacher.
         size: bytes that one state takes while its chunk is open, activations included.
         index: ``[N]`` the states that are meant; None, before `at`: all of them.
-        asked: ``[N]`` bool, where it is read; it is 0 elsewhere. None: everywhere.
+        asked: ``[N]`` bool, where it is read; elsewhere it says nothing of worth. None: everywhere.
     """
 
     make: Callable[[Tensor], Gaussian]
@@ -331,15 +331,17 @@ class Lazy(Distribution):
 
     def _partly(self, index: Tensor, asked: Tensor) -> Gaussian:
         # one state is made anyway, for the shape
-        made = self.make(index[asked] if bool(asked.any()) else index[:1])
         where = asked if bool(asked.any()) else torch.arange(len(index), device=index.device) < 1
-        mean = made.mean.new_zeros(len(index), *made.mean.shape[1:])
-        mean[where] = made.mean
-        if not made.scale.dim():
-            return Gaussian(mean, made.scale)
-        scale = made.scale.new_ones(len(index), *made.scale.shape[1:])
-        scale[where] = made.scale
-        return Gaussian(mean, scale)
+        made = self.make(index[where])
+
+        def spread(values: Tensor) -> Tensor:
+            if not values.dim():
+                return values
+            wide = values.new_ones(len(index), *values.shape[1:])
+            wide[where] = values
+            return wide
+
+        return replace(made, **{item.name: spread(getattr(made, item.name)) for item in fields(made)})
 
 
 class _LazyGradient(GradientAccumulator):

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 from tests import worlds  # noqa: E402
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
+from tests.tiny_diffusion import save_pipeline  # noqa: E402
 from tests.tiny_vlm import save_vlm  # noqa: E402
 
 torch.set_num_threads(1)  # more only get in each other's way on models this small
@@ -58,8 +59,14 @@ def make_world(saved, tmp_path_factory) -> Callable[[str], worlds.World]:
     """A world by the name of its setting, or of a text architecture."""
     folder = tmp_path_factory.mktemp("eyes")
     eyes = save_vlm(folder / "student"), save_vlm(folder / "teacher", seed=2, hidden=48, padding=9)
+    painters: list[Path] = []
 
     def get(name: str) -> worlds.World:
+        if name == "diffusion":
+            if not painters:
+                sizes = {"painter": (1, 16), "other": (2, 32)}
+                painters.extend(save_pipeline(folder / n, "anyflow", *size) for n, size in sizes.items())
+            return worlds.diffusion(*painters)
         if name in ("vision_language", "gui_grounding"):
             return getattr(worlds, name)(*eyes)
         settings = {} if name == "text" else {"architecture": name}
@@ -70,7 +77,13 @@ def make_world(saved, tmp_path_factory) -> Callable[[str], worlds.World]:
 
 @pytest.fixture(scope="session", params=["text", "vision_language", "gui_grounding"])
 def world(request, make_world) -> worlds.World:
-    """Every setting in turn."""
+    """Every setting in turn that writes tokens."""
+    return make_world(request.param)
+
+
+@pytest.fixture(scope="session", params=["text", "vision_language", "gui_grounding", "diffusion"])
+def every_world(request, make_world) -> worlds.World:
+    """Every setting in turn, those that write no tokens too."""
     return make_world(request.param)
 
 

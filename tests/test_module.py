@@ -115,31 +115,31 @@ def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("normaliser", ["steps", "weights"])
-def test_a_step_with_nothing_to_train_is_a_counted_zero(world, lora, normaliser, tmp_path):
+def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, normaliser, tmp_path):
     """Rule 17: it touches every trained parameter, and moves none."""
-    teachers = {"teacher": Teacher(Frozen(Pretrained(str(world.teacher))), where={"task": "nowhere"})}
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(every_world.teacher))), where={"task": "nowhere"})}
     objective = Objective([Term(ReverseKL(), normaliser=normaliser)])
-    module = world.module(teachers, objective, lora=lora)
+    module = every_world.module(teachers, objective, lora=lora)
     before = [p.detach().clone() for p in module.student.parameters()]
-    trainer = world.fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
+    trainer = every_world.fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
     assert trainer.global_step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
     assert trainer.callback_metrics["train/empty_micro_batches"] == 1
 
 
-def test_part_of_a_step_may_have_nothing_to_train(world, tmp_path):
-    teachers = {"teacher": Teacher(Frozen(Pretrained(str(world.teacher))), where={"task": "even"})}
-    module = world.module(teachers, rollout=Rollout(batch_size=8, micro_batch_size=1, horizon=4))
-    trainer = world.fit(module, tmp_path, accumulate_grad_batches=8)
+def test_part_of_a_step_may_have_nothing_to_train(every_world, tmp_path):
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(every_world.teacher))), where={"task": "even"})}
+    module = every_world.module(teachers, rollout=Rollout(batch_size=8, micro_batch_size=1, horizon=4))
+    trainer = every_world.fit(module, tmp_path, accumulate_grad_batches=8)
     assert 0 < trainer.callback_metrics["train/empty_micro_batches"] < 1
 
 
-def test_completions_beyond_the_window_are_not_trained(world, tmp_path):
+def test_completions_beyond_the_window_are_not_trained(every_world, tmp_path):
     """Every row masked by a weight: the window begins behind the horizon."""
     objective = Objective([Term(ReverseKL(), weights=[Window(start=50)], normaliser="weights")])
-    module = world.module(world.teacher, objective)
+    module = every_world.module(every_world.teacher, objective)
     before = [p.detach().clone() for p in module.student.parameters()]
-    world.fit(module, tmp_path, steps=1)
+    every_world.fit(module, tmp_path, steps=1)
     assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
 
 
@@ -195,10 +195,10 @@ def test_what_is_logged_at_each_step(world, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["initial", "ema", "live"])
-def test_self_distillation_starts_at_no_distance(world, made, tmp_path):
+def test_self_distillation_starts_at_no_distance(every_world, made, tmp_path):
     weights = {"initial": Initial(), "ema": EMA(), "live": Live()}[made]
-    module = world.module({"teacher": Teacher(weights)}, optimizer=sgd(1.0))
-    trainer = world.fit(module, tmp_path)
+    module = every_world.module({"teacher": Teacher(weights)}, optimizer=sgd(1.0))
+    trainer = every_world.fit(module, tmp_path)
     assert float(trainer.callback_metrics["train/loss/ReverseKL"]) == 0
 
 
@@ -210,25 +210,25 @@ def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
     world.fit(module, tmp_path)
 
 
-def test_a_checkpoint_of_another_student_is_refused(world, tmp_path):
-    trainer = world.fit(world.module(), tmp_path)
+def test_a_checkpoint_of_another_student_is_refused(every_world, tmp_path):
+    trainer = every_world.fit(every_world.module(), tmp_path)
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True)
-    other = world.module(lora=Lora(r=2))
+    other = every_world.module(lora=Lora(r=2))
     with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ of the weights .* trains.*lora_"):
         other.on_load_checkpoint(checkpoint)
 
 
-def test_an_adapters_checkpoint_holds_no_base(world, tmp_path):
-    trainer = world.fit(world.module(lora=Lora(r=2)), tmp_path)
+def test_an_adapters_checkpoint_holds_no_base(every_world, tmp_path):
+    trainer = every_world.fit(every_world.module(lora=Lora(r=2)), tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     names = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert names
     assert all("lora_" in name for name in names)
 
 
-def test_models_are_loaded_once(world):
-    module = world.module()
+def test_models_are_loaded_once(every_world):
+    module = every_world.module()
     policies = dict(module.policies)
     module.configure_model()
     assert module.policies == policies

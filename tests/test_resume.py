@@ -31,7 +31,7 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
         if setup["teacher"] == "ema"
         else {"class_path": "Frozen", "init_args": {"pretrained": {"path": str(world.teacher)}}}
     )
-    view = {"class_path": "PromptView", "init_args": {"prompt": "{{ completion }}{{ prompt }}"}}
+    view = world.yaml_view if setup["teacher"] == "ema" else None
     config = {
         "seed_everything": 3,
         "trainer": {
@@ -50,8 +50,9 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
         "model": {
             "class_path": world.setting.__name__,
             "init_args": {
-                "student": {"path": str(world.student)},
-                "teachers": {"teacher": {"weights": weights, "view": view if setup["teacher"] == "ema" else None}},
+                "student": {"path": str(world.student), "freeze": world.freeze},
+                **world.yaml,
+                "teachers": {"teacher": {"weights": weights, "view": view}},
                 "objective": {"terms": [{"signal": {"class_path": "ReverseKL"}}]},
                 "rollout": setup["rollout"],
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
@@ -106,6 +107,7 @@ def unbroken(tmp_path_factory):
         ("text", "ahead", AHEAD, 0.5),
         ("vision_language", "ema", EMA, 0.5),
         ("gui_grounding", "ema", EMA, 0.5),
+        ("diffusion", "ema", EMA, 0.5),
     ],
 )
 def test_kill_and_resume_is_bit_exact(setting, name, setup, moment, unbroken, tmp_path, make_world):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_lightning.modalities import DiffusionDistillation
 from opd_lightning.objective import (
     ForwardKL,
     Objective,
@@ -26,16 +27,16 @@ from tests.tiny import LongerIsBetter, Rows, attach, make_trainer
 
 
 @pytest.fixture
-def rows(world):
-    return world.make_rows(24)
+def rows(every_world):
+    return every_world.make_rows(24)
 
 
 @pytest.fixture
-def built(world, rows, tmp_path):
+def built(every_world, rows, tmp_path):
     """A module with a trainer attached, and a loader over 24 rows."""
 
     def get(accumulate: int = 1, rows=rows, seed: int = 0, **changes) -> RolloutLoader:
-        module = world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
+        module = every_world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
         attach(module, tmp_path, accumulate_grad_batches=accumulate)
         return RolloutLoader(rows, module, seed)
 
@@ -135,7 +136,7 @@ def test_a_group_is_one_prompt_with_different_draws(built, rows):
         members = batch.select(torch.arange(start, start + 3))
         assert len(set(members.row.tolist())) == 1
         assert members.examples[0] == rows[int(members.row[0])]
-    drawn = {tuple(actions.tolist()) for actions in batch.actions}
+    drawn = {str(actions.tolist()) for actions in batch.actions}
     assert len(drawn) > 6
 
 
@@ -150,8 +151,8 @@ def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
     assert [int(row) for batch in other for row in batch.row] != epochs[0]
 
 
-def test_no_epoch_of_a_run_is_empty(world, rows, tmp_path):
-    module = world.alone(rollout=Rollout(batch_size=8, horizon=2))
+def test_no_epoch_of_a_run_is_empty(every_world, rows, tmp_path):
+    module = every_world.alone(rollout=Rollout(batch_size=8, horizon=2))
     trainer = make_trainer(tmp_path, steps=-1)
     trainer.fit_loop.max_epochs = 3
     trainer.fit(module, datamodule=Rows(rows))
@@ -189,24 +190,25 @@ def test_draws_do_not_depend_on_the_number_of_ranks(built):
         assert torch.equal(both.mask[:, :width], batch.mask)
 
 
-def test_the_weights_version_is_the_number_of_steps_done(world, tmp_path):
+def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
     seen = []
 
-    class Watching(world.setting):
+    class Watching(every_world.setting):
         def training_step(self, batch, batch_idx):
             seen.append((self.global_step, batch.weights_version.tolist(), batch.optimiser_step.micro_batches))
             return super().training_step(batch, batch_idx)
 
-    module = world.module(setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
-    world.fit(module, tmp_path, steps=4)
+    module = every_world.module(setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
+    every_world.fit(module, tmp_path, steps=4)
     assert [(step, set(version)) for step, version, _ in seen] == [(0, {0}), (1, {0}), (2, {2}), (3, {2})]
 
 
 # -- behaviour ----------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, world):
-    loader = built(rows=world.make_rows(200), batch_size=100, group_size=2, behaviour={"student": 0.3, "dataset": 0.7})
+def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, every_world):
+    shares = {"student": 0.3, "dataset": 0.7}
+    loader = built(rows=every_world.make_rows(200), batch_size=100, group_size=2, behaviour=shares)
     batches = [batch for _ in range(2) for batch in loader]
     for batch in batches:
         assert batch.sources == ("student", "dataset")
@@ -224,15 +226,15 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, world):
     assert not torch.equal(batches[0].source, batches[1].source)
 
 
-def test_the_dataset_alone_never_asks_the_generator(built, world, monkeypatch):
+def test_the_dataset_alone_never_asks_the_generator(built, every_world, monkeypatch):
     """GKD's λ = 0, and SFT."""
     loader = built(behaviour={"student": 0.0, "dataset": 1.0})
-    monkeypatch.setattr(world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
+    monkeypatch.setattr(every_world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
     for batch in loader:
         assert set(batch.source.tolist()) == {1}
 
 
-def test_members_keep_their_place_in_a_mixture(built, rows):
+def test_members_keep_their_place_in_a_mixture(built, rows, every_world):
     """Whoever acts, a row's prompt, example and reward belong together."""
     loader = built(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
     loader.module.reward = LongerIsBetter(2)
@@ -240,6 +242,8 @@ def test_members_keep_their_place_in_a_mixture(built, rows):
     assert batch.reward is not None
     for i, example in enumerate(batch.examples):
         assert example == rows[int(batch.row[i])]
+        if every_world.setting is DiffusionDistillation:
+            continue
         assert _prompt(batch.observation, i) == _prompt(loader.module.collate([example]), 0)
         text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]], skip_special_tokens=True)
         assert float(batch.reward[i]) == float(len(text) >= 2)

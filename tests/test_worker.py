@@ -18,25 +18,25 @@ def workers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("rollout")]
 
 
-def watched(world, seen, **settings):
-    class Watching(world.setting):
+def watched(every_world, seen, **settings):
+    class Watching(every_world.setting):
         def training_step(self, batch, batch_idx):
             seen.append(
                 (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behaviour_log_probs)
             )
             return super().training_step(batch, batch_idx)
 
-    return world.module(setting=Watching, **settings)
+    return every_world.module(setting=Watching, **settings)
 
 
 @pytest.mark.parametrize("staleness", [1, 3])
-def test_the_lag_is_fixed_and_runs_repeat_themselves(world, staleness, tmp_path):
+def test_the_lag_is_fixed_and_runs_repeat_themselves(every_world, staleness, tmp_path):
     runs = []
     for _ in range(2):
         seen: list = []
         rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, max_staleness=staleness)
-        module = watched(world, seen, rollout=rollout)
-        world.fit(module, tmp_path, steps=14)
+        module = watched(every_world, seen, rollout=rollout)
+        every_world.fit(module, tmp_path, steps=14)
         runs.append((seen, [p.detach().clone() for p in module.student.parameters()]))
         assert not workers(), "its thread has ended"
     (one, weights), (two, again) = runs
@@ -46,11 +46,11 @@ def test_the_lag_is_fixed_and_runs_repeat_themselves(world, staleness, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
-def test_what_is_rolled_out_ahead_is_what_those_weights_do(world, tmp_path):
+def test_what_is_rolled_out_ahead_is_what_those_weights_do(every_world, tmp_path):
     """The behaviour log-probs of generation g are those of the student before generation g − 1."""
     seen: list = []
-    rows = world.make_rows(24)
-    module = watched(world, seen, rollout=Rollout(batch_size=8, horizon=6, max_staleness=1))
+    rows = every_world.make_rows(24)
+    module = watched(every_world, seen, rollout=Rollout(batch_size=8, horizon=6, max_staleness=1))
     before = []
     start = module.training_step
 
@@ -59,18 +59,19 @@ def test_what_is_rolled_out_ahead_is_what_those_weights_do(world, tmp_path):
         return start(batch, batch_idx)
 
     module.training_step = keep
-    world.fit(module, tmp_path, rows, steps=6)
-    fresh = world.alone(rollout=module.rollout)
+    every_world.fit(module, tmp_path, rows, steps=6)
+    fresh = every_world.alone(rollout=module.rollout)
     loader = RolloutLoader(rows, attach(fresh, tmp_path), seed=0)
     for generation in range(6):
         fresh.student.load_state_dict(before[max(0, generation - 1)], strict=False)
         rolled = loader._roll_out(generation, 0, fresh)
+        (rolled,) = rolled.split(len(rolled))  # without the steps that nobody trains
         assert torch.equal(rolled.actions, seen[generation][2])
         assert (rolled.behaviour_log_probs - seen[generation][3]).abs().max() < 1e-5
 
 
-def test_what_the_worker_raises_reaches_the_trainer(world, tmp_path):
-    class Fails(world.setting):
+def test_what_the_worker_raises_reaches_the_trainer(every_world, tmp_path):
+    class Fails(every_world.setting):
         def sample(self, policy, prompts, examples, rollout, seeds):
             if threading.current_thread() in workers():
                 self.calls = getattr(self, "calls", 0) + 1
@@ -78,9 +79,9 @@ def test_what_the_worker_raises_reaches_the_trainer(world, tmp_path):
                     raise RuntimeError("the third generation fails")
             return super().sample(policy, prompts, examples, rollout, seeds)
 
-    module = world.module(setting=Fails, rollout=Rollout(batch_size=8, horizon=4, max_staleness=1))
+    module = every_world.module(setting=Fails, rollout=Rollout(batch_size=8, horizon=4, max_staleness=1))
     with pytest.raises(RuntimeError, match="the third generation fails") as caught:
-        world.fit(module, tmp_path, steps=6)
+        every_world.fit(module, tmp_path, steps=6)
     assert any(frame.name == "sample" for frame in traceback.extract_tb(caught.tb))
 
 
@@ -96,10 +97,10 @@ def test_knobs_are_those_of_when_it_was_asked(world, tmp_path):
     loader.close()
 
 
-def test_what_no_copy_of_the_student_can_do_is_refused(world, tmp_path):
+def test_what_no_copy_of_the_student_can_do_is_refused(every_world, tmp_path):
     rollout = Rollout(batch_size=4, behaviour={"student": 0.5, "teacher": 0.5}, max_staleness=2)
-    module = world.module({"teacher": Teacher(EMA())}, Objective([Term(ReverseKL())]), rollout=rollout)
+    module = every_world.module({"teacher": Teacher(EMA())}, Objective([Term(ReverseKL())]), rollout=rollout)
     with pytest.raises(ValueError, match=r"rollout\.max_staleness=2: the worker .* copy of the student only.*teacher"):
-        RolloutLoader(world.make_rows(8), attach(module, tmp_path))
+        RolloutLoader(every_world.make_rows(8), attach(module, tmp_path))
     with pytest.raises(ValueError, match=r"rollout\.max_staleness must be >= 0, got -1"):
         Rollout(max_staleness=-1)

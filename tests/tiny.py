@@ -117,7 +117,8 @@ class LongerIsBetter:
         self.length = length
 
     def __call__(self, completion: str, example: dict[str, Any]) -> float:
-        return float(len(completion) >= self.length)
+        size = len(completion) if isinstance(completion, str) else completion.width
+        return float(size >= self.length)
 
 
 def make_rows(count: int = 24) -> list[dict[str, Any]]:

@@ -136,10 +136,11 @@ def save_pipeline(folder: Path, kind: str, seed: int = 0, width: int = 16) -> Pa
 
 
 def make_rows(count: int = 24, size: int = 16) -> list[Example]:
-    """Prompts of mixed length, images, and in most rows another one as a reference."""
+    """Prompts of mixed length, images, and the columns that the rows of other settings have."""
     rows = []
     for i in range(count):
         image = Image.new("RGB", (size, size), (10 * i % 256, 200, 255 - 7 * i % 256))
         prompt = " ".join(["a", *(["big"] * (i % 3)), WORDS[1 + i % 2], WORDS[3 + i % 3]])
-        rows.append({"prompt": prompt, "image": image, "label": i % 2})
+        row = {"prompt": prompt, "image": image, "label": i % 2, "task": "odd" if i % 2 else "even"}
+        rows.append({**row, "solution": "yes" if i % 5 else "", "completion": "", "answer": ""})
     return rows

@@ -91,13 +91,5 @@ def stochastic_step(
     level, to = over(t, latent), over(r, latent)
     away = torch.where(level >= 1, 1 - to, 1 - level)
     s, step = noise_level * (level / away).sqrt(), to - level
-    mean = latent * (1 + s**2 * step / (2 * level)) + v * velocity_gain(t, r, noise_level, latent)
+    mean = latent * (1 + s**2 * step / (2 * level)) + v * (1 + s**2 * (1 - level) / (2 * level)) * step
     return mean, (s * (-step).sqrt()).expand(latent.shape[0], *[1] * (latent.dim() - 1))
-
-
-def velocity_gain(t: Tensor | float, r: Tensor | float, noise_level: float, like: Tensor) -> Tensor:
-    """∂mean / ∂v of `stochastic_step`: two means differ by it times the difference of the velocities."""
-    level, to = over(t, like), over(r, like)
-    away = torch.where(level >= 1, 1 - to, 1 - level)
-    s = noise_level * (level / away).sqrt()
-    return (1 + s**2 * (1 - level) / (2 * level)) * (to - level)

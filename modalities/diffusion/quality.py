@@ -64,13 +64,15 @@ class Inception(Features):
 
 
 class DigitFeatures(Features):
-    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colours: 32 of them.
+    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colours: 32 of them, each
+    divided by its standard deviation over the real digits.
 
     Args:
         path: its weights, made by ``assets/make_diffusion_quickstart.py``.
     """
 
     num_features = 32
+    spread: Tensor
 
     def __init__(self, path: str | None = "opd:assets/diffusion_quickstart/features.safetensors") -> None:
         super().__init__()
@@ -81,15 +83,19 @@ class DigitFeatures(Features):
             nn.Linear(32 * 16, 32), nn.GELU(),
         )  # fmt: skip
         self.head = nn.Linear(32, 10)
+        self.register_buffer("spread", torch.ones(32))
         if path is not None:
             self.load_state_dict(load_file(shipped(path)))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images) / self.spread
+
+    def raw(self, images: Tensor) -> Tensor:
         return self.body(nn.functional.interpolate(images, (16, 16), mode="bilinear") * 2 - 1)
 
     def classify(self, images: Tensor) -> Tensor:
-        return self.head(self(images)).argmax(1)
+        return self.head(self.raw(images)).argmax(1)
 
 
 class SampleQuality:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...distribution import Gaussian
 from ...rollout import derived_seed
 from . import flow
 
@@ -35,6 +36,13 @@ class Plan:
     trained: Tensor
 
 
+@dataclass
+class Transition(Gaussian):
+    """Where a step leads, and the velocity that it takes."""
+
+    velocity: Tensor
+
+
 class Sampler(ABC):
     """How the student gets from noise to an image."""
 
@@ -55,9 +63,9 @@ class Sampler(ABC):
         """The next latents ``[n, ...]``."""
         return flow.euler(latent, v, t, r)
 
-    def scale(self, t: Tensor, r: Tensor, like: Tensor) -> Tensor:
-        """Standard deviation of a transition in units of the velocity, ``[n, 1, ...]``."""
-        raise NotImplementedError
+    def transition(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Transition:
+        """The distribution of the next latents; without a density, where the sampler has none."""
+        return Transition(flow.euler(latent, v, t, r), latent.new_zeros(()), v)
 
     def evaluated(self) -> Sampler:
         """How a student that was trained on its states is sampled."""
@@ -113,14 +121,13 @@ class SDE(Sampler):
         return plan
 
     def step(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor]) -> Tensor:
-        mean, deviation = flow.stochastic_step(latent, v, t, r, self.noise_level)
-        noisy = mean + deviation * noise()
-        return torch.where(flow.over(r, latent) > 0, noisy, flow.euler(latent, v, t, r)).to(latent.dtype)
+        next_one = self.transition(latent, v, t, r)
+        noisy = next_one.mean + next_one.scale * noise()
+        return torch.where(flow.over(r, latent) > 0, noisy, flow.euler(latent, v, t, r))
 
-    def scale(self, t: Tensor, r: Tensor, like: Tensor) -> Tensor:
-        _, deviation = flow.stochastic_step(like, like, t, r, self.noise_level)
-        gain = flow.velocity_gain(t, r, self.noise_level, like)
-        return (deviation / gain.abs()).to(like.dtype)
+    def transition(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Transition:
+        mean, deviation = flow.stochastic_step(latent, v, t, r, self.noise_level)
+        return Transition(mean.to(latent.dtype), deviation.to(latent.dtype), v)
 
 
 class Renoise(Sampler):

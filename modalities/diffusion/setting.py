@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...distribution import Gaussian, Lazy
+from ...distribution import Lazy
 from ...module import OnPolicyDistillation
 from ...objective import Objective
 from ...pretrained import Pretrained
@@ -27,7 +27,7 @@ from .answer import Answer, AskHere, Moment, SameStep
 from .fake import LearntScore
 from .families import Condition, Family, Transformer, load_family
 from .quality import SampleQuality
-from .sampler import Ask, Euler, Sampler, generator, plan_all, roll_out
+from .sampler import Ask, Euler, Sampler, Transition, generator, plan_all, roll_out
 from .signal import FlowMatching, VelocityMatching
 from .view import REFERENCE
 
@@ -248,7 +248,18 @@ class DiffusionDistillation(OnPolicyDistillation):
                 self.sampler, lambda rows, x, t, r: asking(rows, x, t, r if jumps else t), start, sigma, toward, seeds
             )
         self._refuse_nonfinite(after, examples)
-        return self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
+        acted = self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
+        if self.sampler.stochastic:
+            acted.behaviour_log_probs = self._log_probs(policy, acted)
+        return acted
+
+    def _log_probs(self, policy: Policy, acted: Trajectories) -> Tensor:
+        """``[B, T]`` of the steps that were taken."""
+        found = torch.zeros(acted.mask.shape)
+        index = acted.mask.flatten().nonzero().squeeze(-1)
+        said = self.steps(policy, acted, acted.examples).at(index).chunk(slice(None))
+        found.view(-1)[index] = said.log_prob(acted.actions.flatten(0, 1)[index]).float()
+        return found
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         """Images of the dataset, noised: a state each, whose action is the image itself."""
@@ -290,7 +301,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         is_student = policy.name == "student"
         answer = SameStep() if is_student else self._answer(policy.name)
 
-        def make(index: Tensor) -> Gaussian:
+        def make(index: Tensor) -> Transition:
             rows, at = index // width, index % width
             latent = before[rows, at]
             t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
@@ -304,14 +315,13 @@ class DiffusionDistillation(OnPolicyDistillation):
                 return here(self._asking(who, seen))
 
             if is_student:
-                mean = asking(rows, latent, t, r if self._jumps else t)
+                v = asking(rows, latent, t, r if self._jumps else t)
             else:
                 moment = Moment(
                     latent, t, r, trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()], other
                 )
-                mean = answer(here(self._asking(policy, examples, answer.guidance)), moment)
-            scale = self.sampler.scale(t, r, latent) if self.sampler.stochastic else mean.new_ones(())
-            return Gaussian(mean.to(device), scale.to(device))
+                v = answer(here(self._asking(policy, examples, answer.guidance)), moment)
+            return self.sampler.transition(latent, v.to(device), t, r)
 
         trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
         return Lazy(make, trained, self._bytes_per_state(policy.model))

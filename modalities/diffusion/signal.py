@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...distribution import Gaussian
 from ...objective import Signal, Steps, Weight
 from .answer import data_velocity
+from .sampler import Transition
 
 
 class VelocityMatching(Signal):
@@ -19,8 +19,8 @@ class VelocityMatching(Signal):
     needs = frozenset({"teacher", "latents"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        assert isinstance(steps.student, Gaussian)
-        return (steps.student.mean - steps.teacher.mean).square().flatten(1).mean(1)
+        assert isinstance(steps.student, Transition)
+        return (steps.student.velocity - steps.teacher.velocity).square().flatten(1).mean(1)
 
 
 class FlowMatching(Signal):
@@ -29,10 +29,10 @@ class FlowMatching(Signal):
     needs = frozenset({"latents"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        assert isinstance(steps.student, Gaussian)
+        assert isinstance(steps.student, Transition)
         start = steps.trajectories.observation["start"][steps.trajectory]
         v = data_velocity(start, steps.action, steps.channel("sigma"))
-        return (steps.student.mean - v).square().flatten(1).mean(1)
+        return (steps.student.velocity - v).square().flatten(1).mean(1)
 
 
 class NoiseLevel(Weight):
