@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui test test-slow check bench methods seeing recover assets assets-vision assets-gui clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow check bench methods seeing few-step recover assets assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -37,6 +37,12 @@ demo-gui: install
 	$(BIN)/python -m opd_lightning.report runs/demo-gui --since $$since && \
 	$(BIN)/python -m opd_lightning.modalities.vision_language.gallery runs/demo-gui
 
+demo-diffusion: install
+	rm -rf runs/demo-diffusion
+	since=$$(date +%s) && \
+	$(BIN)/opd fit -c opd:diffusion/quickstart.yaml --trainer.default_root_dir=runs/demo-diffusion --trainer.logger.init_args.save_dir=runs/demo-diffusion && \
+	$(BIN)/python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion --since $$since
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,6 +64,9 @@ methods: install
 seeing: install
 	$(BIN)/python benchmarks/seeing.py
 
+few-step: install
+	$(BIN)/python benchmarks/few_step.py
+
 recover: install
 	$(BIN)/python benchmarks/recover.py
 
@@ -69,6 +78,9 @@ assets-vision: install
 
 assets-gui: install
 	$(BIN)/python assets/make_gui_quickstart.py
+
+assets-diffusion: install
+	$(BIN)/python assets/make_diffusion_quickstart.py
 
 clean:
 	rm -rf .venv runs build *.egg-info

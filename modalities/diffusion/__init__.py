@@ -4,6 +4,7 @@ from .answer import Answer, AverageVelocity, SameStep, ScoreDifference, TotalDer
 from .fake import LearntScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
 from .quality import DigitFeatures, Features, Inception, SampleQuality
+from .reward import Brightness
 from .sampler import SDE, Euler, Renoise, Sampler, Shortcuts
 from .setting import DiffusionDistillation, Noising
 from .signal import FlowMatching, NoiseLevel, VelocityMatching
@@ -14,6 +15,7 @@ __all__ = [
     "Answer",
     "AnyFlow",
     "AverageVelocity",
+    "Brightness",
     "DetailedPrompt",
     "DiffusionDistillation",
     "DigitFeatures",

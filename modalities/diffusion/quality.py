@@ -150,15 +150,15 @@ class SampleQuality:
                 wanted = torch.tensor([e["label"] for e in examples for _ in range(configured.samples)])
                 self._right.setdefault(count, []).append((found == wanted).float())
             if batch_idx == 0 and module.trainer.is_global_zero and not module.trainer.sanity_checking:
-                self._draw(module, images[: self.grid], count)
+                self._draw(module, who, images[: self.grid], count)
 
-    def _draw(self, module: DiffusionDistillation, images: Tensor, count: int) -> None:
-        path = module.folder / "grids" / f"step-{module.global_step}_steps-{count}.png"
+    def _draw(self, module: DiffusionDistillation, who: str, images: Tensor, count: int) -> None:
+        path = module.folder / "grids" / f"{who}_step-{module.global_step}_steps-{count}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(images)
         sheet.save(path)
         for logger in module.loggers:
-            log_image(logger, f"samples/{count}_steps", sheet, module.global_step)
+            log_image(logger, f"{who}/{count}_steps", sheet, module.global_step)
 
     @torch.no_grad()
     def finish(self, module: DiffusionDistillation, stage: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from ...module import OnPolicyDistillation
 from ...objective import Objective
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
-from ...teacher import Policy, evaluating
+from ...teacher import Frozen, Policy, evaluating
 from ...trajectory import Example, OptimiserStep, Trajectories
 from . import flow
 from .answer import Answer, AskHere, Moment, SameStep
@@ -109,6 +110,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         # before the core's own, which checks that everything fits
         self.sampler, self.answers, self.noising = sampler or Euler(), answers or {}, noising or Noising()
         self.quality, self.flow_map = quality, flow_map
+        self.network_evaluations = 0
         self._family_settings = {
             "size": (height, width),
             "max_sequence_length": max_sequence_length,
@@ -377,6 +379,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             return flow.guided(said, velocity([nothing[row] for row in mine], latent, t, r), guidance)
 
         def velocity(seen: list[Condition], latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            self.network_evaluations += len(seen)
             weight = next(policy.model.parameters())
             device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
             parts, order = [], []
@@ -409,17 +412,27 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # of all models and all that they were asked: rollouts, teachers, the student itself, learnt scores
+        self.record("network_evaluations", float(self.network_evaluations))
+        self.network_evaluations = 0
+
     def _look_ahead(self, whole: OptimiserStep) -> None:
         super()._look_ahead(whole)
         for name, teacher in self.teachers.items():
             if isinstance(teacher.weights, LearntScore):
-                self.record(f"learnt/{name}", self._learn(name, teacher.weights, whole))
+                loss = self._learn(name, teacher.weights, whole)
+                if loss is not None:
+                    self.record(f"learnt/{name}", loss)
 
-    def _learn(self, name: str, weights: LearntScore, whole: OptimiserStep) -> Tensor:
+    def _learn(self, name: str, weights: LearntScore, whole: OptimiserStep) -> Tensor | None:
         """A learnt score is trained on what the student made for this optimiser step."""
         mine = Trajectories.concatenate(whole.micro_batches, self.padding)
         acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
         mine = mine.select(acted.nonzero().squeeze(-1))
+        if not len(mine):
+            return None  # a stage in which the student does not act
         asking = self._asking(self.policies[name], self.shown(mine.examples))
         rows = torch.arange(len(mine))
 
@@ -432,6 +445,25 @@ class DiffusionDistillation(OnPolicyDistillation):
         return weights.learn(lambda x, t, r: asking(rows, x, t, r), self.ends(mine), seeds, average)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.quality is None or self.global_step or not self.evaluation.before or data.validation is None:
+            return
+        frozen = [name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Frozen)]
+        values: dict[str, float] = {}
+        for who in [*frozen, "student"]:
+            mine = range(self.global_rank, len(data.validation), self.trainer.world_size)
+            size = data.validation_batch_size
+            for place, start in enumerate(range(0, len(mine), size)):
+                batch = [dict(data.validation[i]) for i in mine[start : start + size]]
+                self.quality.see(self, who, batch, place, self.quality.steps)
+            values |= self.quality.finish(self, "val" if who == "student" else f"val/{who}")
+        for logger in self.loggers:
+            logger.log_metrics(values, step=0)
+        distances = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if "/fid" in name)
+        rank_zero_info(f"Before training: {distances}")
 
     def validation_step(self, examples: list[Example], batch_idx: int) -> None:
         super().validation_step(examples, batch_idx)

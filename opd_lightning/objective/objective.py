@@ -125,7 +125,7 @@ class Objective:
             where = f"objective.terms[{i}] ({term.name})"
             for name in sorted(term.teachers - teachers):
                 raise ValueError(f"{where}: no teacher '{name}' in model.teachers, which has {sorted(teachers)}")
-            if term.source is not None and term.source not in sources:
+            if term.coefficient != 0 and term.source is not None and term.source not in sources:
                 raise ValueError(
                     f"{where}.source: nobody called '{term.source}' acts; rollout.behaviour: {sorted(sources)}"
                 )

@@ -1,0 +1,120 @@
+"""What came of a few-step run: ``python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion`` prints Frechet
+distances by number of steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from ...report import Curves, read_curves
+
+
+def by_steps(curves: Curves, prefix: str, place: int, metric: str = "fid") -> dict[int, float]:
+    """Number of steps → the first (0) or last (−1) value of a metric."""
+    pattern = re.compile(rf"{re.escape(prefix)}/{metric}_(\d+)")
+    found = {int(m[1]): points[place][1] for name, points in curves.items() if (m := pattern.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def closed(before: float, after: float, aim: float) -> float:
+    """Share of the gap between ``before`` and ``aim`` that ``after`` closed."""
+    return (before - after) / (before - aim)
+
+
+def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, Any]:
+    """Prints the table, draws the pictures, writes ``result.json``; returns what it holds.
+
+    Raises:
+        ValueError: the run sampled no frozen teacher (``evaluation.before``).
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    curves = read_curves(run)
+    teacher = by_steps(curves, "val/teacher", 0)
+    if not teacher:
+        raise ValueError(f"{run}: nothing was measured of a frozen teacher; set model.evaluation.before")
+    rows = {
+        "teacher": teacher,
+        "student before": by_steps(curves, "val", 0),
+        "student after": by_steps(curves, "val", -1),
+    }
+    table = Table(title="Frechet distance to real images, by number of steps", title_justify="left")
+    table.add_column("")
+    for count in teacher:
+        table.add_column(str(count), justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[count]:.2f}" for count in teacher))
+    console = Console()
+    console.print(table)
+    most, after = max(teacher), rows["student after"]
+    found: dict[str, Any] = {
+        "before": round(teacher[steps], 4),
+        "after": round(after[steps], 4),
+        "teacher": round(teacher[most], 4),
+        "gap_closed": round(closed(teacher[steps], after[steps], teacher[most]), 4),
+        "steps": {name: {str(k): round(v, 4) for k, v in values.items()} for name, values in rows.items()},
+    }
+    console.print(f"with {steps} steps, {found['gap_closed']:.0%} of the gap to the teacher's {most} steps is closed")
+    if since is not None:
+        found["wall_s"] = round(time.time() - since, 1)
+    found["seed"] = config["seed_everything"]
+    draw(curves, run / "curves.png")
+    grid(run, steps, most, run / "grid.png")
+    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}", highlight=False)
+    return found
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Distances over optimiser steps, one curve for each number of denoising steps.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message names the extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("curves need matplotlib: pip install 'opd-lightning[plots]'") from error
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis: Any = figure.subplots()
+    for count in by_steps(curves, "val", 0):
+        axis.plot(*zip(*curves[f"val/fid_{count}"], strict=True), marker=".", label=f"{count} steps")
+    aim = by_steps(curves, "val/teacher", 0)
+    axis.axhline(aim[max(aim)], linestyle="--", color="grey", label=f"teacher, {max(aim)} steps")
+    axis.set(title="Frechet distance", xlabel="optimiser steps", yscale="log")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def grid(run: Path, steps: int, most: int, path: Path) -> None:
+    """The teacher's and the student's samples of the same noise, under each other."""
+    last = max(int(m[1]) for file in (run / "grids").glob("student_*") if (m := re.search(r"step-(\d+)_", file.name)))
+    files = {
+        f"teacher, {steps} steps": f"teacher_step-0_steps-{steps}.png",
+        f"teacher, {most} steps": f"teacher_step-0_steps-{most}.png",
+        f"student, {steps} steps": f"student_step-{last}_steps-{steps}.png",
+    }
+    sheets = {title: Image.open(run / "grids" / name) for title, name in files.items()}
+    width, height = (max(sheet.size[side] for sheet in sheets.values()) for side in (0, 1))
+    picture = Image.new("RGB", (width, len(sheets) * (height + 16)), "white")
+    for place, (title, sheet) in enumerate(sheets.items()):
+        ImageDraw.Draw(picture).text((2, place * (height + 16) + 2), title, fill="black")
+        picture.paste(sheet, (0, place * (height + 16) + 16))
+    picture.save(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
+    parser.add_argument("--steps", type=int, default=4, help="the student's number of steps")
+    parser.add_argument("--since", type=float, help="when the run began, in seconds since 1970; adds wall_s")
+    options = parser.parse_args()
+    report(options.run, options.steps, options.since)
