@@ -10,12 +10,19 @@ from opd_lightning.cli import OPDCLI, run
 
 ROOT = Path(__file__).parent.parent / "configs"
 # what a method needs besides prompts decides which quickstart it overlays
-SEEING = {"vision_opd": "vision_language", "vicur": "vision_language", "opsd_vision": "vision_language", "gui_sd": "gui_grounding"}  # fmt: skip  # noqa: E501
+OTHERS = {
+    "vision_language": ("vision_opd", "vicur", "opsd_vision"),
+    "gui_grounding": ("gui_sd",),
+    "diffusion": (
+        "d_opsd", "dmd2", "flow_map_forward", "flow_map_off_policy", "gaussian_kl", "transition_matching",
+    ),
+}  # fmt: skip
+SETTING = {method: setting for setting, methods in OTHERS.items() for method in methods}
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
     f"{setting}/{path.stem}"
-    for setting in ("text", "vision_language", "gui_grounding")
+    for setting in ("text", "vision_language", "gui_grounding", "diffusion")
     for path in (ROOT / setting).glob("*.yaml")
 )
 # Settings that overlay another setting
@@ -31,6 +38,7 @@ FEW = {
     "text": "--data.init_args.train_options.count=64",
     "vision_language": "--data.init_args.train_options.count=64",
     "gui_grounding": "--data.init_args.train_options.pages=[click-color]",
+    "diffusion": "--data.init_args.train_options.limit=32",
 }
 
 
@@ -54,7 +62,7 @@ def test_trainer_overlays_parse(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_overlays_run_on_the_quickstart(name, tmp_path):
-    setting = SEEING.get(name, "text")
+    setting = SETTING.get(name, "text")
     run(["fit", "-c", f"opd:{setting}/quickstart.yaml", "-c", f"opd:methods/{name}.yaml", *SMALL, FEW[setting],
          f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -1,5 +1,5 @@
-"""What came of a few-step run: ``python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion`` prints Frechet
-distances by number of steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
+"""What came of a few-step run: ``python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion`` prints
+Frechet distances by number of steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
 
 from __future__ import annotations
 

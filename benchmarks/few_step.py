@@ -1,0 +1,84 @@
+"""Few-step methods on the diffusion quickstart at equal numbers of network evaluations, over seeds: ``make few-step``
+writes docs/few_step.png and runs/few_step/result.json.
+
+An evaluation is one latent through one network once, whoever it is for: rollouts, teachers, the student, a fake score.
+All start from the teacher's own weights. D-OPSD, which starts from a few-step student and learns something else, is
+``--d-opsd``: with the paper's average, and with the live student as its teacher (rate 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from methods import fit
+
+from opd_lightning.modalities.diffusion.table import by_steps, closed
+
+RUNS, SEEDS = Path("runs/few_step"), (0, 1, 2)
+BUDGET = 250_000
+# overlays, evaluations per optimiser step (measured; `train/network_evaluations` says them), and more arguments
+ARMS: dict[str, tuple[list[str], int, list[str]]] = {
+    "flow map, on-policy": ([], 851, []),
+    "flow map, off-policy": (["flow_map_off_policy"], 864, ["--model.init_args.rollout.batch_size=96"]),
+    "flow map from images (AnyFlow stage 1)": (["flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
+    "distribution matching (DMD2)": (["dmd2"], 368, []),
+    "velocity matching, guidance 1.5": (["transition_matching"], 512, []),
+    "Gaussian KL, guidance 1.5": (["gaussian_kl"], 928, []),
+}
+TOLD: dict[str, list[str]] = {
+    "average, rate 0.0001": [],
+    "live student (rate 1)": ["--model.init_args.teachers.teacher.weights.init_args.rate=1.0"],
+}
+
+
+def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[str]) -> dict[str, Any]:
+    folder = RUNS / f"{arm} {seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    length = [f"--trainer.max_steps={updates}", f"--trainer.val_check_interval={updates}"]
+    epochs = ["--data.init_args.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
+    curves, wall = fit(folder, "diffusion", overlays, [f"--seed_everything={seed}", *length, *extra, *epochs])
+    found: dict[str, Any] = {"arm": arm, "seed": seed, "updates": updates, "wall_s": round(wall)}
+    found["fid"] = by_steps(curves, "val", -1)
+    found["teacher"], found["before"] = by_steps(curves, "val/teacher", 0), by_steps(curves, "val", 0)
+    found["evaluations"] = round(mean(value for _, value in curves["train/network_evaluations"]))
+    found["reward"] = curves["val/accuracy"][-1][1] if "val/accuracy" in curves else None
+    distances = {k: round(v, 2) for k, v in found["fid"].items()}
+    print(f"{arm:40} {seed} {distances} {found['evaluations']} {found['reward']} {wall:.0f} s", flush=True)
+    return found
+
+
+def main(told: bool, arms: list[str], jobs: int) -> None:
+    if told:
+        wanted = [(arm, seed, ["d_opsd"], 300, extra) for seed in SEEDS for arm, extra in TOLD.items()]
+    else:
+        chosen = {arm: ARMS[arm] for arm in arms or ARMS}
+        wanted = [
+            (arm, seed, overlays, BUDGET // cost, extra)
+            for seed in SEEDS
+            for arm, (overlays, cost, extra) in chosen.items()
+        ]
+    with ThreadPoolExecutor(jobs) as pool:
+        found = list(pool.map(lambda run: train(*run), wanted))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RUNS / ("d_opsd.json" if told else "result.json")).write_text(json.dumps(found, indent=2) + "\n")
+    for arm in dict.fromkeys(run["arm"] for run in found):
+        mine = [run for run in found if run["arm"] == arm]
+        counts = list(mine[0]["fid"])
+        row = " | ".join(f"{mean(run['fid'][k] for run in mine):.2f}" for k in counts)
+        share = "" if told else f" | {mean(closed(r['teacher'][4], r['fid'][4], r['teacher'][32]) for r in mine):.0%}"
+        print(f"| {arm} | {row}{share} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arms", nargs="*", help="default: all")
+    parser.add_argument("--d-opsd", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    main(options.d_opsd, options.arms, options.jobs)
