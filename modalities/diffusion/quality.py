@@ -188,7 +188,9 @@ class SampleQuality:
 
             data = getattr(module.trainer, "datamodule", None)
             splits = [getattr(data, name, None) for name in ("train", "validation", "test")]
-            rows = next((rows for rows in splits if rows is not None and rows[0].get("image") is not None), None)
+            rows = next(
+                (rows for rows in splits if rows is not None and len(rows) and rows[0].get("image") is not None), None
+            )
             if rows is None:
                 raise ValueError("model.quality compares with real images, but no split has a column 'image'")
             parts = []
