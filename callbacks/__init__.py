@@ -1,6 +1,16 @@
 """Callbacks: knobs over training time."""
 
-from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule
+from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .knobs import KnobCallback
 
-__all__ = ["Cosine", "Curriculum", "KnobCallback", "Linear", "OnPlateau", "Piecewise", "Schedule"]
+__all__ = [
+    "Cosine",
+    "Curriculum",
+    "KnobCallback",
+    "Linear",
+    "OnPlateau",
+    "Piecewise",
+    "Schedule",
+    "Stage",
+    "Staircase",
+]

@@ -82,7 +82,8 @@ class Evaluator:
         self._horizon = module.rollout.horizon
         self.metrics: dict[str, MeanMetric] = {}
 
-    def _act(self, who: str, examples: list[Example], batch_idx: int) -> Trajectories:
+    def act(self, who: str, examples: list[Example], batch_idx: int) -> Trajectories:
+        """A policy acts as it does in validation, ``samples`` times for each example."""
         module, settings = self.module, self.module.evaluation
         rollout = dataclasses.replace(
             module.rollout,
@@ -100,7 +101,7 @@ class Evaluator:
     def step(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
         """One batch of held-out examples."""
         module, samples = self.module, self.module.evaluation.samples
-        trajectories = self._act(who, examples, batch_idx)
+        trajectories = self.act(who, examples, batch_idx)
         reward, shown = module.score(trajectories)
         self._update("length", trajectories.length.float())
         self._update("stopped", trajectories.stopped.float())
@@ -221,4 +222,4 @@ class Evaluator:
     @torch.no_grad()
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """The student's completions of a batch of examples."""
-        return self.module.score(self._act("student", examples, batch_idx))[1]
+        return self.module.score(self.act("student", examples, batch_idx))[1]

@@ -476,15 +476,17 @@ class OnPolicyDistillation(L.LightningModule):
         """Has the mean of ``values`` since the last logged step, over ranks, logged as ``train/<name>``."""
         self._averages.add(name, values, counts)
 
+    def recorded(self) -> dict[str, float]:
+        """Means of what this optimiser step recorded so far, over ranks; every rank must ask."""
+        return self._averages.over_ranks(self.trainer)
+
     def _describe(self, batch: Trajectories) -> None:
         self._averages.add("length", batch.length)
         self._averages.add("stopped", batch.stopped.float())
         self._averages.add("staleness", (self.global_step - batch.weights_version).float())
 
     def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
-        whole = batch.optimiser_step
-        assert whole is not None
-        if batch.micro_batch + 1 < len(whole.micro_batches):
+        if not batch.ends_optimiser_step:
             return
         averages, self._averages = self._averages, Averages(self.device)
         if self._is_logged(self.global_step):

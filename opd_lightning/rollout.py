@@ -138,6 +138,9 @@ class RolloutLoader:
         module: the student's module, which acts and scores.
         seed: of the prompt order and of all sampling.
 
+    Attributes:
+        version: optimiser steps that the student had seen when the newest rollouts were asked for; None: not yet.
+
     Raises:
         ValueError: fewer examples than one generation batch over all ranks.
     """
@@ -156,6 +159,7 @@ class RolloutLoader:
         self.generations = len(dataset) // self.prompts
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
+        self.version: int | None = None
         self._steps: list[Trajectories] = []
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
@@ -169,7 +173,7 @@ class RolloutLoader:
             self.epoch, self.generation = self.epoch + 1, 0
         while self.generation < self.generations:
             if self.pending is None:
-                self._hold(self._generate(), 0)
+                self._hold(self._generate(), self.next)
             batch = self._steps[self.next]
             self.next += 1
             if self.next == self.per_generation:
@@ -194,6 +198,7 @@ class RolloutLoader:
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
         number, module = self.epoch * self.generations + self.generation, self.module
+        self.version = module.global_step
         with module.stopwatch.phase("rollout"):
             if self._worker is None:
                 trajectories = self._roll_out(number, module.global_step, module)
@@ -253,6 +258,15 @@ class RolloutLoader:
         if self._worker is not None:
             self._worker.close()
 
+    def refresh(self) -> None:
+        """Throws away what was rolled out and not yet trained, the rest of a generation batch too: the same prompts
+        are rolled out again with the current weights. Only between optimiser steps."""
+        for rolled in self._ahead:
+            if not rolled.cancel():
+                rolled.result()  # the weights must not change while it acts
+        self._ahead.clear()
+        self.pending, self._steps = None, []
+
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
         """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
         if len(shares) == 1:
@@ -298,7 +312,7 @@ class RolloutLoader:
                 f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
-        self.pending, self.next, self._steps = None, 0, []
+        self.pending, self.next, self._steps = None, state["next"], []
         if state["pending"] is not None:
             self._hold(self._restored(state["pending"]), state["next"])
         self._ahead.clear()

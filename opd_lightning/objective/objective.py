@@ -362,8 +362,10 @@ class Objective:
         return on
 
     def _weigh(self, steps: Steps, term: Term, weights: list[Weight]) -> Tensor:
-        """``[N]`` product of some of the term's weights, 0 where the term is off."""
+        """``[N]`` product of the trajectory's weight and some of the term's, 0 where the term is off."""
         product = self._on(steps, term).float()
+        if steps.trajectories.weight is not None:
+            product = product * steps.per_trajectory(steps.trajectories.weight)
         for weight in weights:
             product = product * steps.part(weight).detach()
         return product

@@ -149,8 +149,9 @@ def fit(
     validation: Sequence[Example] = (),
     **settings: Any,
 ) -> L.Trainer:
-    """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each."""
-    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each and its validation."""
+    when = {"every_n_epochs": 1} if validation else {"every_n_train_steps": 1}
+    saves = ModelCheckpoint(folder, "{step}", **when, save_top_k=-1, save_on_train_epoch_end=False)
     quiet = {"enable_checkpointing": True, "val_check_interval": 1, "check_val_every_n_epoch": None} | settings
     trainer = make_trainer(folder, steps, callbacks=[*callbacks, saves], num_sanity_val_steps=0, **quiet)
     data = Rows(make_rows() if rows is None else rows, validation)
