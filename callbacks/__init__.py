@@ -1,16 +1,23 @@
-"""Callbacks: knobs over training time."""
+"""Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
+from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
 from .knobs import KnobCallback
 
 __all__ = [
+    "AdaptiveWindow",
+    "ChangePoint",
     "Cosine",
     "Curriculum",
+    "EarlyStopRollout",
+    "FirstSteps",
     "KnobCallback",
     "Linear",
+    "LowCorrection",
     "OnPlateau",
     "Piecewise",
     "Schedule",
     "Stage",
     "Staircase",
+    "StopPolicy",
 ]

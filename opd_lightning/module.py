@@ -281,7 +281,6 @@ class OnPolicyDistillation(L.LightningModule):
         reward, _ = self.score(trajectories)
         assert reward is not None
         mean, std = group_statistics(reward, trajectories.group)
-        self._averages.add("reward", reward)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
 
     def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
@@ -355,6 +354,29 @@ class OnPolicyDistillation(L.LightningModule):
         # Lightning divides by the accumulation, and DDP averages over ranks: the normaliser already holds both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    def gradient(self, trajectories: Trajectories) -> list[Tensor]:
+        """The gradient that training on these trajectories would have, over all ranks, for each trained parameter.
+
+        Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimiser steps.
+        """
+        size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
+        whole = OptimiserStep.of(list(trajectories.split(size)), self.total)
+        self._look_ahead(whole)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        total = [torch.zeros_like(p) for p in parameters]
+        for batch in whole.micro_batches:
+            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+                teachers, available = self.ask_all(batch)
+                student = self.steps(self.policies["student"], batch)
+                loss, _ = self.objective(student, teachers, batch, available)
+                parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for gradient, part in zip(total, parts, strict=True):
+                if part is not None:
+                    gradient += part
+        if self.trainer.world_size > 1:
+            total = [self.trainer.strategy.reduce(gradient, reduce_op="sum") for gradient in total]
+        return total
+
     @contextmanager
     def _advising(self) -> Iterator[None]:
         """
@@ -393,7 +415,7 @@ class OnPolicyDistillation(L.LightningModule):
     @torch.no_grad()
     def _look_ahead(self, whole: OptimiserStep) -> None:
         """Statistics and sums of weights over the whole optimiser step, where a term asks for them."""
-        whole.gather = self._gather
+        whole.gather = self.gather
         whole.micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
         availables: list[dict[str, Tensor]] = []
         if self.objective.looks_ahead:
@@ -422,7 +444,7 @@ class OnPolicyDistillation(L.LightningModule):
             return value
         return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """``[N]`` of every rank, concatenated; ranks may differ in N."""
         if self.trainer.world_size == 1:
             return values

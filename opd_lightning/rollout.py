@@ -189,11 +189,7 @@ class RolloutLoader:
         micro_batches = list(trajectories.split(self.size))
         for start in range(0, len(micro_batches), self.accumulate):
             mine = micro_batches[start : start + self.accumulate]
-            step = OptimiserStep(mine, 0.0)
-            step.trained_steps = self.module.total(float(sum(int(m.mask.sum()) for m in mine)))
-            for place, micro_batch in enumerate(mine):
-                micro_batch.optimiser_step, micro_batch.micro_batch = step, place
-            self._steps += mine
+            self._steps += OptimiserStep.of(mine, self.module.total).micro_batches
 
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
@@ -207,6 +203,8 @@ class RolloutLoader:
                 trajectories = self._ahead.popleft().result()
         module.stopwatch.count("rollout", int(trajectories.mask.sum()))
         trajectories = module.judge(trajectories)
+        if trajectories.reward is not None:
+            module.record("reward", trajectories.reward)
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
                 trajectories = callback.on_rollouts(module, trajectories)

@@ -187,6 +187,14 @@ class OptimiserStep:
         self.statistics: list[dict[str, Tensor]] | None = None
         self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
+    @classmethod
+    def of(cls, micro_batches: list[Trajectories], total: Callable[[float], float]) -> OptimiserStep:
+        """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
+        step = cls(micro_batches, total(float(sum(int(part.mask.sum()) for part in micro_batches))))
+        for place, part in enumerate(micro_batches):
+            part.optimiser_step, part.micro_batch = step, place
+        return step
+
     def over_batch(self, key: str) -> Tensor:
         """``[M]`` one statistic at every trained step of the optimiser step, on all ranks."""
         assert self.statistics is not None
