@@ -2,15 +2,18 @@
 
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
+from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
 
 __all__ = [
     "AdaptiveWindow",
+    "Anchor",
     "ChangePoint",
     "Cosine",
     "Curriculum",
     "EarlyStopRollout",
     "FirstSteps",
+    "FreshnessControl",
     "KnobCallback",
     "Linear",
     "LowCorrection",

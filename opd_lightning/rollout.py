@@ -138,9 +138,6 @@ class RolloutLoader:
         module: the student's module, which acts and scores.
         seed: of the prompt order and of all sampling.
 
-    Attributes:
-        version: optimiser steps that the student had seen when the newest rollouts were asked for; None: not yet.
-
     Raises:
         ValueError: fewer examples than one generation batch over all ranks.
     """
@@ -159,7 +156,6 @@ class RolloutLoader:
         self.generations = len(dataset) // self.prompts
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
-        self.version: int | None = None
         self._steps: list[Trajectories] = []
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
@@ -194,7 +190,6 @@ class RolloutLoader:
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
         number, module = self.epoch * self.generations + self.generation, self.module
-        self.version = module.global_step
         with module.stopwatch.phase("rollout"):
             if self._worker is None:
                 trajectories = self._roll_out(number, module.global_step, module)
