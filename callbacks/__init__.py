@@ -4,23 +4,30 @@ from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedu
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
 from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
+from .teacher_sync import Average, Every, Never, SyncPolicy, TeacherSync, WhenConsolidated
 
 __all__ = [
     "AdaptiveWindow",
     "Anchor",
+    "Average",
     "ChangePoint",
     "Cosine",
     "Curriculum",
     "EarlyStopRollout",
+    "Every",
     "FirstSteps",
     "FreshnessControl",
     "KnobCallback",
     "Linear",
     "LowCorrection",
+    "Never",
     "OnPlateau",
     "Piecewise",
     "Schedule",
     "Stage",
     "Staircase",
     "StopPolicy",
+    "SyncPolicy",
+    "TeacherSync",
+    "WhenConsolidated",
 ]
