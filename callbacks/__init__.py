@@ -1,5 +1,6 @@
 """Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
+from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
 from .freshness import Anchor, FreshnessControl
@@ -11,6 +12,7 @@ __all__ = [
     "Anchor",
     "Average",
     "ChangePoint",
+    "CollapseAlarm",
     "Cosine",
     "Curriculum",
     "EarlyStopRollout",

@@ -488,9 +488,10 @@ class OnPolicyDistillation(L.LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------
 
     def _logs_now(self) -> bool:
-        return self._is_logged(self.global_step + 1)
+        return self.is_logged(self.global_step + 1)
 
-    def _is_logged(self, step: int) -> bool:
+    def is_logged(self, step: int) -> bool:
+        """Whether what was recorded is logged after that many optimiser steps."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step == 1
 
@@ -511,7 +512,7 @@ class OnPolicyDistillation(L.LightningModule):
         if not batch.ends_optimiser_step:
             return
         averages, self._averages = self._averages, Averages(self.device)
-        if self._is_logged(self.global_step):
+        if self.is_logged(self.global_step):
             values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
             shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
             self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
