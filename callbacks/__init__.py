@@ -5,6 +5,7 @@ from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedu
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
 from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
+from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncPolicy, TeacherSync, WhenConsolidated
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Never",
     "OnPlateau",
     "Piecewise",
+    "Samples",
     "Schedule",
     "Stage",
     "Staircase",

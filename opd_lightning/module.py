@@ -148,6 +148,10 @@ class OnPolicyDistillation(L.LightningModule):
         """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
         return {}
 
+    def spell(self, trajectories: Trajectories) -> list[list[str]] | None:
+        """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
+        return None
+
     def prepare_export(self, model: nn.Module) -> None:
         """Settings of the exported model without which it would not act as it did here."""
 
