@@ -7,6 +7,7 @@ from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncPolicy, TeacherSync, WhenConsolidated
+from .weight_extrapolation import WeightExtrapolation
 
 __all__ = [
     "AdaptiveWindow",
@@ -33,5 +34,6 @@ __all__ = [
     "StopPolicy",
     "SyncPolicy",
     "TeacherSync",
+    "WeightExtrapolation",
     "WhenConsolidated",
 ]
