@@ -31,14 +31,13 @@ class Anchor(Signal):
 
     With ρ = p_now/p_then it is ρ·log ρ − ρ + 1: never negative, without gradient where nothing moved, and on average
     the KL divergence if steps are drawn from p_then as it is (temperature 1, no filters); otherwise it leans towards
-    likely steps. No old weights have to be kept for it.
+    likely steps. No old weights have to be kept for it. What another policy did has no anchor: 0.
     """
-
-    needs = frozenset({"behaviour"})
 
     def __call__(self, steps: Steps) -> Tensor:
         assert steps.student is not None
-        log_ratio = steps.student.log_prob(steps.action) - steps.behaviour_log_prob
+        mine = steps.per_trajectory(_by_student(steps.trajectories))
+        log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behaviour_log_prob, 0.0)
         return log_ratio * log_ratio.exp() - log_ratio.expm1()
 
 
@@ -77,7 +76,7 @@ class FreshnessControl(L.Callback):
         refresh_every: optimiser steps between two refreshes, at least. Default 200 (the paper's).
 
     Raises:
-        ValueError: a value out of range; when training begins, the student never acts.
+        ValueError: a value out of range.
     """
 
     def __init__(
@@ -103,17 +102,12 @@ class FreshnessControl(L.Callback):
         self._refreshed, self._is_stale = -FOREVER, False
         # settings of every teacher's view, with the optimiser step from which on it had them
         self._shown: list[tuple[int, dict[str, Settings]]] = []
-        self._term = Term(Anchor(), teacher=None, source="student", coefficient=anchor, name="anchor")
+        self._term = Term(Anchor(), teacher=None, coefficient=anchor, name="anchor")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if stage != "fit":
-            return
-        if "student" not in pl_module.rollout.behaviour:
-            raise ValueError("FreshnessControl: the student never acts (rollout.behaviour), so nothing grows stale")
-        if self.anchor and self._term not in pl_module.objective.terms:
+        if stage == "fit" and self.anchor and self._term not in pl_module.objective.terms:
             pl_module.objective.terms.append(self._term)
-            pl_module.check()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
@@ -152,7 +146,7 @@ class FreshnessControl(L.Callback):
         """``[B]`` freshness."""
         batch = batch.to("cpu")
         lag = module.global_step - batch.weights_version
-        acted = torch.tensor([name == "student" for name in batch.sources])[batch.source]
+        acted = _by_student(batch)
         rollout = torch.zeros(len(batch))
         if self.rollout_drift and bool((acted & (lag > 0)).any()):
             measured = _row_means(module.per_step(batch, Anchor()), batch.mask)
@@ -212,6 +206,11 @@ class FreshnessControl(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._refreshed = state_dict["refreshed"]
         self._shown = [(since, shown) for since, shown in state_dict["shown"]]
+
+
+def _by_student(batch: Trajectories) -> Tensor:
+    """``[B]`` bool: who acted."""
+    return torch.tensor([name == "student" for name in batch.sources], device=batch.source.device)[batch.source]
 
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:
