@@ -400,8 +400,10 @@ class Objective:
         return whole
 
     def _chunks(self, student: Distribution, count: int) -> Iterator[slice]:
+        if not count:
+            return iter(())
         size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // student.bytes_per_state())
-        size = math.ceil(count / math.ceil(count / size)) if count else 1
+        size = math.ceil(count / math.ceil(count / size))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
