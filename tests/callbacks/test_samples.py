@@ -128,10 +128,10 @@ def test_looking_changes_nothing_and_a_resumed_run_does_not_repeat_itself(tmp_pa
     whole = tmp_path / "whole"
     unbroken = shown(whole)
     for name, weight in module.state_dict().items():
-        assert torch.equal(torch.load(whole / "step=6.ckpt", weights_only=True)["state_dict"][name], weight)
+        assert torch.equal(torch.load(whole / "step-6.ckpt", weights_only=True)["state_dict"][name], weight)
     with (whole / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 4, "pro')
-    toy.fit(again, whole, callbacks, steps=6, checkpoint=whole / "step=3.ckpt")
+    toy.fit(again, whole, callbacks, steps=6, checkpoint=whole / "step-3.ckpt")
     assert shown(whole) == unbroken
     assert [row["step"] for row in unbroken] == [0] * 4 + [2] * 4 + [4] * 4, "no more than a micro-batch has"
 

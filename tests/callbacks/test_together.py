@@ -66,12 +66,12 @@ def test_two_ranks_do_as_one(tmp_path):
         module, callbacks = make(batch_size=8 // ranks, max_staleness=1)
         how = {} if ranks == 1 else {"devices": 2, "strategy": "ddp_fork"}
         toy.fit(module, tmp_path / str(ranks), callbacks, steps=6, **how)
-        saved[ranks] = torch.load(tmp_path / str(ranks) / "step=6.ckpt", weights_only=True)
+        saved[ranks] = torch.load(tmp_path / str(ranks) / "step-6.ckpt", weights_only=True)
     for name, weight in saved[1]["state_dict"].items():
         torch.testing.assert_close(saved[2]["state_dict"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
     one, two = saved[1]["callbacks"], saved[2]["callbacks"]
     for key in one:
-        if "ModelCheckpoint" not in key:
+        if "Checkpoint" not in key:
             _close(two[key], one[key], key)
 
 

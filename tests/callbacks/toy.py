@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from opd_lightning.checkpoint import Checkpoint
 from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.module import OnPolicyDistillation
@@ -149,9 +149,8 @@ def fit(
     validation: Sequence[Example] = (),
     **settings: Any,
 ) -> L.Trainer:
-    """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each and its validation."""
-    when = {"every_n_epochs": 1} if validation else {"every_n_train_steps": 1}
-    saves = ModelCheckpoint(folder, "{step}", **when, save_top_k=-1, save_on_train_epoch_end=False)
+    """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each."""
+    saves = Checkpoint(every_n_train_steps=1, dirpath=str(folder), save_top_k=-1)
     quiet = {"enable_checkpointing": True, "val_check_interval": 1, "check_val_every_n_epoch": None} | settings
     trainer = make_trainer(folder, steps, callbacks=[*callbacks, saves], num_sanity_val_steps=0, **quiet)
     data = Rows(make_rows() if rows is None else rows, validation)
@@ -168,7 +167,7 @@ def assert_resumes(make: Callable[[], tuple[Any, list[L.Callback]]], folder: Pat
     fit(module, folder / "whole", callbacks, steps, **settings)
     for done in range(1, steps):
         again, others = make()
-        fit(again, folder / f"from{done}", others, steps, checkpoint=folder / "whole" / f"step={done}.ckpt", **settings)
+        fit(again, folder / f"from{done}", others, steps, checkpoint=folder / "whole" / f"step-{done}.ckpt", **settings)
         for name, weight in module.state_dict().items():
             assert torch.equal(again.state_dict()[name], weight), f"{name} differs after going on from step {done}"
         for mine, theirs in zip(others, callbacks, strict=True):
