@@ -92,7 +92,8 @@ class CollapseAlarm(L.Callback):
     overlap are known for distributions over a vocabulary. Logged: ``train/repetition`` and ``train/alarms``, how many
     things are wrong.
 
-    The limits are ours, except for the repetition's; None turns one off.
+    The limits are ours, except for the repetition's; None turns one off. A horizon that a curriculum raises looks like
+    length inflation.
 
     Args:
         action: ``warn``, or ``stop``: write ``collapse.ckpt`` into the run's folder and end the run.

@@ -30,10 +30,12 @@ class StopPolicy:
     """Where rollouts end. One that knows it beforehand sets ``horizon``; one that must see them says what to `keep`.
 
     Attributes:
+        knobs: the horizon's path for a policy that sets it, so that nobody else turns it.
         horizon: steps after which generation ends; None: the policy leaves that to others.
         teacher: an entry of ``model.teachers`` whom it asks, if any.
     """
 
+    knobs: tuple[str, ...] = ()
     horizon: int | None = None
     teacher: str | None = None
 
@@ -65,6 +67,8 @@ class FirstSteps(StopPolicy):
         ValueError: steps < 1.
     """
 
+    knobs = (HORIZON,)
+
     def __init__(self, steps: int = 100) -> None:
         if steps < 1:
             raise ValueError(f"FirstSteps.steps must be >= 1, got {steps}")
@@ -95,6 +99,8 @@ class AdaptiveWindow(StopPolicy):
         ValueError: a value out of range; when training begins, a strategy that shards the student.
     """
 
+    knobs = (HORIZON,)
+
     def __init__(
         self, smallest: int = 16, every: int = 10, probe: int = 64, agreement: float = 0.9, factor: float = 2.0
     ) -> None:
@@ -123,7 +129,8 @@ class AdaptiveWindow(StopPolicy):
         seeds = [derived_seed(PROBE_DRAWS, step, module.global_rank, i) for i in range(len(examples))]
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
-        full = module.judge(dataclasses.replace(rolled, group=group))
+        sources = ("student", *(name for name in module.rollout.behaviour if name != "student"))
+        full = module.judge(dataclasses.replace(rolled, group=group, sources=sources))
         agreement = _cosine(module.gradient(full.truncate(self.horizon)), module.gradient(full))
         if agreement >= self.agreement:
             self.horizon = max(self.smallest, int(self.horizon / self.factor))
@@ -333,7 +340,7 @@ class EarlyStopRollout(KnobCallback, RolloutCallback):
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        return (HORIZON,) if isinstance(self.policy, FirstSteps | AdaptiveWindow) else ()
+        return self.policy.knobs
 
     @property
     def state_key(self) -> str:

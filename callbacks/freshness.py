@@ -198,7 +198,8 @@ class FreshnessControl(L.Callback):
             self._shown.pop(0)
 
     def _settings_at(self, version: int) -> dict[str, Settings]:
-        return [shown for since, shown in self._shown if since <= version][-1]
+        known = [shown for since, shown in self._shown if since <= version]
+        return known[-1] if known else self._shown[0][1]  # older than what this callback has seen of the run
 
     def state_dict(self) -> dict[str, Any]:
         return {"refreshed": self._refreshed, "shown": [[since, shown] for since, shown in self._shown]}

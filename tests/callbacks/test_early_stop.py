@@ -22,10 +22,10 @@ from opd_lightning.callbacks import (
 )
 from opd_lightning.callbacks.early_stop import falls_at
 from opd_lightning.evaluation import Evaluation
-from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.rollout import Rollout
 from tests.callbacks import toy
-from tests.tiny import sgd
+from tests.tiny import LongerIsBetter, sgd
 
 
 def watching(setting: Any, seen: list[Any]) -> Any:
@@ -101,6 +101,16 @@ def test_the_window_shrinks_again(tmp_path):
     policy.agreement = -1.0
     toy.fit(module, tmp_path / "b", [EarlyStopRollout(policy)], steps=1)
     assert policy.horizon == 6
+
+
+def test_the_probe_serves_terms_of_several_sources_and_rewards_of_groups(tmp_path):
+    terms = [Term(ReverseKL(), source="student"), Term(ReverseKL(), source="teacher", name="theirs")]
+    terms.append(Term(PolicyGradient(GroupRelative()), teacher=None, source="student"))
+    rollout = Rollout(batch_size=8, group_size=2, horizon=8, behaviour={"teacher": 0.5, "student": 0.5})
+    module = toy.make_module(objective=Objective(terms), rollout=rollout, reward=LongerIsBetter())
+    policy = AdaptiveWindow(smallest=2, every=1, agreement=1.0, probe=8)
+    toy.fit(module, tmp_path, [EarlyStopRollout(policy)], steps=2)
+    assert policy.horizon == 8
 
 
 def test_the_probe_sees_the_gradient_of_training(make_world, tmp_path):

@@ -220,6 +220,14 @@ def test_it_composes_and_resumes(tmp_path):
     toy.assert_resumes(make, tmp_path, steps=8)
 
 
+def test_it_can_join_a_run_that_began_without_it(tmp_path):
+    def make():
+        return toy.make_module({"teacher": Teacher(EMA(0.1), view=toy.Told())}, rollout=Rollout(**STALE, horizon=6))
+
+    toy.fit(make(), tmp_path, steps=4)
+    toy.fit(make(), tmp_path / "on", [FreshnessControl()], steps=6, checkpoint=tmp_path / "step-4.ckpt")
+
+
 def test_it_works_on_text(make_world, tmp_path):
     world = make_world("text")
     module = world.module(rollout=Rollout(**STALE, horizon=10), objective=Objective([Term(ReverseKL())]))
