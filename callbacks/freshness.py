@@ -148,7 +148,8 @@ class FreshnessControl(L.Callback):
         lag = module.global_step - batch.weights_version
         acted = _by_student(batch)
         rollout = torch.zeros(len(batch))
-        if self.rollout_drift and bool((acted & (lag > 0)).any()):
+        # the same on every rank, whoever acted there: a sharded student must be asked by all or none
+        if self.rollout_drift and "student" in batch.sources and bool((lag > 0).any()):
             measured = _row_means(module.per_step(batch, Anchor()), batch.mask)
             rollout = torch.where(acted & (lag > 0), measured, 0.0)
         supervision = self._supervision(module, batch) if self.supervision_drift else torch.zeros(len(batch))
