@@ -24,21 +24,27 @@ from ..trajectory import OptimiserStep, Trajectories
 
 Settings = dict[str, Any]
 FOREVER = 2**62
+LARGEST = 40.0  # a log-ratio beyond it counts nothing any more, and would overflow
 
 
 class Anchor(Signal):
-    """KL(p_now ‖ p_then) of the student and the weights that acted, estimated at the step that was taken.
+    """KL(p_then ‖ p_now) of the weights that acted and the student, estimated at the step that was taken.
 
-    With ρ = p_now/p_then it is ρ·log ρ − ρ + 1: never negative, without gradient where nothing moved, and on average
-    the KL divergence if steps are drawn from p_then as it is (temperature 1, no filters); otherwise it leans towards
-    likely steps. No old weights have to be kept for it. What another policy did has no anchor: 0.
+    With ρ = p_now/p_then it is ρ − 1 − log ρ: never negative, without gradient where nothing moved, and on average the
+    KL divergence if steps are drawn from p_then as it is (temperature 1, no filters); otherwise it leans towards likely
+    steps. What another policy did has no anchor: 0.
+
+    f-OPD (2605.17862) has KL(p_now ‖ p_then), over all that could have been done, for which the old weights would have
+    to be kept. The two agree to second order, and Pinsker's inequality, from which freshness is derived, holds for
+    both; but steps drawn from p_then say next to nothing of the paper's once the student has left them.
     """
 
     def __call__(self, steps: Steps) -> Tensor:
         assert steps.student is not None
         mine = steps.per_trajectory(_by_student(steps.trajectories))
         log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behaviour_log_prob, 0.0)
-        return log_ratio * log_ratio.exp() - log_ratio.expm1()
+        log_ratio = log_ratio.clamp(max=LARGEST)
+        return log_ratio.expm1() - log_ratio
 
 
 class FreshnessControl(L.Callback):
@@ -49,7 +55,7 @@ class FreshnessControl(L.Callback):
         f = 1/(τ + 1) · exp(−(α·√D_roll + β·√D_sup)),    w = max(0, f − ξ),
 
     and the loss of a trajectory, with λ times its `Anchor`, counts w times; no gradient flows through w. D_roll is the
-    mean over its steps of KL(student now ‖ student then), estimated as `Anchor` does. D_sup is that of
+    mean over its steps of the student's KL divergence from then to now, as `Anchor` estimates it. D_sup is that of
     KL(teacher seeing what its view shows now ‖ seeing what it showed then), with the teacher's weights of now on both
     sides; it is 0 unless a knob of the view has been turned since, and the largest of several teachers' counts. Where
     a teacher had something to say only now or only then, f is 0. Trajectories of other policies than the student do

@@ -77,8 +77,8 @@ def test_the_anchor_has_no_gradient_where_nothing_moved_and_is_the_kl_where_it_d
     after = log_softmax(module, "student", rolled)[rolled.mask]
     ratio = after - before
     finite = before.isfinite()
-    estimate = torch.where(finite, ratio * ratio.exp() - ratio.expm1(), 0.0)
-    kl = torch.where(finite, after.exp() * ratio, 0.0).sum(-1)
+    estimate = torch.where(finite, ratio.expm1() - ratio, 0.0)
+    kl = torch.where(finite, before.exp() * -ratio, 0.0).sum(-1)
     assert torch.allclose((before.exp() * estimate).sum(-1), kl, atol=1e-5)
 
 
@@ -175,6 +175,15 @@ def test_what_is_gated_has_exactly_no_gradient(tmp_path):
     assert trainer.callback_metrics["train/freshness/gated"] == 1
     first = dict(trained("first", 1)[2].named_parameters())
     assert all(torch.equal(weight, first[name]) for name, weight in module.named_parameters())
+
+
+def test_a_student_that_was_thrown_far_off_counts_nothing_instead_of_nan(tmp_path):
+    far = {"optimizer": lambda p: torch.optim.SGD(p, lr=30.0)}
+    _, notes, module = run(tmp_path, FreshnessControl(refresh_below=0), steps=4, **far)
+    stale = [w for w, lags in zip(notes.weights, notes.lags, strict=True) if min(lags) > 0]
+    assert stale
+    assert all(weights.max() == 0 for weights in stale)
+    assert all(weight.isfinite().all() for weight in module.parameters())
 
 
 def test_stale_rollouts_are_thrown_away_but_not_too_often(tmp_path):
