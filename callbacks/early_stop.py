@@ -82,11 +82,11 @@ class AdaptiveWindow(StopPolicy):
     """A window that a probe widens or narrows, after the idea of ADWIN (2605.28396).
 
     Every so often some prompts are rolled out in full, and the gradient of their first ``horizon`` steps is compared
-    with that of all of them. Where the two point the same way, the rest was not worth its time and the window shrinks;
-    otherwise it grows. The window is one number for all trajectories. The paper's update rule, its threshold and its
-    staleness control are not public: this rule (doubling and halving on the cosine) is ours.
+    with that of all of them. Where they don't point the same way, the window grows by a factor; where a window smaller
+    by that factor does as well, it shrinks to that. The window is one number for all trajectories. The paper's update
+    rule, its threshold and its staleness control are not public: this rule is ours.
 
-    A probe costs two gradients in memory, and a full rollout with two training passes in time.
+    A probe costs two gradients in memory, and a full rollout with three training passes at most in time.
 
     Args:
         smallest: of the window, and its start.
@@ -131,12 +131,14 @@ class AdaptiveWindow(StopPolicy):
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
         sources = ("student", *(name for name in module.rollout.behaviour if name != "student"))
         full = module.judge(dataclasses.replace(rolled, group=group, sources=sources))
-        agreement = _cosine(module.gradient(full.truncate(self.horizon)), module.gradient(full))
-        if agreement >= self.agreement:
-            self.horizon = max(self.smallest, int(self.horizon / self.factor))
-        else:
-            self.horizon = min(self.longest, math.ceil(self.horizon * self.factor))
+        direction = module.gradient(full)
+        agreement = _cosine(module.gradient(full.truncate(self.horizon)), direction)
         module.record("early_stop/agreement", agreement)
+        smaller = max(self.smallest, int(self.horizon / self.factor))
+        if agreement < self.agreement:
+            self.horizon = min(self.longest, math.ceil(self.horizon * self.factor))
+        elif _cosine(module.gradient(full.truncate(smaller)), direction) >= self.agreement:
+            self.horizon = smaller
 
     def state_dict(self) -> dict[str, Any]:
         return {"horizon": self.horizon}

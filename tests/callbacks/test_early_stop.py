@@ -103,6 +103,14 @@ def test_the_window_shrinks_again(tmp_path):
     assert policy.horizon == 6
 
 
+def test_the_window_stays_where_no_less_would_do(tmp_path):
+    """Whatever full rollouts are, they agree with themselves; that is no reason to give them up."""
+    module = toy.make_module(rollout=Rollout(batch_size=8, horizon=12))
+    policy = AdaptiveWindow(smallest=2, every=1, agreement=1 - 1e-6)
+    toy.fit(module, tmp_path, [EarlyStopRollout(policy)], steps=6)
+    assert policy.horizon == 12
+
+
 def test_the_probe_serves_terms_of_several_sources_and_rewards_of_groups(tmp_path):
     terms = [Term(ReverseKL(), source="student"), Term(ReverseKL(), source="teacher", name="theirs")]
     terms.append(Term(PolicyGradient(GroupRelative()), teacher=None, source="student"))
