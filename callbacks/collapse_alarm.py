@@ -29,7 +29,7 @@ class Sign:
     Attributes:
         name: the alarm's argument for its limit.
         reads: the end of the name of what is recorded.
-        is_bad: of the value, what it was when the run began, and the limit.
+        is_bad: of the value, what it is compared with, and the limit.
         advice: what the sheets of those who met it did about it.
     """
 
@@ -97,7 +97,7 @@ class CollapseAlarm(L.Callback):
 
     Args:
         action: ``warn``, or ``stop``: write ``collapse.ckpt`` into the run's folder and end the run.
-        entropy: of the student, as a share of what it was at first. Default 0.2.
+        entropy: of the student, as a share of what it was at first, or of a teacher's now if that is less. Default 0.2.
         length: times what it was at first. Default 2.
         truncated: rise of the share of rollouts that reach the horizon. Default 0.5.
         repetition: share of rollouts whose last 10 000 steps zlib makes more than ``compression`` times smaller.
@@ -184,8 +184,10 @@ class CollapseAlarm(L.Callback):
                 if len(first) < self.baseline:
                     first.append(value)
                 start = fmean(first)
+                if sign.name == "entropy":  # a student of a sure teacher shall become sure
+                    start = min([start, *(other for teacher, other in values.items() if teacher.endswith("/entropy"))])
                 if sign.is_bad(value, start, limit):
-                    found[f"{sign.name} {name}"] = f"train/{name} is {value:.3g}, at first {start:.3g}: {sign.advice}"
+                    found[f"{sign.name} {name}"] = f"train/{name} is {value:.3g}, against {start:.3g}: {sign.advice}"
         self.wrong = {key: self.wrong.get(key, 0) + 1 for key in found}
         return [message for key, message in found.items() if self.wrong[key] == self.patience]
 

@@ -24,7 +24,7 @@ HEALTHY = {
     "teacher/kl_first_step": 0.5,
     "teacher/overlap_mass": 0.97,
     "loss/ReverseKL": 0.3,
-    "expert/entropy": 0.0,
+    "teacher/entropy": 1.5,
 }
 
 
@@ -53,9 +53,9 @@ def play(folder, alarm: CollapseAlarm, story: dict[int, dict[str, float]], steps
 @pytest.mark.parametrize(
     ("wrong", "advice"),
     [
-        ({"student_entropy": 0.3}, "train/student_entropy is 0.3, at first 2: .*mix in others"),
-        ({"length": 250.0}, r"train/length is 250, at first 100: .*StableOPD"),
-        ({"stopped": 0.3}, "train/stopped is 0.3, at first 0.9: .*stop token"),
+        ({"student_entropy": 0.2}, r"train/student_entropy is 0.2, against 1.5: .*mix in others"),
+        ({"length": 250.0}, r"train/length is 250, against 100: .*StableOPD"),
+        ({"stopped": 0.3}, "train/stopped is 0.3, against 0.9: .*stop token"),
         ({"repetition": 0.4}, r"train/repetition is 0.4.*completions of the dataset"),
         ({"teacher/kl_first_step": 9.0}, "train/teacher/kl_first_step is 9.*templates"),
         ({"teacher/overlap_mass": 0.4}, "train/teacher/overlap_mass is 0.4.*same steps"),
@@ -68,6 +68,11 @@ def test_what_lasts_is_told_once_with_advice(wrong, advice, tmp_path):
     assert re.search(advice, message)
     off = CollapseAlarm(entropy=None, length=None, truncated=None, repetition=None, first_step_kl=None, overlap=None)
     assert not play(tmp_path / "off", off, dict.fromkeys(range(4, 9), wrong))[0]
+
+
+def test_a_student_that_becomes_as_sure_as_its_teacher_is_well(tmp_path):
+    sure = {"student_entropy": 0.1, "teacher/entropy": 0.1}
+    assert not play(tmp_path, CollapseAlarm(), dict.fromkeys(range(4, 9), sure))[0]
 
 
 def test_a_dip_is_not_told_and_a_relapse_is_told_again(tmp_path):
