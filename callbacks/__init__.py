@@ -1,6 +1,39 @@
-"""Callbacks: knobs over training time."""
+"""Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
-from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule
+from .collapse_alarm import CollapseAlarm
+from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
+from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
+from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
+from .samples import Samples
+from .teacher_sync import Average, Every, Never, SyncPolicy, TeacherSync, WhenConsolidated
+from .weight_extrapolation import WeightExtrapolation
 
-__all__ = ["Cosine", "Curriculum", "KnobCallback", "Linear", "OnPlateau", "Piecewise", "Schedule"]
+__all__ = [
+    "AdaptiveWindow",
+    "Anchor",
+    "Average",
+    "ChangePoint",
+    "CollapseAlarm",
+    "Cosine",
+    "Curriculum",
+    "EarlyStopRollout",
+    "Every",
+    "FirstSteps",
+    "FreshnessControl",
+    "KnobCallback",
+    "Linear",
+    "LowCorrection",
+    "Never",
+    "OnPlateau",
+    "Piecewise",
+    "Samples",
+    "Schedule",
+    "Stage",
+    "Staircase",
+    "StopPolicy",
+    "SyncPolicy",
+    "TeacherSync",
+    "WeightExtrapolation",
+    "WhenConsolidated",
+]

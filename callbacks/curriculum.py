@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..module import OnPolicyDistillation
-from .knobs import KnobCallback, read, turn
+from ..worker import refuse_teachers
+from .knobs import KnobCallback
 
 
 class Schedule(ABC):
-    """A value over optimiser steps: a function of their number alone, so that resuming needs nothing remembered."""
-
-    changes: frozenset[int] = frozenset({0})
-    """Optimiser steps at which its value is of interest: where it begins, ends and jumps."""
+    """A value over optimiser steps."""
 
     @abstractmethod
     def __call__(self, step: int) -> Any:
         """The value for the optimiser step after ``step`` ones were done."""
+
+    @abstractmethod
+    def ends(self) -> list[Any]:
+        """The values that it comes to, or lies between: if they can be served, all can."""
+
+    def watch(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027  (most go by the step alone)
+        """Told of ``trainer.callback_metrics`` after every validation."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `watch` left behind; a function of the step alone has nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 class Linear(Schedule):
@@ -35,14 +51,17 @@ class Linear(Schedule):
         if steps < 1 or wait < 0:
             raise ValueError(f"{type(self).__name__}: steps must be >= 1 and wait >= 0, got {steps} and {wait}")
         self.start, self.end, self.steps, self.wait = start, end, steps, wait
-        self.changes = frozenset({0, wait + steps})
 
     def share(self, step: int) -> float:
         """How much of the way is gone, in [0, 1]."""
         return min(1.0, max(0, step - self.wait) / self.steps)
 
     def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * self.share(step)
+        share = self.share(step)
+        return (1 - share) * self.start + share * self.end
+
+    def ends(self) -> list[Any]:
+        return [self.start, self.end]
 
 
 class Cosine(Linear):
@@ -52,8 +71,32 @@ class Cosine(Linear):
         return (1 - math.cos(math.pi * super().share(step))) / 2
 
 
+class Staircase(Schedule):
+    """start + by · ⌊step / every⌋, up to ``end``.
+
+    TCOD (2604.24005) lets the depth of multi-turn rollouts grow by one turn every 4 to 6 steps, from 1.
+
+    Raises:
+        ValueError: every < 1, or ``end`` does not lie where ``by`` leads.
+    """
+
+    def __init__(self, start: float, end: float, every: int, by: float = 1) -> None:
+        if every < 1 or (end - start) * by < 0 or (by == 0 and end != start):
+            raise ValueError(f"Staircase: every={every} must be >= 1, and by={by} must lead from {start} to {end}")
+        self.start, self.end, self.every, self.by = start, end, every, by
+
+    def __call__(self, step: int) -> float:
+        reached = self.start + self.by * (step // self.every)
+        return min(reached, self.end) if self.by > 0 else max(reached, self.end)
+
+    def ends(self) -> list[Any]:
+        return [self.start, self.end]
+
+
 class Piecewise(Schedule):
     """Values from given optimiser steps on, such as ``{0: 1.0, 500: 0.0}``; any type, so also ``{student: 1.0}``.
+
+    One value alone is a constant.
 
     Args:
         values: optimiser step → value; 0 must be among them.
@@ -69,15 +112,16 @@ class Piecewise(Schedule):
         if interpolate and not all(isinstance(value, int | float) for value in values.values()):
             raise ValueError("Piecewise.interpolate: only numbers can be interpolated")
         self.values, self.interpolate = dict(sorted(values.items())), interpolate
-        self.changes = frozenset(values)
 
     def __call__(self, step: int) -> Any:
         before = max(at for at in self.values if at <= step)
         later = [at for at in self.values if at > step]
         if not self.interpolate or not later:
             return self.values[before]
-        share = (step - before) / (later[0] - before)
-        return self.values[before] + (self.values[later[0]] - self.values[before]) * share
+        return Linear(self.values[before], self.values[later[0]], later[0] - before)(step - before)
+
+    def ends(self) -> list[Any]:
+        return list(self.values.values())
 
 
 class OnPlateau(Schedule):
@@ -88,14 +132,19 @@ class OnPlateau(Schedule):
         values: the first one is the start.
         patience: validations without improvement before the next value. Default 3.
         min_delta: what counts as improvement. Default 0.
-        mode: "max" or "min".
+        mode: which way the metric is better.
 
     Raises:
-        ValueError: no values, patience < 1, or another mode.
+        ValueError: no values, patience < 1, or another mode; when validated, a metric that nobody logs.
     """
 
     def __init__(
-        self, monitor: str, values: list[Any], patience: int = 3, min_delta: float = 0.0, mode: str = "max"
+        self,
+        monitor: str,
+        values: list[Any],
+        patience: int = 3,
+        min_delta: float = 0.0,
+        mode: Literal["max", "min"] = "max",
     ) -> None:
         if not values or patience < 1 or mode not in ("max", "min"):
             got = f"got {values}, {patience} and {mode}"
@@ -106,9 +155,14 @@ class OnPlateau(Schedule):
     def __call__(self, step: int) -> Any:
         return self.values[self.place]
 
-    def see(self, metric: float) -> None:
-        """One validation's value."""
-        signed = metric if self.mode == "max" else -metric
+    def ends(self) -> list[Any]:
+        return self.values
+
+    def watch(self, metrics: Mapping[str, Any]) -> None:
+        if self.monitor not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("val/")))
+            raise ValueError(f"OnPlateau.monitor: nothing logs {self.monitor!r}; there are {known}")
+        signed = float(metrics[self.monitor]) * (1 if self.mode == "max" else -1)
         if signed > self.best + self.min_delta:
             self.best, self.waited = signed, 0
             return
@@ -116,28 +170,67 @@ class OnPlateau(Schedule):
         if self.waited >= self.patience:
             self.place, self.waited = min(self.place + 1, len(self.values) - 1), 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "waited": self.waited, "best": self.best}
+
+
+@dataclass
+class Stage:
+    """A part of the run with settings of its own.
+
+    Args:
+        knobs: path → value; every stage sets the same ones.
+        steps: optimiser steps that it lasts; only the last stage may leave it out, and goes on to the end.
+        name: for the log.
+    """
+
+    knobs: dict[str, Any]
+    steps: int | None = None
+    name: str = ""
+
 
 class Curriculum(KnobCallback):
-    """Turns knobs along schedules: the horizon, a term's coefficient (0 skips its teacher's forward pass), who acts, a
-    divergence's β, an EMA rate, …
+    """Turns knobs along schedules: the horizon, a term's coefficient (0 skips its teacher's forward pass), a policy's
+    share of the rollouts, a view's strength, a divergence's β, an EMA rate, the denoising steps, …
 
-    A knob is turned after an optimiser step and before the next rollout. Numbers are logged as ``knob/<path>``. Several
-    knobs with `Piecewise` schedules are the stages of a run (off-policy forward KL, then on-policy reverse KL, …); a
-    resumed run is in the stage where it was.
+    A knob is turned after an optimiser step and before the next rollout, and logged as ``knob/<path>``; the number of
+    the stage as ``curriculum/stage``. Rollouts that are pending then (several optimiser steps per generation,
+    ``rollout.max_staleness``) are trained as they are. Weights of EMA teachers and the optimiser's moments are carried
+    over from stage to stage. Evaluation goes by its own settings; of knobs, only ``student_view`` reaches it.
 
     Args:
         schedules: path of a knob → schedule.
+        stages: one after the other, such as off-policy forward KL and then on-policy reverse KL.
 
     Raises:
-        ValueError: no schedules; before training, a knob that is not there, that refuses a value of its schedule or
-            that another callback turns, and a later stage that needs what the run does not offer; when validated, a
-            metric that nobody logs.
+        ValueError: nothing to turn, stages that do not fit together; before training, a knob that is not there, that
+            refuses a value to come or that another callback turns, and a stage that needs what the run does not offer.
     """
 
-    def __init__(self, schedules: dict[str, Schedule]) -> None:
-        if not schedules:
-            raise ValueError("Curriculum.schedules is empty; name a knob, such as rollout.horizon, and its schedule")
-        self.schedules = schedules
+    def __init__(self, schedules: dict[str, Schedule] | None = None, stages: list[Stage] | None = None) -> None:
+        if not schedules and not stages:
+            raise ValueError("Curriculum has no schedules; name a knob, such as rollout.horizon, and its schedule")
+        self.stages = stages or []
+        self.starts = list(accumulate((stage.steps or 0 for stage in self.stages[:-1]), initial=0))
+        self.schedules = {**(schedules or {}), **self._of_stages()}
+        if schedules and (twice := set(schedules) & set(self.stages[0].knobs if stages else ())):
+            raise ValueError(f"Curriculum: {', '.join(sorted(twice))} is in schedules and in stages; leave one out")
+
+    def _of_stages(self) -> dict[str, Schedule]:
+        for i, stage in enumerate(self.stages):
+            if stage.knobs.keys() != self.stages[0].knobs.keys() or not stage.knobs:
+                raise ValueError(
+                    f"Curriculum.stages[{i}] sets {sorted(stage.knobs)}, stages[0] {sorted(self.stages[0].knobs)}; "
+                    "every stage must say what each of the knobs is"
+                )
+            last = i == len(self.stages) - 1
+            if last and stage.steps is not None:
+                raise ValueError(f"Curriculum.stages[{i}].steps: the last stage goes on to the end of the run")
+            if not last and (stage.steps is None or stage.steps < 1):
+                raise ValueError(f"Curriculum.stages[{i}].steps must be >= 1, got {stage.steps}")
+        paths = self.stages[0].knobs if self.stages else ()
+        at = list(zip(self.starts, self.stages, strict=True)) if self.stages else []
+        return {path: Piecewise({start: stage.knobs[path] for start, stage in at}) for path in paths}
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -149,57 +242,61 @@ class Curriculum(KnobCallback):
             self._rehearse(trainer, pl_module)
 
     def _rehearse(self, trainer: L.Trainer, module: Any) -> None:
-        """Every value once, so that what is refused is refused now; ends at those of step 0."""
+        """Every stage and every end of a schedule once, so that what is refused is refused now."""
         needed: dict[str, str] = {}
-        for step in sorted({0}.union(*(schedule.changes for schedule in self.schedules.values())), reverse=True):
-            self._turn(module, step)
+
+        def check() -> None:
             module.check()
-            needed |= module.required_columns()
+            if module.rollout.max_staleness:
+                refuse_teachers(module.rollout)
+            needed.update(module.required_columns())
+
+        for start in self.starts[: len(self.stages)]:
+            self._turn_all(start)
+            check()
         for knob, schedule in self.schedules.items():
-            for value in schedule.values if isinstance(schedule, OnPlateau) else ():
-                turn(module, knob, value)
-        self._turn(module, 0)
+            self._turn_all(0)
+            for value in schedule.ends() if not self.stages or knob not in self.stages[0].knobs else ():
+                self.turn(knob, value)
+                check()
+        self._turn_all(0)
         columns = getattr(getattr(getattr(trainer, "datamodule", None), "train", None), "column_names", None)
         for column, who in needed.items():
             if columns is not None and column not in columns:
                 raise ValueError(f"a stage of the curriculum needs the column {column!r} ({who}), which the data lacks")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._turn(pl_module, trainer.global_step)
+    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
+        self._turn_all(trainer.global_step)
+        if self.stages:
+            number = sum(start <= trainer.global_step for start in self.starts)
+            if trainer.global_step in self.starts:
+                name = self.stages[number - 1].name
+                rank_zero_info(f"Curriculum: stage {number} of {len(self.stages)} {name}".rstrip())
+
+    def _turn_all(self, step: int) -> None:
+        for knob, schedule in self.schedules.items():
+            self.turn(knob, schedule(step))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._turn(pl_module, trainer.global_step)
-        for knob in self.schedules:
-            value = read(pl_module, knob)  # type: ignore[arg-type]
-            if isinstance(value, int | float):
-                pl_module.log(f"knob/{knob}", float(value))
+        if self.stages:
+            pl_module.log("curriculum/stage", float(sum(start < trainer.global_step for start in self.starts)))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        for schedule in self.schedules.values():
-            if isinstance(schedule, OnPlateau):
-                if schedule.monitor not in trainer.callback_metrics:
-                    known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-                    raise ValueError(f"OnPlateau.monitor: nothing logs {schedule.monitor!r}; there are {known}")
-                schedule.see(float(trainer.callback_metrics[schedule.monitor]))
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._turn(pl_module, trainer.global_step)
-
-    def _turn(self, module: Any, step: int) -> None:
-        assert isinstance(module, OnPolicyDistillation)
         for knob, schedule in self.schedules.items():
-            turn(module, knob, schedule(step))
+            before = schedule(trainer.global_step)
+            schedule.watch(trainer.callback_metrics)
+            if (now := schedule(trainer.global_step)) != before:
+                rank_zero_info(f"Curriculum: {knob} goes from {before} to {now}")
+        self._turn_all(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            knob: {"place": schedule.place, "waited": schedule.waited, "best": schedule.best}
-            for knob, schedule in self.schedules.items()
-            if isinstance(schedule, OnPlateau)
-        }
+        return {knob: schedule.state_dict() for knob, schedule in self.schedules.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for knob, state in state_dict.items():
-            vars(self.schedules[knob]).update(state)
+            self.schedules[knob].load_state_dict(state)

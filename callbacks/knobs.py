@@ -1,62 +1,152 @@
-"""Public knobs of a module, by dotted paths such as `rollout.horizon` or `objective.terms.0.coefficient`."""
+"""Knobs: public settings of a run that callbacks turn while it trains.
+
+A knob is an argument of a part's constructor that the part keeps under the same name. It is named by its path below the
+module: ``rollout.horizon``, ``objective.terms.0.signal.beta``, ``teachers.teacher.weights.rate``. Entries of lists go
+by their place or by their own name (``objective.terms.ReverseKL.coefficient``), entries of mappings by their key.
+``rollout.behaviour.teacher`` is one policy's share of the rollouts; the others give way in the proportions that were
+configured (equally, where they had none).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
-from typing import Any
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, get_args, get_type_hints
 
 import lightning as L
+from torch import nn
 
 from ..module import OnPolicyDistillation
+from ..module import Schedule as LearningRate
+from ..pretrained import Lora, Pretrained
+from ..rollout import Rollout
+from ..teacher import Frozen, Teacher
+
+# What is read once, when models are loaded, data is checked or batches are cut; turning it later would change nothing.
+READ_ONCE: dict[type, set[str] | None] = {
+    Rollout: {"batch_size", "group_size", "micro_batch_size", "max_prompt_length", "max_staleness"},
+    Teacher: {"max_prompt_length"},
+    **dict.fromkeys((LearningRate, Pretrained, Lora, Frozen)),
+}
 
 
-def owner(module: OnPolicyDistillation, path: str) -> tuple[Any, str]:
-    """The object that holds a knob, and the knob's name in it; numbers index lists, names attributes or keys.
+class Knob:
+    """One knob of a module.
 
-    Raises:
-        ValueError: there is no such knob; the message names the part of the path that is not there, and what is.
-    """
-    *parts, last = path.split(".")
-    found: Any = module
-    for i, part in enumerate([*parts, last]):
-        if not _has(found, part):
-            where = ".".join(path.split(".")[:i]) or "the module"
-            raise ValueError(f"no knob {path!r}: {where} has no {part!r}; it has {', '.join(_offered(found))}")
-        if i < len(parts):
-            found = _get(found, part)
-    return found, last
-
-
-def read(module: OnPolicyDistillation, path: str) -> Any:
-    """
-    Raises:
-        ValueError: there is no such knob.
-    """
-    return _get(*owner(module, path))
-
-
-def turn(module: OnPolicyDistillation, path: str, value: Any) -> None:
-    """Sets a knob; a whole number stays one, rounded.
+    Attributes:
+        path: its name.
+        owner: the part whose constructor takes it.
+        argument: the constructor's name for it.
+        entry: a key, where the argument is a mapping and the knob one entry of it.
 
     Raises:
-        ValueError: there is no such knob, or its owner refuses the value (it is then as it was).
+        ValueError: there is no such knob, or turning it would change nothing; the message says what there is.
     """
-    holder, name = owner(module, path)
-    before = _get(holder, name)
-    if isinstance(before, int) and not isinstance(before, bool) and isinstance(value, float):
-        value = round(value)
-    _set(holder, name, value)
-    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+
+    def __init__(self, module: OnPolicyDistillation, path: str) -> None:
+        self.path = path
+        self.owner: Any = module
+        self.argument, self.entry = "", None
+        found, walked = module, "the module"
+        for part in path.split("."):
+            inside = _inside(found)
+            if part not in inside:
+                raise ValueError(f"no knob {path!r}: {walked} has no {part!r}; it has {', '.join(inside)}")
+            if isinstance(found, dict):
+                self.entry = part
+            elif not isinstance(found, list):
+                self.owner, self.argument, self.entry = found, part, None
+            found, walked = inside[part], part if walked == "the module" else f"{walked}.{part}"
+        self._configured = dict(self._kept) if isinstance(self._kept, dict) else None
+        self._check_turnable(found)
+
+    def _check_turnable(self, value: Any) -> None:
+        owner, name = self.owner, type(self.owner).__name__
+        if isinstance(value, list | nn.Module) or hasattr(value, "__dict__") or isinstance(owner, nn.Module):
+            offered = ", ".join(_inside(value)) or "nothing"
+            raise ValueError(f"{self.path} is no knob, but a part of the run, which has {offered}")
+        once = [names for kind, names in READ_ONCE.items() if isinstance(owner, kind)]
+        if any(names is None or self.argument in names for names in once):
+            raise ValueError(f"{self.path} is read once, when the run begins: turning it would change nothing")
+        if getattr(getattr(owner, "__dataclass_params__", None), "frozen", False):
+            raise ValueError(f"{self.path}: a {name} is shared and can't be changed")
+        missing = [argument for argument in _arguments(owner) if not hasattr(owner, argument)]
+        if missing or self.argument not in _arguments(owner):
+            raise ValueError(
+                f"{self.path}: {name} does not keep its arguments under their own names "
+                f"({', '.join(missing or [self.argument])}), so a new value could not be checked"
+            )
+
+    @property
+    def _kept(self) -> Any:
+        return getattr(self.owner, self.argument)
+
+    @property
+    def value(self) -> Any:
+        return self._kept if self.entry is None else self._kept[self.entry]
+
+    @property
+    def _is_share(self) -> bool:
+        return isinstance(self.owner, Rollout) and self.argument == "behaviour"
+
+    def overlaps(self, other: Knob) -> bool:
+        """Whether turning one turns the other, whatever they are called."""
+        if self.owner is not other.owner or self.argument != other.argument:
+            return False
+        return self._is_share or self.entry == other.entry or None in (self.entry, other.entry)
+
+    def turn(self, value: Any) -> None:
+        """Sets it; where the constructor takes whole numbers only, to the nearest one.
+
+        Raises:
+            ValueError: the part's constructor refuses the value; nothing is changed then.
+        """
+        kept = self._as_argument(value)
         try:
-            dataclasses.replace(holder)  # its own checks
-        except ValueError as error:
-            _set(holder, name, before)
-            raise ValueError(f"{path} can't be {value!r}: {error}") from error
+            now, then = self._twin(self._kept), self._twin(kept)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} can't be {value!r}: {error}") from error
+        for name, made in vars(then).items():
+            # also what the constructor derives from the value, but nothing that the part has become since
+            if made is not vars(now).get(name):
+                setattr(self.owner, name, made)
+
+    def _as_argument(self, value: Any) -> Any:
+        if isinstance(value, float) and self._is_whole:
+            value = round(value)
+        if self.entry is None:
+            return value
+        if not self._is_share:
+            return {**self._kept, self.entry: value}
+        assert self._configured is not None
+        others = {name: share for name, share in self._configured.items() if name != self.entry}
+        total = sum(others.values())
+        return {
+            name: (1 - value) * (share / total if total else 1 / len(others)) if name in others else value
+            for name, share in self._configured.items()
+        }
+
+    @property
+    def _is_whole(self) -> bool:
+        described = type(self.owner) if dataclasses.is_dataclass(self.owner) else type(self.owner).__init__
+        hint = get_type_hints(described)[self.argument]
+        kinds = get_args(hint) or (hint,)
+        return int in kinds and float not in kinds
+
+    def _twin(self, value: Any) -> Any:
+        """Another owner, made with another value: the constructor's checks are the owner's checks."""
+        arguments = {name: getattr(self.owner, name) for name in _arguments(self.owner)}
+        return type(self.owner)(**{**arguments, self.argument: value})
 
 
-class KnobCallback(L.Callback):
-    """A callback that turns knobs. Two that turn the same one are refused before training."""
+class KnobCallback(L.Callback, ABC):
+    """A callback that turns knobs. Two that turn the same one are refused before training.
+
+    What a knob was when an optimiser step began is logged as ``knob/<path>``. A subclass names its knobs and turns them
+    in `advance`; what it remembers goes into ``state_dict``, and `advance` must turn the knobs of a resumed run to
+    where they were.
+    """
 
     @property
     @abstractmethod
@@ -67,51 +157,71 @@ class KnobCallback(L.Callback):
     def state_key(self) -> str:
         return self._generate_state_key(knobs=self.knobs)
 
+    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
+        """Turns the knobs: before the first rollout, and after each of ``trainer.global_step`` optimiser steps."""
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """
         Raises:
-            ValueError: a knob that isn't there, or that another callback turns too.
+            ValueError: a knob that isn't there, or that another callback turns, too.
         """
         assert isinstance(pl_module, OnPolicyDistillation)
-        for knob in self.knobs:
-            read(pl_module, knob)
+        self._held = {path: Knob(pl_module, path) for path in self.knobs}
         everyone = [callback for callback in trainer.callbacks if isinstance(callback, KnobCallback)]  # type: ignore[attr-defined]
         for other in everyone:
-            if other is not self and (shared := set(self.knobs) & set(other.knobs)):
-                raise ValueError(
-                    f"trainer.callbacks: {type(self).__name__} and {type(other).__name__} both turn "
-                    f"{', '.join(sorted(shared))}; keep one of them"
-                )
+            for path in other.knobs:
+                for mine in self._held.values():
+                    if (other is not self or path != mine.path) and mine.overlaps(Knob(pl_module, path)):
+                        raise ValueError(
+                            f"trainer.callbacks: {type(self).__name__} ({mine.path}) and {type(other).__name__} "
+                            f"({path}) turn the same knob; keep one of them"
+                        )
+
+    def read(self, path: str) -> Any:
+        """One of its knobs as it is."""
+        return self._held[path].value
+
+    def turn(self, path: str, value: Any) -> None:
+        """Turns one of its knobs (`Knob.turn`)."""
+        self._held[path].turn(value)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        self.advance(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        assert isinstance(pl_module, OnPolicyDistillation)
+        for path, knob in self._held.items():
+            for name, value in _numbers(path, knob.value).items():
+                pl_module.log(f"knob/{name}", value)
+        self.advance(trainer, pl_module)
 
 
-def _has(holder: Any, name: str) -> bool:
-    if isinstance(holder, dict):
-        return name in holder
-    if isinstance(holder, list):
-        return name.isdigit() and int(name) < len(holder)
-    return hasattr(holder, name)
+def _arguments(owner: Any) -> list[str]:
+    fixed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(type(owner)).parameters.items() if p.kind in fixed]
 
 
-def _get(holder: Any, name: str) -> Any:
-    if isinstance(holder, dict):
-        return holder[name]
-    return holder[int(name)] if isinstance(holder, list) else getattr(holder, name)
+def _inside(part: Any) -> dict[str, Any]:
+    """What a path may go on with."""
+    if isinstance(part, dict):
+        return {str(key): value for key, value in part.items()}
+    if isinstance(part, list):
+        named = {item.name: item for item in part if isinstance(getattr(item, "name", None), str)}
+        return {**{str(place): item for place, item in enumerate(part)}, **named}
+    if isinstance(part, OnPolicyDistillation):
+        names = ("rollout", "objective", "teachers", "evaluation", "reward", "student_view")
+        return {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+    return {name: value for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
 
 
-def _set(holder: Any, name: str, value: Any) -> None:
-    if isinstance(holder, dict):
-        holder[name] = value
-    elif isinstance(holder, list):
-        holder[int(name)] = value
-    else:
-        setattr(holder, name, value)
-
-
-def _offered(holder: Any) -> list[str]:
-    if isinstance(holder, dict):
-        return sorted(map(str, holder))
-    if isinstance(holder, list):
-        return [str(i) for i in range(len(holder))]
-    if isinstance(holder, OnPolicyDistillation):
-        return ["rollout", "objective", "teachers", "evaluation"]
-    return sorted(name for name in vars(holder) if not name.startswith("_"))
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, dict):
+        return {
+            found: number for key, part in value.items() for found, number in _numbers(f"{name}.{key}", part).items()
+        }
+    return {name: float(value)} if isinstance(value, int | float) else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import _collect_rng_states
@@ -93,6 +94,9 @@ def check_whole(checkpoint: Path) -> None:
 class Checkpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, under ``<default_root_dir>/checkpoints`` and with ``last.ckpt`` to resume from.
 
+    At a step that is validated it is written after the validation, which callbacks may go by: a resumed run does not do
+    that one again.
+
     After a SIGTERM the optimiser step is finished on every rank, ``last.ckpt`` is written, and the run ends as if it
     were done, with exit code 0: a queue may start it again with ``--ckpt_path=last``.
 
@@ -147,9 +151,12 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0 and _validates(trainer):
+            self._defer_save_until_validation = True
+        else:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -168,3 +175,13 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validates(trainer: L.Trainer) -> bool:
+    """Whether a validation follows upon this batch."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    batches: Any = trainer.num_val_batches
+    return (
+        trainer.enable_validation and bool(np.sum(batches)) and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    )

@@ -163,6 +163,10 @@ class OnPolicyDistillation(L.LightningModule):
         if processor is not None:
             processor.save_pretrained(folder)
 
+    def spell(self, trajectories: Trajectories) -> list[list[str]] | None:
+        """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
+        return None
+
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
         return []
@@ -296,7 +300,6 @@ class OnPolicyDistillation(L.LightningModule):
         reward, _ = self.score(trajectories)
         assert reward is not None
         mean, std = group_statistics(reward, trajectories.group)
-        self._averages.add("reward", reward)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
 
     def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
@@ -370,6 +373,29 @@ class OnPolicyDistillation(L.LightningModule):
         # Lightning divides by the accumulation, and DDP averages over ranks: the normaliser already holds both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    def gradient(self, trajectories: Trajectories) -> list[Tensor]:
+        """The gradient that training on these trajectories would have, over all ranks, for each trained parameter.
+
+        Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimiser steps.
+        """
+        size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
+        whole = OptimiserStep.of(list(trajectories.split(size)), self.total)
+        self._look_ahead(whole)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        total = [torch.zeros_like(p) for p in parameters]
+        for batch in whole.micro_batches:
+            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+                teachers, available = self.ask_all(batch)
+                student = self.steps(self.policies["student"], batch)
+                loss, _ = self.objective(student, teachers, batch, available)
+                parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for gradient, part in zip(total, parts, strict=True):
+                if part is not None:
+                    gradient += part
+        if self.trainer.world_size > 1:
+            total = [self.trainer.strategy.reduce(gradient, reduce_op="sum") for gradient in total]
+        return total
+
     @contextmanager
     def _advising(self) -> Iterator[None]:
         """
@@ -410,7 +436,7 @@ class OnPolicyDistillation(L.LightningModule):
     @torch.no_grad()
     def _look_ahead(self, whole: OptimiserStep) -> None:
         """Statistics and sums of weights over the whole optimiser step, where a term asks for them."""
-        whole.gather = self._gather
+        whole.gather = self.gather
         whole.micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
         availables: list[dict[str, Tensor]] = []
         if self.objective.looks_ahead:
@@ -439,7 +465,7 @@ class OnPolicyDistillation(L.LightningModule):
             return value
         return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """``[N]`` of every rank, concatenated; ranks may differ in N."""
         if self.trainer.world_size == 1:
             return values
@@ -483,9 +509,10 @@ class OnPolicyDistillation(L.LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------
 
     def _logs_now(self) -> bool:
-        return self._is_logged(self.global_step + 1)
+        return self.is_logged(self.global_step + 1)
 
-    def _is_logged(self, step: int) -> bool:
+    def is_logged(self, step: int) -> bool:
+        """Whether what was recorded is logged after that many optimiser steps."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step == 1
 
@@ -493,18 +520,20 @@ class OnPolicyDistillation(L.LightningModule):
         """Has the mean of ``values`` since the last logged step, over ranks, logged as ``train/<name>``."""
         self._averages.add(name, values, counts)
 
+    def recorded(self) -> dict[str, float]:
+        """Means of what this optimiser step recorded so far, over ranks; every rank must ask."""
+        return self._averages.over_ranks(self.trainer)
+
     def _describe(self, batch: Trajectories) -> None:
         self._averages.add("length", batch.length)
         self._averages.add("stopped", batch.stopped.float())
         self._averages.add("staleness", (self.global_step - batch.weights_version).float())
 
     def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
-        whole = batch.optimiser_step
-        assert whole is not None
-        if batch.micro_batch + 1 < len(whole.micro_batches):
+        if not batch.ends_optimiser_step:
             return
         averages, self._averages = self._averages, Averages(self.device)
-        if self._is_logged(self.global_step):
+        if self.is_logged(self.global_step):
             values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
             shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
             self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)

@@ -169,7 +169,7 @@ class RolloutLoader:
             self.epoch, self.generation = self.epoch + 1, 0
         while self.generation < self.generations:
             if self.pending is None:
-                self._hold(self._generate(), 0)
+                self._hold(self._generate(), self.next)
             batch = self._steps[self.next]
             self.next += 1
             if self.next == self.per_generation:
@@ -185,11 +185,7 @@ class RolloutLoader:
         micro_batches = list(trajectories.split(self.size))
         for start in range(0, len(micro_batches), self.accumulate):
             mine = micro_batches[start : start + self.accumulate]
-            step = OptimiserStep(mine, 0.0)
-            step.trained_steps = self.module.total(float(sum(int(m.mask.sum()) for m in mine)))
-            for place, micro_batch in enumerate(mine):
-                micro_batch.optimiser_step, micro_batch.micro_batch = step, place
-            self._steps += mine
+            self._steps += OptimiserStep.of(mine, self.module.total).micro_batches
 
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
@@ -202,6 +198,8 @@ class RolloutLoader:
                 trajectories = self._ahead.popleft().result()
         module.stopwatch.count("rollout", int(trajectories.mask.sum()))
         trajectories = module.judge(trajectories)
+        if trajectories.reward is not None:
+            module.record("reward", trajectories.reward)
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
                 trajectories = callback.on_rollouts(module, trajectories)
@@ -253,6 +251,15 @@ class RolloutLoader:
         if self._worker is not None:
             self._worker.close()
 
+    def refresh(self) -> None:
+        """Throws away what was rolled out and not yet trained, the rest of a generation batch too: the same prompts
+        are rolled out again with the current weights. Only between optimiser steps."""
+        for rolled in self._ahead:
+            if not rolled.cancel():
+                rolled.result()  # the weights must not change while it acts
+        self._ahead.clear()
+        self.pending, self._steps = None, []
+
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
         """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
         if len(shares) == 1:
@@ -298,7 +305,7 @@ class RolloutLoader:
                 f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
-        self.pending, self.next, self._steps = None, 0, []
+        self.pending, self.next, self._steps = None, state["next"], []
         if state["pending"] is not None:
             self._hold(self._restored(state["pending"]), state["next"])
         self._ahead.clear()

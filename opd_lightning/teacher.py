@@ -147,7 +147,7 @@ class EMA(TeacherWeights):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        if step % self.every:
+        if step % self.every or self.rate == 0:
             return
         if self._average is not None:
             self._average.update(self.rate)

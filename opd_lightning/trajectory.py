@@ -35,6 +35,7 @@ class Trajectories:
             and before top-p / top-k / min-p (see `Rollout`); NaN where nobody knows it (dataset completions).
         reward: ``[B]``, or None when no reward is configured.
         group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards.
+        weight: ``[B]`` how much each trajectory counts in every term, a constant ≥ 0 (see `weigh`); None: 1.
         channels: ``[B, T]`` each, what a setting knows of every step, by name, for parts that need it.
         optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.
 
@@ -56,6 +57,7 @@ class Trajectories:
     reward: Tensor | None = None
     group_mean: Tensor | None = None
     group_std: Tensor | None = None
+    weight: Tensor | None = None
     channels: dict[str, Tensor] = field(default_factory=dict)
     optimiser_step: OptimiserStep | None = field(default=None, repr=False)
     micro_batch: int = 0
@@ -72,6 +74,19 @@ class Trajectories:
     def length(self) -> Tensor:
         """``[B]`` trained steps of each trajectory."""
         return self.mask.sum(1)
+
+    @property
+    def ends_optimiser_step(self) -> bool:
+        """Whether this is the last micro-batch of its optimiser step."""
+        assert self.optimiser_step is not None
+        return self.micro_batch + 1 == len(self.optimiser_step.micro_batches)
+
+    def weigh(self, weight: Tensor) -> None:
+        """Multiplies what each trajectory counts by ``weight [B]`` ≥ 0, which no gradient flows through.
+
+        To be called for all micro-batches of an optimiser step before the first of them is trained.
+        """
+        self.weight = weight.detach() if self.weight is None else self.weight * weight.detach()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -171,6 +186,14 @@ class OptimiserStep:
         self.weight_sums: dict[str, float] | None = None
         self.statistics: list[dict[str, Tensor]] | None = None
         self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @classmethod
+    def of(cls, micro_batches: list[Trajectories], total: Callable[[float], float]) -> OptimiserStep:
+        """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
+        step = cls(micro_batches, total(float(sum(int(part.mask.sum()) for part in micro_batches))))
+        for place, part in enumerate(micro_batches):
+            part.optimiser_step, part.micro_batch = step, place
+        return step
 
     def over_batch(self, key: str) -> Tensor:
         """``[M]`` one statistic at every trained step of the optimiser step, on all ranks."""

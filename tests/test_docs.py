@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from opd_lightning.callbacks import Curriculum, Linear
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import Frozen, Teacher
-from tests.tiny import act, fit, make_module, sgd, teacher_forced
+from tests.callbacks import toy
+from tests.tiny import LongerIsBetter, act, fit, make_module, sgd, teacher_forced
 from tests.tiny_vlm import vlm_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -53,3 +56,23 @@ def test_add_a_setting(tmp_path):
     first = float(trainer.callback_metrics["train/loss/ReverseKL"])
     trainer = fit(module, tmp_path, rows, steps=60)
     assert float(trainer.callback_metrics["train/loss/ReverseKL"]) < first / 4
+
+
+def test_add_a_callback(tmp_path):
+    _, defined = example("add_a_callback.md")
+
+    def make(spread: float = 10.0) -> Any:
+        rollout = Rollout(batch_size=4, group_size=2, micro_batch_size=4, horizon=6)
+        return toy.make_module(rollout=rollout, reward=LongerIsBetter()), [defined["Warmer"](spread)]
+
+    module, callbacks = make()
+    trainer = toy.fit(module, tmp_path / "same", callbacks, steps=3)
+    assert module.rollout.temperature == 1.3
+    assert trainer.callback_metrics["knob/rollout.temperature"] == 1.2
+    module, callbacks = make(spread=-1.0)
+    toy.fit(module, tmp_path / "spread", callbacks, steps=3)
+    assert module.rollout.temperature == 1
+    twice = [*callbacks, Curriculum({"rollout.temperature": Linear(1, 2, 3)})]
+    with pytest.raises(ValueError, match=r"Warmer .* and Curriculum .* turn the same knob"):
+        toy.fit(module, tmp_path / "twice", twice)
+    toy.assert_resumes(make, tmp_path)

@@ -163,6 +163,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """The text of a completion, for rewards and samples."""
         return str(self.tokenizer().decode(tokens, skip_special_tokens=True))
 
+    def spell(self, trajectories: Trajectories) -> list[list[str]]:
+        rows = zip(trajectories.actions, trajectories.mask, strict=True)
+        return [[str(self.tokenizer().decode([token])) for token in row[keep].tolist()] for row, keep in rows]
+
     def grade(self, completion: str, example: Example) -> dict[str, Any]:
         """What only the setting can find out about a completion: rewards read it as further columns, samples show it,
         and validation averages the numbers in its entry ``metrics``."""

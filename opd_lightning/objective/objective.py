@@ -367,8 +367,10 @@ class Objective:
         return on
 
     def _weigh(self, steps: Steps, term: Term, weights: list[Weight]) -> Tensor:
-        """``[N]`` product of some of the term's weights, 0 where the term is off."""
+        """``[N]`` product of the trajectory's weight and some of the term's, 0 where the term is off."""
         product = self._on(steps, term).float()
+        if steps.trajectories.weight is not None:
+            product = product * steps.per_trajectory(steps.trajectories.weight)
         for weight in weights:
             product = product * steps.part(weight).detach()
         return product
@@ -403,8 +405,10 @@ class Objective:
         return whole
 
     def _chunks(self, student: Distribution, count: int) -> Iterator[slice]:
+        if not count:
+            return iter(())
         size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // student.bytes_per_state())
-        size = math.ceil(count / math.ceil(count / size)) if count else 1
+        size = math.ceil(count / math.ceil(count / size))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

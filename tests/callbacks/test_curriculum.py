@@ -5,16 +5,16 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_lightning.callbacks import Cosine, Curriculum, Linear, OnPlateau, Piecewise
-from opd_lightning.callbacks.knobs import read, turn
+from opd_lightning.callbacks import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Stage, Staircase
+from opd_lightning.callbacks.knobs import Knob
+from opd_lightning.evaluation import Evaluation
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Teacher
-from tests.tiny import Rows, make_trainer
+from tests.callbacks import toy
 
 # -- schedules ----------------------------------------------------------------------------------------------------
 
@@ -44,11 +44,16 @@ def test_piecewise_jumps_or_draws_lines():
     assert Piecewise({0: {"student": 1.0}})(3) == {"student": 1.0}
 
 
+def test_a_staircase_climbs_or_falls_to_its_end():
+    assert [Staircase(1, 4, every=2)(step) for step in range(9)] == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+    assert [Staircase(5, 0, every=1, by=-2)(step) for step in range(5)] == [5, 3, 1, 0, 0]
+
+
 def test_on_plateau_waits_for_improvement():
     schedule = OnPlateau("val/accuracy", [8, 16, 32], patience=2, min_delta=0.01)
     seen = []
     for metric in (0.1, 0.2, 0.205, 0.2, 0.3, 0.3, 0.3, 0.1, 0.1, 0.1):
-        schedule.see(metric)
+        schedule.watch({"val/accuracy": metric})
         seen.append(schedule(0))
     assert seen == [8, 8, 8, 16, 16, 16, 32, 32, 32, 32]
 
@@ -60,7 +65,12 @@ def test_on_plateau_waits_for_improvement():
         (lambda: Piecewise({3: 1.0}), r"Piecewise\.values needs a value for step 0"),
         (lambda: Piecewise({0: "a", 3: "b"}, interpolate=True), r"only numbers can be interpolated"),
         (lambda: OnPlateau("x", []), r"OnPlateau: values must not be empty"),
-        (lambda: Curriculum({}), r"Curriculum\.schedules is empty"),
+        (lambda: Staircase(1, 4, every=1, by=-1), r"by=-1 must lead from 1 to 4"),
+        (lambda: Curriculum({}), r"Curriculum has no schedules"),
+        (lambda: Curriculum(stages=[Stage({"a": 1}, 2), Stage({"b": 1})]), r"stages\[1\] sets \['b'\], stages\[0\]"),
+        (lambda: Curriculum(stages=[Stage({"a": 1}), Stage({"a": 2})]), r"stages\[0\]\.steps must be >= 1, got None"),
+        (lambda: Curriculum(stages=[Stage({"a": 1}, 3)]), r"the last stage goes on to the end of the run"),
+        (lambda: Curriculum({"a": Linear(0, 1, 2)}, [Stage({"a": 1})]), r"a is in schedules and in stages"),
     ],
 )
 def test_schedules_that_mean_nothing_are_refused(make, message):
@@ -71,27 +81,51 @@ def test_schedules_that_mean_nothing_are_refused(make, message):
 # -- knobs --------------------------------------------------------------------------------------------------------
 
 
-def test_knobs_are_found_by_path_and_checked_by_their_owner(world):
-    module = world.module({"teacher": Teacher(EMA(0.1))}, rollout=Rollout(batch_size=8, horizon=10))
-    turn(module, "rollout.horizon", 6.6)
-    turn(module, "objective.terms.0.coefficient", 0.5)
-    turn(module, "teachers.teacher.weights.rate", 0.2)
+def test_knobs_are_found_by_path_and_checked_by_their_owner():
+    module = toy.make_module({"teacher": Teacher(EMA(0.1), view=toy.Told())})
+    horizon = Knob(module, "rollout.horizon")
+    for knob, value in ((horizon, 6.6), (Knob(module, "objective.terms.ReverseKL.coefficient"), 0.5)):
+        knob.turn(value)
+    Knob(module, "teachers.teacher.weights.rate").turn(0.2)
     assert (module.rollout.horizon, module.objective.terms[0].coefficient) == (7, 0.5)
     assert module.teachers["teacher"].weights.rate == 0.2
     with pytest.raises(ValueError, match=r"rollout\.horizon can't be 0: rollout\.horizon must be >= 1"):
-        turn(module, "rollout.horizon", 0)
-    assert read(module, "rollout.horizon") == 7
-    with pytest.raises(ValueError, match=r"no knob 'rollout\.length': rollout has no 'length'; it has .*horizon"):
-        read(module, "rollout.length")
-    with pytest.raises(ValueError, match=r"no knob 'teachers\.other\.rate': teachers has no 'other'; it has teacher"):
-        read(module, "teachers.other.rate")
+        horizon.turn(0)
+    assert horizon.value == 7
 
 
-def test_two_callbacks_on_one_knob_are_refused_by_name(world, tmp_path):
-    one = Curriculum({"rollout.horizon": Linear(2, 8, 4), "rollout.temperature": Linear(1, 0.5, 4)})
-    callbacks = [one, Curriculum({"rollout.horizon": Linear(2, 4, 4)})]
-    with pytest.raises(ValueError, match=r"Curriculum and Curriculum both turn rollout\.horizon; keep one of them"):
-        world.fit(world.module(), tmp_path, callbacks=callbacks)
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("rollout.length", r"no knob 'rollout\.length': rollout has no 'length'; it has .*horizon"),
+        ("teachers.other.rate", r"no knob 'teachers\.other\.rate': teachers has no 'other'; it has teacher"),
+        ("rollout.batch_size", r"rollout\.batch_size is read once, when the run begins"),
+        ("objective.terms", r"objective\.terms is no knob, but a part of the run, which has 0"),
+    ],
+)
+def test_what_is_no_knob_is_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        Knob(toy.make_module(), path)
+
+
+def test_a_share_makes_the_others_give_way_as_they_were_configured():
+    shares = {"student": 0.5, "teacher": 0.3, "dataset": 0.2}
+    module = toy.make_module(rollout=Rollout(batch_size=8, behaviour=shares))
+    teacher = Knob(module, "rollout.behaviour.teacher")
+    teacher.turn(0.0)
+    assert module.rollout.behaviour == pytest.approx({"student": 5 / 7, "teacher": 0, "dataset": 2 / 7})
+    teacher.turn(0.3)
+    assert module.rollout.behaviour == pytest.approx(shares)
+    assert teacher.overlaps(Knob(module, "rollout.behaviour.student"))
+
+
+@pytest.mark.parametrize("alias", ["objective.terms.0.coefficient", "objective.terms.ReverseKL.coefficient"])
+def test_two_callbacks_on_one_knob_are_refused_by_name(alias, tmp_path):
+    one = Curriculum({"rollout.horizon": Linear(2, 8, 4), "objective.terms.0.coefficient": Linear(1, 0.5, 4)})
+    with pytest.raises(
+        ValueError, match=r"Curriculum \(objective.* and Curriculum \(obj.*turn the same knob; keep one"
+    ):
+        toy.fit(toy.make_module(), tmp_path, [one, Curriculum({alias: Linear(1, 2, 4)})])
 
 
 @pytest.mark.parametrize(
@@ -102,9 +136,9 @@ def test_two_callbacks_on_one_knob_are_refused_by_name(world, tmp_path):
         ({"rollout.behaviour": Piecewise({0: {"student": 1.0}, 9: {"expert": 1.0}})}, r"names 'expert', which is no"),
     ],
 )
-def test_what_a_later_stage_could_not_do_is_refused_before_training(world, schedules, message, tmp_path):
+def test_what_a_later_stage_could_not_do_is_refused_before_training(schedules, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        world.fit(world.module(), tmp_path, callbacks=[Curriculum(schedules)])
+        toy.fit(toy.make_module(), tmp_path, [Curriculum(schedules)])
 
 
 # -- in training --------------------------------------------------------------------------------------------------
@@ -123,7 +157,7 @@ def test_a_growing_horizon_stops_generation_and_is_logged(world, tmp_path):
     widths = [width for width, _ in seen]
     assert widths[:3] == [2, 4, 6]
     assert max(widths[3:]) <= 8
-    assert [int(value) for _, value in seen[1:]] == [4, 6, 8, 8]
+    assert [int(value) for _, value in seen[1:]] == [2, 4, 6, 8]
 
 
 def test_off_after_a_step_skips_the_teacher(world, tmp_path):
@@ -141,49 +175,52 @@ def test_off_after_a_step_skips_the_teacher(world, tmp_path):
     assert asked == [0, 1]
 
 
-def test_stages_compose_with_another_callback_and_resume_where_they_were(world, tmp_path):
-    """Given completions first, then the student's own; the horizon grows meanwhile. Stopped in mid-way and resumed."""
+def test_stages_give_way_to_one_another_in_the_text_setting(make_world, tmp_path):
+    """Given completions first, then the student's own; the horizon grows meanwhile."""
+    seen = []
+    world = make_world("text")
 
-    def run(folder, steps, checkpoint=None):
-        module = world.module(rollout=Rollout(batch_size=8, horizon=10, behaviour={"dataset": 1.0}))
-        stages = Curriculum({"rollout.behaviour": Piecewise({0: {"dataset": 1.0}, 2: {"student": 1.0}})})
+    class Watching(world.setting):
+        def training_step(self, batch, batch_idx):
+            seen.append({batch.sources[i] for i in batch.source})
+            return super().training_step(batch, batch_idx)
+
+    stages = [Stage({"rollout.behaviour": {"dataset": 1.0}}, steps=2), Stage({"rollout.behaviour": {"student": 1.0}})]
+    grows = Curriculum({"rollout.horizon": Linear(3, 9, 6), "rollout.temperature": Cosine(1.0, 0.7, 5)})
+    module = world.module(setting=Watching)
+    trainer = world.fit(module, tmp_path, steps=4, callbacks=[Curriculum(stages=stages), grows])
+    assert seen == [{"dataset"}, {"dataset"}, {"student"}, {"student"}]
+    assert trainer.callback_metrics["curriculum/stage"] == 2
+
+
+def test_stages_compose_with_other_callbacks_and_resume_where_they_were(tmp_path):
+    def make():
+        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, behaviour={"teacher": 1.0})
+        module = toy.make_module({"teacher": Teacher(EMA(0.1), view=toy.Told())}, rollout=rollout)
+        stages = [
+            Stage({"rollout.behaviour": {"teacher": 1.0}, "teachers.teacher.weights.rate": 0.0}, steps=3),
+            Stage({"rollout.behaviour": {"student": 1.0}, "teachers.teacher.weights.rate": 0.2}),
+        ]
         grows = Curriculum({"rollout.horizon": Linear(3, 9, 6), "rollout.temperature": Cosine(1.0, 0.7, 5)})
-        trainer = make_trainer(folder, steps=steps, callbacks=[stages, grows])
-        trainer.fit(module, datamodule=Rows(world.make_rows(24)), ckpt_path=checkpoint, weights_only=True)
-        return trainer, module
+        fades = Curriculum({"teachers.teacher.view.strength": Staircase(1, 0, every=2, by=-0.5)})
+        return module, [Curriculum(stages=stages), grows, fades]
 
-    _, unbroken = run(tmp_path / "whole", 6)
-    trainer, _ = run(tmp_path / "half", 3)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    _, resumed = run(tmp_path / "rest", 6, tmp_path / "half.ckpt")
-    for mine, theirs in zip(resumed.student.parameters(), unbroken.student.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    toy.assert_resumes(make, tmp_path)
 
 
-def test_on_plateau_reads_the_logged_metric_and_keeps_its_place(world, tmp_path):
-    rows = world.make_rows(24)
-    schedule = OnPlateau("val/length", [4, 6, 8], patience=1, min_delta=1e9)
-    curriculum = Curriculum({"rollout.horizon": schedule})
-    module = world.module(rollout=Rollout(batch_size=8, horizon=10))
-    world.fit(
-        module,
-        tmp_path,
-        rows,
-        steps=3,
-        validation=rows[:4],
-        val_check_interval=1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=1,
-        callbacks=[curriculum],
-    )
-    assert module.rollout.horizon == 8, "the first validation is the best so far, each later one is waited for in vain"
-    again = Curriculum({"rollout.horizon": OnPlateau("val/length", [4, 6, 8], patience=1, min_delta=1e9)})
-    again.load_state_dict(curriculum.state_dict())
-    assert again.schedules["rollout.horizon"](0) == 8
+def test_on_plateau_reads_the_logged_metric_and_resumes_in_its_place(tmp_path):
+    made = []
 
+    def make():
+        schedule = OnPlateau("val/length", [4, 6, 8], patience=1, min_delta=1e9)
+        made.append(toy.make_module(evaluation=Evaluation(before=False, horizon=3)))
+        return made[-1], [Curriculum({"rollout.horizon": schedule})]
+
+    toy.assert_resumes(make, tmp_path, steps=3, validation=toy.make_rows(4))
+    assert made[0].rollout.horizon == 8, "the first validation is the best so far, each later one is waited for in vain"
+
+
+def test_a_metric_that_nobody_logs_is_named(tmp_path):
     missing = Curriculum({"rollout.horizon": OnPlateau("val/nothing", [4, 6])})
     with pytest.raises(ValueError, match=r"OnPlateau\.monitor: nothing logs 'val/nothing'; there are .*val/length"):
-        world.fit(
-            world.module(), tmp_path, rows, validation=rows[:4], val_check_interval=1, check_val_every_n_epoch=None,
-            callbacks=[missing],
-        )  # fmt: skip
+        toy.fit(toy.make_module(), tmp_path, [missing], validation=toy.make_rows(4))

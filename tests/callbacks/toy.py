@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from opd_lightning.checkpoint import Checkpoint
 from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.module import OnPolicyDistillation
@@ -150,7 +150,7 @@ def fit(
     **settings: Any,
 ) -> L.Trainer:
     """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each."""
-    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+    saves = Checkpoint(every_n_train_steps=1, dirpath=str(folder), save_top_k=-1)
     quiet = {"enable_checkpointing": True, "val_check_interval": 1, "check_val_every_n_epoch": None} | settings
     trainer = make_trainer(folder, steps, callbacks=[*callbacks, saves], num_sanity_val_steps=0, **quiet)
     data = Rows(make_rows() if rows is None else rows, validation)
@@ -167,7 +167,8 @@ def assert_resumes(make: Callable[[], tuple[Any, list[L.Callback]]], folder: Pat
     fit(module, folder / "whole", callbacks, steps, **settings)
     for done in range(1, steps):
         again, others = make()
-        fit(again, folder / f"from{done}", others, steps, checkpoint=folder / "whole" / f"step={done}.ckpt", **settings)
+        fit(again, folder / f"from{done}", others, steps, checkpoint=folder / "whole" / f"step-{done}.ckpt", **settings)
         for name, weight in module.state_dict().items():
             assert torch.equal(again.state_dict()[name], weight), f"{name} differs after going on from step {done}"
-        assert [c.state_dict() for c in others] == [c.state_dict() for c in callbacks]
+        for mine, theirs in zip(others, callbacks, strict=True):
+            torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0, equal_nan=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -24,7 +25,9 @@ from opd_lightning.objective import (
     Weight,
     Window,
 )
+from tests.callbacks import toy
 from tests.objective.reference import Policy, batch, close, dense, kl
+from tests.tiny import act
 
 V = 6
 MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
@@ -235,3 +238,29 @@ def test_the_position_of_a_step_counts_from_the_start_of_its_trajectory():
     assert steps.position.tolist() == POSITION.tolist()
     assert steps.trajectory.tolist() == ROW.tolist()
     assert math.isclose(float(Window(stop=1)(steps).sum()), 2)
+
+
+def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weights_are_the_normaliser():
+    module = toy.make_module()
+    module.configure_model()
+    rolled = act(module, toy.make_rows(6), horizon=5)
+
+    def train(objective: Objective, *weights: list[float]) -> tuple[float, Tensor]:
+        weighed = dataclasses.replace(rolled)
+        for weight in weights:
+            weighed.weigh(torch.tensor(weight))
+        module.zero_grad()
+        student, (teachers, _) = module.steps(module.policies["student"], weighed), module.ask_all(weighed)
+        loss, _ = objective(student, teachers, weighed)
+        loss.backward()
+        return float(loss), torch.cat([p.grad.flatten() for p in module.student.parameters()])
+
+    terms = Objective([Term(ReverseKL()), Term(CrossEntropy(), teacher=None)])
+    plain, gradient = train(terms)
+    half, halved = train(terms, [0.25] * 6, [2.0] * 6)
+    assert half == pytest.approx(plain / 2)
+    assert torch.allclose(halved, gradient / 2, atol=1e-6)
+    assert not train(terms, [0.0] * 6)[1].any()
+    shares = Objective([Term(ReverseKL(), normaliser="weights")])
+    assert train(shares, [1.0, 2, 3, 4, 5, 6])[0] == pytest.approx(train(shares, [0.5, 1, 1.5, 2, 2.5, 3])[0])
+    assert train(shares, [1.0, 2, 3, 4, 5, 6])[0] != pytest.approx(train(shares)[0])

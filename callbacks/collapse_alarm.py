@@ -1,0 +1,217 @@
+"""CollapseAlarm: tells of a run that goes wrong, with advice, or ends it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from ..module import OnPolicyDistillation
+from ..trajectory import OptimiserStep, Trajectories
+
+LAST = 10_000
+REPETITION = "repetition"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a collapse looks like.
+
+    Attributes:
+        name: the alarm's argument for its limit.
+        reads: the end of the name of what is recorded.
+        is_bad: of the value, what it is compared with, and the limit.
+        advice: what the sheets of those who met it did about it.
+    """
+
+    name: str
+    reads: str
+    is_bad: Callable[[float, float, float], bool]
+    advice: str
+
+
+SIGNS = (
+    Sign(
+        "entropy",
+        "student_entropy",
+        lambda value, start, limit: value < limit * start,
+        "prompts may be too much alike: mix in others (2604.13016); if the term's support is the student's top k, its "
+        "tail must count (a truncated KL(student‖teacher) collapses: 2605.11182)",
+    ),
+    Sign(
+        "length",
+        "length",
+        lambda value, start, limit: value > limit * start,
+        "long repetitive rollouts earn the best reverse-KL advantage: add a KL to the student before training and "
+        "completions of the dataset (StableOPD, 2604.08527), or stop rollouts early (EarlyStopRollout)",
+    ),
+    Sign(
+        "truncated",
+        "stopped",
+        lambda value, start, limit: value < start - limit,
+        "rollouts no longer end by themselves: check that the stop token is trained and shared with the teacher; add a "
+        "KL to the student before training and completions of the dataset (StableOPD, 2604.08527)",
+    ),
+    Sign(
+        REPETITION,
+        REPETITION,
+        lambda value, start, limit: value > limit,
+        "add a KL to the student before training and completions of the dataset (StableOPD, 2604.08527)",
+    ),
+    Sign(
+        "first_step_kl",
+        "/kl_first_step",
+        lambda value, start, limit: value > limit,
+        "the two disagree before the first step is taken: compare their templates, thinking modes and stop tokens",
+    ),
+    Sign(
+        "overlap",
+        "/overlap_mass",
+        lambda value, start, limit: value < limit * start,
+        "student and teacher no longer consider the same steps, where the gradient lives: start from a student that "
+        "was fine-tuned on the teacher's rollouts, or take one whose thinking is more alike (2604.13016)",
+    ),
+)
+
+
+class CollapseAlarm(L.Callback):
+    """Watches what is logged, and how much rollouts repeat themselves.
+
+    It looks at the optimiser steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
+    ``baseline`` looks. What has been wrong for ``patience`` looks on end is told once, with advice, and again only
+    after it was well in between. Loss terms that are no longer finite are told at once. Entropy, first-step KL and
+    overlap are known for distributions over a vocabulary. Logged: ``train/repetition`` and ``train/alarms``, how many
+    things are wrong.
+
+    The limits are ours, except for the repetition's; None turns one off. A horizon that a curriculum raises looks like
+    length inflation.
+
+    Args:
+        action: ``warn``, or ``stop``: write ``collapse.ckpt`` into the run's folder and end the run.
+        entropy: of the student, as a share of what it was at first, or of a teacher's now if that is less. Default 0.2.
+        length: times what it was at first. Default 2.
+        truncated: rise of the share of rollouts that reach the horizon. Default 0.5.
+        repetition: share of rollouts whose last 10 000 steps zlib makes more than ``compression`` times smaller.
+            Default 0.1.
+        compression: default 10 (RepRate of StableOPD, 2604.08527, there of characters).
+        first_step_kl: KL(student‖teacher) at the first step, in nats. Default 5.
+        overlap: the student's mass on what both count among their likeliest steps, as a share of what it was at first.
+            Default 0.5.
+        patience: default 3.
+        baseline: default 3.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        action: Literal["warn", "stop"] = "warn",
+        entropy: float | None = 0.2,
+        length: float | None = 2.0,
+        truncated: float | None = 0.5,
+        repetition: float | None = 0.1,
+        compression: float = 10.0,
+        first_step_kl: float | None = 5.0,
+        overlap: float | None = 0.5,
+        patience: int = 3,
+        baseline: int = 3,
+    ) -> None:
+        if action not in ("warn", "stop"):
+            raise ValueError(f"CollapseAlarm.action is warn or stop, not {action!r}")
+        if min(patience, baseline) < 1 or compression <= 1:
+            raise ValueError(
+                f"CollapseAlarm: patience={patience} and baseline={baseline} must be >= 1, and "
+                f"compression={compression} > 1"
+            )
+        self.action, self.compression, self.patience, self.baseline = action, compression, patience, baseline
+        self.limits = {
+            "entropy": entropy,
+            "length": length,
+            "truncated": truncated,
+            REPETITION: repetition,
+            "first_step_kl": first_step_kl,
+            "overlap": overlap,
+        }
+        self.first: dict[str, list[float]] = {}
+        self.wrong: dict[str, int] = {}  # looks on end
+        self.reason: str | None = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if not batch.ends_optimiser_step or not pl_module.is_logged(trainer.global_step):
+            return
+        assert batch.optimiser_step is not None
+        if self.limits[REPETITION] is not None:
+            pl_module.record(REPETITION, self._repeating(batch.optimiser_step))
+        told = self._look(pl_module.recorded())
+        pl_module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
+        for message in told:
+            rank_zero_warn(f"optimiser step {trainer.global_step}: {message}")
+        if told and self.action == "stop":
+            self.reason, trainer.should_stop = told[0], True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.reason is not None:
+            assert isinstance(pl_module, OnPolicyDistillation)
+            path = pl_module.folder / "collapse.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"CollapseAlarm: stopped after optimiser step {trainer.global_step}, saved as {path}")
+
+    def _look(self, values: dict[str, float]) -> list[str]:
+        """What is to be told now."""
+        found: dict[str, str] = {}
+        for name, value in values.items():
+            if name.startswith("loss/") and not math.isfinite(value):
+                found[name] = f"{name} is {value}: lower the learning rate, clip gradients, or train in float32"
+                self.wrong[name] = max(self.wrong.get(name, 0), self.patience - 1)
+            for sign in SIGNS:
+                limit = self.limits[sign.name]
+                if limit is None or not (name == sign.reads or (sign.reads[0] == "/" and name.endswith(sign.reads))):
+                    continue
+                first = self.first.setdefault(name, [])
+                if len(first) < self.baseline:
+                    first.append(value)
+                start = fmean(first)
+                if sign.name == "entropy":  # a student of a sure teacher shall become sure
+                    start = min([start, *(other for teacher, other in values.items() if teacher.endswith("/entropy"))])
+                if sign.is_bad(value, start, limit):
+                    found[f"{sign.name} {name}"] = f"train/{name} is {value:.3g}, against {start:.3g}: {sign.advice}"
+        self.wrong = {key: self.wrong.get(key, 0) + 1 for key in found}
+        return [message for key, message in found.items() if self.wrong[key] == self.patience]
+
+    def _repeating(self, whole: OptimiserStep) -> Tensor:
+        """``[B]`` 1 for each trajectory that repeats itself."""
+        return torch.tensor(
+            [
+                float(compressibility(actions[mask][-LAST:]) > self.compression)
+                for part in whole.micro_batches
+                for actions, mask in zip(part.actions.cpu(), part.mask.cpu(), strict=True)
+            ]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "wrong": self.wrong}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first, self.wrong = state_dict["first"], state_dict["wrong"]
+
+
+def compressibility(actions: Tensor) -> float:
+    """How many times smaller zlib makes ``actions [n, …]``, whatever they are: numbered by kind, two bytes each."""
+    if not len(actions):
+        return 1.0
+    kinds = np.unique(actions.float().numpy(), axis=0, return_inverse=True)[1]
+    written = kinds.astype(np.uint16).tobytes()
+    return len(written) / len(zlib.compress(written))

@@ -1,0 +1,259 @@
+"""FreshnessControl: how much a stale trajectory counts, and when stale ones are thrown away (f-OPD).
+
+Shape legend: B trajectories of an optimiser step on this rank, n steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ..module import OnPolicyDistillation
+from ..objective import ReverseKL, Signal, Term
+from ..objective.steps import Steps
+from ..rollout import RolloutLoader
+from ..teacher import Teacher, View
+from ..trajectory import OptimiserStep, Trajectories
+
+Settings = dict[str, Any]
+FOREVER = 2**62
+LARGEST = 40.0  # a log-ratio beyond it counts nothing any more, and would overflow
+
+
+class Anchor(Signal):
+    """KL(p_then ‖ p_now) of the weights that acted and the student, estimated at the step that was taken.
+
+    With ρ = p_now/p_then it is ρ − 1 − log ρ: never negative, without gradient where nothing moved, and on average the
+    KL divergence if steps are drawn from p_then as it is (temperature 1, no filters); otherwise it leans towards likely
+    steps. What another policy did has no anchor: 0.
+
+    f-OPD (2605.17862) has KL(p_now ‖ p_then), over all that could have been done, for which the old weights would have
+    to be kept. The two agree to second order, and Pinsker's inequality, from which freshness is derived, holds for
+    both; but steps drawn from p_then say next to nothing of the paper's once the student has left them.
+    """
+
+    def __call__(self, steps: Steps) -> Tensor:
+        assert steps.student is not None
+        mine = steps.per_trajectory(_by_student(steps.trajectories))
+        log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behaviour_log_prob, 0.0)
+        log_ratio = log_ratio.clamp(max=LARGEST)
+        return log_ratio.expm1() - log_ratio
+
+
+class FreshnessControl(L.Callback):
+    """f-OPD (2605.17862): every trajectory has a freshness, which decides how much it counts.
+
+    With τ optimiser steps between acting and training,
+
+        f = 1/(τ + 1) · exp(−(α·√D_roll + β·√D_sup)),    w = max(0, f − ξ),
+
+    and the loss of a trajectory, with λ times its `Anchor`, counts w times; no gradient flows through w. D_roll is the
+    mean over its steps of the student's KL divergence from then to now, as `Anchor` estimates it. D_sup is that of
+    KL(teacher seeing what its view shows now ‖ seeing what it showed then), with the teacher's weights of now on both
+    sides; it is 0 unless a knob of the view has been turned since, and the largest of several teachers' counts. Where
+    a teacher had something to say only now or only then, f is 0. Trajectories of other policies than the student do
+    not grow stale: f is 1.
+
+    When the mean freshness of an optimiser step falls to ``refresh_below``, what was rolled out and not trained is
+    thrown away and rolled out again. The paper's other two refresh rules ask for states that can't be replayed; here
+    all can.
+
+    α = β = λ = 0 is the simple mode, which goes by the lag alone and costs no forward pass. Otherwise an optimiser step
+    on stale trajectories costs one more of the student, and two of each teacher whose view has changed.
+
+    Where a term's normaliser is ``steps``, as in the paper, small weights make small steps; with ``weights`` only their
+    proportions count. Logged, as means: ``train/freshness/score``, ``weight``, ``gated`` (share of trajectories that
+    count nothing), ``lag``, ``rollout_drift``, ``supervision_drift`` and ``refreshes``.
+
+    Args:
+        rollout_drift: α. Default 1. The paper prints none of these five values: the defaults are ours, and leave
+            something to train at a lag of 8, its largest.
+        supervision_drift: β. Default 1.
+        threshold: ξ. Default 0.05.
+        anchor: λ. Default 0.1; 0 adds no term.
+        refresh_below: κ. Default 0.05; 0 refreshes only if every trajectory is invalid.
+        refresh_every: optimiser steps between two refreshes, at least. Default 200 (the paper's).
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        rollout_drift: float = 1.0,
+        supervision_drift: float = 1.0,
+        threshold: float = 0.05,
+        anchor: float = 0.1,
+        refresh_below: float = 0.05,
+        refresh_every: int = 200,
+    ) -> None:
+        if min(rollout_drift, supervision_drift, anchor) < 0 or refresh_every < 1:
+            raise ValueError(
+                f"FreshnessControl: rollout_drift={rollout_drift}, supervision_drift={supervision_drift} and "
+                f"anchor={anchor} must be >= 0, refresh_every={refresh_every} >= 1"
+            )
+        if not 0 <= threshold < 1 or not 0 <= refresh_below < 1:
+            raise ValueError(
+                f"FreshnessControl: threshold={threshold} and refresh_below={refresh_below} must be in [0, 1)"
+            )
+        self.rollout_drift, self.supervision_drift, self.threshold = rollout_drift, supervision_drift, threshold
+        self.anchor, self.refresh_below, self.refresh_every = anchor, refresh_below, refresh_every
+        self._refreshed, self._is_stale = -FOREVER, False
+        # settings of every teacher's view, with the optimiser step from which on it had them
+        self._shown: list[tuple[int, dict[str, Settings]]] = []
+        self._term = Term(Anchor(), teacher=None, coefficient=anchor, name="anchor")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if stage == "fit" and self.anchor and self._term not in pl_module.objective.terms:
+            pl_module.objective.terms.append(self._term)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        whole = batch.optimiser_step
+        assert whole is not None
+        if batch.micro_batch:
+            return
+        self._remember(pl_module, whole)
+        scores = [self._score(pl_module, part) for part in whole.micro_batches]
+        for part, score in zip(whole.micro_batches, scores, strict=True):
+            weight = (score - self.threshold).relu()
+            part.weigh(weight.float().to(part.mask.device))
+            pl_module.record("freshness/weight", weight)
+            pl_module.record("freshness/gated", (weight == 0).double())
+        mean = float(pl_module.gather(torch.cat(scores).to(pl_module.device)).mean())
+        self._is_stale = mean <= self.refresh_below
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if not batch.ends_optimiser_step:
+            return
+        step = trainer.global_step
+        refreshes = self._is_stale and step - self._refreshed >= self.refresh_every
+        pl_module.record("freshness/refreshes", float(refreshes))
+        if refreshes:
+            assert isinstance(trainer.train_dataloader, RolloutLoader)
+            trainer.train_dataloader.refresh()
+            self._refreshed = step
+            rank_zero_info(f"FreshnessControl: step {step}: rollouts were too stale, rolling out again")
+
+    def _score(self, module: OnPolicyDistillation, batch: Trajectories) -> Tensor:
+        """``[B]`` freshness."""
+        batch = batch.to("cpu")
+        lag = module.global_step - batch.weights_version
+        acted = _by_student(batch)
+        rollout = torch.zeros(len(batch))
+        # the same on every rank, whoever acted there: a sharded student must be asked by all or none
+        if self.rollout_drift and "student" in batch.sources and bool((lag > 0).any()):
+            measured = _row_means(module.per_step(batch, Anchor()), batch.mask)
+            rollout = torch.where(acted & (lag > 0), measured, 0.0)
+        supervision = self._supervision(module, batch) if self.supervision_drift else torch.zeros(len(batch))
+        drift = self.rollout_drift * rollout.clamp(min=0).sqrt() + self.supervision_drift * supervision.sqrt()
+        fresh = torch.where(acted, (-drift).exp() / (lag + 1), 1.0)
+        for name, values in (("score", fresh), ("lag", lag), ("rollout_drift", rollout)):
+            module.record(f"freshness/{name}", values)
+        known = supervision.isfinite()
+        module.record("freshness/supervision_drift", supervision.where(known, 0.0), known.double())
+        return fresh
+
+    def _supervision(self, module: OnPolicyDistillation, batch: Trajectories) -> Tensor:
+        """``[B]`` D_sup; infinite where it can't be known."""
+        drift = torch.zeros(len(batch))
+        for name in sorted(module.objective.teachers()):
+            teacher = module.teachers[name]
+            for version in batch.weights_version.unique().tolist():
+                then = self._settings_at(version).get(name)
+                mine = (batch.weights_version == version).nonzero().squeeze(-1)
+                if teacher.view is not None and then is not None and then != _settings(teacher.view):
+                    moved = self._moved(module, name, batch.select(mine), _with(teacher.view, then))
+                    drift[mine] = torch.maximum(drift[mine], moved)
+        return drift
+
+    @torch.no_grad()
+    def _moved(self, module: OnPolicyDistillation, name: str, batch: Trajectories, view: View) -> Tensor:
+        """``[B]`` how far a teacher's answers have moved since it had this view."""
+        batch = batch.to(module.device)
+        with module.trainer.precision_plugin.forward_context():
+            now, here = module.ask(name, batch)
+            with _seeing(module.teachers[name], view):
+                then, there = module.ask(name, batch)
+            assert here is not None
+            assert there is not None
+            steps = Steps.of(batch, {name: here & there})
+            values = module.objective.per_step(now, {name: then}, steps, ReverseKL(), name)
+        moved = _row_means(values, batch.mask)
+        moved = torch.where(here & there, moved, torch.where(here | there, torch.inf, 0.0))
+        return moved.clamp(min=0).cpu()
+
+    def _remember(self, module: OnPolicyDistillation, whole: OptimiserStep) -> None:
+        now = {name: _settings(t.view) for name, t in module.teachers.items() if t.view is not None}
+        if not self._shown or self._shown[-1][1] != now:
+            self._shown.append((module.global_step, now))
+        oldest = min(int(part.weights_version.min()) for part in whole.micro_batches)
+        while len(self._shown) > 1 and self._shown[1][0] <= oldest:
+            self._shown.pop(0)
+
+    def _settings_at(self, version: int) -> dict[str, Settings]:
+        known = [shown for since, shown in self._shown if since <= version]
+        return known[-1] if known else self._shown[0][1]  # older than what this callback has seen of the run
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"refreshed": self._refreshed, "shown": [[since, shown] for since, shown in self._shown]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._refreshed = state_dict["refreshed"]
+        self._shown = [(since, shown) for since, shown in state_dict["shown"]]
+
+
+def _by_student(batch: Trajectories) -> Tensor:
+    """``[B]`` bool: who acted."""
+    return torch.tensor([name == "student" for name in batch.sources], device=batch.source.device)[batch.source]
+
+
+def _row_means(values: Tensor, mask: Tensor) -> Tensor:
+    """``[B, T]`` → ``[B]`` mean over the trained steps; 0 where there are none, since they count nothing."""
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _settings(view: View) -> Settings:
+    """What can be turned in a view, and in the views that it is made of, by path."""
+    found: Settings = {}
+    for name, value in vars(view).items():
+        if isinstance(value, View):
+            found |= {f"{name}.{path}": inner for path, inner in _settings(value).items()}
+        elif isinstance(value, int | float | str):
+            found[name] = value
+    return found
+
+
+def _with(view: View, settings: Settings) -> View:
+    """The view as it was with these settings."""
+    made = copy.copy(view)
+    for name, value in vars(view).items():
+        inner = {path.removeprefix(f"{name}."): v for path, v in settings.items() if path.startswith(f"{name}.")}
+        if inner:
+            setattr(made, name, _with(value, inner))
+        elif name in settings:
+            setattr(made, name, settings[name])
+    return made
+
+
+@contextmanager
+def _seeing(teacher: Teacher, view: View) -> Iterator[None]:
+    """Within it the teacher has another view."""
+    own, teacher.view = teacher.view, view
+    try:
+        yield
+    finally:
+        teacher.view = own

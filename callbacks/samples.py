@@ -1,0 +1,175 @@
+"""Samples: rollouts to look at, every so many optimiser steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..module import OnPolicyDistillation
+from ..objective import CrossEntropy, ReverseKL, Signal
+from ..trajectory import Trajectories
+
+COLUMNS = ("prompt", "completion", "reward", "length", "signal")
+Row = dict[str, Any]
+
+
+class Samples(L.Callback):
+    """Shows the first rollouts of an optimiser step as they are about to be trained, with a signal at each step.
+
+    On the console the steps are shaded by the signal, the darkest red being the table's largest. The same rows go to
+    ``rollouts.jsonl`` in the run's folder, with every step's value, who acted, with which weights (``version``), how
+    many optimiser steps ago (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one
+    first). Loggers that take text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the
+    rows of the steps that it does again.
+
+    Args:
+        every: optimiser steps between tables, from the first on. Default 100.
+        count: rollouts, at most one optimiser step's on the first rank. Default 4.
+        signal: default: KL(student‖teacher), or without a teacher −log p of the step taken.
+        teacher: an entry of ``model.teachers`` whom the signal reads; None: it reads none.
+        console: print the tables.
+
+    Raises:
+        ValueError: every or count < 1, a signal that needs a teacher without one; when training begins, a teacher that
+            is not there or a vocabulary that the setting doesn't have.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        count: int = 4,
+        signal: Signal | None = None,
+        teacher: str | None = "teacher",
+        console: bool = True,
+    ) -> None:
+        if min(every, count) < 1:
+            raise ValueError(f"Samples: every={every} and count={count} must be >= 1")
+        self.signal = signal or (CrossEntropy() if teacher is None else ReverseKL())
+        if teacher is None and "teacher" in self.signal.needs:
+            raise ValueError(f"Samples.signal: {type(self.signal).__name__} needs a teacher; name one")
+        self.every, self.count, self.teacher, self.console = every, count, teacher, console
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if self.teacher is not None and self.teacher not in pl_module.teachers:
+            known = sorted(pl_module.teachers)
+            raise ValueError(f"Samples.teacher: no {self.teacher!r} in model.teachers, which has {known}")
+        if "categorical" in self.signal.needs - pl_module.served:
+            raise ValueError(
+                f"Samples.signal: {type(self.signal).__name__} needs a vocabulary, which this setting lacks"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        _forget(self._path(pl_module), trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if batch.micro_batch or trainer.global_step % self.every:
+            return
+        assert batch.optimiser_step is not None
+        rows: list[Row] = []
+        for part in batch.optimiser_step.micro_batches:
+            wanted = min(len(part), self.count - len(rows))
+            if wanted:
+                rows += self._rows(pl_module, part.to("cpu").select(torch.arange(wanted)))
+        self._publish(trainer, pl_module, rows)
+
+    def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
+        values = module.per_step(shown, self.signal, self.teacher)
+        read, spelled = module.score(shown)[1], module.spell(shown)
+        rows = []
+        for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
+            signal = values[i][mask].double()
+            rows.append(
+                {
+                    "step": module.global_step,
+                    "prompt": read[i]["prompt"],
+                    "completion": read[i]["completion"],
+                    "reward": None if shown.reward is None else float(shown.reward[i]),
+                    "length": int(mask.sum()),
+                    "signal": None if signal.isnan().all() else float(signal.mean()),
+                    "stopped": bool(shown.stopped[i]),
+                    "source": shown.sources[int(shown.source[i])],
+                    "version": version,
+                    "lag": module.global_step - version,
+                    "weight": 1.0 if shown.weight is None else float(shown.weight[i]),
+                    "steps": None if spelled is None else spelled[i],
+                    "signals": [None if value != value else value for value in signal.tolist()],
+                }
+            )
+        return rows
+
+    @rank_zero_only
+    def _publish(self, trainer: L.Trainer, module: OnPolicyDistillation, rows: list[Row]) -> None:
+        module.folder.mkdir(parents=True, exist_ok=True)
+        with self._path(module).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.console:
+            Console().print(render(rows, f"optimiser step {trainer.global_step}: {type(self.signal).__name__}"))
+        data = [[row[name] for name in COLUMNS] for row in rows]
+        logger: Any
+        for logger in trainer.loggers:
+            experiment = logger.experiment
+            if hasattr(logger, "log_table"):  # Weights & Biases
+                logger.log_table("rollouts", columns=list(COLUMNS), data=data, step=trainer.global_step)
+            elif hasattr(experiment, "add_text"):  # TensorBoard
+                experiment.add_text("rollouts", markdown(data), trainer.global_step)
+            elif hasattr(experiment, "log_text"):  # MLflow
+                experiment.log_text(logger.run_id, markdown(data), f"rollouts/step-{trainer.global_step}.md")
+
+    @staticmethod
+    def _path(module: OnPolicyDistillation) -> Path:
+        return module.folder / "rollouts.jsonl"
+
+
+@rank_zero_only
+def _forget(path: Path, step: int) -> None:
+    """Removes rows of the steps from ``step`` on, which are about to be done (again), and what a kill cut short."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+
+
+def render(rows: list[Row], title: str) -> Table:
+    """The table for the console."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in COLUMNS:
+        table.add_column(name)
+    largest = max((abs(value) for row in rows for value in row["signals"] if value is not None), default=0.0) or 1.0
+    for row in rows:
+        completion = Text(row["completion"])
+        if row["steps"] is not None:
+            shaded = zip(row["steps"], row["signals"], strict=True)
+            completion = Text.assemble(*((piece, _shade(value, largest)) for piece, value in shaded))
+        numbers = ("" if row[name] is None else f"{row[name]:.3g}" for name in COLUMNS[2:])
+        table.add_row(Text(row["prompt"]), completion, *numbers)
+    return table
+
+
+def _shade(value: float | None, largest: float) -> str:
+    if value is None:
+        return ""
+    rest = round(255 * (1 - abs(value) / largest))
+    return f"black on rgb(255,{rest},{rest})"
+
+
+def markdown(data: list[list[Any]]) -> str:
+    """A table of the rows' columns."""
+
+    def line(cells: list[Any]) -> str:
+        plain = ("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in plain) + " |"
+
+    return "\n".join([line(list(COLUMNS)), line(["---"] * len(COLUMNS)), *map(line, data)])

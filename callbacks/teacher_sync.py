@@ -1,0 +1,199 @@
+"""TeacherSync: when a teacher that follows the student moves, and how far."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ..module import OnPolicyDistillation
+from ..teacher import EMA
+from ..trajectory import OptimiserStep, Trajectories
+from .curriculum import Schedule
+from .knobs import KnobCallback
+
+
+class SyncPolicy:
+    """When the teacher moves."""
+
+    needs_reward = False
+
+    def rate(self, step: int) -> float:
+        """The student's share in the average at the optimiser step after ``step`` ones were done."""
+        return 0.0
+
+    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
+        """Told of every optimiser step after it: whether the teacher shall become the student now."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Average(SyncPolicy):
+    """An exponential moving average whose rate changes: teacher ← (1−rate)·teacher + rate·student.
+
+    Args:
+        rate: over optimiser steps, such as ``Cosine(0.05, 0.0, 500)``.
+    """
+
+    def __init__(self, rate: Schedule) -> None:
+        self.schedule = rate
+
+    def rate(self, step: int) -> float:
+        return float(self.schedule(step))
+
+
+class Never(SyncPolicy):
+    """The teacher stays what the student was in the beginning."""
+
+
+class Every(SyncPolicy):
+    """The teacher becomes the student after every so many optimiser steps, whatever the student is then.
+
+    "When Should the Teacher Move?" (2606.03532) saw training on self-distillation collapse with 1 and 2 steps within
+    100, and with 50 after 189; `WhenConsolidated` is its advice.
+
+    Args:
+        steps: default 50, the paper's baseline.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+
+    def __init__(self, steps: int = 50) -> None:
+        if steps < 1:
+            raise ValueError(f"Every.steps must be >= 1, got {steps}")
+        self.steps = steps
+
+    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
+        return module.global_step % self.steps == 0
+
+
+class WhenConsolidated(SyncPolicy):
+    """CGTR of "When Should the Teacher Move?" (2606.03532): the teacher becomes the student once that has improved.
+
+    That is when ``rest`` optimiser steps have gone by since the last time, the mean reward of the last ``window`` steps
+    exceeds the reference by more than ``gain``, and the longest trajectory of these steps is at most ``longest`` times
+    as long as their mean. The reference is then that mean reward, so it only ever rises. Where it starts is not in the
+    paper: here with the mean of the first window.
+
+    Args:
+        rest: M_min. Default 30; all defaults are the paper's.
+        window: w. Default 5.
+        every: optimiser steps between looks. Default 5.
+        gain: δ_r. Default 0.05, for rewards in [0, 1].
+        longest: L_max. Default 3.2.
+
+    Raises:
+        ValueError: a value out of range; when training begins, no reward.
+    """
+
+    needs_reward = True
+
+    def __init__(
+        self, rest: int = 30, window: int = 5, every: int = 5, gain: float = 0.05, longest: float = 3.2
+    ) -> None:
+        if min(rest, window, every) < 1 or longest < 1:
+            raise ValueError(
+                f"WhenConsolidated: rest={rest}, window={window}, every={every} and longest={longest} must be >= 1"
+            )
+        self.rest, self.window, self.every, self.gain, self.longest = rest, window, every, gain, longest
+        self.last, self.reference = 0, math.nan
+        self.seen: list[list[float]] = []  # mean reward, mean and largest length of the last steps
+
+    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
+        def everywhere(values: list[Tensor]) -> Tensor:
+            return module.gather(torch.cat(values).float().to(module.device))
+
+        reward = everywhere([part.reward for part in whole.micro_batches if part.reward is not None])
+        length = everywhere([part.length for part in whole.micro_batches])
+        self.seen = [*self.seen, [float(reward.mean()), float(length.mean()), float(length.max())]][-self.window :]
+        rewards, means, longest = zip(*self.seen, strict=True)
+        if len(self.seen) == self.window and math.isnan(self.reference):
+            self.reference = fmean(rewards)
+        step = module.global_step
+        moves = (
+            step % self.every == 0
+            and step - self.last >= self.rest
+            and fmean(rewards) > self.reference + self.gain
+            and max(longest) <= self.longest * fmean(means)
+        )
+        if moves:
+            self.last, self.reference = step, fmean(rewards)
+        return moves
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "reference": self.reference, "seen": self.seen}
+
+
+class TeacherSync(KnobCallback):
+    """Moves a teacher whose weights are `EMA`; the rate that these were given is replaced by the policy's.
+
+    Logged: ``knob/teachers.<name>.weights.rate``, and ``train/teacher_sync/syncs``, the share of optimiser steps after
+    which the teacher became the student.
+
+    Args:
+        policy: `Average`, `Every`, `WhenConsolidated` or `Never`.
+        teacher: an entry of ``model.teachers``.
+
+    Raises:
+        ValueError: when training begins: the teacher is not there, stands still by nature, or another callback turns
+            its rate; the policy reads rewards and there are none.
+    """
+
+    def __init__(self, policy: SyncPolicy, teacher: str = "teacher") -> None:
+        self.policy, self.teacher = policy, teacher
+
+    @property
+    def rate(self) -> str:
+        """The path of the knob that it turns."""
+        return f"teachers.{self.teacher}.weights.rate"
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        return (self.rate,)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        found = pl_module.teachers.get(self.teacher)
+        if found is not None and not isinstance(found.weights, EMA):
+            kind = type(found.weights).__name__
+            raise ValueError(f"TeacherSync.teacher: {self.teacher}'s weights are {kind}, which never move; use EMA")
+        if self.policy.needs_reward and pl_module.reward is None:
+            raise ValueError(f"TeacherSync.policy: {type(self.policy).__name__} reads rewards; set model.reward")
+        super().setup(trainer, pl_module, stage)
+
+    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
+        self.turn(self.rate, self.policy.rate(trainer.global_step))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not batch.ends_optimiser_step:
+            return
+        assert batch.optimiser_step is not None
+        syncs = self.policy.observe(pl_module, batch.optimiser_step)
+        pl_module.record("teacher_sync/syncs", float(syncs))
+        if syncs:
+            self.turn(self.rate, 1.0)
+            pl_module.teachers[self.teacher].weights.update(0)
+            self.advance(trainer, pl_module)
+            rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimiser step {trainer.global_step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.policy.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state_dict)

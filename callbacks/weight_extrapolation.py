@@ -1,0 +1,129 @@
+"""WeightExtrapolation: longer strides where the weights keep their direction (EffOPD)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ..module import OnPolicyDistillation
+from ..rollout import RolloutLoader, derived_seed
+from ..trajectory import Example, Trajectories
+
+Weights = dict[str, Tensor]
+DRAWS = 2**34  # keeps its choice of examples apart from other draws
+
+
+class WeightExtrapolation(L.Callback):
+    """EffOPD (2605.11739): after 1, 2, 4, 8, … optimiser steps, weights further along the way are tried out.
+
+    The way is Δ, from the weights with which training went on at the last power of two (at first: from the beginning)
+    to those of now. Candidates are the weights of now + d·Δ, for the distances d in turn. Each is evaluated on a few
+    training examples, as `Evaluation` has it, and accepted if its mean reward is at least that of the last one
+    accepted; the first that fails ends it. Where none is accepted, the weights stay as they were, bit for bit. The
+    optimiser's moments are left alone.
+
+    Costs a second and third copy of the trained weights, of which the checkpoint holds one, and at every power of two
+    up to one rollout more than there are distances. Adapters are extrapolated factor by factor, so what they do does
+    not lie on a line. Logged: ``train/extrapolation/distance``, 0 where nothing was accepted, and
+    ``train/extrapolation/reward``, of the weights that were kept.
+
+    Args:
+        distances: default 2, 4, 6, 8, 10 (2k for k = 1 … 5, as the paper prints it; a re-implementation took 2^k).
+        examples: how many, over all ranks. Default 50 (the paper's).
+
+    Raises:
+        ValueError: distances that do not rise from above 0, examples < 1; when training begins: no reward, or a
+            strategy that shards the student.
+    """
+
+    def __init__(self, distances: Sequence[float] = (2.0, 4.0, 6.0, 8.0, 10.0), examples: int = 50) -> None:
+        if not distances or distances[0] <= 0 or list(distances) != sorted(set(distances)):
+            raise ValueError(f"WeightExtrapolation.distances must be positive and rise, got {list(distances)}")
+        if examples < 1:
+            raise ValueError(f"WeightExtrapolation.examples must be >= 1, got {examples}")
+        self.distances, self.examples = tuple(distances), examples
+        self.before: Weights | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if pl_module.reward is None:
+            raise ValueError("WeightExtrapolation chooses by reward: set model.reward")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"WeightExtrapolation: {name} shards the student, whose weights it could not put back")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if trainer.global_step == 0:
+            self.before = _copy(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        step = trainer.global_step
+        if not batch.ends_optimiser_step or step & (step - 1):
+            return
+        if self.before is not None:
+            self._go_on(trainer, pl_module, self.before)
+        self.before = _copy(pl_module)
+
+    @torch.no_grad()
+    def _go_on(self, trainer: L.Trainer, module: OnPolicyDistillation, before: Weights) -> None:
+        now, examples = _copy(module), self._draw(trainer)
+
+        def place(distance: float) -> None:
+            for name, weight in _trained(module).items():
+                weight.copy_(now[name] + distance * (now[name] - before[name]) if distance else now[name])
+
+        accepted, best = 0.0, self._reward(module, examples)
+        for distance in self.distances:
+            place(distance)
+            reward = self._reward(module, examples)
+            if reward < best:
+                break
+            accepted, best = distance, reward
+        place(accepted)
+        module.record("extrapolation/distance", accepted)
+        module.record("extrapolation/reward", best)
+        rank_zero_info(f"WeightExtrapolation: step {trainer.global_step}: went {accepted} further, reward {best:.3f}")
+
+    def _draw(self, trainer: L.Trainer) -> list[Example]:
+        """This rank's share of the examples."""
+        loader = trainer.train_dataloader
+        assert isinstance(loader, RolloutLoader)
+        draws = torch.Generator().manual_seed(derived_seed(loader.seed, DRAWS, trainer.global_step))
+        chosen = torch.randperm(len(loader.dataset), generator=draws)[: self.examples].tolist()
+        return [dict(loader.dataset[row]) for row in chosen[trainer.global_rank :: trainer.world_size]]
+
+    @staticmethod
+    def _reward(module: OnPolicyDistillation, examples: list[Example]) -> float:
+        """Mean reward of the student as it is now, over all ranks."""
+        size, _ = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)
+        total, count = 0.0, 0
+        for place, start in enumerate(range(0, len(examples), size)):
+            rolled = module.evaluator.act("student", examples[start : start + size], place)
+            reward, _ = module.score(rolled)
+            assert reward is not None
+            total, count = total + float(reward.sum()), count + len(reward)
+        return module.total(total) / module.total(float(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
+
+
+def _trained(module: OnPolicyDistillation) -> Weights:
+    return {name: weight for name, weight in module.student.named_parameters() if weight.requires_grad}
+
+
+def _copy(module: OnPolicyDistillation) -> Weights:
+    return {name: weight.detach().clone() for name, weight in _trained(module).items()}
