@@ -24,7 +24,7 @@ RUNS, SEEDS = Path("runs/few_step"), (0, 1, 2)
 BUDGET = 250_000
 # overlays, evaluations per optimiser step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
-    "flow map, on-policy": ([], 851, []),
+    "flow map, on-policy": ([], 733, []),
     "flow map, off-policy": (["flow_map_off_policy"], 864, ["--model.init_args.rollout.batch_size=96"]),
     "flow map from images (AnyFlow stage 1)": (["flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
     "distribution matching (DMD2)": (["dmd2"], 368, []),

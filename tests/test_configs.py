@@ -14,7 +14,7 @@ OTHERS = {
     "vision_language": ("vision_opd", "vicur", "opsd_vision"),
     "gui_grounding": ("gui_sd",),
     "diffusion": (
-        "d_opsd", "dmd2", "flow_map_forward", "flow_map_off_policy", "gaussian_kl", "transition_matching",
+        "anyflow", "d_opsd", "dmd2", "flow_map_forward", "flow_map_off_policy", "gaussian_kl", "transition_matching",
     ),
 }  # fmt: skip
 SETTING = {method: setting for setting, methods in OTHERS.items() for method in methods}

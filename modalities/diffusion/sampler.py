@@ -48,6 +48,8 @@ class Sampler(ABC):
 
     stochastic = False
     """Whether its transitions have a density."""
+    chained = False
+    """Whether the gradient also flows through the steps that came before a trained one."""
 
     @abstractmethod
     def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
@@ -169,15 +171,17 @@ class Shortcuts(Sampler):
     Args:
         steps: N is drawn from these, and i uniformly. Default 2, 4, 8, 16, 50 (AnyFlow).
         trained: ``all`` jumps, only the ``middle`` one, or only the ``last``, whose end is the clean image.
+        chained: the gradient also flows through the jumps that came before, as in AnyFlow's second stage. That keeps
+            the activations of three forward passes instead of one. Default off.
 
     Raises:
-        ValueError: a number of steps below 1.
+        ValueError: a number of steps below 1, or another ``trained``.
     """
 
-    def __init__(self, steps: list[int] | None = None, trained: str = "all") -> None:
+    def __init__(self, steps: list[int] | None = None, trained: str = "all", chained: bool = False) -> None:
         if trained not in ("all", "middle", "last"):
             raise ValueError(f"Shortcuts.trained must be all, middle or last, got {trained!r}")
-        self.steps, self.trained = _checked(steps) or [2, 4, 8, 16, 50], trained
+        self.steps, self.trained, self.chained = _checked(steps) or [2, 4, 8, 16, 50], trained, chained
 
     def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
         schedule = levels(_one_of(self.steps, draw))

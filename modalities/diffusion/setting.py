@@ -316,7 +316,11 @@ class DiffusionDistillation(OnPolicyDistillation):
                 seen = examples if name == "self" else self.shown(trajectories.examples)
                 return here(self._asking(who, seen))
 
-            if is_student:
+            if is_student and self.sampler.chained and torch.is_grad_enabled():
+                came = self._chain(asking, trajectories, rows, at)
+                # what the end of the step owes to the state that it starts from
+                v = asking(rows, came, t, r if self._jumps else t) + (latent - came) / flow.over(t, latent)
+            elif is_student:
                 v = asking(rows, latent, t, r if self._jumps else t)
             else:
                 moment = Moment(
@@ -327,6 +331,17 @@ class DiffusionDistillation(OnPolicyDistillation):
 
         trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
         return Lazy(make, trained, self._bytes_per_state(policy.model))
+
+    def _chain(self, asking: Ask, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
+        """``[n, ...]`` the states at steps ``at [n]`` of some trajectories, reached anew with gradient."""
+        sigma, toward = trajectories.channels["sigma"], trajectories.channels["toward"]
+        latent = trajectories.observation["start"][rows]
+        for k in range(int(at.max())):
+            on = (at > k).nonzero().squeeze(-1)
+            t, r = sigma[rows[on], k], toward[rows[on], k]
+            v = asking(rows[on], latent[on], t, r if self._jumps else t)
+            latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
+        return latent
 
     @property
     def _jumps(self) -> bool:

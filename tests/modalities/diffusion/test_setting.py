@@ -328,6 +328,35 @@ def test_equal_scores_give_no_gradient_and_the_fake_one_learns_the_students_samp
     assert steps == {6}, "two updates for each of the student's"
 
 
+def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
+    """As if the whole chain had been written down with autograd; otherwise only the last jump's."""
+    found = {}
+    for chained in (False, True):
+        sampler = Shortcuts([4, 8], trained="last", chained=chained)
+        module = matched(make, pipeline, sampler=sampler)
+        rolled = on_policy(module, 3)
+        found[chained] = objective_of(module, rolled)
+        asking = module._asking(module.policies["student"], make_rows(3))
+        wanted = torch.zeros(())
+        last = (rolled.channels["sigma"] > 0).sum(1) - 1
+        for row, k, x, t, r in states(module, rolled):
+            assert k == last[row]
+            moment = torch.tensor([row])
+            target = module.ask("teacher", rolled)[0].at(torch.tensor([row * rolled.mask.shape[1] + k]))
+            d = (says(module, "student", row, x, t, r) - target.chunk(slice(None)).velocity[0]) * t
+            latent = rolled.observation["start"][row][None]
+            for j in range(k + 1):
+                a, b = (rolled.channels[name][row, j][None] for name in ("sigma", "toward"))
+                latent = latent if chained else latent.detach()
+                latent = flow.euler(latent, asking(moment, latent, a, b), a, b)
+            wanted = wanted - (latent[0] * d / d.numel()).sum() / 3
+        parameters = [p for p in module.student.parameters() if p.requires_grad]
+        for mine, theirs in zip(found[chained][1], torch.autograd.grad(wanted, parameters), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(found[True][0], found[False][0])
+    assert any(not torch.allclose(a, b) for a, b in zip(found[True][1], found[False][1], strict=True))
+
+
 # -- D-OPSD -------------------------------------------------------------------------------------------------------
 
 
