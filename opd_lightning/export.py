@@ -84,7 +84,7 @@ def model_card(module: OnPolicyDistillation, config: dict[str, Any], steps: int)
     )
     behaviour = ", ".join(f"{name} {share:g}" for name, share in module.rollout.behaviour.items())
     return (
-        f"---\nlibrary_name: transformers\ntags: [on-policy-distillation]\n"
+        f"---\nlibrary_name: {module.library}\ntags: [on-policy-distillation]\n"
         f"base_model: {module._student_spec.path}\n---\n\n"
         f"# Student of an on-policy distillation\n\n"
         f"Trained with opd-lightning for {steps} optimiser steps from `{module._student_spec.path}`.\n\n"

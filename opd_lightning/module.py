@@ -74,6 +74,8 @@ class OnPolicyDistillation(L.LightningModule):
     """
 
     model_class: ClassVar[Any]
+    library: ClassVar[str] = "transformers"
+    """Which one loads exported students."""
     served: ClassVar[frozenset[str]] = frozenset()
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
 

@@ -4,10 +4,10 @@ from .answer import Answer, AverageVelocity, SameStep, ScoreDifference, TotalDer
 from .fake import LearntScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
 from .quality import DigitFeatures, Features, Inception, SampleQuality
-from .reward import Brightness
+from .reward import Brightness, ClipScore
 from .sampler import SDE, Euler, Renoise, Sampler, Shortcuts
 from .setting import DiffusionDistillation, Noising
-from .signal import FlowMatching, NoiseLevel, VelocityMatching
+from .signal import FlowMatching, InverseError, NoiseLevel, VelocityMatching
 from .view import DetailedPrompt, ReferenceImage
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AnyFlow",
     "AverageVelocity",
     "Brightness",
+    "ClipScore",
     "DetailedPrompt",
     "DiffusionDistillation",
     "DigitFeatures",
@@ -25,6 +26,7 @@ __all__ = [
     "FlowMatching",
     "Flux",
     "Inception",
+    "InverseError",
     "LearntScore",
     "NoiseLevel",
     "Noising",

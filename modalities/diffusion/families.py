@@ -51,6 +51,8 @@ class Transformer:
         if "transformer" not in index:
             raise ValueError(f"{path}: a {index['_class_name']} has no transformer; it has {', '.join(index)}")
         if quantization_config is not None:
+            if not torch.cuda.is_available():
+                raise RuntimeError(f"{path}: diffusers quantises on GPUs only; leave quantization out without one")
             same = quantization_config.to_diff_dict()
             settings["quantization_config"] = library.BitsAndBytesConfig(**same)
         dtype = torch.float32 if dtype == "auto" else dtype

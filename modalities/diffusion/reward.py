@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...reward import Reward
 from ...trajectory import Example
@@ -22,3 +23,28 @@ class Brightness(Reward):
 
     def __call__(self, completion: Any, example: Example) -> float:  # type: ignore[override]
         return float(np.asarray(completion, dtype=np.float32).mean() / 255 >= self.at_least)
+
+
+class ClipScore(Reward):
+    """Cosine between CLIP's embeddings of the image and of its prompt, at least 0 (2104.08718, without its factor).
+
+    Args:
+        model: a folder or hub name of a CLIP model with its processor.
+    """
+
+    columns = ("prompt",)
+
+    def __init__(self, model: str = "openai/clip-vit-base-patch16") -> None:
+        from transformers import AutoProcessor, CLIPModel
+
+        self.model = model
+        self._clip = CLIPModel.from_pretrained(model).eval()
+        self._processor = AutoProcessor.from_pretrained(model)
+
+    @torch.no_grad()
+    def __call__(self, completion: Any, example: Example) -> float:  # type: ignore[override]
+        inputs = self._processor(
+            text=[example["prompt"]], images=[completion], return_tensors="pt", padding=True, truncation=True
+        )
+        said = self._clip(**inputs)
+        return max(0.0, float(torch.cosine_similarity(said.image_embeds, said.text_embeds)))

@@ -89,6 +89,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     """
 
     model_class: ClassVar[Any] = Transformer
+    library: ClassVar[str] = "diffusers"
     served: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     def __init__(

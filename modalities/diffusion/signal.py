@@ -62,3 +62,27 @@ class NoiseLevel(Weight):
         if self.of == "interval":
             level = level - steps.channel("toward")
         return level.clamp(min=0).pow(self.power).to(torch.float32)
+
+
+class InverseError(Weight):
+    """1 / (e + floor)^power of each step's own squared error e: no step outweighs the others because it is far off
+    (MeanFlow's adaptive weight, 2505.13447; there e is a sum over the latent, here `VelocityMatching`'s mean).
+
+    Args:
+        power: 0 weighs all alike. Default 1 (MeanFlow).
+        floor: default 1e-3 (MeanFlow).
+
+    Raises:
+        ValueError: power is negative, or floor is not positive.
+    """
+
+    needs = frozenset({"teacher", "latents"})
+
+    def __init__(self, power: float = 1.0, floor: float = 1e-3) -> None:
+        if power < 0 or floor <= 0:
+            raise ValueError(f"InverseError: power must be >= 0 and floor > 0, got {power} and {floor}")
+        self.power, self.floor = power, floor
+
+    def __call__(self, steps: Steps) -> Tensor:
+        with torch.no_grad():
+            return (VelocityMatching()(steps) + self.floor) ** -self.power

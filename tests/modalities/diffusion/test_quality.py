@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from opd_lightning.modalities.diffusion import Brightness, DigitFeatures, Features, SampleQuality
+from opd_lightning.modalities.diffusion import Brightness, ClipScore, DigitFeatures, Features, SampleQuality
 from opd_lightning.modalities.diffusion.data import digits
 from opd_lightning.modalities.diffusion.quality import compare, contact_sheet, precision_and_recall
 from opd_lightning.modalities.diffusion.table import by_steps, closed, report
 from tests.tiny import Rows, fit, make_trainer
-from tests.tiny_diffusion import make_rows
+from tests.tiny_diffusion import make_rows, tokenizer
 
 
 def normal(count: int, mean: float, spread: float, seed: int) -> torch.Tensor:
@@ -127,6 +127,27 @@ def test_pictures_and_brightness():
     assert sheet.size == (3 * 10 * 9, 3 * 2 * 9)
     assert Brightness()(Image.new("RGB", (2, 2), "white"), {}) == 1.0
     assert Brightness()(Image.new("RGB", (2, 2), (100, 100, 100)), {}) == 0.0
+
+
+def test_clip_score_is_the_cosine_of_a_clip_models_embeddings(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 16, "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.save_pretrained(tmp_path)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(images, tokenizer()).save_pretrained(tmp_path)
+    score = ClipScore(str(tmp_path))
+    found = {
+        round(score(Image.new("RGB", (16, 16), colour), {"prompt": prompt}), 6)
+        for colour in ("red", "blue", "green", "black")
+        for prompt in ("a red dot", "small circle", "big")
+    }
+    assert len(found) > 2
+    assert all(0 <= value <= 1 for value in found)
 
 
 def test_numbers_of_steps_below_one_are_refused():

@@ -13,6 +13,7 @@ from opd_lightning.modalities.diffusion import (
     SDE,
     AverageVelocity,
     FlowMatching,
+    InverseError,
     LearntScore,
     NoiseLevel,
     Noising,
@@ -26,14 +27,14 @@ from opd_lightning.modalities.diffusion import (
     VelocityMatching,
     flow,
 )
-from opd_lightning.modalities.diffusion.families import load_family
+from opd_lightning.modalities.diffusion.families import Transformer, load_family
 from opd_lightning.modalities.diffusion.sampler import generator
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.objective.policy_gradient import LogRatio
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Live, Teacher
-from tests.tiny import act, fit
+from tests.tiny import Rows, act, fit, make_trainer
 from tests.tiny_diffusion import make_rows
 
 
@@ -106,6 +107,9 @@ def test_an_exported_student_samples_what_validation_saw(make, kind, tmp_path):
     module = make(kind)
     fit(module, tmp_path / "run", make_rows(8), steps=2)
     module.save_student(module.policies["student"].model, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name in ("transformer", "scheduler", "vae")) == [
+        "scheduler", "transformer", "vae",
+    ]  # fmt: skip
     seen = module.evaluator.act("student", make_rows(1), 0)
     seeds = seen.observation["seed"].tolist()
     assert torch.equal(module.ends(seen), sample_with_diffusers(tmp_path / "out", kind, 3, seeds))
@@ -181,6 +185,16 @@ def test_the_error_of_clean_images_is_the_level_squared_times_that_of_velocities
         ours, theirs = (says(module, name, row, x, t, r).double() for name in ("student", "teacher"))
         clean = flow.clean_estimate(x.double(), ours, t) - flow.clean_estimate(x.double(), theirs, t)
         wanted.append(float(clean.square().mean()))
+    assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_errors_may_be_divided_by_their_own_size(make):
+    module = make(objective=Objective([Term(VelocityMatching(), weights=[InverseError(0.5, 0.1)])]))
+    rolled = on_policy(module)
+    wanted = []
+    for row, _, x, t, r in states(module, rolled):
+        error = (says(module, "student", row, x, t, r) - says(module, "teacher", row, x, t, r)).square().mean()
+        wanted.append(float(error / (error + 0.1) ** 0.5))
     assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-4)
 
 
@@ -328,6 +342,30 @@ def test_equal_scores_give_no_gradient_and_the_fake_one_learns_the_students_samp
     assert steps == {6}, "two updates for each of the student's"
 
 
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_run_with_two_optimisers_resumes_bit_for_bit(make, pipeline, done, tmp_path):
+    """Also between two optimiser steps of one generation batch."""
+
+    def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
+        rollout = Rollout(batch_size=8, micro_batch_size=2, horizon=3)
+        module = matched(make, pipeline, fake_seed=3, rollout=rollout)
+        module._optimizer = lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+        trainer = make_trainer(tmp_path, steps=steps, accumulate_grad_batches=2)
+        trainer.fit(module, datamodule=Rows(make_rows(16)), ckpt_path=checkpoint, weights_only=True)
+        return trainer, module
+
+    _, unbroken = run(5)
+    trainer, _ = run(done)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    _, resumed = run(5, tmp_path / "part.ckpt")
+    for name, value in unbroken.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(resumed.state_dict()[name], value), name
+    ours, theirs = (m.teachers["fake"].weights.state.optimizer.state_dict()["state"] for m in (unbroken, resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(a[k], theirs[i][k]) for i, a in ours.items() for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
 def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
     """As if the whole chain had been written down with autograd; otherwise only the last jump's."""
     found = {}
@@ -466,6 +504,7 @@ def test_what_means_nothing_is_refused_when_it_is_built(make, settings, message)
         (lambda: Shortcuts([0]), r"sampler\.steps must be numbers of steps >= 1"),
         (lambda: Shortcuts(trained="some"), "must be all, middle or last"),
         (lambda: NoiseLevel(of="time"), "must be level or interval"),  # type: ignore[arg-type]
+        (lambda: InverseError(-1), "power must be >= 0 and floor > 0"),
         (lambda: Noising(0.8, 0.4), "at most 1 together"),
         (lambda: LearntScore(Pretrained("x"), updates=0), r"LearntScore\.updates must be >= 1"),
         (lambda: LearntScore(Pretrained("x", lora=Lora())), "it takes no quantization"),
@@ -543,3 +582,28 @@ def test_what_was_encoded_is_kept_on_disk_by_content(make, tmp_path):
 
 def test_same_step_is_the_default_answer(make):
     assert isinstance(make()._answer("teacher"), SameStep)
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
+def test_without_a_gpu_quantisation_is_refused_with_its_reason(pipeline):
+    path = str(pipeline("stable_diffusion_3", 2, 32))
+    with pytest.raises(RuntimeError, match="diffusers quantises on GPUs only; leave quantization out"):
+        Pretrained(path, quantization="4bit").load(Transformer, trained=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantises on GPUs only")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_teacher_answers_nearly_the_same(make, pipeline, bits):
+    path = str(pipeline("stable_diffusion_3", 2, 32))
+    plain = make("stable_diffusion_3", teacher={"teacher": Teacher(Frozen(Pretrained(path)))})
+    small = make(
+        "stable_diffusion_3",
+        teacher={"teacher": Teacher(Frozen(Pretrained(path, dtype="float32", quantization=bits)))},
+    )
+    row, _, x, t, _ = states(plain, on_policy(plain))[0]
+    ours, theirs = (says(module, "teacher", row, x, t, t) for module in (plain, small))
+    assert not torch.equal(ours, theirs)
+    assert (ours - theirs).norm() < 0.4 * ours.norm()
