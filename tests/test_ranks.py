@@ -19,10 +19,17 @@ TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], 
 
 
 @pytest.mark.parametrize(
-    ("setting", "terms"),
-    [("text", None), ("text", TERM), ("vision_language", None), ("gui_grounding", TERM)],
+    ("strategy", "setting", "terms"),
+    [
+        ("ddp", "text", None),
+        ("ddp", "text", TERM),
+        ("ddp", "vision_language", None),
+        ("ddp", "gui_grounding", TERM),
+        ("fsdp2", "text", TERM),
+        ("fsdp2", "vision_language", None),
+    ],
 )
-def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world):
+def test_two_ranks_train_and_score_like_one(strategy, setting, terms, tmp_path, make_world):
     """With the number of trained steps as the normaliser, or a sum of weights over the batch."""
     results = {}
     for ranks in (1, 2):
@@ -32,7 +39,7 @@ def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world
         extra = [
             "--model.init_args.reward.class_path=ExactMatch",
             f"--trainer.devices={ranks}",
-            f"--trainer.strategy={'auto' if ranks == 1 else 'ddp'}",
+            f"--trainer.strategy={'auto' if ranks == 1 else strategy}",
             "--trainer.limit_val_batches=1.0",
             "--trainer.val_check_interval=1",
             "--trainer.check_val_every_n_epoch=null",
