@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -131,7 +131,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def as_forward(model: Any, call: Callable[[], T]) -> T:
     """``call()`` as the forward pass of the model, for calls that use a part of it; afterwards its head is whole."""
-    return model.as_forward(call) if isinstance(model, FSDPModule) else call()
+    return model.as_forward(call) if is_sharded(model) else call()
 
 
 def put_away(model: nn.Module) -> None:

@@ -59,3 +59,30 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, tmp_path, 
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
     for name in ("val/accuracy", "val/length", "val/stopped", "val/teacher/kl_student_teacher", "train/length"):
         assert metrics_of_two[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("lora", [None, "{r: 4, alpha: 8}"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_adapters_and_averaged_teachers_move_as_on_one_rank(strategy, lora, tmp_path, make_world):
+    results = {}
+    for ranks in (1, 2):
+        setup = {"rollout": {"batch_size": 8 // ranks, "horizon": 8}, "teacher": "ema", "accumulate": 1}
+        config = configuration(tmp_path / str(ranks), make_world("text"), setup)
+        extra = [f"--trainer.devices={ranks}", f"--trainer.strategy={'auto' if ranks == 1 else strategy}"]
+        if lora:
+            extra.append(f"--model.init_args.student.lora={lora}")
+        finish(start(config, *SGD, *SHORT, *extra, "--trainer.max_steps=2"))
+        results[ranks] = products(last(config)["state_dict"])
+    assert results[1].keys() == results[2].keys()
+    assert any("teacher" in name for name in results[1])
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[2][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def products(state: dict) -> dict:
+    """What each adapter does, B·A, in place of its factors, which are not unique."""
+    found = {name: value for name, value in state.items() if "lora_" not in name}
+    for name, value in state.items():
+        if "lora_B" in name:
+            found[name] = value @ state[name.replace("lora_B", "lora_A")]
+    return found
