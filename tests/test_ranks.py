@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+from functools import cache
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from opd_lightning.export import write
 from tests.test_resume import PLAIN, configuration, finish, last, start
 
 SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
@@ -86,3 +89,79 @@ def products(state: dict) -> dict:
         if "lora_B" in name:
             found[name] = value @ state[name.replace("lora_B", "lora_A")]
     return found
+
+
+MOMENTUM = [*SGD, "--model.init_args.optimizer.init_args.momentum=0.9"]
+LORA = "--model.init_args.student.lora={r: 4, alpha: 8}"
+
+
+def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
+    """Trains up to a step, from the last checkpoint if there is one, with the same global batches on any ranks."""
+    ranks = 1 if strategy == "auto" else 2
+    rollout = {"batch_size": prompts // ranks, "horizon": 8, "group_size": 2}
+    if micro_batch is not None:
+        rollout["micro_batch_size"] = micro_batch // ranks
+    config = configuration(folder, world, {"rollout": rollout, "teacher": "ema", "accumulate": 1})
+    settings = [f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}", f"--trainer.max_steps={steps}"]
+    reward = "--model.init_args.reward.class_path=ExactMatch"
+    return start(config, *MOMENTUM, *SHORT, reward, *extra, *settings, "--ckpt_path=last"), config
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, make_world):
+    """What four steps on one rank lead to, with and without LoRA."""
+
+    @cache
+    def get(*extra):
+        process, config = run(tmp_path_factory.mktemp("unbroken"), make_world("text"), "auto", 4, *extra)
+        finish(process)
+        return products(last(config)["state_dict"])
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "extra"),
+    [
+        ("fsdp2", "auto", [LORA]),
+        ("auto", "fsdp2", []),
+        pytest.param("ddp", "auto", [], marks=pytest.mark.slow),
+        pytest.param("fsdp2", "ddp", [LORA], marks=pytest.mark.slow),
+        pytest.param("auto", "fsdp2", [LORA], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(before, after, extra, unbroken, tmp_path, make_world):
+    """Momentum, averaged teacher and position carry over, and what comes out can be exported."""
+    world = make_world("text")
+    finish(run(tmp_path, world, before, 2, *extra)[0])
+    process, config = run(tmp_path, world, after, 4, *extra)
+    finish(process)
+    assert last(config)["global_step"] == 4
+    found, expected = products(last(config)["state_dict"]), unbroken(*extra)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+    write(config.parent / "checkpoints" / "last.ckpt", tmp_path / "exported")
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
+    for name in exported.keys() & {name.removeprefix("student.") for name in expected}:
+        assert torch.equal(exported[name], last(config)["state_dict"][f"student.{name}"])
+
+
+def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(tmp_path, make_world):
+    """A generation batch of two optimiser steps, broken off after the first one."""
+    world = make_world("text")
+    process, unbroken = run(tmp_path / "unbroken", world, "ddp", 2, prompts=16, micro_batch=16)
+    finish(process)
+    finish(run(tmp_path / "broken", world, "ddp", 1, prompts=16, micro_batch=16)[0])
+    process, broken = run(tmp_path / "broken", world, "auto", 2, prompts=16, micro_batch=16)
+    finish(process)
+    for name, value in last(unbroken)["state_dict"].items():
+        torch.testing.assert_close(last(broken)["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_other_global_batches_are_refused_with_what_to_change(tmp_path, make_world):
+    world = make_world("text")
+    finish(run(tmp_path, world, "auto", 1)[0])
+    output, _ = run(tmp_path, world, "ddp", 2, prompts=16)[0].communicate(timeout=120)
+    assert "8 prompts per generation (rollout.batch_size × ranks)" in " ".join(output.split())
