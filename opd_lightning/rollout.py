@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharding import mesh_of
 from .trajectory import Example, OptimiserStep, Trajectories
 from .worker import RolloutWorker
 
@@ -157,6 +158,7 @@ class RolloutLoader:
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
         self._steps: list[Trajectories] = []
+        self._in_step = mesh_of(module.trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
 
@@ -234,8 +236,11 @@ class RolloutLoader:
         parts, places = [], []
         for i, name in enumerate(sources):
             mine = (source == i).nonzero().squeeze(-1)
+            # whose weights are cut can't act without the other ranks, so all of them act
+            some = mine if len(mine) or not self._in_step else mine.new_zeros(1)
+            if len(some):
+                who = actor.act(name, [examples[j] for j in some], [seeds[j] for j in some])
             if len(mine):
-                who = actor.act(name, [examples[j] for j in mine], [seeds[j] for j in mine])
                 parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
                 places.append(mine)
         trajectories = Trajectories.concatenate(parts, actor.padding)
