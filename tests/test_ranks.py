@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from functools import cache
 
 import pytest
@@ -151,6 +152,40 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(before, after,
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
     for name in exported.keys() & {name.removeprefix("student.") for name in expected}:
         assert torch.equal(exported[name], last(config)["state_dict"][f"student.{name}"])
+
+
+def test_ranks_of_which_one_has_nothing_to_roll_out_wait_for_nobody(tmp_path, make_world):
+    """Cut weights are gathered by all ranks together: those that replay a completion act with the others all the same,
+    and those whose rollouts end early go on until the last one's does."""
+    mixed, found = "--model.init_args.rollout.behaviour={student: 0.5, dataset: 0.5}", {}
+    for strategy in ("auto", "fsdp2"):
+        process, config = run(tmp_path / strategy, make_world("text"), strategy, 4, mixed, prompts=2)
+        finish(process)
+        found[strategy] = last(config)["state_dict"]
+    for name, value in found["auto"].items():
+        torch.testing.assert_close(found["fsdp2"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_predict_each_of_three_examples_once(strategy, tmp_path, make_world):
+    world = make_world("text")
+    process, config = run(tmp_path, world, strategy, 1)
+    finish(process)
+    three, checkpoint = world.write(tmp_path / "three", 3), tmp_path / "checkpoints" / "last.ckpt"
+    finish(
+        start(
+            config,
+            f"--data.init_args.predict={three}",
+            "--data.init_args.validation_batch_size=1",
+            "--trainer.devices=2",
+            f"--trainer.strategy={strategy}",
+            f"--ckpt_path={checkpoint}",
+            command="predict",
+        )
+    )
+    lines = [line for rank in range(2) for line in (tmp_path / f"predictions-{rank}.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in three.read_text().splitlines()]
+    assert sorted(json.loads(line)["prompt"] for line in lines) == sorted(prompts)
 
 
 def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(tmp_path, make_world):
