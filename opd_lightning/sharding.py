@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -99,8 +99,11 @@ def mesh_of(trainer: L.Trainer | None) -> Any:
     strategy = trainer.strategy if trainer is not None else None
     if isinstance(strategy, FSDP2):
         return strategy.device_mesh["data_parallel"]
-    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-        raise ValueError(f"trainer.strategy: {type(strategy).__name__} is not supported; set trainer.strategy to fsdp2")
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy: {type(strategy).__name__} is not supported: the objective reads the student's head "
+            "outside of the model's forward pass. fsdp2 cuts weights, gradients and optimiser state just as well"
+        )
     return None
 
 

@@ -25,7 +25,7 @@ SMALL = [
 ]
 
 
-def quickstart(folder: Path, overlay: str):
+def quickstart(folder: Path, overlay: str, *extra: str):
     return start(
         ROOT / "text" / "quickstart.yaml",
         "-c",
@@ -35,7 +35,15 @@ def quickstart(folder: Path, overlay: str):
         f"--trainer.default_root_dir={folder}",
         f"--trainer.logger.init_args.save_dir={folder}",
         "--ckpt_path=last",
+        *extra,
     )
+
+
+def wait_for_checkpoint(folder: Path, process) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.01)
 
 
 def last(folder: Path) -> dict:
@@ -58,13 +66,22 @@ def test_a_kill_of_all_ranks_loses_nothing(overlay, tmp_path):
     expected = last(tmp_path / "whole")
 
     process = quickstart(tmp_path / "killed", overlay)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.01)
+    wait_for_checkpoint(tmp_path / "killed", process)
     kill_all_ranks(process)
     assert last(tmp_path / "killed")["global_step"] < 8
     finish(quickstart(tmp_path / "killed", overlay))
     found = last(tmp_path / "killed")
     assert found["global_step"] == 8
     equal(found["state_dict"], expected["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_sigterm_ends_all_ranks_after_the_same_step(overlay, tmp_path):
+    process = quickstart(tmp_path, overlay, "--trainer.max_steps=1000", "--trainer.limit_val_batches=0")
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-3000:]
+    assert "go on with --ckpt_path=last" in output
+    assert 1 <= last(tmp_path)["global_step"] < 1000
