@@ -13,6 +13,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .sharding import put_away, slice_of, sliced_like, whole
+
 STUDENT = "default"
 
 
@@ -77,7 +79,7 @@ class AverageAdapter:
     """
 
     def __init__(self, model: PeftModel, name: str) -> None:
-        self.name = name
+        self.name, self._model = name, model
         config: Any = model.peft_config[STUDENT]
         if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None):
             raise ValueError(
@@ -104,16 +106,17 @@ class AverageAdapter:
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """average ← (1−rate)·average + rate·student, of the products."""
+        put_away(self._model)
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             scaling = layer.scaling[STUDENT]
             left, right = average_product(
-                b.float(),
-                a.float(),
-                layer.lora_B[STUDENT].weight.float() * scaling,
-                layer.lora_A[STUDENT].weight.float(),
+                whole(b).float(),
+                whole(a).float(),
+                whole(layer.lora_B[STUDENT].weight).float() * scaling,
+                whole(layer.lora_A[STUDENT].weight).float(),
                 rate,
                 rank=a.shape[0],
             )
-            b.copy_(left)
-            a.copy_(right)
+            slice_of(b).copy_(slice_of(sliced_like(b, left)))
+            slice_of(a).copy_(slice_of(sliced_like(a, right)))

@@ -19,6 +19,7 @@ from .cli_errors import Parser, config_files
 from .export import export
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
+from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 from .shipped import PREFIX, shipped
 
 

@@ -4,23 +4,48 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from .data_source import LOCATION, is_remote, read_source
 
 Example = dict[str, Any]
 Split = Literal["train", "validation", "test", "predict"]
 
+# A column that only examples have which are there to keep a rank busy; they count nowhere
+STAND_IN = "__stand_in__"
+
 # A task that makes its rows draws row i from seed + i: neighbouring seeds would share nearly all rows.
 _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
 # A teacher's column may be empty in a row, which then has no view; these may not.
 _NEVER_EMPTY = ("prompt", "answer", "completion")
+
+
+class Share(Sequence[Example]):
+    """The examples of one rank: every ``ranks``-th. Where some ranks have one fewer, they get a stand-in instead.
+
+    Ranks gather weights and buffers together in each forward pass, so one that runs fewer of them than the others
+    leaves these waiting.
+    """
+
+    def __init__(self, examples: Sequence[Example], rank: int, ranks: int) -> None:
+        self._examples, self._rank, self._ranks = examples, rank, ranks
+
+    def __len__(self) -> int:
+        return -(-len(self._examples) // self._ranks)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = self._rank + index * self._ranks
+        if place < len(self._examples):
+            return dict(self._examples[place])
+        if index < len(self):
+            return {**self._examples[0], STAND_IN: True}
+        raise IndexError(index)
 
 
 class PromptData(LightningDataModule):
@@ -159,7 +184,11 @@ class PromptData(LightningDataModule):
 
     def _loader(self, dataset: Dataset | None) -> "DataLoader[list[Example]]":
         assert dataset is not None, "setup comes before the dataloaders"
-        return DataLoader(dataset, batch_size=self.validation_batch_size, collate_fn=list)
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        share: Any = Share(dataset, rank, ranks)
+        # Lightning leaves a sampler of this kind alone; its own would repeat examples, and count them twice
+        sampler: Any = DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(share, batch_size=self.validation_batch_size, sampler=sampler, collate_fn=list)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
+from torch.utils.data import Subset
 from torchmetrics import MeanMetric
 
+from .data import STAND_IN, Share
 from .rollout import check_sampling, derived_seed, group_statistics
 from .teacher import Frozen
 from .trajectory import Example, Trajectories
@@ -102,20 +104,25 @@ class Evaluator:
         """One batch of held-out examples."""
         module, samples = self.module, self.module.evaluation.samples
         trajectories = self.act(who, examples, batch_idx)
-        reward, shown = module.score(trajectories)
-        self._update("length", trajectories.length.float())
-        self._update("stopped", trajectories.stopped.float())
+        counts = torch.tensor([STAND_IN not in example for example in trajectories.examples])
+        counted = trajectories.select(counts.nonzero().squeeze(-1))
+        reward, shown = module.score(counted)
+        self._update("length", counted.length.float())
+        self._update("stopped", counted.stopped.float())
         if reward is not None:
             self._update("accuracy", reward)
             if samples > 1:
                 self._update(f"pass@{samples}", pass_at_k(reward.view(-1, samples), samples))
-            self._update_by_column(trajectories.examples, reward)
+            self._update_by_column(counted.examples, reward)
         for row in shown:
             for name, value in row.get("metrics", {}).items():
                 self._update(name, torch.tensor(float(value)))
         if batch_idx == 0:
             self._show(stage, who, shown[: module.evaluation.show * samples : samples])
         if who == "student":
+            if not counts.all():
+                trajectories = dataclasses.replace(trajectories, mask=trajectories.mask & counts[:, None])
+                reward = None if reward is None else torch.zeros(len(counts)).masked_scatter(counts, reward)
             self._compare(trajectories, reward, inspect=batch_idx == 0)
 
     def _update_by_column(self, examples: list[Example], reward: torch.Tensor) -> None:
@@ -199,11 +206,11 @@ class Evaluator:
         values: dict[str, float] = {}
         for who in [*asked, "student"]:
             stage = "val" if who == "student" else f"val/{who}"
-            mine = [
-                dict(examples[i]) for i in range(self.module.global_rank, len(examples), self.module.trainer.world_size)
-            ]
+            seen = list(range(len(examples)))
             if who != "student":
-                mine = [example for example in mine if self.module.teachers[who].look(example) is not None]
+                seen = [i for i in seen if self.module.teachers[who].look(dict(examples[i])) is not None]
+            shown: Any = Subset(examples, seen)
+            mine = list(Share(shown, self.module.global_rank, self.module.trainer.world_size))
             size = data.validation_batch_size  # type: ignore[union-attr]
             for place, start in enumerate(range(0, len(mine), size)):
                 self.step(stage, who, mine[start : start + size], place)
@@ -224,4 +231,6 @@ class Evaluator:
     @torch.no_grad()
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """The student's completions of a batch of examples."""
-        return self.module.score(self.act("student", examples, batch_idx))[1]
+        trajectories = self.act("student", examples, batch_idx)
+        rows = self.module.score(trajectories)[1]
+        return [row for row, e in zip(rows, trajectories.examples, strict=True) if STAND_IN not in e]

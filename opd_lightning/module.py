@@ -27,6 +27,7 @@ from .objective import Objective, Steps
 from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, group_statistics
+from .sharding import mesh_of, put_away, shard, whole
 from .teacher import Frozen, Policy, Teacher, View, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
@@ -234,6 +235,15 @@ class OnPolicyDistillation(L.LightningModule):
             )
             if teacher.weights.state is not None:
                 self.teacher_state[name] = teacher.weights.state
+        if (mesh := mesh_of(self._trainer)) is not None:
+            self._shard(mesh)
+
+    def _shard(self, mesh: Any) -> None:
+        elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}
+        models = {policy.model for name, policy in self.policies.items() if name not in elsewhere}
+        for model in models:
+            if model is self.student or not getattr(model, "is_quantized", False):
+                shard(model, mesh)
 
     def _load_frozen(self, spec: Pretrained) -> Policy:
         return Policy(spec.load(self.model_class, trained=False), self.load_processor(spec), path=spec.path)
@@ -252,6 +262,7 @@ class OnPolicyDistillation(L.LightningModule):
                 model.to(where)
 
     def configure_optimizers(self) -> Any:
+        put_away(self.student)
         optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
         total = self.trainer.max_steps
         if self.schedule.name != "constant" and total < 1:
@@ -495,7 +506,7 @@ class OnPolicyDistillation(L.LightningModule):
 
     def _check_finite(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        bad = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        bad = not bool(whole(torch.nn.utils.get_total_norm(gradients)).isfinite())
         if self.on_nonfinite == "skip":
             self._averages.add("skipped_steps", float(bad))
         if not bad:

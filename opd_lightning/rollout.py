@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharding import mesh_of
 from .trajectory import Example, OptimiserStep, Trajectories
 from .worker import RolloutWorker
 
@@ -130,8 +131,8 @@ class RolloutLoader:
 
     Each generation batch sees the current weights, or those of ``rollout.max_staleness`` generations ago. Every draw is
     seeded by (seed, place of the prompt in the global order, member of the group): it depends neither on the order of
-    calls nor on how many ranks share the work. Position and the trajectories not yet trained are in the checkpoint,
-    those made ahead too.
+    calls nor on how many ranks share the work. Position and the trajectories of every rank that are not yet trained are
+    in the checkpoint, those made ahead too; another number of ranks goes on from there if it trains equal batches.
 
     Args:
         dataset: examples by index.
@@ -157,6 +158,7 @@ class RolloutLoader:
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
         self._steps: list[Trajectories] = []
+        self._in_step = mesh_of(module.trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
 
@@ -232,8 +234,11 @@ class RolloutLoader:
         parts, places = [], []
         for i, name in enumerate(sources):
             mine = (source == i).nonzero().squeeze(-1)
+            # whose weights are cut can't act without the other ranks, so all of them act
+            some = mine if len(mine) or not self._in_step else mine.new_zeros(1)
+            if len(some):
+                who = actor.act(name, [examples[j] for j in some], [seeds[j] for j in some])
             if len(mine):
-                who = actor.act(name, [examples[j] for j in mine], [seeds[j] for j in mine])
                 parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
                 places.append(mine)
         trajectories = Trajectories.concatenate(parts, actor.padding)
@@ -271,33 +276,43 @@ class RolloutLoader:
         return torch.Generator().manual_seed(derived_seed(self.seed, *key))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; the pending trajectories without their examples, which ``row`` finds again."""
+        """Where the run stands, on every rank; trajectories without their examples, which ``row`` finds again."""
         return {
             "epoch": self.epoch,
             "generation": self.generation,
             "next": self.next,
-            "pending": None if self.pending is None else self.pending.state_dict(),
-            "ahead": [rolled.result().state_dict() for rolled in self._ahead],
+            "pending": None if self.pending is None else self._of_all_ranks(self.pending),
+            "ahead": [self._of_all_ranks(rolled.result()) for rolled in self._ahead],
             "examples": len(self.dataset),
-            "cut": [self.prompts, self.per_generation, self.size],
+            "cut": self._cut,
         }
+
+    @property
+    def _cut(self) -> list[int]:
+        return [self.prompts, self.per_generation, self.size * self.world_size]
+
+    def _of_all_ranks(self, trajectories: Trajectories) -> list[dict[str, Any]]:
+        everyone: list[Any] = [trajectories.state_dict()] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(everyone, everyone[0])
+        return everyone
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the checkpoint was written over another dataset, or with other batches.
+            ValueError: the checkpoint was written over another dataset, or with other batches over all ranks.
         """
         if state["examples"] != len(self.dataset):
             raise ValueError(
                 f"the checkpoint was written with {state['examples']} training examples, there are now "
                 f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
             )
-        cut = [self.prompts, self.per_generation, self.size]
-        if state["cut"] != cut:
+        if state["cut"] != self._cut:
             raise ValueError(
                 "the checkpoint was written with {} prompts per generation (rollout.batch_size × ranks), cut into {} "
-                "micro-batches of {} trajectories (rollout.micro_batch_size)".format(*state["cut"])
-                + "; now these would be {}, {} and {}, so its position means nothing here".format(*cut)
+                "micro-batches of {} trajectories (rollout.micro_batch_size × ranks)".format(*state["cut"])
+                + "; now these would be {}, {} and {}, so its position means nothing here: with more ranks lower "
+                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*self._cut)
             )
         if len(state["ahead"]) > self.module.rollout.max_staleness:
             raise ValueError(
@@ -307,15 +322,22 @@ class RolloutLoader:
         self.epoch, self.generation = state["epoch"], state["generation"]
         self.pending, self.next, self._steps = None, state["next"], []
         if state["pending"] is not None:
-            self._hold(self._restored(state["pending"]), state["next"])
+            self._hold(self._restored(state["pending"], self.per_generation), state["next"])
         self._ahead.clear()
         for saved in state["ahead"]:
             rolled: Future[Trajectories] = Future()
-            rolled.set_result(self._restored(saved))
+            rolled.set_result(self._restored(saved, 1))
             self._ahead.append(rolled)
 
-    def _restored(self, state: dict[str, Any]) -> Trajectories:
-        return Trajectories.from_state_dict(state, [dict(self.dataset[row]) for row in state["row"].tolist()])
+    def _restored(self, saved: list[dict[str, Any]], pieces: int) -> Trajectories:
+        """This rank's share of a generation batch; each of its pieces is dealt anew to another number of ranks."""
+        parts = [Trajectories.from_state_dict(s, [dict(self.dataset[row]) for row in s["row"].tolist()]) for s in saved]
+        if len(parts) == self.world_size:
+            return parts[self.rank]
+        everyone = Trajectories.concatenate(parts, self.module.padding)
+        places = torch.arange(len(everyone)).view(len(parts), pieces, -1).transpose(0, 1).reshape(pieces, -1)
+        mine: Tensor = places.chunk(self.world_size, 1)[self.rank]
+        return everyone.select(mine.flatten())
 
 
 class RolloutCallback(L.Callback):

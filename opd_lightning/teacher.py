@@ -16,6 +16,7 @@ from torch import nn
 
 from .adapters import AverageAdapter, does_something, only_adapters
 from .pretrained import Pretrained
+from .sharding import put_away, slice_of
 from .trajectory import Example
 
 
@@ -152,8 +153,9 @@ class EMA(TeacherWeights):
         if self._average is not None:
             self._average.update(self.rate)
         elif self._copy is not None:
+            put_away(self._copy)
             for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.device, mine.dtype), self.rate)
+                slice_of(mine).lerp_(slice_of(theirs).to(mine.device, mine.dtype), self.rate)
 
 
 @dataclass

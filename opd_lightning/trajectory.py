@@ -154,7 +154,8 @@ class Trajectories:
         }
         flat: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("row", "group", "source", "weights_version", "stopped")
+            for name in ("row", "group", "source", "weights_version", "stopped", "reward", "group_mean", "group_std")
+            if getattr(first, name) is not None
         }
         return cls(
             observation=observation,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from opd_lightning import data_source
-from opd_lightning.data import PromptData, hold_out
+from opd_lightning.data import STAND_IN, PromptData, Share, hold_out
 from opd_lightning.data_source import is_local
 from opd_lightning.reward import ReasoningGymScore
 
@@ -55,7 +55,7 @@ def attach(data: PromptData, needed: dict[str, str] | None = None, limit: int | 
         return f"prompt has {length} tokens, the limit is {limit}" if limit and length > limit else None
 
     module = SimpleNamespace(required_columns=lambda: needed or {}, refusal=refusal)
-    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
     return data
 
 
@@ -452,6 +452,14 @@ def test_validation_batches_are_lists_of_examples(tmp_path: Path) -> None:
     assert [row for batch in data.val_dataloader() for row in batch] == rows()
     data = ready("test", test=path)
     assert list(data.test_dataloader()) == [rows()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_every_rank_has_as_many_examples_as_the_others_and_each_counts_once(count):
+    shares = [Share([{"prompt": str(i)} for i in range(count)], rank, ranks=2) for rank in range(2)]
+    assert len(list(shares[0])) == len(list(shares[1])) == len(shares[0])
+    counted = [example["prompt"] for share in shares for example in share if STAND_IN not in example]
+    assert sorted(counted) == [str(i) for i in range(count)]
 
 
 def test_no_validation_is_no_loader(tmp_path: Path) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
+from functools import cache
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from opd_lightning.export import write
+from tests.test_configs import ROOT
 from tests.test_resume import PLAIN, configuration, finish, last, start
 
 SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
@@ -16,15 +21,62 @@ SHORT = [
     "--model.init_args.schedule.name=constant",
 ]
 TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normaliser: weights}]"
+MOMENTUM = [*SGD, "--model.init_args.optimizer.init_args.momentum=0.9"]
+LORA = "--model.init_args.student.lora={r: 4, alpha: 8}"
+
+
+def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
+    """Trains up to a step, from the last checkpoint if there is one, with the same global batches on any ranks."""
+    ranks = 1 if strategy == "auto" else 2
+    rollout = {"batch_size": prompts // ranks, "horizon": 8, "group_size": 2}
+    if micro_batch is not None:
+        rollout["micro_batch_size"] = micro_batch // ranks
+    config = configuration(folder, world, {"rollout": rollout, "teacher": "ema", "accumulate": 1})
+    settings = [f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}", f"--trainer.max_steps={steps}"]
+    reward = "--model.init_args.reward.class_path=ExactMatch"
+    return start(config, *MOMENTUM, *SHORT, reward, *extra, *settings, "--ckpt_path=last"), config
+
+
+def products(state: dict) -> dict:
+    """What each adapter does, B·A, in place of its factors, which are not unique."""
+    found = {name: value for name, value in state.items() if "lora_" not in name}
+    for name, value in state.items():
+        if "lora_B" in name:
+            found[name] = value @ state[name.replace("lora_B", "lora_A")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, make_world):
+    """What four steps on one rank lead to, with and without LoRA."""
+
+    @cache
+    def get(*extra):
+        process, config = run(tmp_path_factory.mktemp("unbroken"), make_world("text"), "auto", 4, *extra)
+        finish(process)
+        return products(last(config)["state_dict"])
+
+    return get
 
 
 @pytest.mark.parametrize(
-    ("setting", "terms"),
-    [("text", None), ("text", TERM), ("vision_language", None), ("gui_grounding", TERM)],
+    ("strategy", "setting", "terms", "held_out"),
+    [
+        pytest.param("ddp", "text", None, 1, marks=pytest.mark.slow),
+        ("ddp", "text", TERM, 40),
+        pytest.param("ddp", "vision_language", None, 5, marks=pytest.mark.slow),
+        pytest.param("ddp", "gui_grounding", TERM, 40, marks=pytest.mark.slow),
+        ("fsdp2", "text", TERM, 1),
+        pytest.param("fsdp2", "vision_language", None, 5, marks=pytest.mark.slow),
+    ],
 )
-def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world):
-    """With the number of trained steps as the normaliser, or a sum of weights over the batch."""
+def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, tmp_path, make_world):
+    """With the number of trained steps as the normaliser, or a sum of weights over the batch.
+
+    Held-out rows may be too few for a last batch on both ranks, or for any.
+    """
     results = {}
+    validation = make_world(setting).write(tmp_path, held_out)
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         setup = {**PLAIN, "rollout": {"batch_size": 8 // ranks, "horizon": 8}}
@@ -32,11 +84,12 @@ def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world
         extra = [
             "--model.init_args.reward.class_path=ExactMatch",
             f"--trainer.devices={ranks}",
-            f"--trainer.strategy={'auto' if ranks == 1 else 'ddp'}",
+            f"--trainer.strategy={'auto' if ranks == 1 else strategy}",
             "--trainer.limit_val_batches=1.0",
             "--trainer.val_check_interval=1",
             "--trainer.check_val_every_n_epoch=null",
-            f"--data.init_args.validation={folder / 'data' / 'rows.jsonl'}",
+            f"--data.init_args.validation={validation}",
+            "--data.init_args.validation_batch_size=2",
             "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
             f"--trainer.logger.init_args.save_dir={folder}",
             "--trainer.logger.init_args.name=logs",
@@ -52,3 +105,101 @@ def test_two_ranks_train_and_score_like_one(setting, terms, tmp_path, make_world
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
     for name in ("val/accuracy", "val/length", "val/stopped", "val/teacher/kl_student_teacher", "train/length"):
         assert metrics_of_two[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "extra"),
+    [
+        ("fsdp2", [LORA]),
+        pytest.param("ddp", [LORA], marks=pytest.mark.slow),
+        pytest.param("fsdp2", [], marks=pytest.mark.slow),
+        pytest.param("ddp", [], marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_and_averaged_teachers_move_as_on_one_rank(strategy, extra, unbroken, tmp_path, make_world):
+    process, config = run(tmp_path, make_world("text"), strategy, 4, *extra)
+    finish(process)
+    found, expected = products(last(config)["state_dict"]), unbroken(*extra)
+    assert found.keys() == expected.keys()
+    assert any("teacher" in name for name in found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "extra"),
+    [
+        ("fsdp2", "auto", [LORA]),
+        pytest.param("auto", "fsdp2", [], marks=pytest.mark.slow),
+        pytest.param("ddp", "auto", [], marks=pytest.mark.slow),
+        pytest.param("fsdp2", "ddp", [LORA], marks=pytest.mark.slow),
+        pytest.param("auto", "fsdp2", [LORA], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(before, after, extra, unbroken, tmp_path, make_world):
+    """Momentum, averaged teacher and position carry over, and what comes out can be exported."""
+    world = make_world("text")
+    finish(run(tmp_path, world, before, 2, *extra)[0])
+    process, config = run(tmp_path, world, after, 4, *extra)
+    finish(process)
+    assert last(config)["global_step"] == 4
+    found, expected = products(last(config)["state_dict"]), unbroken(*extra)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+    write(config.parent / "checkpoints" / "last.ckpt", tmp_path / "exported")
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
+    for name in exported.keys() & {name.removeprefix("student.") for name in expected}:
+        assert torch.equal(exported[name], last(config)["state_dict"][f"student.{name}"])
+
+
+def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
+    """Cut weights are gathered by all ranks together: those that replay a completion act with the others all the same,
+    and those whose rollouts end early go on until the last one's does."""
+    found = {}
+    for ranks, strategy in ((1, "auto"), (2, "fsdp2")):
+        folder = tmp_path / strategy
+        settings = [
+            f"--trainer.devices={ranks}",
+            f"--trainer.strategy={strategy}",
+            "--trainer.max_steps=6",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={folder}",
+            "--data.init_args.train_options.count=64",
+            "--model.init_args.evaluation.before=false",
+            f"--model.init_args.rollout.batch_size={2 // ranks}",
+            "--model.init_args.rollout.behaviour={student: 0.7, dataset: 0.3}",
+        ]
+        finish(start(ROOT / "text" / "quickstart.yaml", *SGD, *settings))
+        found[ranks] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
+    world = make_world("text")
+    process, config = run(tmp_path, world, "auto", 1)
+    finish(process)
+    three, checkpoint = world.write(tmp_path / "three", 3), tmp_path / "checkpoints" / "last.ckpt"
+    prompts = sorted(json.loads(line)["prompt"] for line in three.read_text().splitlines())
+    settings = [f"--data.init_args.predict={three}", "--data.init_args.validation_batch_size=1", "--trainer.devices=2"]
+    for strategy in ("ddp", "fsdp2"):
+        folder = tmp_path / strategy
+        where = [f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={folder}", f"--ckpt_path={checkpoint}"]
+        finish(start(config, *settings, *where, command="predict"))
+        lines = [line for file in folder.glob("predictions-*.jsonl") for line in file.read_text().splitlines()]
+        assert sorted(json.loads(line)["prompt"] for line in lines) == prompts
+
+
+def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(tmp_path, make_world):
+    """A generation batch of two optimiser steps, broken off after the first one."""
+    world = make_world("text")
+    process, unbroken = run(tmp_path / "unbroken", world, "ddp", 2, prompts=16, micro_batch=16)
+    finish(process)
+    finish(run(tmp_path / "broken", world, "ddp", 1, prompts=16, micro_batch=16)[0])
+    process, broken = run(tmp_path / "broken", world, "auto", 2, prompts=16, micro_batch=16)
+    finish(process)
+    for name, value in last(unbroken)["state_dict"].items():
+        torch.testing.assert_close(last(broken)["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)

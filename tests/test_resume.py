@@ -67,10 +67,10 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
     return path
 
 
-def start(config: Path, *extra: str) -> subprocess.Popen:
+def start(config: Path, *extra: str, command: str = "fit") -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "opd_lightning", "fit", "-c", str(config), *extra]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = [sys.executable, "-m", "opd_lightning", command, "-c", str(config), *extra]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from .models import bare, context_length, eos_ids, output_embeddings
 
@@ -98,7 +99,7 @@ def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -
     ids = torch.arange(min(8, module.vocabulary), device=device)[None]
     with policy.active(), evaluating(model):
         own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
+        hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
     ours = head(hidden)
     if head.suppressed is not None:
         own[:, head.suppressed] = ours[:, head.suppressed] = 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogi
 
 from ...distribution import Head
 from ...rollout import Rollout
+from ...sharding import as_forward, is_sharded
 from ...teacher import evaluating
 
 
@@ -88,7 +90,14 @@ def generate(
         max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
     )
     with torch.no_grad(), evaluating(model), plain_generation(model):
-        ids = model.generate(**prompts, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
+        write = partial(
+            model.generate,
+            **prompts,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=is_sharded(model),  # ranks whose rollouts have ended go on until those of all have
+        )
+        ids = as_forward(model, write)
     new = ids[:, prompts["input_ids"].shape[1] :]
     return new, torch.stack(sampler.log_probs, 1)[:, : new.shape[1]]
 

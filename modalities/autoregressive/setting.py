@@ -18,6 +18,7 @@ from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
 from ...rollout import Rollout
+from ...sharding import as_forward
 from ...shipped import shipped
 from ...teacher import Policy
 from ...trajectory import Example, Trajectories
@@ -128,7 +129,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
         inputs = self.continued(prompts, trajectories, device) | media
         with policy.active():
-            hidden = model.base_model(**inputs, use_cache=False)[0]
+            hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
         before = prompts["input_ids"].shape[1] - 1
         hidden = hidden[:, before : before + trajectories.mask.shape[1]]
         return Categorical(hidden.to(trajectories.mask.device), self.head(policy))

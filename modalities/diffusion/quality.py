@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ...data import STAND_IN
 from ...shipped import shipped
 
 if TYPE_CHECKING:
@@ -141,13 +142,18 @@ class SampleQuality:
         for count in steps:
             module.evaluation = dataclasses.replace(configured, horizon=count)
             try:
-                images = module.images(module.evaluator.act(who, examples, batch_idx))
+                acted = module.evaluator.act(who, examples, batch_idx)
             finally:
                 module.evaluation = configured
+            counts = [i for i, example in enumerate(acted.examples) if STAND_IN not in example]
+            if not counts:
+                continue
+            acted = acted.select(torch.tensor(counts))
+            images = module.images(acted)
             self._made.setdefault(count, []).append(self.features(images))
             found = self.features.classify(images)
             if found is not None and "label" in examples[0]:
-                wanted = torch.tensor([e["label"] for e in examples for _ in range(configured.samples)])
+                wanted = torch.tensor([example["label"] for example in acted.examples])
                 self._right.setdefault(count, []).append((found == wanted).float())
             if batch_idx == 0 and module.trainer.is_global_zero and not module.trainer.sanity_checking:
                 self._draw(module, who, images[: self.grid], count)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 
+from ...data import Share
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
 from ...objective import Objective
@@ -355,6 +356,8 @@ class DiffusionDistillation(OnPolicyDistillation):
         prompts = [example["prompt"] for example in trajectories.examples]
         if self.reward is None:
             return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
+        if not prompts:
+            return torch.zeros(0), []
         rewards = [
             float(self.reward(picture(image), example))  # type: ignore[arg-type]
             for image, example in zip(self.images(trajectories), trajectories.examples, strict=True)
@@ -470,11 +473,10 @@ class DiffusionDistillation(OnPolicyDistillation):
         frozen = [name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Frozen)]
         values: dict[str, float] = {}
         for who in [*frozen, "student"]:
-            mine = range(self.global_rank, len(data.validation), self.trainer.world_size)
+            mine = list(Share(data.validation, self.global_rank, self.trainer.world_size))
             size = data.validation_batch_size
             for place, start in enumerate(range(0, len(mine), size)):
-                batch = [dict(data.validation[i]) for i in mine[start : start + size]]
-                self.quality.see(self, who, batch, place, self.quality.steps)
+                self.quality.see(self, who, mine[start : start + size], place, self.quality.steps)
             values |= self.quality.finish(self, "val" if who == "student" else f"val/{who}")
         for logger in self.loggers:
             logger.log_metrics(values, step=0)

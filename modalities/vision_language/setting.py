@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from ...distribution import Categorical
 from ...pretrained import Pretrained
+from ...sharding import is_sharded
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
@@ -203,15 +204,17 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
                 if name == "student"
                 else self._look(name, trajectories.examples)
             )
-            kept = [i for i, example in enumerate(seen) if example is not None and images_of(example)]
-            if not kept:
+            kept = [i for i, e in enumerate(seen) if e is not None and images_of(e) and trajectories.mask[i].any()]
+            # other ranks may have some, and wait for this one where the weights are cut
+            asked = kept if kept or not is_sharded(bare(policy.model)) else [0]
+            if not asked:
                 continue
-            some = trajectories.select(torch.tensor(kept))
-            views = [example for example in seen if example is not None and images_of(example)]
+            some = trajectories.select(torch.tensor(asked))
+            views = [seen[i] or trajectories.examples[i] for i in asked]
             with evaluating(policy.model):
                 with_pixels = self.log_probs(policy, some, views)
                 without = self.log_probs(policy, some, [blanked(example) for example in views])
-            gaps[name] = (with_pixels - without).sum(1) / some.length.clamp(min=1)
+            gaps[name] = ((with_pixels - without).sum(1) / some.length.clamp(min=1))[: len(kept)]
         return gaps
 
     def log_probs(self, policy: Policy, trajectories: Trajectories, seen: list[Example]) -> Tensor:
