@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow check bench methods seeing few-step recover assets assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow check bench methods seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -63,6 +63,9 @@ methods: install
 
 seeing: install
 	$(BIN)/python benchmarks/seeing.py
+
+horizons: install
+	$(BIN)/python benchmarks/horizons.py
 
 few-step: install
 	$(BIN)/python benchmarks/few_step.py

@@ -127,6 +127,15 @@ def pretrain() -> None:
     opd("export", "runs/pretrain_diffusion/checkpoints/last.ckpt", str(HERE / "teacher"))
 
 
+def few_step() -> None:
+    """The quickstart's own student, where D-OPSD starts."""
+    run = Path("runs/diffusion_quickstart")
+    shutil.rmtree(run, ignore_errors=True)
+    opd("fit", "-c", "opd:diffusion/quickstart.yaml")
+    shutil.rmtree(HERE / "few_step", ignore_errors=True)
+    opd("export", str(run / "checkpoints" / "last.ckpt"), str(HERE / "few_step"))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     HERE.mkdir(exist_ok=True)
@@ -134,4 +143,5 @@ if __name__ == "__main__":
     make_features()
     make_start()
     pretrain()
+    few_step()
     print(json.dumps({path.name: path.stat().st_size for path in HERE.rglob("*.safetensors")}, indent=1))

@@ -16,18 +16,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
 from methods import fit
 
 from opd_lightning.modalities.diffusion.table import by_steps, closed
+from opd_lightning.shipped import shipped
 
 RUNS, SEEDS = Path("runs/few_step"), (0, 1, 2)
-BUDGET = 250_000
+BUDGET = 120_000
 # overlays, evaluations per optimiser step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, on-policy": ([], 733, []),
     "flow map, off-policy": (["flow_map_off_policy"], 864, ["--model.init_args.rollout.batch_size=96"]),
     "flow map from images (AnyFlow stage 1)": (["flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
     "distribution matching (DMD2)": (["dmd2"], 368, []),
+    "AnyFlow, both stages": (["anyflow"], 576, ["--trainer.callbacks.init_args.stages[0].steps=105"]),  # fmt: skip
     "velocity matching, guidance 1.5": (["transition_matching"], 512, []),
     "Gaussian KL, guidance 1.5": (["gaussian_kl"], 928, []),
 }
@@ -37,12 +40,23 @@ TOLD: dict[str, list[str]] = {
 }
 
 
+def halves(folder: Path, updates: int) -> Path:
+    """AnyFlow's stages, each half of the updates."""
+    callbacks = yaml.safe_load(Path(shipped("opd:methods/anyflow.yaml")).read_text())["trainer"]["callbacks+"]
+    callbacks[0]["init_args"]["stages"][0]["steps"] = updates // 2
+    path = folder / "stages.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return path
+
+
 def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[str]) -> dict[str, Any]:
     folder = RUNS / f"{arm} {seed}"
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    stages = halves(folder, updates) if overlays == ["anyflow"] else None
     length = [f"--trainer.max_steps={updates}", f"--trainer.val_check_interval={updates}"]
     epochs = ["--data.init_args.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
-    curves, wall = fit(folder, "diffusion", overlays, [f"--seed_everything={seed}", *length, *extra, *epochs])
+    curves, wall = fit(folder, "diffusion", overlays, [f"--seed_everything={seed}", *length, *extra, *epochs], stages)
     found: dict[str, Any] = {"arm": arm, "seed": seed, "updates": updates, "wall_s": round(wall)}
     found["fid"] = by_steps(curves, "val", -1)
     found["teacher"], found["before"] = by_steps(curves, "val/teacher", 0), by_steps(curves, "val", 0)
@@ -55,7 +69,7 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
 
 def main(told: bool, arms: list[str], jobs: int) -> None:
     if told:
-        wanted = [(arm, seed, ["d_opsd"], 300, extra) for seed in SEEDS for arm, extra in TOLD.items()]
+        wanted = [(arm, seed, ["d_opsd"], 200, extra) for seed in SEEDS for arm, extra in TOLD.items()]
     else:
         chosen = {arm: ARMS[arm] for arm in arms or ARMS}
         wanted = [

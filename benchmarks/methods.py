@@ -34,11 +34,14 @@ FEW = [
 PROBLEMS = (5, 6, 7)
 
 
-def fit(folder: Path, setting: str, overlays: list[str], extra: list[str]) -> tuple[Curves, float]:
+def fit(
+    folder: Path, setting: str, overlays: list[str], extra: list[str], file: Path | None = None
+) -> tuple[Curves, float]:
     """Trains a setting's quickstart with overlays and further arguments; its curves, and the seconds it took."""
     since = time.time()
     command = [sys.executable, "-m", "opd_lightning", "fit", "-c", f"opd:{setting}/quickstart.yaml"]
     command += [part for overlay in overlays for part in ("-c", f"opd:methods/{overlay}.yaml")]
+    command += [] if file is None else ["-c", str(file)]
     command += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}", *extra]
     subprocess.run(command, check=True)
     return read_curves(folder), time.time() - since

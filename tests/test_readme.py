@@ -42,10 +42,10 @@ def test_every_file_that_it_names_exists():
 
 def test_every_part_that_it_lists_can_be_named():
     from opd_lightning import callbacks, objective, reward, teacher
-    from opd_lightning.modalities import autoregressive, gui_grounding, vision_language
+    from opd_lightning.modalities import autoregressive, diffusion, gui_grounding, vision_language
 
     listed = re.findall(r"`([A-Z]\w+)`", README.partition("## The parts")[2].partition("A divergence is named")[0])
-    homes = (objective, reward, teacher, autoregressive, gui_grounding, vision_language)
+    homes = (objective, reward, teacher, autoregressive, gui_grounding, vision_language, diffusion)
     for name in listed:
         assert any(hasattr(module, name) for module in homes), name
     listed = re.findall(r"`([A-Z]\w+)`", README.partition("## Callbacks")[2].partition("## From Python")[0])

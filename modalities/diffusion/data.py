@@ -40,8 +40,8 @@ def digits(
 ) -> Dataset:
     """scikit-learn's 1,797 real digits of 8 × 8 pixels, smoothly enlarged to 16 × 16, white on black.
 
-    Columns: ``prompt`` (a caption, such as "a handwritten three"), ``image``, ``label``, and ``reference``, which is
-    the image again or none.
+    Columns: ``prompt`` (a caption, such as "a handwritten three"), ``image``, ``label``, and ``reference``: another
+    digit in the same colours, or none.
 
     Args:
         held_out: the last fifth (by index, which is by writer) instead of the rest.
@@ -58,16 +58,20 @@ def digits(
     draw = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for i in list(chosen)[:limit] * repeat:
-        told = draw.random() < referenced
-        pixels = np.clip(images[i] * 255 / 16, 0, 255).astype(np.uint8)
-        picture = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        if draw.random() < inverted and (told or not referenced):
-            picture = Image.fromarray(255 - np.asarray(picture))
-        picture, label = picture.convert("RGB"), int(labels[i])
-        row = {"prompt": caption(label), "image": picture, "label": label, "reference": picture if told else None}
-        rows.append(row)
+        told, other = draw.random() < referenced, int(draw.integers(chosen.start, chosen.stop))
+        flip, label = draw.random() < inverted and (told or not referenced), int(labels[i])
+        reference = _picture(images[other], flip) if told else None
+        rows.append(
+            {"prompt": caption(label), "image": _picture(images[i], flip), "label": label, "reference": reference}
+        )
     kinds = {"prompt": Value("string"), "image": ImageFeature(), "label": Value("int64"), "reference": ImageFeature()}
     return Dataset.from_list(rows, features=Features(kinds))
+
+
+def _picture(pixels: np.ndarray, inverted: bool) -> Image.Image:
+    small = Image.fromarray(np.clip(pixels * 255 / 16, 0, 255).astype(np.uint8))
+    enlarged = np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return Image.fromarray(255 - enlarged if inverted else enlarged).convert("RGB")
 
 
 def image_folder(folder: str, captions: str = "metadata.jsonl") -> Dataset:
