@@ -43,9 +43,8 @@ def train(arm: str, seed: int) -> dict[str, Any]:
     folder.mkdir(parents=True)
     overlay = folder / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "max_steps": UPDATES}}))
-    curves, wall = fit(
-        folder, "text", [], [f"--seed_everything={seed}", "--trainer.log_every_n_steps=1", *extra], overlay
-    )
+    settings = [f"--seed_everything={seed}", "--trainer.log_every_n_steps=1", *extra]
+    curves, wall = fit(folder, "text", [], settings, overlay)
     found = {
         "arm": arm,
         "seed": seed,
