@@ -70,7 +70,7 @@ def main(arms: list[str], jobs: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arms", nargs="*", choices=list(ARMS), help="default: all")
+    parser.add_argument("arms", nargs="*", help="default: all")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     main(options.arms, options.jobs)

@@ -105,6 +105,8 @@ class Pretrained:
         elif dtype != "auto":
             dtype = getattr(torch, dtype)
         if self.random_init:
+            if not hasattr(model_class, "from_config"):
+                raise ValueError(f"random_init: the transformer of {self.path} must come with weights")
             from transformers import AutoConfig
 
             config = AutoConfig.from_pretrained(path, **shared)

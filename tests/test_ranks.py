@@ -178,6 +178,7 @@ def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
         torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
     world = make_world("text")
     process, config = run(tmp_path, world, "auto", 1)

@@ -102,11 +102,11 @@ def unbroken(tmp_path_factory):
     ("setting", "name", "setup", "moment"),
     [
         ("text", "plain", PLAIN, 0.2),
-        ("text", "plain", PLAIN, 0.7),
+        pytest.param("text", "plain", PLAIN, 0.7, marks=pytest.mark.slow),
         ("text", "ema", EMA, 0.5),
         ("text", "ahead", AHEAD, 0.5),
-        ("vision_language", "ema", EMA, 0.5),
-        ("gui_grounding", "ema", EMA, 0.5),
+        pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
+        pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),
     ],
 )

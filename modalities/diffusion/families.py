@@ -44,8 +44,12 @@ class Transformer:
     def from_pretrained(path: str, dtype: Any = "auto", quantization_config: Any = None, **settings: Any) -> nn.Module:
         """
         Raises:
-            ValueError: the folder holds no pipeline with a transformer.
+            ValueError: the folder holds no pipeline with a transformer, or a setting that means nothing here.
+            RuntimeError: quantisation without a GPU.
         """
+        for name in ("attn_implementation", "trust_remote_code"):
+            if settings.get(name):
+                raise ValueError(f"{path}: {name} means nothing to a transformer of diffusers; leave it out")
         library, settings = diffusers(), {"revision": settings.get("revision")}
         index = pipeline_index(path, settings["revision"])
         if "transformer" not in index:

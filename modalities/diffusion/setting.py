@@ -178,6 +178,11 @@ class DiffusionDistillation(OnPolicyDistillation):
             self._families[spec.path] = load_family(spec.path, config, spec.revision, **self._family_settings)
         return self._families[spec.path]
 
+    def _place_teachers(self) -> None:
+        super()._place_teachers()
+        for family in self._families.values():
+            family.pipe.to(self.device)
+
     @property
     def family(self) -> Family:
         """The student's."""

@@ -25,9 +25,9 @@ def normal(count: int, mean: float, spread: float, seed: int) -> torch.Tensor:
 
 
 def test_the_frechet_distance_of_normals_is_the_closed_form():
-    found = compare(normal(20000, 0, 1, 0), normal(20000, 0.5, 2, 1))
-    assert found["fid"] == pytest.approx(4 * (0.5**2 + (2 - 1) ** 2), rel=0.03)
-    same = compare(normal(5000, 0, 1, 0), normal(5000, 0, 1, 1))
+    found = compare(normal(3000, 0, 1, 0), normal(3000, 0.5, 2, 1))
+    assert found["fid"] == pytest.approx(4 * (0.5**2 + (2 - 1) ** 2), rel=0.06)
+    same = compare(normal(3000, 0, 1, 0), normal(3000, 0, 1, 1))
     assert same["fid"] < 0.02
     assert abs(same["kid"]) < 0.1 < found["kid"]
 

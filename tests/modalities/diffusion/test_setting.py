@@ -587,6 +587,19 @@ def test_same_step_is_the_default_answer(make):
 # -- loading ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_implementation": "sdpa"}, "attn_implementation means nothing to a transformer of diffusers"),
+        ({"trust_remote_code": True}, "trust_remote_code means nothing"),
+        ({"random_init": True}, "random_init: the transformer of .* must come with weights"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(pipeline, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrained(str(pipeline("flux")), **settings).load(Transformer, trained=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
 def test_without_a_gpu_quantisation_is_refused_with_its_reason(pipeline):
     path = str(pipeline("stable_diffusion_3", 2, 32))
