@@ -23,7 +23,18 @@ from .signal import CrossEntropy, Part, Signal
 from .steps import Steps
 from .support import Support
 from .target import LogLinear, Target
-from .weight import ByReward, Confidence, Constant, Entropy, ImportanceRatio, Outcome, TopEntropy, Weight, Window
+from .weight import (
+    ByReward,
+    Confidence,
+    Constant,
+    Entropy,
+    ImportanceRatio,
+    Outcome,
+    PassRate,
+    TopEntropy,
+    Weight,
+    Window,
+)
 
 __all__ = [
     "JSD",
@@ -43,6 +54,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "Part",
+    "PassRate",
     "PolicyGradient",
     "ReverseKL",
     "RewardPlusLogRatio",

@@ -176,6 +176,35 @@ class Outcome(Weight):
         return torch.where(won, self.right, self.wrong)
 
 
+class PassRate(Weight):
+    """p^easy · (1 − p)^hard with p the mean reward of the group: prompts that are always or never solved count nothing
+    (PACED, 2603.11178). Rewards must lie in [0, 1].
+
+    The paper estimates p from rollouts of its own; here those that are trained are its estimate. Whether it divides by
+    the weights' sum was not found: the term's ``normaliser`` decides.
+
+    Args:
+        easy, hard: the exponents a and b. Default 1 and 1 (PACED).
+
+    Raises:
+        ValueError: an exponent that is not positive.
+    """
+
+    needs = frozenset({"reward", "group"})
+    scope = "data"
+
+    def __init__(self, easy: float = 1.0, hard: float = 1.0) -> None:
+        if min(easy, hard) <= 0:
+            raise ValueError(f"PassRate: easy and hard must be > 0, got {easy} and {hard}")
+        self.easy, self.hard = easy, hard
+
+    def __call__(self, steps: Steps) -> Tensor:
+        rate = steps.trajectories.group_mean
+        assert rate is not None
+        rate = steps.per_trajectory(rate).clamp(0, 1)
+        return rate**self.easy * (1 - rate) ** self.hard
+
+
 class ByReward(Weight):
     """The trajectory's reward itself, cut off below 0."""
 

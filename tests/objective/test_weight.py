@@ -17,6 +17,7 @@ from opd_lightning.objective import (
     LogRatio,
     Objective,
     Outcome,
+    PassRate,
     PolicyGradient,
     ReverseKL,
     Steps,
@@ -41,7 +42,7 @@ N = 11
 def world():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (Policy.random(generator, SHAPE, V) for _ in range(2))
-    trajectories = batch(MASK, V, reward=torch.tensor([1.0, 0.25, -2.0]))
+    trajectories = batch(MASK, V, reward=torch.tensor([1.0, 0.25, -2.0]), group_mean=torch.tensor([1.0, 0.25, 0.5]))
     return student, teacher, trajectories
 
 
@@ -78,12 +79,14 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
         (Outcome(), (ROW == 0).double()),
         (Outcome(right=0.0, wrong=2.0, threshold=0.25), 2.0 * (ROW == 2)),
         (ByReward(), torch.tensor([1.0, 0.25, 0.0])[ROW]),
+        (PassRate(), torch.tensor([0.0, 0.25 * 0.75, 0.25])[ROW]),
+        (PassRate(easy=2.0, hard=0.5), torch.tensor([0.0, 0.25**2 * 0.75**0.5, 0.5**2.5])[ROW]),
     ]
 
 
 @pytest.mark.parametrize("normaliser", ["steps", "weights"])
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
-@pytest.mark.parametrize("which", range(14))
+@pytest.mark.parametrize("which", range(16))
 def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normaliser):
     student, teacher, trajectories = world
     mask = trajectories.mask
@@ -231,6 +234,17 @@ def test_out_of_range_settings_are_refused():
             TopEntropy(share)
     with pytest.raises(ValueError, match="weight: right and wrong must be >= 0, got 1 and -1"):
         Outcome(1, -1)
+    with pytest.raises(ValueError, match="PassRate: easy and hard must be > 0, got 0 and 1"):
+        PassRate(0)
+
+
+@pytest.mark.parametrize(("easy", "hard"), [(1.0, 1.0), (2.0, 1.0), (0.5, 1.5)])
+def test_the_pass_rate_weighs_most_at_its_peak_and_nothing_at_the_ends(easy, hard):
+    rates = torch.linspace(0, 1, 101)
+    trajectories = batch([[1]] * 101, V, reward=rates, group_mean=rates)
+    found = PassRate(easy, hard)(Steps.of(trajectories))
+    assert found[0] == found[-1] == 0
+    assert abs(float(rates[found.argmax()]) - easy / (easy + hard)) <= 0.01
 
 
 def test_the_position_of_a_step_counts_from_the_start_of_its_trajectory():
