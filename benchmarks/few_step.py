@@ -22,7 +22,7 @@ from methods import fit
 from opd_lightning.modalities.diffusion.table import by_steps, closed
 from opd_lightning.shipped import shipped
 
-RUNS, SEEDS = Path("runs/few_step"), (0, 1, 2)
+RUNS = Path("runs/few_step")
 BUDGET = 120_000
 # overlays, evaluations per optimiser step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
@@ -67,14 +67,14 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
     return found
 
 
-def main(told: bool, arms: list[str], jobs: int) -> None:
+def main(told: bool, arms: list[str], seeds: int, jobs: int) -> None:
     if told:
-        wanted = [(arm, seed, ["d_opsd"], 200, extra) for seed in SEEDS for arm, extra in TOLD.items()]
+        wanted = [(arm, seed, ["d_opsd"], 200, extra) for seed in range(seeds) for arm, extra in TOLD.items()]
     else:
         chosen = {arm: ARMS[arm] for arm in arms or ARMS}
         wanted = [
             (arm, seed, overlays, BUDGET // cost, extra)
-            for seed in SEEDS
+            for seed in range(seeds)
             for arm, (overlays, cost, extra) in chosen.items()
         ]
     with ThreadPoolExecutor(jobs) as pool:
@@ -93,6 +93,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arms", nargs="*", help="default: all")
     parser.add_argument("--d-opsd", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    main(options.d_opsd, options.arms, options.jobs)
+    main(options.d_opsd, options.arms, options.seeds, options.jobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opd_lightning.cli import run
+from opd_lightning.modalities.diffusion import table
 from opd_lightning.report import report
 
 
@@ -31,3 +32,15 @@ def test_a_student_that_sees_learns_from_itself(setting, gain, tmp_path):
     found = demo(setting, 1, tmp_path)
     assert found["teacher"] >= 0.8
     assert found["after"] - found["before"] >= gain
+
+
+@pytest.mark.slow
+def test_a_few_step_student_closes_most_of_the_gap_and_more_steps_do_no_harm(tmp_path):
+    logs = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    run(["fit", "-c", "opd:diffusion/quickstart.yaml", "--seed_everything=1", logs,
+         f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    found = table.report(tmp_path)
+    assert found["gap_closed"] >= 0.6
+    after = [found["steps"]["student after"][str(count)] for count in (1, 2, 4, 8, 16, 32)]
+    assert after[0] > after[1] > after[2]
+    assert max(after[3:]) <= after[2] + 0.03, "the distance of 720 samples is no surer than that"

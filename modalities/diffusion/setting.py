@@ -248,14 +248,14 @@ class DiffusionDistillation(OnPolicyDistillation):
         )
         noise = [torch.randn((1, *self.family.latent_shape), generator=generator(seed)) for seed in seeds]
         start = torch.cat(noise).to(device)
-        jumps, guidance = self._jumps, 1.0
-        if policy.name != "student":
-            jumps, guidance = self._answer(policy.name).jumps, self._answer(policy.name).guidance
-        asking = self._asking(policy, examples, guidance)
+        answer = SameStep() if policy.name == "student" else self._answer(policy.name)
+        asking = self._asking(policy, examples, answer.guidance)
+
+        def ask(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return asking(rows, latent, t, r if answer.jumps else t)
+
         with torch.no_grad():
-            after = roll_out(
-                self.sampler, lambda rows, x, t, r: asking(rows, x, t, r if jumps else t), start, sigma, toward, seeds
-            )
+            after = roll_out(self.sampler, ask, start, sigma, toward, seeds)
         self._refuse_nonfinite(after, examples)
         acted = self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
         if self.sampler.stochastic:
@@ -326,9 +326,9 @@ class DiffusionDistillation(OnPolicyDistillation):
             if is_student and self.sampler.chained and torch.is_grad_enabled():
                 came = self._chain(asking, trajectories, rows, at)
                 # what the end of the step owes to the state that it starts from
-                v = asking(rows, came, t, r if self._jumps else t) + (latent - came) / flow.over(t, latent)
+                v = asking(rows, came, t, r) + (latent - came) / flow.over(t, latent)
             elif is_student:
-                v = asking(rows, latent, t, r if self._jumps else t)
+                v = asking(rows, latent, t, r)
             else:
                 moment = Moment(
                     latent, t, r, trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()], other
@@ -346,7 +346,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         for k in range(int(at.max())):
             on = (at > k).nonzero().squeeze(-1)
             t, r = sigma[rows[on], k], toward[rows[on], k]
-            v = asking(rows[on], latent[on], t, r if self._jumps else t)
+            v = asking(rows[on], latent[on], t, r)
             latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
         return latent
 
@@ -389,14 +389,15 @@ class DiffusionDistillation(OnPolicyDistillation):
         return family.conditions(prompts, [None if image is None else opened(image) for image in seen])
 
     def _asking(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> Ask:
-        """A policy that can be asked for velocities of any of these examples."""
+        """A policy that can be asked for velocities of any of these examples; it is told where a step ends if the
+        student is."""
         family: Family = policy.processor or self.family
         conditions, nothing = self._conditions(examples, family), []
         if guidance != 1.0:
             nothing = family.conditions([""] * len(examples), [None] * len(examples))
 
         def ask(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            mine = rows.tolist()
+            mine, r = rows.tolist(), r if self._jumps else t
             said = velocity([conditions[row] for row in mine], latent, t, r)
             if guidance == 1.0:
                 return said

@@ -223,6 +223,16 @@ def test_nothing_is_lost_or_learnt_from_oneself(make, kind):
     assert all(g is None or not g.any() for g in gradients)
 
 
+@pytest.mark.parametrize("flow_map", [True, False])
+def test_a_teacher_is_told_where_a_step_ends_if_the_student_is(make, pipeline, flow_map):
+    """Otherwise it would answer another question than the student did: also for a difference of scores."""
+    alone = make(teacher={"teacher": Teacher(Live())}, flow_map=flow_map)
+    loss, _ = objective_of(alone, on_policy(alone))
+    assert float(loss) == 0
+    module = matched(make, pipeline, fake_seed=2, flow_map=flow_map)
+    assert float(objective_of(module, on_policy(module))[0]) < 1e-9
+
+
 @pytest.mark.parametrize("substeps", [1, 5])
 def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, substeps):
     module = make(answers={"teacher": AverageVelocity(substeps)})
