@@ -30,7 +30,7 @@ ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, off-policy": (["flow_map_off_policy"], 864, ["--model.init_args.rollout.batch_size=96"]),
     "flow map from images (AnyFlow stage 1)": (["flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
     "distribution matching (DMD2)": (["dmd2"], 368, []),
-    "AnyFlow, both stages": (["anyflow"], 576, []),
+    "AnyFlow, both stages": (["anyflow"], 283, []),
     "velocity matching, guidance 1.5": (["transition_matching"], 512, []),
     "Gaussian KL, guidance 1.5": (["gaussian_kl"], 928, []),
 }
