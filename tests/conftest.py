@@ -23,6 +23,14 @@ from tests.tiny_vlm import save_vlm  # noqa: E402
 torch.set_num_threads(1)  # more only get in each other's way on models this small
 
 
+LONGEST = ("test_ranks.py", "test_processes.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes come first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Callable[..., Path]:
     """`save_model` into a folder of its own; the same arguments give the same folder."""
