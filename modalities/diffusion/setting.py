@@ -6,6 +6,7 @@ Shape legend: B trajectories, T denoising steps, n states of a chunk, latents ``
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -516,6 +517,10 @@ class DiffusionDistillation(OnPolicyDistillation):
         pipe = self.family.pipe
         kind, parts = type(pipe), {**pipe.components, "transformer": model}
         kind(**parts).save_pretrained(folder)
+        for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def opened(image: Any) -> Image.Image:

@@ -110,6 +110,10 @@ def test_an_exported_student_samples_what_validation_saw(make, kind, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name in ("transformer", "scheduler", "vae")) == [
         "scheduler", "transformer", "vae",
     ]  # fmt: skip
+    told = [
+        file for file in (tmp_path / "out").rglob("*.json") if str(module.policies["student"].path) in file.read_text()
+    ]
+    assert not told, "where its parts came from on this machine is nobody's business"
     seen = module.evaluator.act("student", make_rows(1), 0)
     seeds = seen.observation["seed"].tolist()
     assert torch.equal(module.ends(seen), sample_with_diffusers(tmp_path / "out", kind, 3, seeds))
