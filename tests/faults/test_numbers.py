@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opd_lightning.objective import Objective, ReverseKL, Term
+from tests.callbacks import toy
 from tests.tiny import fit, make_module
 
 
@@ -70,3 +71,17 @@ def test_too_little_memory_for_the_objective_says_what_would_need_less(error, ti
     module.objective.__class__ = Full
     with pytest.raises(RuntimeError, match=r"out of memory in the objective, .* take 96 MiB.*chunk_mib first"):
         fit(module, tmp_path)
+
+
+def test_a_skipped_step_is_counted_at_the_next_logged_one_also_of_a_run_resumed_between(tmp_path):
+    def run(folder, done=0):
+        objective = Objective([Term(Breaks(3 - done))])
+        module = toy.make_module(objective=objective, optimizer=adam, on_nonfinite="skip")
+        checkpoint = tmp_path / "whole" / f"step-{done}.ckpt" if done else None
+        trainer = toy.fit(module, folder, steps=5, checkpoint=checkpoint, log_every_n_steps=5)
+        return {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")}
+
+    unbroken = run(tmp_path / "whole")
+    assert unbroken["train/skipped_steps"] == 1 / 4, "of the steps after the first, which is logged by itself"
+    for done in (1, 2, 3, 4):
+        assert run(tmp_path / f"from{done}", done) == pytest.approx(unbroken, nan_ok=True)
