@@ -68,7 +68,7 @@ class OnPolicyDistillation(L.LightningModule):
         schedule: of the learning rate.
         on_nonfinite: what to do about a gradient with NaN or infinity in it: "stop" with an error that names the step,
             or "skip" the optimiser step, whose weights and moments then stay as they are, and count it
-            (``train/skipped_steps``).
+            (``train/skipped_steps``, the share of the steps since the last logged one).
 
     Raises:
         ValueError: a part of the objective needs something that this run does not offer; the message names both.

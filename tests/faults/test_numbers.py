@@ -7,21 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.objective import Objective, Term
 from tests.callbacks import toy
+from tests.faults.breaking import Breaks
 from tests.tiny import fit, make_module
-
-
-class Breaks(ReverseKL):
-    """NaN at one of its calls."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at, self.calls = at, 0
-
-    def __call__(self, steps):
-        self.calls += 1
-        return super().__call__(steps) * (torch.nan if self.calls == self.at else 1.0)
 
 
 def adam(parameters):
