@@ -19,7 +19,7 @@ OTHERS = {
 }  # fmt: skip
 SETTING = {method: setting for setting, methods in OTHERS.items() for method in methods}
 # overlays over a method, not methods
-OVER = dict.fromkeys(("teacher_ema", "teacher_hard_sync", "teacher_frozen"), ["-c", "opd:methods/sdft.yaml"])
+OVER = {name: ["-c", "opd:methods/sdft.yaml"] for name in ("teacher_ema", "teacher_hard_sync", "teacher_frozen")}
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
