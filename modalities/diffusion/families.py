@@ -138,20 +138,19 @@ class Family(ABC):
     @torch.no_grad()
     def conditions(self, prompts: list[str], references: list[Image.Image | None]) -> list[Condition]:
         """What the transformer reads of each prompt, and of the reference image beside it where there is one."""
-        keys = [
-            _key("prompt", self._name, prompt, "" if image is None else _content(image))
-            for prompt, image in zip(prompts, references, strict=True)
-        ]
-
-        def make(rows: list[int]) -> list[Condition]:
-            # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
-            return [self._condition(prompts[row], references[row]) for row in rows]
-
-        return self._cached(keys, make)
-
-    def _condition(self, prompt: str, reference: Image.Image | None) -> Condition:
-        condition = self._encode(prompt)
-        return condition if reference is None else condition | self._refer(prompt, self.pixels([reference]))
+        # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
+        found = self._cached(
+            [_key("prompt", self._name, prompt) for prompt in prompts],
+            lambda rows: [self._encode(prompts[row]) for row in rows],
+        )
+        pairs = [(prompt, image) for prompt, image in zip(prompts, references, strict=True) if image is not None]
+        seen = iter(
+            self._cached(
+                [_key("reference", self._name, str(self.size), prompt, _content(image)) for prompt, image in pairs],
+                lambda rows: [self._refer(pairs[row][0], self.pixels([pairs[row][1]])) for row in rows],
+            )
+        )
+        return [said if image is None else said | next(seen) for said, image in zip(found, references, strict=True)]
 
     @torch.no_grad()
     def latents(self, images: list[Image.Image]) -> Tensor:

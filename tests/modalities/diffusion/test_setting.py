@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -598,6 +599,19 @@ def test_what_was_encoded_is_kept_on_disk_by_content(make, tmp_path):
     again = two.family.conditions([r["prompt"] for r in rows], [None] * 3)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, again, strict=True) for name in a)
     assert torch.equal(two.family.latents([r["image"] for r in rows]), latents)
+
+
+def test_a_prompt_is_encoded_once_and_a_reference_once_for_each_prompt(make):
+    family, count = make().family, Counter()
+    encode, refer = family._encode, family._refer
+    family._encode = lambda prompt: (count.update([prompt]), encode(prompt))[1]
+    family._refer = lambda prompt, image: (count.update([f"{prompt} + image"]), refer(prompt, image))[1]
+    first, second = (row["image"] for row in make_rows(2))
+    found = family.conditions(["a", "b", "a", "a", "a"], [first, None, None, second, first])
+    assert count == {"a": 1, "b": 1, "a + image": 2}
+    assert ["encoder_hidden_states_image" in condition for condition in found] == [True, False, False, True, True]
+    assert torch.equal(found[0]["encoder_hidden_states_image"], found[4]["encoder_hidden_states_image"])
+    assert not torch.equal(found[0]["encoder_hidden_states_image"], found[3]["encoder_hidden_states_image"])
 
 
 def test_same_step_is_the_default_answer(make):
