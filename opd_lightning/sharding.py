@@ -102,7 +102,7 @@ def mesh_of(trainer: L.Trainer | None) -> Any:
     if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
             f"trainer.strategy: {type(strategy).__name__} is not supported: rollouts in lock step, the checks of "
-            "gradients and checkpoints know fsdp2's way of cutting weights only, which cuts gradients and optimiser state, too"
+            "gradients and checkpoints know only how fsdp2 cuts weights; it also cuts gradients and optimiser state"
         )
     return None
 
