@@ -32,7 +32,7 @@ ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "AnyFlow, both stages": (["anyflow"], 283, []),
     "distribution matching (DMD2)": (["dmd2"], 547, []),
     "velocity matching, guidance 1.5": (["transition_matching"], 768, []),
-    "Gaussian KL, guidance 1.5": (["gaussian_kl"], 1392, []),
+    "Gaussian KL, guidance 1.5": (["gaussian_kl"], 1728, []),
 }
 # whose first row is the teacher's own sampler; the chain of distribution matching is another one
 MEASURED_BEFORE = "flow map, on-policy", "distribution matching (DMD2)"
