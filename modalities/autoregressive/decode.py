@@ -71,7 +71,7 @@ def _write(
     row = torch.tensor(prompt_of, device=device)
     cache = RowCache(read, row, seen, rollout.horizon)
     del read, inputs
-    project = projection(head, hidden)
+    project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
     position = position[..., -1:].expand(*position.shape[:-2], len(seen), 1)[..., row, :] + 1
 
@@ -187,13 +187,14 @@ class _Rows(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
-def projection(head: Head, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """The head, for many passes of few rows: float32 weights on a CPU are packed once (a copy for the rollout)."""
+def projection(head: Head, hidden: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """The head, for many passes of up to so many rows of hidden states like these: cast once, and on a CPU packed once
+    (a copy of its float32 weights for the time of the rollout)."""
     if not head.is_linear:
         return head
     device = hidden.device.type
     weight, bias = head.linear(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     if device == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), len(hidden))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         return lambda h: head.finish(torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], ""))
     return lambda h: head.finish(F.linear(h.to(weight.dtype), weight, bias))
