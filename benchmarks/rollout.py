@@ -1,5 +1,6 @@
 """Rollouts by the default engine, by transformers' `generate`, and by a bare loop over the model's cached forward pass:
-``python benchmarks/rollout.py [CASE ...] [--repeats N] [--threads N]`` prints a table and writes runs/bench/rollout.json.
+``python benchmarks/rollout.py [CASE ...] [--repeats N] [--threads N]`` prints what it finds and writes
+runs/bench/rollout.json.
 
 All sides have the same Qwen3 (random weights, float32), prompts, seeds and stop ids; engine and `generate` draw the
 same tokens, which is checked. They take turns, in alternating order; times are medians, ratios medians of the rounds'

@@ -40,7 +40,7 @@ class DecodeLoop(RolloutEngine):
             return "an encoder and a decoder"
         if is_sharded(model):
             return "sharded weights"  # ranks would have to end together
-        if not READS <= inspect.signature(model.base_model.forward).parameters.keys():
+        if not inspect.signature(model.base_model.forward).parameters.keys() >= READS:
             return "a forward pass without position ids or cache"
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if kinds != {DynamicLayer} or getattr(model, "_is_stateful", False):
