@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from opd_lightning.modalities.autoregressive.decode import DecodeLoop, RowCache, closed_up, projection
-from opd_lightning.modalities.autoregressive.engine import Generate, Prompts, RolloutEngine
+from opd_lightning.modalities.autoregressive import DecodeLoop, Generate, RolloutEngine
+from opd_lightning.modalities.autoregressive.decode import RowCache, closed_up, projection
+from opd_lightning.modalities.autoregressive.engine import Prompts
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.pretrained import Lora, Pretrained
