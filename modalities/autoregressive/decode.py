@@ -127,7 +127,8 @@ class RowCache(Cache):
         self.rows, width = len(row), seen.shape[1]
         self.column = width
         self._seen = F.pad(seen[row], (0, horizon), value=True)
-        super().__init__(layers=[_Rows(self, layer, row, width + horizon) for layer in read.layers])
+        self._parts = [_Rows(self, layer, row, width + horizon) for layer in read.layers]
+        super().__init__(layers=[*self._parts])
         self._narrow()
 
     def _narrow(self) -> None:
@@ -148,12 +149,15 @@ class RowCache(Cache):
         moved = (order != torch.arange(self.rows, device=order.device)).nonzero().squeeze(1)
         if len(moved):
             self._seen[moved] = self._seen[order[moved]]
-            for layer in self.layers:
+            for layer in self._parts:
                 layer.move(order[moved], moved)
         self._narrow()
 
 
 class _Rows(DynamicLayer):
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, owner: RowCache, read: Any, row: Tensor, columns: int) -> None:
         super().__init__()
         self.owner, self.is_initialized = owner, True

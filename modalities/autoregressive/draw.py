@@ -31,13 +31,10 @@ def draw(logits: Tensor, uniform: Tensor, rollout: Rollout) -> tuple[Tensor, Ten
     peak = logits.amax(1, keepdim=True)
     plain = (logits - peak).exp_()
     total, sums = _sums(plain)
-    shaped = plain
-    if rollout.temperature != 1:
-        shaped = ((logits - peak) / rollout.temperature).exp_()
-        sums = None
+    shaped = plain if rollout.temperature == 1 else ((logits - peak) / rollout.temperature).exp_()
     if (floor := _floor(shaped, rollout)) is not None:
-        shaped, sums = shaped.where(shaped >= floor, 0.0), None
-    ids = _inverse(shaped, _sums(shaped)[1] if sums is None else sums, uniform)
+        shaped = shaped.where(shaped >= floor, 0.0)
+    ids = _inverse(shaped, sums if shaped is plain else _sums(shaped)[1], uniform)
     return ids, (logits.gather(1, ids[:, None]) - peak).squeeze(1) - total.log().to(logits.dtype)
 
 
