@@ -1,6 +1,8 @@
-"""What settings whose students write tokens share: sampling, replay, views and the audit."""
+"""What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
+from .decode import DecodeLoop
+from .engine import Generate, RolloutEngine
 from .setting import AutoregressiveDistillation
 from .view import PromptView
 
-__all__ = ["AutoregressiveDistillation", "PromptView"]
+__all__ = ["AutoregressiveDistillation", "DecodeLoop", "Generate", "PromptView", "RolloutEngine"]

@@ -32,6 +32,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     differ = {name: eos_ids(policy) != module.eos for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
+    actors = {"student", *module.rollout.sources}
     return [
         ("path", {name: policy.path for name, policy in roles}),
         ("weights", {name: _weights(module, name) for name, _ in roles}),
@@ -52,6 +53,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
             "stop ids",
             {n: f"{eos_ids(p)}{' (differs: the student stops rollouts)' if differ[n] else ''}" for n, p in roles},
         ),
+        ("rollouts by", {name: _engine(module, policy) for name, policy in roles if name in actors}),
         ("chat template", {name: _template(module, name, policy) for name, policy in roles}),
         ("prompt limit", {name: str(limits.get(name) or context_length(policy)) for name, policy in roles}),
     ]
@@ -62,6 +64,11 @@ def _weights(module: AutoregressiveDistillation, name: str) -> str:
         return "trained" if module._student_spec.lora is None else f"LoRA r={module._student_spec.lora.r}"
     teacher = module.teachers[name]
     return type(teacher.weights).__name__ + (f", view {type(teacher.view).__name__}" if teacher.view else "")
+
+
+def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
+    why = module.engine.refusal(policy)
+    return type(module.engine).__name__ if why is None else f"generate ({why})"
 
 
 def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> str:

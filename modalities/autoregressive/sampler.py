@@ -1,4 +1,4 @@
-"""Sampling inside transformers' `generate`: reproducible per trajectory, with log-probs as a by-product.
+"""The reference for `draw`: sampling inside transformers' `generate`, reproducible per trajectory, log-probs kept.
 
 Shape legend: B trajectories, V head rows, T horizon.
 """
@@ -19,6 +19,7 @@ from ...distribution import Head
 from ...rollout import Rollout
 from ...sharding import as_forward, is_sharded
 from ...teacher import evaluating
+from .draw import BELOW_ONE, uniforms
 
 
 class Sampler(LogitsProcessor):
@@ -40,8 +41,7 @@ class Sampler(LogitsProcessor):
             self._filters.append(TopPLogitsWarper(top_p=rollout.top_p))
         if rollout.min_p is not None:
             self._filters.append(MinPLogitsWarper(min_p=rollout.min_p))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._uniform = torch.stack([torch.rand(rollout.horizon, generator=g, dtype=torch.float64) for g in generators])
+        self._uniform = uniforms(seeds, rollout.horizon)
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -59,8 +59,7 @@ class Sampler(LogitsProcessor):
         shaped = self._filters(input_ids, scores / self._temperature)
         cumulative = shaped.softmax(1).double().cumsum(1)
         uniform = self._uniform[:, len(self.log_probs), None].to(scores.device)
-        # u below 1 by more than rounding, or the last step of the sum could point at an id of probability 0
-        point = uniform.clamp(max=1 - 1e-9) * cumulative[:, -1:]
+        point = uniform.clamp(max=BELOW_ONE) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, point, right=True)
 
 

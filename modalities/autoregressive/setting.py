@@ -5,7 +5,8 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Hashable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,15 +24,26 @@ from ...shipped import shipped
 from ...teacher import Policy
 from ...trajectory import Example, Trajectories
 from .audit import audit_rows
+from .decode import DecodeLoop
+from .engine import Prompts, RolloutEngine
 from .models import bare, context_length, eos_ids, output_embeddings, tokenizer_of
-from .sampler import generate, until_stop
+from .sampler import until_stop
 from .view import last_text
 
 
 class AutoregressiveDistillation(OnPolicyDistillation):
-    """A setting subclasses it, names ``model_class`` and implements `collate`."""
+    """A setting subclasses it, names ``model_class`` and implements `collate`.
+
+    Args:
+        engine: what writes rollouts. Default: `DecodeLoop`.
+        **kwargs: as in `OnPolicyDistillation`.
+    """
 
     served: ClassVar[frozenset[str]] = frozenset({"categorical"})
+
+    def __init__(self, engine: RolloutEngine | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.engine = engine or DecodeLoop()
 
     def load_processor(self, spec: Pretrained) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -83,11 +95,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        model, pad = bare(policy.model), self.tokenizer().pad_token_id
-        device = next(model.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in (prompts | self.media(examples, policy)).items()}
+        pad = self.tokenizer().pad_token_id
+        begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.beside)
         with policy.active():
-            tokens, log_probs = generate(model, self.head(policy), inputs, rollout, seeds, self.eos, pad)
+            tokens, log_probs = self.engine.write(policy, self.head(policy), begun, rollout, seeds, self.eos, pad)
         mask, stopped = until_stop(tokens, self.eos)
         return Trajectories(
             observation=prompts,
@@ -137,6 +148,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Model inputs that belong to no token of the prompt, such as pixels; made when needed, never stored."""
         return {}
+
+    def beside(self, example: Example) -> Hashable:
+        """What tells an example from another one whose prompt has the same tokens."""
+        return None
 
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
         """Model inputs for prompt and completion ``[B, P + T]``."""

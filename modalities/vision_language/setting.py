@@ -5,6 +5,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -85,6 +86,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         own = policy.name in self.teachers and self.teachers[policy.name].own_template
         inputs = self._process(examples, policy if own else self.policies["student"])
         return {name: tensor for name, tensor in inputs.items() if name not in self.padding}
+
+    def beside(self, example: Example) -> Hashable:
+        return tuple((image.size, image.tobytes()) for image in images_of(example))
 
     def _process(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Everything that the processor makes of the examples; `collate` and `media` of one batch share a call."""
