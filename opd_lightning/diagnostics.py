@@ -77,7 +77,7 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     if not isinstance(student, CategoricalChunk):
         return
     averages.add("student_entropy", student.entropy())
-    log_p = student.log_probs().detach()
+    log_p, p = student.log_probs().detach(), student.probs()
     for name, teacher in chunk.streams.items():
         assert isinstance(teacher, CategoricalChunk)
         if name.endswith(WITHOUT_VIEW):
@@ -89,9 +89,10 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
         if name + WITHOUT_VIEW in chunk.streams:
             blind = chunk.streams[name + WITHOUT_VIEW].log_prob(chunk.action)
             averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
-        reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_ratio = log_p - log_q
+        reverse, forward = (p * log_ratio).sum(-1), -log_ratio.mul_(teacher.probs()).sum(-1)
         averages.add(f"{name}/kl_student_teacher", reverse * here, here)
-        averages.add(f"{name}/kl_teacher_student", (log_q.exp() * (log_q - log_p)).sum(-1) * here, here)
+        averages.add(f"{name}/kl_teacher_student", forward * here, here)
         averages.add(f"{name}/entropy", teacher.entropy() * here, here)
         first = here * (chunk.position == 0)
         averages.add(f"{name}/kl_first_step", reverse * first, first)

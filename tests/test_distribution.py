@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from opd_lightning.adapters import only_adapters
+from opd_lightning import distribution
 from opd_lightning.distribution import IMPOSSIBLE, Categorical, CategoricalChunk, Gaussian, Head, Lazy
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, ReverseKL, Term
 from tests.objective.reference import batch, close, linear
@@ -60,6 +61,14 @@ def compare(loss: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: flo
 # -- heads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["whole chunks", "pieces"])
+def cut(request, monkeypatch):
+    if request.param == "pieces":
+        monkeypatch.setattr(distribution, "SMALL_PIECE", 0)
+        monkeypatch.setattr(distribution, "PIECES", 3)
+
+
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("padding", [0, 5])
@@ -129,6 +138,7 @@ class Tiny(nn.Module):
         return self.lm_head(hidden)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
 def test_lora_on_the_head(chunk_steps):
     model = adapted()
@@ -157,6 +167,7 @@ def test_a_teacher_that_shares_the_students_head_switches_its_adapter_off():
     assert float((Head(layer, V)(hidden) - bare(hidden)).abs().max()) > 0.1
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("kind", ["linear", "module"])
 def test_under_autocast_the_projection_is_bf16_and_the_softmax_float32(kind):
     layer = linear(V, H, seeded()).float()

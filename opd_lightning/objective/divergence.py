@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,17 @@ class Divergence(Signal):
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """``[n, K]`` contributions of each id."""
 
+    def with_slope(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """``[n, V]`` contributions of each id and, with log q held, their derivative in its own log p.
+
+        Written down where it saves memory; this one asks autograd. Neither may be a view of an argument.
+        """
+        with torch.enable_grad():
+            leaf = log_p.detach().requires_grad_()
+            terms = self.categorical(leaf, log_q)
+            (slope,) = torch.autograd.grad(terms.sum(), leaf)
+        return terms.detach(), slope
+
     def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
         """``[n]``"""
         raise TypeError(f"{type(self).__name__} between Gaussians has no closed form; use ForwardKL or ReverseKL")
@@ -165,6 +177,9 @@ class Divergence(Signal):
                 raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")
             return self.gaussian(steps.student, steps.teacher)
         assert isinstance(steps.student, CategoricalChunk)
+        if self.support.is_full(steps.student.logits.shape[-1]):
+            value: Tensor = _OverVocabulary.apply(steps.student.logits, self, steps.student, steps.teacher)
+            return value
         log_p, log_q = self.support.restrict(
             steps.student.log_probs(self.temperature), steps.teacher.log_probs(self.temperature), steps.action
         )
@@ -172,8 +187,39 @@ class Divergence(Signal):
         return (terms if self.clip is None else terms.clamp(max=self.clip)).sum(-1)
 
 
+class _OverVocabulary(torch.autograd.Function):
+    """``[n]`` a divergence over the full vocabulary. Its gradient in the logits is made beside the value, in the memory
+    of its parts: ∂ℓ/∂z = (s − p·Σs) / temperature for the slopes s of the contributions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, divergence: Divergence, student: CategoricalChunk, teacher: CategoricalChunk
+    ) -> Tensor:
+        temperature = divergence.temperature
+        log_p, p = student.log_probs(temperature).detach(), student.probs(temperature)
+        terms, slope = divergence.with_slope(log_p, teacher.log_probs(temperature), p, teacher.probs(temperature))
+        if divergence.clip is not None:
+            slope.masked_fill_(terms > divergence.clip, 0.0)
+            terms.clamp_(max=divergence.clip)
+        value = terms.sum(-1)
+        del terms
+        ctx.gradient = slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1.0)
+        ctx.temperature = temperature
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the divergence's gradient was already consumed by an earlier backward pass")
+        return gradient.mul_(outputs[0][:, None] / ctx.temperature), None, None, None
+
+
 class ForwardKL(Divergence):
     """KL(q‖p), teacher first: covers the teacher's modes. Gradient in the student's logits: p − q."""
+
+    def with_slope(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return (log_q - log_p).mul_(q), -q
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return forward_kl_terms(log_p, log_q)
@@ -184,6 +230,10 @@ class ForwardKL(Divergence):
 
 class ReverseKL(Divergence):
     """KL(p‖q), student first: seeks the teacher's modes."""
+
+    def with_slope(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        terms = (log_p - log_q).mul_(p)
+        return terms, terms + p
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return reverse_kl_terms(log_p, log_q)
@@ -213,6 +263,16 @@ class JSD(Divergence):
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return jsd_terms(log_p, log_q, self.beta)
+
+    def with_slope(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self.beta == 0.0:
+            return ForwardKL.with_slope(self, log_p, log_q, p, q)  # type: ignore[arg-type]
+        if self.beta == 1.0:
+            return ReverseKL.with_slope(self, log_p, log_q, p, q)  # type: ignore[arg-type]
+        tiny = torch.finfo(p.dtype).tiny  # where both are 0 the contributions are 0 × a finite number
+        log_m = (p * (1 - self.beta)).add_(q, alpha=self.beta).clamp_(min=tiny).log_()
+        slope = (log_p - log_m).mul_(p).mul_(1 - self.beta)
+        return (log_q - log_m).mul_(q).mul_(self.beta).add_(slope), slope
 
 
 class _Skewed(Divergence):
