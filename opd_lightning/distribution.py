@@ -78,7 +78,7 @@ class Head:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Scale, cap and suppress, in float32 (float64 stays)."""
-        logits = raw if raw.dtype == torch.float64 else raw.float()
+        logits = wide(raw)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -89,6 +89,11 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.finish(self.project(hidden))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is so already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -153,47 +158,90 @@ class GradientAccumulator(ABC):
         """Add the gradient of ``loss`` (a scalar that depends on the open chunk) and drop the chunk."""
 
 
-@dataclass
 class CategoricalChunk:
-    """Logits ``[n, V]`` (float32) of one piece; everything derived from them is computed once."""
+    """What a policy says at the n states of one piece; everything derived from its logits is computed once.
 
-    logits: Tensor
+    Attributes:
+        logits: ``[n, V]`` float32 (or float64), up to a constant per state.
 
-    def __post_init__(self) -> None:
+    Args:
+        owned: the logits have no other reader and no history: log-probabilities take their place.
+    """
+
+    def __init__(self, logits: Tensor, owned: bool = False) -> None:
+        self.logits = logits
+        self._known = {1.0: normalise_(logits.detach())} if owned else {}
         self._log_probs: dict[float, Tensor] = {}
-        self._probs: dict[float, Tensor] = {}
         self._entropy: Tensor | None = None
 
+    def known(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, without gradient.
+
+        To be read only: others read them too.
+        """
+        if temperature not in self._known:
+            with torch.no_grad():
+                self._known[temperature] = normalise_(self.logits.detach() / temperature)
+        return self._known[temperature]
+
     def log_probs(self, temperature: float = 1.0) -> Tensor:
-        """``[n, V]`` log-softmax of the logits divided by ``temperature``."""
+        """``[n, V]`` log-softmax of the logits divided by ``temperature``, with gradient where the logits have one."""
+        if not self.logits.requires_grad:
+            return self.known(temperature)[0]
         if temperature not in self._log_probs:
             # whoever asks first may do so under no_grad (a weight, a target); the signal still needs the gradient
-            with torch.set_grad_enabled(self.logits.requires_grad):
-                logits = self.logits if temperature == 1.0 else self.logits / temperature
-                self._log_probs[temperature] = logits.log_softmax(-1)
+            with torch.enable_grad():
+                self._log_probs[temperature] = _LogProbs.apply(self.logits, *self.known(temperature), temperature)
         return self._log_probs[temperature]
-
-    def probs(self, temperature: float = 1.0) -> Tensor:
-        """``[n, V]`` probabilities, without gradient."""
-        if temperature not in self._probs:
-            self._probs[temperature] = self.log_probs(temperature).detach().exp()
-        return self._probs[temperature]
 
     def log_prob(self, action: Tensor) -> Tensor:
         """``[n]`` log-probability of the given ids ``[n]`` at temperature 1."""
-        if 1.0 in self._log_probs:
-            return self._log_probs[1.0].gather(-1, action[:, None]).squeeze(-1)
-        return self.logits.gather(-1, action[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
+        value: Tensor = _LogProb.apply(self.logits, *self.known(), action)
+        return value
 
     def entropy(self) -> Tensor:
         """``[n]`` in nats, without gradient."""
         if self._entropy is None:
-            self._entropy = -(self.probs() * self.log_probs().detach()).sum(-1)
+            log_probs, probs = self.known()
+            self._entropy = -(probs * log_probs).sum(-1)
         return self._entropy
 
     def confidence(self) -> Tensor:
         """``[n]`` in [0, 1], without gradient: 1 − H / log V; 0 for a uniform distribution, 1 for a certain one."""
         return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
+
+
+def normalise_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
+    highest = logits.amax(-1, keepdim=True)
+    probs = (logits - highest).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return logits.sub_(highest.add_(total.log())), probs.div_(total)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, temperature: float) -> Tensor:
+        ctx.probs, ctx.temperature = probs, temperature
+        return log_probs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (gradient,) = outputs
+        inner = gradient - ctx.probs * gradient.sum(-1, keepdim=True)
+        return inner.div_(ctx.temperature), None, None, None
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, action: Tensor) -> Tensor:
+        ctx.probs, ctx.action = probs, action[:, None]
+        return log_probs.gather(-1, ctx.action).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        weight = outputs[0][:, None]
+        return (ctx.probs * -weight).scatter_add_(-1, ctx.action, weight), None, None, None
 
 
 @dataclass
@@ -249,6 +297,8 @@ class Categorical(Distribution):
                 torch.addmm(bias, hidden, weight.T, out=raw)
             if self.head.is_plain:
                 raw.clamp_(min=IMPOSSIBLE)
+                if self.head.suppressed is not None:
+                    raw.index_fill_(-1, self.head.suppressed.to(raw.device), IMPOSSIBLE)
         self._prepared = states
 
     def raw(self, states: slice) -> Tensor:
@@ -259,14 +309,12 @@ class Categorical(Distribution):
         first = self._prepared.start
         return self._raw[states.start - first : states.stop - first]
 
-    def finish(self, raw: Tensor) -> CategoricalChunk:
-        logits = self.head.finish(raw)
-        # a pass over the vocabulary and its gradient, spared where it was done in place
-        return CategoricalChunk(logits if self.head.is_plain else logits.clamp(min=IMPOSSIBLE))
-
     def chunk(self, states: slice) -> CategoricalChunk:
         with torch.no_grad():
-            return self.finish(self.raw(states))
+            raw = self.raw(states)
+            if self.head.is_plain:
+                return CategoricalChunk(wide(raw), owned=True)
+            return CategoricalChunk(self.head.finish(raw).clamp(min=IMPOSSIBLE))
 
 
 class _CategoricalGradient(GradientAccumulator):
@@ -274,8 +322,8 @@ class _CategoricalGradient(GradientAccumulator):
         self._student, self._head, self._hidden = student, student.head, student.hidden
         self._parameters = student.head.trainable()
         self.inputs = [student.hidden, *self._parameters]
-        wide = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-        self.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
+        dtype = torch.promote_types(student.hidden.dtype, torch.float32)
+        self.sums = [torch.zeros_like(tensor, dtype=dtype) for tensor in self.inputs]
         self._prepared = slice(0, 0)
 
     def prepare(self, states: slice) -> None:
@@ -292,20 +340,23 @@ class _CategoricalGradient(GradientAccumulator):
         if not self._prepared.start <= states.start < states.stop <= self._prepared.stop:
             self.prepare(states)
         self._states = states
+        if self._head.is_plain:
+            self._gradient_here = self._student.raw(states)
+            self._leaf = wide(self._gradient_here).detach().requires_grad_()
+            return CategoricalChunk(self._leaf, owned=True)
         if self._head.is_linear:
-            raw = self._student.raw(states).detach()
-            self._gradient_here = raw
+            raw = self._gradient_here = self._student.raw(states)
         else:
             first = self._prepared.start
             here = slice(states.start - first, states.stop - first)
-            raw, self._gradient_here = self._projected[here].detach(), self._gradient[here]
-        self._leaf = raw.requires_grad_()
-        return self._student.finish(raw)
+            raw, self._gradient_here = self._projected[here], self._gradient[here]
+        self._leaf = raw.detach().requires_grad_()
+        return CategoricalChunk(self._head.finish(self._leaf).clamp(min=IMPOSSIBLE))
 
     def close(self, loss: Tensor) -> None:
         (gradient,) = torch.autograd.grad(loss, [self._leaf])
         del self._leaf
-        self._gradient_here.detach().copy_(gradient)
+        self._gradient_here.copy_(gradient)
         if self._states.stop == self._prepared.stop:
             self._add_up()
 
