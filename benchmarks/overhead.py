@@ -1,4 +1,4 @@
-"""What Trainer and core cost beside the calls that they exist for: generate, forward passes, objective, backward, update.
+"""What Trainer and core cost beside the calls that they exist for: generating, forward passes, objective, and so on.
 
     python benchmarks/overhead.py [--updates 12]
 

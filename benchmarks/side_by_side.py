@@ -14,7 +14,6 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,6 +142,3 @@ def set_stop(model: Any, share: float) -> None:
     head.bias = nn.Parameter(torch.zeros(len(weight)), requires_grad=False)
     head.bias[STOP] = -1e4 if share == 0 else float(torch.tensor(share / (1 - share) * (len(weight) - 1)).log())
     model.lm_head = head
-
-
-Clock = Callable[[str], Any]

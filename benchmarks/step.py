@@ -6,7 +6,7 @@ Random Qwen3 models whose stop token has a given probability (0: every completio
 are geometric, cut at the maximum, with a mean of half of it, drawn by each side for itself). Reverse KL over the full
 vocabulary at temperature 1 (TRL's default), AdamW, clipping at 1. A step's time is the median over the updates after
 the first; memory is the kernel's high-water mark of the resident set less what was resident, models included, before
-training. Linux only. Writes runs/bench/step.json.
+training. Linux only. Writes runs/bench/step-<case>.json.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Clock:
         return timed
 
     def step_ends(self) -> None:
+        if not self.ends:
+            self.cpu = time.process_time()
         self.ends.append(time.perf_counter())
 
     def result(self, tokens: int, loss: float, before: int) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class Clock:
         phases = {name: seconds / len(steps) for name, seconds in self.seconds.items()}
         return {
             "seconds": statistics.median(steps),
+            "cpu_seconds": (time.process_time() - self.cpu) / len(steps),
             "mean_seconds": total / len(steps),
             "tokens_per_step": tokens / len(steps),
             "loss": loss,
@@ -269,7 +272,6 @@ def main() -> None:
         print(json.dumps(side(case, FOLDER / f"models-{case['vocabulary']}", args.updates)))
         return
 
-    results = {}
     for name in args.case:
         vocabulary = CASES[name]["vocabulary"]
         write_models(FOLDER / f"models-{vocabulary}", vocabulary)
@@ -280,17 +282,20 @@ def main() -> None:
         )
         middle = {side: medians(found) for side, found in runs.items()}
         mine, theirs = middle["ours"], middle["trl"]
-        ratios = {what: mine[what] / theirs[what] for what in ("seconds", "peak_mb", "loss")}
+        ratios = {what: mine[what] / theirs[what] for what in ("seconds", "cpu_seconds", "peak_mb", "loss")}
         per_token = ratios["seconds"] * theirs["tokens_per_step"] / mine["tokens_per_step"]
-        results[name] = middle | {"ratios": ratios | {"seconds_per_token": per_token}, "runs": runs}
-        print(f"{name}: time {ratios['seconds']:.2f} ({per_token:.2f} per token), peak {ratios['peak_mb']:.2f}")
+        results = middle | {"ratios": ratios | {"seconds_per_token": per_token}, "runs": runs}
+        print(
+            f"{name}: time {ratios['seconds']:.2f} ({per_token:.2f} per token), CPU time {ratios['cpu_seconds']:.2f}, "
+            f"peak {ratios['peak_mb']:.2f}"
+        )
         for side, found in middle.items():
             print(
                 f"  {side:5}{found['seconds']:7.2f} s  {found['tokens_per_step']:6.0f} tokens  "
                 f"{found['peak_mb']:6.0f} MB above {found['before_mb']:.0f}  loss {found['loss']:.5f}  "
                 f"{share_of(found['phases'], found['mean_seconds'])}"
             )
-    record("step", {"rounds": args.rounds, "horizon": HORIZON, "cases": CASES}, results)
+        record(f"step-{name}", {"rounds": args.rounds, "updates": updates, "horizon": HORIZON, **CASES[name]}, results)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Shape legend: N states, n states of one chunk, H hidden size, V vocabulary.
 
-A `Categorical` never holds the logits of all states. Those of one chunk are projected at once, since matrix products want
-many states; what is computed from them is computed piece by piece, since a piece fits the processor's cache. The
-gradient with respect to a piece's logits takes their place, and when a chunk is done its gradients of the hidden states
-and of the head are added up, so no tensor of size N × V is ever kept.
+A `Categorical` never holds the logits of all states. Those of one chunk are projected at once, since matrix products
+want many states; what follows is computed piece by piece, since a piece fits the processor's cache. The gradient with
+respect to a piece's logits takes their place, and when a chunk is done its gradients of the hidden states and of the
+head are added up, so no tensor of size N × V is ever kept.
 """
 
 from __future__ import annotations

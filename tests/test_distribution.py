@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from opd_lightning.adapters import only_adapters
 from opd_lightning import distribution
+from opd_lightning.adapters import only_adapters
 from opd_lightning.distribution import IMPOSSIBLE, Categorical, CategoricalChunk, Gaussian, Head, Lazy
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, ReverseKL, Term
 from tests.objective.reference import batch, close, linear
