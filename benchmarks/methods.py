@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from opd_lightning.report import Curves, read_curves
+from opd_lightning.report import Curves, new_figure, read_curves
 
 RUNS = Path("runs/methods")
 SLOWER = ["--model.init_args.optimizer.init_args.lr=3e-4"]
@@ -48,9 +48,7 @@ def fit(
 
 
 def plot(found: dict[str, Curves], path: Path, title: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2)
     axis = figure.subplots()
     for name, curves in found.items():
         steps, values = zip(*curves["val/accuracy"], strict=True)

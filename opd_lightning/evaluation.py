@@ -213,11 +213,12 @@ class Evaluator:
             mine = list(Share(shown, self.module.global_rank, self.module.trainer.world_size))
             size = data.validation_batch_size  # type: ignore[union-attr]
             for place, start in enumerate(range(0, len(mine), size)):
-                self.step(stage, who, mine[start : start + size], place)
-            values |= self.finish(stage)
+                self.module.evaluate(stage, who, mine[start : start + size], place)
+            values |= self.module.evaluated(stage)
         for logger in self.module.loggers:
             logger.log_metrics(values, step=self.module.global_step)
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if "accuracy" in name)
+        headline = self.module.headline
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if headline in name)
         rank_zero_info(f"Before training: {scores or values}")
 
     def _show(self, stage: str, who: str, rows: list[dict[str, Any]]) -> None:

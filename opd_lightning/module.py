@@ -77,6 +77,8 @@ class OnPolicyDistillation(L.LightningModule):
     model_class: ClassVar[Any]
     library: ClassVar[str] = "transformers"
     """Which one loads exported students."""
+    headline: ClassVar[str] = "accuracy"
+    """What is printed before training: the metrics with this in their names."""
     served: ClassVar[frozenset[str]] = frozenset()
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
 
@@ -150,6 +152,14 @@ class OnPolicyDistillation(L.LightningModule):
     def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
         return {}
+
+    def evaluate(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
+        """Measures one batch of held-out examples; ``stage`` is "val", "test", or "val/<teacher>" before training."""
+        self.evaluator.step(stage, who, examples, batch_idx)
+
+    def evaluated(self, stage: str) -> dict[str, float]:
+        """What `evaluate` measured since the last call, over all batches and ranks, by ``<stage>/<name>``."""
+        return self.evaluator.finish(stage)
 
     def for_evaluation(self) -> OnPolicyDistillation:
         """What acts in evaluation: the same with other settings, where those of training make no sense there."""
@@ -575,20 +585,20 @@ class OnPolicyDistillation(L.LightningModule):
             self.evaluator.before_training()
 
     def validation_step(self, examples: list[Example], batch_idx: int) -> None:
-        self.evaluator.step("val", "student", examples, batch_idx)
+        self.evaluate("val", "student", examples, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        values = self.evaluator.finish("val")
+        values = self.evaluated("val")
         if not self.trainer.sanity_checking:
             shown = "val/accuracy" if self.reward is not None else "val/length"
             self.log(shown, values.pop(shown), prog_bar=True)
             self.log_dict(values)
 
     def test_step(self, examples: list[Example], batch_idx: int) -> None:
-        self.evaluator.step("test", "student", examples, batch_idx)
+        self.evaluate("test", "student", examples, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        values = self.evaluator.finish("test")
+        values = self.evaluated("test")
         self.log_dict(values)
         table = self.evaluator.table(values)
         if table is not None and self.trainer.is_global_zero:

@@ -51,8 +51,8 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     return [row for row in mine if row["step"] == mine[-1]["step"]]
 
 
-def draw(curves: Curves, path: Path) -> None:
-    """Accuracy, KL to the teacher, and rollout length over optimiser steps.
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib's, in inches.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message names the extra.
@@ -61,13 +61,18 @@ def draw(curves: Curves, path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("curves need matplotlib: pip install 'opd-lightning[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Accuracy, KL to the teacher, and rollout length over optimiser steps."""
     panels: dict[str, list[str]] = {
         "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
         "rollout length": [name for name in ("train/length", "val/length") if name in curves],
     }
     panels = {title: names for title, names in panels.items() if names}
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = new_figure(13, 3.6)
     axes: Any = figure.subplots(1, len(panels))
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:

@@ -5,8 +5,8 @@ from .fake import LearntScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
 from .quality import DigitFeatures, Features, Inception, SampleQuality
 from .reward import Brightness, ClipScore
-from .sampler import SDE, Euler, Renoise, Sampler, Shortcuts
-from .setting import DiffusionDistillation, Noising
+from .sampler import SDE, Euler, Noising, Renoise, Sampler, Shortcuts
+from .setting import DiffusionDistillation
 from .signal import FlowMatching, InverseError, NoiseLevel, VelocityMatching
 from .view import DetailedPrompt, ReferenceImage
 

@@ -13,10 +13,28 @@ import torch
 from torch import Tensor
 
 from . import flow
-from .sampler import generator
+from .sampler import Ask, generator
 
-AskHere = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From latents ``[n, ...]`` and the levels ``[n]`` that a step goes from and to, to velocities ``[n, ...]``."""
+
+@dataclass(frozen=True)
+class AskHere:
+    """A policy at n states: from latents ``[n, ...]`` and the levels ``[n]`` that a step goes from and to, to
+    velocities ``[n, ...]``.
+
+    Attributes:
+        ask: the policy, as it sees all trajectories.
+        rows: ``[n]`` the trajectories that the states are of.
+    """
+
+    ask: Ask
+    rows: Tensor
+
+    def __call__(self, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return self.ask(self.rows, latent, t, r)
+
+    def at(self, states: Tensor) -> AskHere:
+        """At some of the n states only."""
+        return AskHere(self.ask, self.rows[states])
 
 
 @dataclass
@@ -90,27 +108,35 @@ class AverageVelocity(Answer):
 
     Args:
         substeps: equal ones. Default 8: 4 steps of the student are then 32 of the teacher.
+        stride: short intervals get fewer of them, as many as make each at most this long; None: all get ``substeps``.
         guidance: as in `Answer`.
 
     Raises:
-        ValueError: substeps < 1.
+        ValueError: substeps < 1, or a stride that is not positive.
     """
 
-    def __init__(self, substeps: int = 8, guidance: float = 1.0) -> None:
+    def __init__(self, substeps: int = 8, stride: float | None = None, guidance: float = 1.0) -> None:
         super().__init__(guidance)
         if substeps < 1:
             raise ValueError(f"AverageVelocity.substeps must be >= 1, got {substeps}")
-        self.substeps = substeps
+        if stride is not None and stride <= 0:
+            raise ValueError(f"AverageVelocity.stride must be > 0, got {stride}")
+        self.substeps, self.stride = substeps, stride
 
     def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        latent, stride = moment.latent, (moment.r - moment.t) / self.substeps
-        total = torch.zeros_like(latent)
-        for k in range(self.substeps):
-            t = moment.t + k * stride
-            v = ask(latent, t, t)
-            total += v
-            latent = flow.euler(latent, v, t, t + stride)
-        return total / self.substeps
+        length = moment.t - moment.r
+        count = torch.full_like(length, self.substeps)
+        if self.stride is not None:
+            # less than a rounding error longer than the stride is not longer
+            count = (length / self.stride - 1e-6).ceil().clamp(1, self.substeps)
+        latent, total = moment.latent.clone(), torch.zeros_like(moment.latent)
+        for k in range(int(count.max())):
+            on = (count > k).nonzero().squeeze(-1)
+            t, after = (moment.t[on] - length[on] * (place / count[on]) for place in (k, k + 1))
+            v = ask.at(on)(latent[on], t, t)
+            total[on] += v
+            latent[on] = flow.euler(latent[on], v, t, after)
+        return total / flow.over(count, total)
 
 
 class TotalDerivative(Answer):

@@ -20,67 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...shipped import shipped
+from .models import diffusers, pipeline_index
 
 Condition = dict[str, Tensor]
 """What one prompt was encoded to: the transformer's own inputs, without a batch dimension."""
-
-
-def diffusers() -> Any:
-    """
-    Raises:
-        ModuleNotFoundError: diffusers is missing; the message names the extra.
-    """
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("diffusion needs diffusers: pip install 'opd-lightning[diffusion]'") from error
-    return diffusers
-
-
-class Transformer:
-    """Loads the transformer of a pipeline's folder, as `Pretrained` asks for it."""
-
-    @staticmethod
-    def from_pretrained(path: str, dtype: Any = "auto", quantization_config: Any = None, **settings: Any) -> nn.Module:
-        """
-        Raises:
-            ValueError: the folder holds no pipeline with a transformer, or a setting that means nothing here.
-            RuntimeError: quantisation without a GPU.
-        """
-        for name in ("attn_implementation", "trust_remote_code"):
-            if settings.get(name):
-                raise ValueError(f"{path}: {name} means nothing to a transformer of diffusers; leave it out")
-        library, settings = diffusers(), {"revision": settings.get("revision")}
-        index = pipeline_index(path, settings["revision"])
-        if "transformer" not in index:
-            raise ValueError(f"{path}: a {index['_class_name']} has no transformer; it has {', '.join(index)}")
-        if quantization_config is not None:
-            if not torch.cuda.is_available():
-                raise RuntimeError(f"{path}: diffusers quantises on GPUs only; leave quantization out without one")
-            same = quantization_config.to_diff_dict()
-            settings["quantization_config"] = library.BitsAndBytesConfig(**same)
-        dtype = torch.float32 if dtype == "auto" else dtype
-        kind = getattr(library, index["transformer"][1])
-        return kind.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **settings)
-
-    @staticmethod
-    def config(path: str, revision: str | None = None) -> dict[str, Any]:
-        """Its configuration alone."""
-        path = shipped(path)
-        kind = getattr(diffusers(), pipeline_index(path, revision)["transformer"][1])
-        return dict(kind.load_config(path, subfolder="transformer", revision=revision))
-
-
-def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
-    """``model_index.json``: the pipeline's class and its parts.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return dict(diffusers().DiffusionPipeline.load_config(path, revision=revision))
-    except OSError as error:
-        raise ValueError(f"{path} is no folder of a diffusers pipeline (model_index.json): {error}") from error
 
 
 class Family(ABC):
@@ -195,20 +138,19 @@ class Family(ABC):
     @torch.no_grad()
     def conditions(self, prompts: list[str], references: list[Image.Image | None]) -> list[Condition]:
         """What the transformer reads of each prompt, and of the reference image beside it where there is one."""
-        keys = [
-            _key("prompt", self._name, prompt, "" if image is None else _content(image))
-            for prompt, image in zip(prompts, references, strict=True)
-        ]
-
-        def make(rows: list[int]) -> list[Condition]:
-            # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
-            return [self._condition(prompts[row], references[row]) for row in rows]
-
-        return self._cached(keys, make)
-
-    def _condition(self, prompt: str, reference: Image.Image | None) -> Condition:
-        condition = self._encode(prompt)
-        return condition if reference is None else condition | self._refer(prompt, self.pixels([reference]))
+        # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
+        found = self._cached(
+            [_key("prompt", self._name, prompt) for prompt in prompts],
+            lambda rows: [self._encode(prompts[row]) for row in rows],
+        )
+        pairs = [(prompt, image) for prompt, image in zip(prompts, references, strict=True) if image is not None]
+        seen = iter(
+            self._cached(
+                [_key("reference", self._name, str(self.size), prompt, _content(image)) for prompt, image in pairs],
+                lambda rows: [self._refer(pairs[row][0], self.pixels([pairs[row][1]])) for row in rows],
+            )
+        )
+        return [said if image is None else said | next(seen) for said, image in zip(found, references, strict=True)]
 
     @torch.no_grad()
     def latents(self, images: list[Image.Image]) -> Tensor:
@@ -242,7 +184,9 @@ class Family(ABC):
 
     @cached_property
     def _name(self) -> str:
-        """Changes with whatever changes what the encoders say."""
+        """Changes with whatever changes what the encoders say, where that outlives the process."""
+        if self.cache is None:
+            return ""
         parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         weights = [float(p.double().abs().sum()) for part in parts for p in part.parameters()]
         return f"{type(self).__name__} {self.max_sequence_length} {weights}"
@@ -253,10 +197,10 @@ class Family(ABC):
                 file = self.cache / f"{key}.safetensors" if self.cache else None
                 if file is not None and file.exists():
                     self._known[key] = load_file(file)
-            missing = list(dict.fromkeys(key for key in keys if key not in self._known))
+            missing = {key: row for row, key in enumerate(keys) if key not in self._known}
             for start in range(0, len(missing), 64):
-                part = missing[start : start + 64]
-                for key, made in zip(part, make([keys.index(key) for key in part]), strict=True):
+                part = list(missing)[start : start + 64]
+                for key, made in zip(part, make([missing[key] for key in part]), strict=True):
                     self._known[key] = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
                     if self.cache is not None:
                         self.cache.mkdir(parents=True, exist_ok=True)

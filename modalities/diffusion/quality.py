@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -17,6 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ...data import STAND_IN
 from ...shipped import shipped
+from .images import contact_sheet, log_image, opened
 
 if TYPE_CHECKING:
     from ...trajectory import Example
@@ -42,7 +42,7 @@ class Features(nn.Module, ABC):
 
 
 class Inception(Features):
-    """Inception-v3's, as FID is published with; needs torch-fidelity (extra ``fid``), which downloads its weights.
+    """Inception-v3's, as FID is published with; needs torch-fidelity, which downloads its weights.
 
     Args:
         layer: 64, 192, 768 or 2048. Default 2048.
@@ -155,7 +155,7 @@ class SampleQuality:
             if found is not None and "label" in examples[0]:
                 wanted = torch.tensor([example["label"] for example in acted.examples])
                 self._right.setdefault(count, []).append((found == wanted).float())
-            if batch_idx == 0 and module.trainer.is_global_zero and not module.trainer.sanity_checking:
+            if batch_idx == 0 and module.trainer.is_global_zero:
                 self._draw(module, who, images[: self.grid], count)
 
     def _draw(self, module: DiffusionDistillation, who: str, images: Tensor, count: int) -> None:
@@ -190,8 +190,6 @@ class SampleQuality:
 
     def _reference(self, module: DiffusionDistillation) -> Tensor:
         if self._real is None:
-            from .setting import opened
-
             data = getattr(module.trainer, "datamodule", None)
             splits = [getattr(data, name, None) for name in ("train", "validation", "test")]
             rows = next(
@@ -243,27 +241,3 @@ class _Passing(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-def contact_sheet(images: Tensor, columns: int = 10, scale: int = 3) -> Image.Image:
-    """``[n, 3, H, W]`` in [0, 1] as one picture."""
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    sheet = torch.ones(3, rows * (height + 1), columns * (width + 1))
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (height + 1), (i % columns) * (width + 1)
-        sheet[:, y : y + height, x : x + width] = image
-    pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(pixels)
-    larger = max(1, scale if max(picture.size) < 600 else 1)
-    return picture.resize((larger * picture.width, larger * picture.height), Image.Resampling.NEAREST)
-
-
-def log_image(logger: Any, name: str, image: Image.Image, step: int) -> None:
-    """Hands a picture to a logger that takes pictures (W&B, MLflow, TensorBoard)."""
-    if hasattr(logger, "log_image"):
-        logger.log_image(name, [image], step=step)
-    elif hasattr(getattr(logger, "experiment", None), "add_image"):
-        import numpy as np
-
-        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")

@@ -265,3 +265,36 @@ def _checked(steps: list[int] | None) -> list[int] | None:
 
 def _one_of(steps: list[int], draw: torch.Generator) -> int:
     return steps[int(torch.randint(len(steps), (), generator=draw))]
+
+
+@dataclass
+class Noising:
+    """Which noise levels t, and ends r of an interval, images of the dataset are shown at.
+
+    Args:
+        same: the share with r = t, which is plain flow matching. Default 1; AnyFlow (2605.13724) uses 0.5.
+        whole: the share with r = 0. Default 0; AnyFlow uses 0.25. For the rest t and r are two uniform draws.
+        shift: of both levels, s·t / (1 + (s−1)·t). Default 1; AnyFlow uses 5.
+
+    Raises:
+        ValueError: shares that are negative or exceed 1 together, or a shift that is not positive.
+    """
+
+    same: float = 1.0
+    whole: float = 0.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.same, self.whole) < 0 or self.same + self.whole > 1 or self.shift <= 0:
+            raise ValueError(f"noising: shares must be >= 0 and at most 1 together, and shift > 0, got {self}")
+
+    def draw(self, draw: torch.Generator) -> tuple[float, float]:
+        """t and r of one image."""
+        kind, a, b = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
+        t, r = max(a, b), min(a, b)
+        if kind < self.same:
+            t = r = a
+        elif kind < self.same + self.whole:
+            t, r = a, 0.0
+        shifted = [self.shift * level / (1 + (self.shift - 1) * level) for level in (t, r)]
+        return max(shifted[0], 1e-3), shifted[1] if shifted[1] < shifted[0] else max(shifted[0], 1e-3)

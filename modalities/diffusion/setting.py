@@ -8,64 +8,30 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from torch import Tensor, nn
 
-from ...data import Share
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
 from ...objective import Objective
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
-from ...teacher import Frozen, Policy, evaluating
+from ...teacher import Policy, evaluating
 from ...trajectory import Example, OptimiserStep, Trajectories
 from . import flow
 from .answer import Answer, AskHere, Moment, SameStep
 from .fake import LearntScore
-from .families import Condition, Family, Transformer, load_family
+from .families import Condition, Family, load_family
+from .images import opened, picture
+from .models import Transformer
 from .quality import SampleQuality
-from .sampler import Ask, Euler, Sampler, Transition, generator, plan_all, roll_out
+from .sampler import Ask, Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
 from .signal import FlowMatching, VelocityMatching
 from .view import REFERENCE
-
-
-@dataclass
-class Noising:
-    """Which noise levels t, and ends r of an interval, images of the dataset are shown at.
-
-    Args:
-        same: the share with r = t, which is plain flow matching. Default 1; AnyFlow (2605.13724) uses 0.5.
-        whole: the share with r = 0. Default 0; AnyFlow uses 0.25. For the rest t and r are two uniform draws.
-        shift: of both levels, s·t / (1 + (s−1)·t). Default 1; AnyFlow uses 5.
-
-    Raises:
-        ValueError: shares that are negative or exceed 1 together, or a shift that is not positive.
-    """
-
-    same: float = 1.0
-    whole: float = 0.0
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.same, self.whole) < 0 or self.same + self.whole > 1 or self.shift <= 0:
-            raise ValueError(f"noising: shares must be >= 0 and at most 1 together, and shift > 0, got {self}")
-
-    def draw(self, draw: torch.Generator) -> tuple[float, float]:
-        """t and r of one image."""
-        kind, a, b = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
-        t, r = max(a, b), min(a, b)
-        if kind < self.same:
-            t = r = a
-        elif kind < self.same + self.whole:
-            t, r = a, 0.0
-        shifted = [self.shift * level / (1 + (self.shift - 1) * level) for level in (t, r)]
-        return max(shifted[0], 1e-3), shifted[1] if shifted[1] < shifted[0] else max(shifted[0], 1e-3)
 
 
 class DiffusionDistillation(OnPolicyDistillation):
@@ -92,6 +58,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     model_class: ClassVar[Any] = Transformer
     library: ClassVar[str] = "diffusers"
+    headline: ClassVar[str] = "fid"
     served: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     def __init__(
@@ -303,26 +270,23 @@ class DiffusionDistillation(OnPolicyDistillation):
         return made.to("cpu")
 
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
-        examples = self.shown(trajectories.examples) if view is None else view
-        asking = self._asking(policy, examples)
+        is_student = policy.name == "student"
+        answer = SameStep() if is_student else self._answer(policy.name)
+        own = self.shown(trajectories.examples)
+        examples = own if view is None else view
+        asking = self._asking(policy, examples, answer.guidance)
         width, device = trajectories.mask.shape[1], trajectories.mask.device
         before = torch.cat([trajectories.observation["start"][:, None], trajectories.actions[:, :-1]], 1)
         seeds = trajectories.observation["seed"].tolist()
-        is_student = policy.name == "student"
-        answer = SameStep() if is_student else self._answer(policy.name)
+
+        @cache
+        def another(name: str) -> Ask:
+            return self._asking(policy, examples) if name == "self" else self._asking(self.policies[name], own)
 
         def make(index: Tensor) -> Transition:
             rows, at = index // width, index % width
             latent = before[rows, at]
             t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
-
-            def here(ask: Ask) -> AskHere:
-                return lambda x, t, r: ask(rows, x, t, r)
-
-            def other(name: str) -> AskHere:
-                who = policy if name == "self" else self.policies[name]
-                seen = examples if name == "self" else self.shown(trajectories.examples)
-                return here(self._asking(who, seen))
 
             if is_student and self.sampler.chained and torch.is_grad_enabled():
                 came = self._chain(asking, trajectories, rows, at)
@@ -331,10 +295,9 @@ class DiffusionDistillation(OnPolicyDistillation):
             elif is_student:
                 v = asking(rows, latent, t, r)
             else:
-                moment = Moment(
-                    latent, t, r, trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()], other
-                )
-                v = answer(here(self._asking(policy, examples, answer.guidance)), moment)
+                after, mine = trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()]
+                moment = Moment(latent, t, r, after, mine, lambda name: AskHere(another(name), rows))
+                v = answer(AskHere(asking, rows), moment)
             return self.sampler.transition(latent, v.to(device), t, r)
 
         trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
@@ -459,8 +422,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         mine = mine.select(acted.nonzero().squeeze(-1))
         if not len(mine):
             return None  # a stage in which the student does not act
-        asking = self._asking(self.policies[name], self.shown(mine.examples))
-        rows = torch.arange(len(mine))
+        asking = AskHere(self._asking(self.policies[name], self.shown(mine.examples)), torch.arange(len(mine)))
 
         def average(gradient: Tensor) -> Tensor:
             if self.trainer.world_size == 1:
@@ -468,47 +430,19 @@ class DiffusionDistillation(OnPolicyDistillation):
             return self.trainer.strategy.reduce(gradient, reduce_op="mean")
 
         seeds = [derived_seed(seed, self.global_step) for seed in mine.observation["seed"].tolist()]
-        return weights.learn(lambda x, t, r: asking(rows, x, t, r), self.ends(mine), seeds, average)
+        return weights.learn(asking, self.ends(mine), seeds, average)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.quality is None or self.global_step or not self.evaluation.before or data.validation is None:
-            return
-        frozen = [name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Frozen)]
-        values: dict[str, float] = {}
-        for who in [*frozen, "student"]:
-            mine = list(Share(data.validation, self.global_rank, self.trainer.world_size))
-            size = data.validation_batch_size
-            for place, start in enumerate(range(0, len(mine), size)):
-                self.quality.see(self, who, mine[start : start + size], place, self.quality.steps)
-            values |= self.quality.finish(self, "val" if who == "student" else f"val/{who}")
-        for logger in self.loggers:
-            logger.log_metrics(values, step=0)
-        distances = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if "/fid" in name)
-        rank_zero_info(f"Before training: {distances}")
-
-    def validation_step(self, examples: list[Example], batch_idx: int) -> None:
-        super().validation_step(examples, batch_idx)
-        if self.quality is not None:
-            self.quality.see(self, "student", examples, batch_idx, self.quality.steps)
-
-    def test_step(self, examples: list[Example], batch_idx: int) -> None:
-        super().test_step(examples, batch_idx)
-        if self.quality is not None:
-            self.quality.see(self, "student", examples, batch_idx, self.quality.test_steps)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
+    def evaluate(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
+        super().evaluate(stage, who, examples, batch_idx)
         if self.quality is not None and not self.trainer.sanity_checking:
-            self.log_dict(self.quality.finish(self, "val"))
+            steps = self.quality.test_steps if stage == "test" else self.quality.steps
+            self.quality.see(self, who, examples, batch_idx, steps)
 
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        if self.quality is not None:
-            self.log_dict(self.quality.finish(self, "test"))
+    def evaluated(self, stage: str) -> dict[str, float]:
+        values = super().evaluated(stage)
+        return values if self.quality is None else values | self.quality.finish(self, stage)
 
     # -- export ---------------------------------------------------------------------------------------------------
 
@@ -521,26 +455,6 @@ class DiffusionDistillation(OnPolicyDistillation):
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)
             file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def opened(image: Any) -> Image.Image:
-    """A PIL image of what a row holds: an image, or the path of one.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: it is something else.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str | Path):
-        with Image.open(image) as found:
-            return found.convert("RGB")
-    raise ValueError(f"an image must be one of PIL, or a path, not {type(image).__name__}")
-
-
-def picture(image: Tensor) -> Image.Image:
-    """``[3, H, W]`` in [0, 1] as diffusers turns it into a picture."""
-    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
 
 def _to(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from ...report import Curves, read_curves
+from ...report import Curves, new_figure, read_curves
 
 
 def by_steps(curves: Curves, prefix: str, place: int, metric: str = "fid") -> dict[int, float]:
@@ -74,16 +74,8 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Distances over optimiser steps, one curve for each number of denoising steps.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing; the message names the extra.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("curves need matplotlib: pip install 'opd-lightning[plots]'") from error
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    """Distances over optimiser steps, one curve for each number of denoising steps."""
+    figure = new_figure(5, 3.6)
     axis: Any = figure.subplots()
     for count in by_steps(curves, "val", 0):
         axis.plot(*zip(*curves[f"val/fid_{count}"], strict=True), marker=".", label=f"{count} steps")

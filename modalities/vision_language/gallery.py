@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...module import OnPolicyDistillation
+from ...report import new_figure
 from .images import images_of
 
 BEFORE, AFTER, TARGET = "tab:red", "tab:green", "tab:blue"
@@ -48,21 +49,13 @@ def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], li
 
 
 def gallery(run: Path, across: int = 4) -> Path:
-    """Draws ``gallery.png`` into the run's folder, ``across`` examples in a row.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing; the message names the extra.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a gallery needs matplotlib: pip install 'opd-lightning[plots]'") from error
+    """Draws ``gallery.png`` into the run's folder, ``across`` examples in a row."""
     module, rows, before, after = read(run)
     views: list[tuple[str, Callable[[Any], Any]]] = [("student sees", lambda example: module.shown([example])[0])]
     views += [(f"{name} sees", teacher.look) for name, teacher in module.teachers.items() if teacher.view is not None]
     count, width = len(after), len(views)
     lines = -(-count // across)
-    figure = Figure(figsize=(1.9 * across * width, 2.9 * lines), layout="constrained")
+    figure = new_figure(1.9 * across * width, 2.9 * lines)
     axes: Any = figure.subplots(lines, across * width, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")

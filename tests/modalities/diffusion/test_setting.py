@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from opd_lightning.modalities.diffusion import (
     VelocityMatching,
     flow,
 )
-from opd_lightning.modalities.diffusion.families import Transformer, load_family
+from opd_lightning.modalities.diffusion.families import load_family
+from opd_lightning.modalities.diffusion.models import Transformer
 from opd_lightning.modalities.diffusion.sampler import generator
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.objective.policy_gradient import LogRatio
@@ -237,18 +239,22 @@ def test_a_teacher_is_told_where_a_step_ends_if_the_student_is(make, pipeline, f
     assert float(objective_of(module, on_policy(module))[0]) < 1e-9
 
 
-@pytest.mark.parametrize("substeps", [1, 5])
-def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, substeps):
-    module = make(answers={"teacher": AverageVelocity(substeps)})
+@pytest.mark.parametrize(("most", "stride"), [(1, None), (5, None), (5, 0.17), (100, 0.23)])
+def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, most, stride):
+    module = make(answers={"teacher": AverageVelocity(most, stride)})
     rolled = on_policy(module)
     wanted = []
+    counts = set()
     for row, _, x, t, r in states(module, rolled):
+        substeps = most if stride is None else min(most, next(n for n in range(1, 101) if float(t - r) / n <= stride))
+        counts.add(substeps)
         end = x
         for k in range(substeps):
             a, b = (t + (r - t) * j / substeps for j in (k, k + 1))
             end = flow.euler(end, says(module, "teacher", row, end, a, a), a, b)
         average = (end - x) / (r - t)
         wanted.append(float((says(module, "student", row, x, t, r) - average).square().mean()))
+    assert (len(counts) > 1) == (stride is not None), "long and short intervals"
     assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-4)
 
 
@@ -513,6 +519,7 @@ def test_what_means_nothing_is_refused_when_it_is_built(make, settings, message)
     [
         (lambda: Velocity(-1), r"Velocity\.guidance must be >= 0"),
         (lambda: AverageVelocity(0), r"AverageVelocity\.substeps must be >= 1"),
+        (lambda: AverageVelocity(stride=0.0), r"AverageVelocity\.stride must be > 0"),
         (lambda: ScoreDifference(low=0.9, high=0.1), "need 0 <= low < high <= 1"),
         (lambda: SDE(0), r"SDE\.noise_level must be > 0"),
         (lambda: Shortcuts([0]), r"sampler\.steps must be numbers of steps >= 1"),
@@ -592,6 +599,19 @@ def test_what_was_encoded_is_kept_on_disk_by_content(make, tmp_path):
     again = two.family.conditions([r["prompt"] for r in rows], [None] * 3)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, again, strict=True) for name in a)
     assert torch.equal(two.family.latents([r["image"] for r in rows]), latents)
+
+
+def test_a_prompt_is_encoded_once_and_a_reference_once_for_each_prompt(make):
+    family, count = make().family, Counter()
+    encode, refer = family._encode, family._refer
+    family._encode = lambda prompt: (count.update([prompt]), encode(prompt))[1]
+    family._refer = lambda prompt, image: (count.update([f"{prompt} + image"]), refer(prompt, image))[1]
+    first, second = (row["image"] for row in make_rows(2))
+    found = family.conditions(["a", "b", "a", "a", "a"], [first, None, None, second, first])
+    assert count == {"a": 1, "b": 1, "a + image": 2}
+    assert ["encoder_hidden_states_image" in condition for condition in found] == [True, False, False, True, True]
+    assert torch.equal(found[0]["encoder_hidden_states_image"], found[4]["encoder_hidden_states_image"])
+    assert not torch.equal(found[0]["encoder_hidden_states_image"], found[3]["encoder_hidden_states_image"])
 
 
 def test_same_step_is_the_default_answer(make):

@@ -1,0 +1,53 @@
+"""Pictures: reading them from rows, making them of tensors, showing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def opened(image: Any) -> Image.Image:
+    """A PIL image of what a row holds: an image, or the path of one.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is something else.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        with Image.open(image) as found:
+            return found.convert("RGB")
+    raise ValueError(f"an image must be one of PIL, or a path, not {type(image).__name__}")
+
+
+def picture(image: Tensor) -> Image.Image:
+    """``[3, H, W]`` in [0, 1] as diffusers turns it into a picture."""
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
+def contact_sheet(images: Tensor, columns: int = 10, scale: int = 3) -> Image.Image:
+    """``[n, 3, H, W]`` in [0, 1] as one picture."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 1), columns * (width + 1))
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        sheet[:, y : y + height, x : x + width] = image
+    pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(pixels)
+    larger = max(1, scale if max(picture.size) < 600 else 1)
+    return picture.resize((larger * picture.width, larger * picture.height), Image.Resampling.NEAREST)
+
+
+def log_image(logger: Any, name: str, image: Image.Image, step: int) -> None:
+    """Hands a picture to a logger that takes pictures (W&B, MLflow, TensorBoard)."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [image], step=step)
+    elif hasattr(getattr(logger, "experiment", None), "add_image"):
+        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
