@@ -19,7 +19,7 @@ def read(name: str) -> dict[str, Any] | None:
 
 def steps() -> list[str]:
     rows = [
-        "| case | opd, s | TRL, s | ratio | per token | CPU time | peak above start, MB | ratio | opd's phases | TRL's |",
+        "| case | opd, s | TRL, s | ratio | per token | CPU time | peak, MB | ratio | opd's phases | TRL's phases |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(FOLDER.glob("step-*.json")):
