@@ -55,8 +55,19 @@ test: check
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-bench: install
+# the peer that `make bench` measures against, in an environment of its own
+.venv-trl/installed: constraints.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0 torch transformers
+	touch $@
+
+bench: install .venv-trl/installed
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/objective.py
+	$(BIN)/python benchmarks/objective.py --divergence jsd --name objective-jsd
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/tables.py
 
 methods: install
 	$(BIN)/python benchmarks/methods.py

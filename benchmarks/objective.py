@@ -1,98 +1,126 @@
-"""Peak memory and time of the objective beside the dense computation: reverse KL over the full vocabulary.
+"""Peak memory and time of the objective alone, beside the dense computation and TRL's chunked loss.
 
-    python benchmarks/objective.py [--steps 1024 --vocabulary 151936 --repeats 3 ...]
+    python benchmarks/objective.py [--steps 1024 --vocabulary 151936 --divergence reverse_kl …]
 
-Each case runs in a child process of its own. Memory is the kernel's high-water mark of the resident set (VmHWM, reset
-before the call), less what was resident before (weights, hidden states, the interpreter) and less the gradients that
-any computation returns (of the student's hidden states and head). Time is forward and backward of one call, after one
-call on a few steps. Linux only. Writes runs/bench/objective.json.
+The same hidden states and heads on every side. ``plain`` is the divergence alone; ``full`` adds three weights per step
+(teacher's entropy, teacher's confidence, importance ratio) and every diagnostic; TRL's loss knows neither. Each run is
+a process of its own. Memory is the kernel's high-water mark of the resident set (VmHWM, reset before the call), less
+what was resident before (weights, hidden states, the interpreter) and less the gradients that any computation returns.
+Time is forward and backward of one call, after one call on a few steps; CPU time is that of all threads and suffers
+less when other programs run. Linux only. Writes runs/bench/objective.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
-import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from side_by_side import MB, PEER_PYTHON, medians, record, reset_peak, resident, rounds
 from torch import Tensor, nn
 
-from opd_lightning.distribution import Categorical, Head
-from opd_lightning.objective import Objective, ReverseKL, Term
-from opd_lightning.trajectory import Trajectories
-
-MB = 1e6  # megabytes, as in "400 MB"
+CASES = ("plain", "full", "trl", "dense", "plain-bf16", "trl-bf16")
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (most since the last reset)."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+class Side:
+    """Student and teacher: hidden states ``[1, steps, H]`` and heads, the student's with gradient."""
+
+    def __init__(self, args: argparse.Namespace, steps: int) -> None:
+        torch.manual_seed(0)
+        wide = {"student": args.student_hidden, "teacher": args.teacher_hidden}
+        self.heads = {who: nn.Linear(width, args.vocabulary, bias=False) for who, width in wide.items()}
+        self.hidden = {who: torch.randn(1, steps, width) for who, width in wide.items()}
+        self.actions = torch.randint(args.vocabulary, (1, steps))
+        self.heads["teacher"].requires_grad_(False)
+        self.heads["student"].requires_grad_(not args.frozen_head)
+        self.inputs = [self.hidden["student"].requires_grad_()]
+        self.inputs += [] if args.frozen_head else [self.heads["student"].weight]
+
+    def few(self) -> Side:
+        other = object.__new__(Side)
+        other.__dict__ = dict(self.__dict__)
+        other.hidden = {who: states[:, :8] for who, states in self.hidden.items()}
+        other.actions = self.actions[:, :8]
+        return other
 
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def ours(side: Side, args: argparse.Namespace, full: bool) -> Tensor:
+    from opd_lightning.distribution import Categorical, Head
+    from opd_lightning.objective import JSD, Confidence, Entropy, ImportanceRatio, Objective, ReverseKL, Term
+    from opd_lightning.trajectory import Trajectories
+
+    steps = side.actions.shape[1]
+    trajectories = Trajectories(
+        {},
+        side.actions,
+        torch.ones(1, steps, dtype=torch.bool),
+        [{}],
+        torch.ones(1, dtype=torch.bool),
+        torch.full((1, steps), -11.0),
+    )
+    student, teacher = (
+        Categorical(side.hidden[who], Head(side.heads[who], args.vocabulary)) for who in ("student", "teacher")
+    )
+    signal = JSD(args.beta) if args.divergence == "jsd" else ReverseKL()
+    weights = [Entropy(beta=0.01), Confidence(), ImportanceRatio()] if full else []
+    objective = Objective([Term(signal, weights=weights)], **({"chunk_mib": args.chunk_mib} if args.chunk_mib else {}))
+    return objective(student, {"teacher": teacher}, trajectories, diagnose=full)[0]
 
 
-def trajectories(steps: int, vocabulary: int) -> Trajectories:
-    mask = torch.ones(1, steps, dtype=torch.bool)
-    actions = torch.randint(vocabulary, (1, steps))
-    return Trajectories({}, actions, mask, [{}], torch.ones(1, dtype=torch.bool), torch.zeros(1, steps))
+def peer(side: Side, args: argparse.Namespace) -> Tensor:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    beta = args.beta if args.divergence == "jsd" else 1.0
+    student, teacher = (side.hidden[who] for who in ("student", "teacher"))
+    heads = [side.heads[who].weight for who in ("student", "teacher")]
+    return _chunked_divergence_loss(student, teacher, *heads, torch.ones(side.actions.shape), beta)[0]
 
 
-def chunked(student: Categorical, teacher: Categorical, chunk_mib: int) -> Tensor:
-    objective = Objective([Term(ReverseKL())], chunk_mib=chunk_mib)
-    loss, _ = objective(student, {"teacher": teacher}, trajectories(student.hidden.shape[1], student.head.vocabulary))
-    return loss
-
-
-def dense(student: Categorical, teacher: Categorical) -> Tensor:
-    log_p = student.head.module(student.hidden).log_softmax(-1)
-    with torch.no_grad():
-        log_q = teacher.head.module(teacher.hidden).log_softmax(-1)
+def dense(side: Side, args: argparse.Namespace) -> Tensor:
+    log_p, log_q = (side.heads[who](side.hidden[who]).log_softmax(-1) for who in ("student", "teacher"))
+    if args.divergence == "jsd":
+        b = torch.tensor(args.beta)
+        log_m = torch.logaddexp(log_q + b.log(), log_p + (1 - b).log())
+        return (b * log_q.exp() * (log_q - log_m) + (1 - b) * log_p.exp() * (log_p - log_m)).sum(-1).mean()
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, float]:
     """One case in this process."""
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
 
-    def policy(hidden: int, trained: bool) -> Categorical:
-        layer = nn.Linear(hidden, args.vocabulary, bias=False).requires_grad_(trained)
-        states = torch.randn(1, args.steps, hidden).requires_grad_(trained)
-        return Categorical(states, Head(layer, args.vocabulary))
-
-    def run(student: Categorical, teacher: Categorical) -> Tensor:
-        loss = chunked(student, teacher, args.chunk_mib) if case == "chunked" else dense(student, teacher)
+    def run(side: Side) -> Tensor:
+        autocast = torch.autocast("cpu", torch.bfloat16) if case.endswith("bf16") else nullcontext()
+        kind = case.removesuffix("-bf16")
+        with autocast:
+            if kind == "trl":
+                loss = peer(side, args)
+            else:
+                loss = dense(side, args) if kind == "dense" else ours(side, args, kind == "full")
         loss.backward()
         return loss.detach()
 
-    student, teacher = policy(args.student_hidden, True), policy(args.teacher_hidden, False)
-    few = slice(0, 8)
-    run(Categorical(student.hidden[:, few], student.head), Categorical(teacher.hidden[:, few], teacher.head))
-    inputs = [student.hidden, *student.head.trainable()]
-    for tensor in inputs:
+    side = Side(args, args.steps)
+    run(side.few())
+    for tensor in side.inputs:
         tensor.grad = None
-
     reset_peak()
-    before, start = resident("VmRSS"), time.perf_counter()
-    loss = run(student, teacher)
-    seconds = time.perf_counter() - start
-    gradients = sum(tensor.grad.nbytes for tensor in inputs if tensor.grad is not None)
+    before, start, used = resident("VmRSS"), time.perf_counter(), time.process_time()
+    loss = run(side)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
+    gradients = [tensor.grad for tensor in side.inputs if tensor.grad is not None]
+    size = sum(gradient.nbytes for gradient in gradients)
     return {
-        "peak_mb": (resident("VmHWM") - before - gradients) / MB,
         "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_mb": (resident("VmHWM") - before - size) / MB,
         "loss": float(loss),
-        "gradients_mb": gradients / MB,
+        "gradient_norm": float(torch.stack([gradient.norm() for gradient in gradients]).norm()),
+        "gradients_mb": size / MB,
     }
 
 
@@ -102,34 +130,34 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936, help="default: that of Qwen3")
     parser.add_argument("--student-hidden", type=int, default=256)
     parser.add_argument("--teacher-hidden", type=int, default=384)
-    parser.add_argument("--chunk-mib", type=int, default=Objective.chunk_mib)
+    parser.add_argument("--divergence", choices=["reverse_kl", "jsd"], default="reverse_kl", help="TRL's default")
+    parser.add_argument("--beta", type=float, default=0.5, help="of the JSD")
+    parser.add_argument("--frozen-head", action="store_true")
+    parser.add_argument("--chunk-mib", type=int, help="default: the objective's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/objective.json"))
-    parser.add_argument("--case", choices=["chunked", "dense"], help="measure one case here, and print JSON")
+    parser.add_argument("--name", default="objective", help="of the file in runs/bench")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--case", choices=CASES, help="measure one case here, and print JSON")
     args = parser.parse_args()
     if args.case is not None:
         print(json.dumps(measure(args.case, args)))
         return
 
-    results = {}
-    print(f"reverse KL, {args.steps} steps × {args.vocabulary} ids, float32, {args.threads} thread(s)")
-    print(f"{'':10}{'peak above inputs':>20}{'time':>12}{'loss':>12}")
-    for case in ("chunked", "dense"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--case", case]
-        runs = [
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            for _ in range(args.repeats)
-        ]
-        results[case] = {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {"runs": runs}
-        found = results[case]
-        print(f"{case:10}{found['peak_mb']:>17.0f} MB{found['seconds']:>10.1f} s{found['loss']:>12.6f}")
-    print(f"median of {args.repeats}; beside it {results['dense']['gradients_mb']:.0f} MB of gradients in both cases")
-    settings = {name: value for name, value in vars(args).items() if name not in ("case", "output")}
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": settings, "versions": versions, **results}, indent=2) + "\n")
-    print(f"written to {args.output}")
+    print(f"{args.divergence}, {args.steps} steps × {args.vocabulary} ids, {args.threads} thread(s)")
+    sides = {
+        case: [str(PEER_PYTHON) if case.startswith("trl") else sys.executable, __file__, *sys.argv[1:], "--case", case]
+        for case in args.cases
+    }
+    runs = rounds(sides, args.repeats)
+    results: dict[str, Any] = {case: medians(found) | {"runs": found} for case, found in runs.items()}
+    print(f"{'':12}{'time':>10}{'CPU time':>11}{'peak':>10}{'loss':>12}{'gradient':>12}")
+    for case, found in results.items():
+        print(
+            f"{case:12}{found['seconds']:>8.2f} s{found['cpu_seconds']:>9.2f} s{found['peak_mb']:>7.0f} MB"
+            f"{found['loss']:>12.6f}{found['gradient_norm']:>12.6f}"
+        )
+    record(args.name, {name: value for name, value in vars(args).items() if name != "case"}, results)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     if not isinstance(student, CategoricalChunk):
         return
     averages.add("student_entropy", student.entropy())
-    log_p = student.log_probs().detach()
+    log_p, p = student.known()
     for name, teacher in chunk.streams.items():
         assert isinstance(teacher, CategoricalChunk)
         if name.endswith(WITHOUT_VIEW):
@@ -92,13 +92,14 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
         here = torch.ones(len(chunk), device=log_p.device)
         if name in chunk.available:
             here = chunk.per_trajectory(chunk.available[name]).float()
-        log_q = teacher.log_probs()
+        log_q, q = teacher.known()
         if name + WITHOUT_VIEW in chunk.streams:
             blind = chunk.streams[name + WITHOUT_VIEW].log_prob(chunk.action)
             averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
-        reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_ratio = log_p - log_q
+        reverse, forward = (p * log_ratio).sum(-1), -log_ratio.mul_(q).sum(-1)
         averages.add(f"{name}/kl_student_teacher", reverse * here, here)
-        averages.add(f"{name}/kl_teacher_student", (log_q.exp() * (log_q - log_p)).sum(-1) * here, here)
+        averages.add(f"{name}/kl_teacher_student", forward * here, here)
         averages.add(f"{name}/entropy", teacher.entropy() * here, here)
         first = here * (chunk.position == 0)
         averages.add(f"{name}/kl_first_step", reverse * first, first)
@@ -106,7 +107,7 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
         mine, theirs = log_p.topk(k).indices, log_q.topk(k).indices
         shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
         averages.add(f"{name}/overlap_top{k}", shared.float().mean(-1) * here, here)
-        averages.add(f"{name}/overlap_mass", (log_p.gather(-1, mine).exp() * shared).sum(-1) * here, here)
+        averages.add(f"{name}/overlap_mass", (p.gather(-1, mine) * shared).sum(-1) * here, here)
 
 
 class Stopwatch:

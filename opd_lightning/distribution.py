@@ -2,9 +2,10 @@
 
 Shape legend: N states, n states of one chunk, H hidden size, V vocabulary.
 
-A `Categorical` never holds logits. They exist only inside a `CategoricalChunk`, which lives for one pass of the
-objective's loop; its gradient with respect to the logits is turned into gradients of the hidden states and of the
-head there and then, so no tensor of size N × V is ever kept.
+A `Categorical` never holds the logits of all states. Those of one chunk are projected at once, since matrix products
+want many states; what follows is computed piece by piece, since a piece fits the processor's cache. The gradient with
+respect to a piece's logits takes their place, and when a chunk is done its gradients of the hidden states and of the
+head are added up, so no tensor of size N × V is ever kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 # In place of −inf: 0 × (−1e30 − −1e30) is 0 where 0 × (−inf − −inf) is NaN, and exp(−1e30) is 0 all the same.
 IMPOSSIBLE = -1e30
+# Pieces of a chunk, and the bytes of float32 logits below which cutting finer costs more than the cache gives
+PIECES, SMALL_PIECE = 8, 2**20
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,18 @@ class Head:
     def is_linear(self) -> bool:
         return type(self.module) is nn.Linear
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the raw logits of a plain head are the logits."""
+        return self.is_linear and self.scale == 1.0 and self.softcap is None
+
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Raw logits ``[n, vocabulary]`` in the compute dtype."""
         if self.is_linear:
-            weight, bias = self.linear(_compute_dtype(hidden))
+            weight, bias = self.linear(compute_dtype(hidden))
             return F.linear(hidden.to(weight.dtype), weight, bias)
         with self.context():
             return self.module(hidden)[..., : self.vocabulary]
@@ -70,7 +78,7 @@ class Head:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Scale, cap and suppress, in float32 (float64 stays)."""
-        logits = raw if raw.dtype == torch.float64 else raw.float()
+        logits = wide(raw)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -83,7 +91,12 @@ class Head:
         return self.finish(self.project(hidden))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype | None:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is so already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype | None:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -99,13 +112,24 @@ class Distribution(ABC):
     def bytes_per_state(self) -> int:
         """Memory that one state takes while its chunk is open."""
 
+    def bytes_kept(self) -> int:
+        """What of it a chunk of the student keeps in memory, where this is a teacher."""
+        return 0
+
     @abstractmethod
     def accumulator(self) -> GradientAccumulator:
         """Collects the gradient of a loss that is evaluated chunk by chunk."""
 
     @abstractmethod
     def chunk(self, states: slice) -> Any:
-        """The family's chunk at some of the N states, without gradient."""
+        """The family's chunk at some of the N states, without gradient; valid until others are prepared or opened."""
+
+    def prepare(self, states: slice) -> None:  # noqa: B027  (only a vocabulary has something to prepare)
+        """Does what is better done at once for a chunk, before pieces of it are opened."""
+
+    def piece(self, count: int) -> int:
+        """How many states of a chunk of ``count`` are opened together."""
+        return count
 
     def only_at(self, states: Tensor) -> Distribution:
         """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""
@@ -123,6 +147,9 @@ class GradientAccumulator(ABC):
         """None for an input that no chunk depended on, so that it is noticed."""
         return self.sums
 
+    def prepare(self, states: slice) -> None:  # noqa: B027
+        """As `Distribution.prepare`; each piece of the chunk is then opened and closed once, in order."""
+
     @abstractmethod
     def open(self, states: slice) -> Any: ...
 
@@ -131,38 +158,90 @@ class GradientAccumulator(ABC):
         """Add the gradient of ``loss`` (a scalar that depends on the open chunk) and drop the chunk."""
 
 
-@dataclass
 class CategoricalChunk:
-    """Logits ``[n, V]`` (float32) of one chunk; everything derived from them is computed once."""
+    """What a policy says at the n states of one piece; everything derived from its logits is computed once.
 
-    logits: Tensor
+    Attributes:
+        logits: ``[n, V]`` float32 (or float64), up to a constant per state.
 
-    def __post_init__(self) -> None:
+    Args:
+        owned: the logits have no other reader and no history: log-probabilities take their place.
+    """
+
+    def __init__(self, logits: Tensor, owned: bool = False) -> None:
+        self.logits = logits
+        self._known = {1.0: normalise_(logits.detach())} if owned else {}
         self._log_probs: dict[float, Tensor] = {}
+        self._entropy: Tensor | None = None
+
+    def known(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, without gradient.
+
+        To be read only: others read them too.
+        """
+        if temperature not in self._known:
+            with torch.no_grad():
+                self._known[temperature] = normalise_(self.logits.detach() / temperature)
+        return self._known[temperature]
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
-        """``[n, V]`` log-softmax of the logits divided by ``temperature``."""
+        """``[n, V]`` log-softmax of the logits divided by ``temperature``, with gradient where the logits have one."""
+        if not self.logits.requires_grad:
+            return self.known(temperature)[0]
         if temperature not in self._log_probs:
             # whoever asks first may do so under no_grad (a weight, a target); the signal still needs the gradient
-            with torch.set_grad_enabled(self.logits.requires_grad):
-                logits = self.logits if temperature == 1.0 else self.logits / temperature
-                self._log_probs[temperature] = logits.log_softmax(-1)
+            with torch.enable_grad():
+                self._log_probs[temperature] = _LogProbs.apply(self.logits, *self.known(temperature), temperature)
         return self._log_probs[temperature]
 
     def log_prob(self, action: Tensor) -> Tensor:
         """``[n]`` log-probability of the given ids ``[n]`` at temperature 1."""
-        if 1.0 in self._log_probs:
-            return self._log_probs[1.0].gather(-1, action[:, None]).squeeze(-1)
-        return self.logits.gather(-1, action[:, None]).squeeze(-1) - self.logits.logsumexp(-1)
+        value: Tensor = _LogProb.apply(self.logits, *self.known(), action)
+        return value
 
     def entropy(self) -> Tensor:
         """``[n]`` in nats, without gradient."""
-        log_probs = self.log_probs().detach()
-        return -(log_probs.exp() * log_probs).sum(-1)
+        if self._entropy is None:
+            log_probs, probs = self.known()
+            self._entropy = -(probs * log_probs).sum(-1)
+        return self._entropy
 
     def confidence(self) -> Tensor:
         """``[n]`` in [0, 1], without gradient: 1 − H / log V; 0 for a uniform distribution, 1 for a certain one."""
         return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
+
+
+def normalise_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
+    highest = logits.amax(-1, keepdim=True)
+    probs = (logits - highest).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return logits.sub_(highest.add_(total.log())), probs.div_(total)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, temperature: float) -> Tensor:
+        ctx.probs, ctx.temperature = probs, temperature
+        return log_probs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (gradient,) = outputs
+        inner = gradient - ctx.probs * gradient.sum(-1, keepdim=True)
+        return inner.div_(ctx.temperature), None, None, None
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, action: Tensor) -> Tensor:
+        ctx.probs, ctx.action = probs, action[:, None]
+        return log_probs.gather(-1, ctx.action).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        weight = outputs[0][:, None]
+        return (ctx.probs * -weight).scatter_add_(-1, ctx.action, weight), None, None, None
 
 
 @dataclass
@@ -172,65 +251,136 @@ class Categorical(Distribution):
     hidden: Tensor
     head: Head
 
+    def __post_init__(self) -> None:
+        self._prepared = slice(0, 0)
+        self._raw: Tensor | None = None
+        self._linear: tuple[Tensor, Tensor | None] | None = None
+
     def at(self, index: Tensor) -> Categorical:
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 
     def bytes_per_state(self) -> int:
-        # logits, log-probabilities, probabilities, their difference and its products, and the gradients of these
-        return 8 * 4 * self.head.vocabulary
+        # raw logits; of a piece, four tensors: log-probabilities, probabilities, contributions and their gradient
+        dtype = compute_dtype(self.hidden) or self.hidden.dtype
+        return self.head.vocabulary * (dtype.itemsize + 4 * 4 // PIECES)
+
+    def bytes_kept(self) -> int:
+        return self.bytes_per_state()
+
+    def piece(self, count: int) -> int:
+        return max(math.ceil(count / PIECES), SMALL_PIECE // (4 * self.head.vocabulary))
 
     def accumulator(self) -> GradientAccumulator:
         return _CategoricalGradient(self)
 
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a plain head, cast once."""
+        if self._linear is None:
+            weight, bias = self.head.linear(compute_dtype(self.hidden))
+            self._linear = weight.detach(), None if bias is None else bias.detach()
+        return self._linear
+
+    @torch.no_grad()
+    def prepare(self, states: slice) -> None:
+        if not self.head.is_linear:
+            self._raw = self.head.project(self.hidden[states])
+        else:
+            weight, bias = self.linear()
+            hidden = self.hidden[states].detach().to(weight.dtype)
+            if self._raw is None or len(self._raw) < len(hidden):
+                # one buffer for all chunks: blocks of this size go back to the system and cost page faults anew
+                self._raw = hidden.new_empty(len(hidden), len(weight))
+            raw = self._raw[: len(hidden)]
+            if bias is None:
+                torch.mm(hidden, weight.T, out=raw)
+            else:
+                torch.addmm(bias, hidden, weight.T, out=raw)
+            if self.head.is_plain:
+                raw.clamp_(min=IMPOSSIBLE)
+                if self.head.suppressed is not None:
+                    raw.index_fill_(-1, self.head.suppressed.to(raw.device), IMPOSSIBLE)
+        self._prepared = states
+
+    def raw(self, states: slice) -> Tensor:
+        """Raw logits ``[n, V]``, which may be overwritten."""
+        if not self._prepared.start <= states.start < states.stop <= self._prepared.stop:
+            self.prepare(states)
+        assert self._raw is not None
+        first = self._prepared.start
+        return self._raw[states.start - first : states.stop - first]
+
     def chunk(self, states: slice) -> CategoricalChunk:
         with torch.no_grad():
-            return CategoricalChunk(self.head(self.hidden[states]).clamp_(min=IMPOSSIBLE))
+            raw = self.raw(states)
+            if self.head.is_plain:
+                return CategoricalChunk(wide(raw), owned=True)
+            return CategoricalChunk(self.head.finish(raw).clamp(min=IMPOSSIBLE))
 
 
 class _CategoricalGradient(GradientAccumulator):
     def __init__(self, student: Categorical) -> None:
-        self._head, self._hidden = student.head, student.hidden
+        self._student, self._head, self._hidden = student, student.head, student.hidden
         self._parameters = student.head.trainable()
         self.inputs = [student.hidden, *self._parameters]
-        wide = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-        self.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in self.inputs]
-        if student.head.is_linear:
-            self._weight, self._bias = (
-                None if part is None else part.detach() for part in student.head.linear(_compute_dtype(student.hidden))
-            )
+        dtype = torch.promote_types(student.hidden.dtype, torch.float32)
+        self.sums = [torch.zeros_like(tensor, dtype=dtype) for tensor in self.inputs]
+        self._prepared = slice(0, 0)
+
+    def prepare(self, states: slice) -> None:
+        self._prepared = states
+        if self._head.is_linear:
+            self._student.prepare(states)
+            return
+        self._open_hidden = self._hidden[states].detach().requires_grad_()
+        with torch.enable_grad():
+            self._projected = self._head.project(self._open_hidden)
+        self._gradient = torch.empty_like(self._projected)
 
     def open(self, states: slice) -> CategoricalChunk:
+        if not self._prepared.start <= states.start < states.stop <= self._prepared.stop:
+            self.prepare(states)
         self._states = states
-        self._open_hidden = self._hidden[states].detach()
+        if self._head.is_plain:
+            self._gradient_here = self._student.raw(states)
+            self._leaf = wide(self._gradient_here).detach().requires_grad_()
+            return CategoricalChunk(self._leaf, owned=True)
         if self._head.is_linear:
-            assert self._weight is not None
-            raw = F.linear(self._open_hidden.to(self._weight.dtype), self._weight, self._bias)
-            self._leaves = [raw.requires_grad_()]
+            raw = self._gradient_here = self._student.raw(states)
         else:
-            self._open_hidden.requires_grad_()
-            raw = self._head.project(self._open_hidden)
-            self._leaves = [self._open_hidden, *self._parameters]
-        return CategoricalChunk(self._head.finish(raw).clamp(min=IMPOSSIBLE))
+            first = self._prepared.start
+            here = slice(states.start - first, states.stop - first)
+            raw, self._gradient_here = self._projected[here], self._gradient[here]
+        self._leaf = raw.detach().requires_grad_()
+        return CategoricalChunk(self._head.finish(self._leaf).clamp(min=IMPOSSIBLE))
 
     def close(self, loss: Tensor) -> None:
-        leaf_gradients = torch.autograd.grad(loss, self._leaves)
-        self._leaves = []  # logits among them, which must be gone when the next chunk is opened
+        (gradient,) = torch.autograd.grad(loss, [self._leaf])
+        del self._leaf
+        self._gradient_here.copy_(gradient)
+        if self._states.stop == self._prepared.stop:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """From the logits' gradients of a whole chunk to those of the inputs."""
         if not self._head.is_linear:
-            self.sums[0][self._states] = leaf_gradients[0]
-            for total, part in zip(self.sums[1:], leaf_gradients[1:], strict=True):
+            leaves = [self._open_hidden, *self._parameters]
+            parts = torch.autograd.grad(self._projected, leaves, self._gradient)
+            del self._projected, self._gradient, self._gradient_here
+            self.sums[0][self._prepared] = parts[0]
+            for total, part in zip(self.sums[1:], parts[1:], strict=True):
                 total.add_(part)
             return
-        assert self._weight is not None
-        (raw,) = leaf_gradients
-        self.sums[0][self._states] = raw @ self._weight
+        weight, _ = self._student.linear()
+        raw, hidden = self._student.raw(self._prepared), self._hidden[self._prepared].detach()
+        self.sums[0][self._prepared] = (raw @ weight).to(self.sums[0].dtype)
         for parameter, total in zip(self._parameters, self.sums[1:], strict=True):
             rows = total[: self._head.vocabulary]
             if parameter is self._head.module.bias:
                 rows.add_(raw.sum(0))
             elif raw.dtype == rows.dtype:
-                rows.addmm_(raw.T, self._open_hidden.to(raw.dtype))
+                rows.addmm_(raw.T, hidden.to(raw.dtype))
             else:
-                rows.add_(raw.T @ self._open_hidden.to(raw.dtype))
+                rows.add_(raw.T @ hidden.to(raw.dtype))
 
 
 @dataclass

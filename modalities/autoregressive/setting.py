@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -19,7 +20,7 @@ from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
 from ...rollout import Rollout
-from ...sharding import as_forward
+from ...sharding import as_forward, is_sharded
 from ...shipped import shipped
 from ...teacher import Policy
 from ...trajectory import Example, Trajectories
@@ -136,13 +137,24 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         else:
             own = policy.name in self.teachers and self.teachers[policy.name].own_template
             prompts, seen = self.collate(view, policy if own else None), view
-        prompts = trim({name: tensor.to(device) for name, tensor in prompts.items()})
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
-        inputs = self.continued(prompts, trajectories, device) | media
-        with policy.active():
+        length = prompts["attention_mask"].sum(1).cpu() + _reach(trajectories).cpu()
+        # media belong to the batch as a whole; ranks that share weights must make equally many passes
+        whole = bool(media) or is_sharded(model)
+        rows = [torch.arange(len(length))] if whole else by_length(length)
+
+        def forward(mine: Tensor) -> Tensor:
+            part = trajectories if len(mine) == len(length) else trajectories.select(mine)
+            part = part if whole else part.truncate(max(1, int(_reach(part).max())))
+            own = trim({name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()})
+            inputs = self.continued(own, part, device) | media
             hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
-        before = prompts["input_ids"].shape[1] - 1
-        hidden = hidden[:, before : before + trajectories.mask.shape[1]]
+            before, steps = own["input_ids"].shape[1] - 1, part.mask.shape[1]
+            return F.pad(hidden[:, before : before + steps], (0, 0, 0, trajectories.mask.shape[1] - steps))
+
+        with policy.active():
+            parts = [forward(mine) for mine in rows]
+        hidden = parts[0] if len(rows) == 1 else torch.cat(parts)[torch.cat(rows).argsort().to(device)]
         return Categorical(hidden.to(trajectories.mask.device), self.head(policy))
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
@@ -234,6 +246,27 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             if shown > limit:
                 return f"the teacher's prompt has {shown} tokens, the limit of model.teachers.{name} is {limit}"
         return None
+
+
+def _reach(trajectories: Trajectories) -> Tensor:
+    """``[B]`` steps up to and including the last trained one."""
+    place = torch.arange(1, trajectories.mask.shape[1] + 1, device=trajectories.mask.device)
+    return (trajectories.mask * place).amax(1)
+
+
+def by_length(length: Tensor, shortest: float = 0.75) -> list[Tensor]:
+    """Indices of ``length [B]`` in groups whose shortest has at least this share of the longest, the longest first.
+
+    A forward pass of each group instead of one of all spares most of the padding; where all are alike there is one.
+    """
+    order = length.argsort(descending=True, stable=True)
+    groups: list[list[int]] = []
+    for i in order.tolist():
+        if groups and length[i] >= shortest * length[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [torch.tensor(group).sort().values for group in groups]
 
 
 def trim(prompts: dict[str, Tensor]) -> dict[str, Tensor]:

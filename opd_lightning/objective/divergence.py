@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +157,20 @@ class Divergence(Signal):
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """``[n, K]`` contributions of each id."""
 
+    def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ of the contributions ``[n]`` and its gradient in the student's logits ``[n, V]``, at temperature 1.
+
+        Written down where it spares tensors of this size; this one asks autograd. Arguments are to be read only.
+        """
+        with torch.enable_grad():
+            leaf = log_p.detach().requires_grad_()
+            value = self._sum(self.categorical(leaf, log_q))
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1.0)
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        return (terms if self.clip is None else terms.clamp(max=self.clip)).sum(-1)
+
     def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
         """``[n]``"""
         raise TypeError(f"{type(self).__name__} between Gaussians has no closed form; use ForwardKL or ReverseKL")
@@ -165,15 +181,44 @@ class Divergence(Signal):
                 raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")
             return self.gaussian(steps.student, steps.teacher)
         assert isinstance(steps.student, CategoricalChunk)
+        if self.support.is_full(steps.student.logits.shape[-1]):
+            value: Tensor = _OverVocabulary.apply(steps.student.logits, self, steps.student, steps.teacher)
+            return value
         log_p, log_q = self.support.restrict(
             steps.student.log_probs(self.temperature), steps.teacher.log_probs(self.temperature), steps.action
         )
-        terms = self.categorical(log_p, log_q)
-        return (terms if self.clip is None else terms.clamp(max=self.clip)).sum(-1)
+        return self._sum(self.categorical(log_p, log_q))
+
+
+class _OverVocabulary(torch.autograd.Function):
+    """``[n]`` a divergence over the full vocabulary; its gradient is made beside the value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, divergence: Divergence, student: CategoricalChunk, teacher: CategoricalChunk
+    ) -> Tensor:
+        (log_p, p), (log_q, q) = (policy.known(divergence.temperature) for policy in (student, teacher))
+        evaluate = divergence.with_gradient
+        if divergence.clip is not None:  # the written gradients know no bound
+            evaluate = partial(Divergence.with_gradient, divergence)
+        value, ctx.gradient = evaluate(log_p, log_q, p, q)
+        ctx.temperature = divergence.temperature
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the divergence's gradient was already consumed by an earlier backward pass")
+        return gradient.mul_(outputs[0][:, None] / ctx.temperature), None, None, None
 
 
 class ForwardKL(Divergence):
     """KL(q‖p), teacher first: covers the teacher's modes. Gradient in the student's logits: p − q."""
+
+    def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        scratch = (log_q - log_p).mul_(q)
+        return scratch.sum(-1), torch.sub(p, q, out=scratch)
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return forward_kl_terms(log_p, log_q)
@@ -184,6 +229,11 @@ class ForwardKL(Divergence):
 
 class ReverseKL(Divergence):
     """KL(p‖q), student first: seeks the teacher's modes."""
+
+    def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        terms = (log_p - log_q).mul_(p)
+        value = terms.sum(-1)
+        return value, terms.addcmul_(p, value[:, None], value=-1.0)
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return reverse_kl_terms(log_p, log_q)
@@ -213,6 +263,17 @@ class JSD(Divergence):
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return jsd_terms(log_p, log_q, self.beta)
+
+    def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self.beta in (0.0, 1.0):
+            end = ForwardKL() if self.beta == 0.0 else ReverseKL()
+            return end.with_gradient(log_p, log_q, p, q)
+        tiny = torch.finfo(p.dtype).tiny  # where both are 0 the contributions are 0 × a finite number
+        log_m = (p * (1 - self.beta)).add_(q, alpha=self.beta).clamp_(min=tiny).log_()
+        mine = (log_p - log_m).mul_(p).mul_(1 - self.beta)
+        share = mine.sum(-1)
+        value = share + torch.sub(log_q, log_m, out=log_m).mul_(q).sum(-1) * self.beta
+        return value, mine.addcmul_(p, share[:, None], value=-1.0)
 
 
 class _Skewed(Divergence):

@@ -76,14 +76,13 @@ class Objective:
 
     Args:
         terms: summed.
-        chunk_mib: memory for one chunk's logits and what is computed from them, in MiB; decides the chunk's size. On
-            a CPU the process grows by up to 2.7 times as much (docs/performance.md has the measurements); a GPU with
-            memory to spare wants larger chunks.
+        chunk_mib: memory for one chunk's logits and what is computed from them, in MiB; decides the chunk's size
+            (docs/performance.md has measurements). A GPU with memory to spare wants larger chunks.
         chunk_steps: the chunk's size itself, in steps; overrides ``chunk_mib``.
     """
 
     terms: list[Term]
-    chunk_mib: int = 96
+    chunk_mib: int = 192
     chunk_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -166,9 +165,7 @@ class Objective:
         # a micro-batch without trained steps has its share of every statistic too: none
         nothing = torch.zeros(0, device=steps.index.device)
         found = {steps.for_term(term.stream).key(name): [nothing] for term, name in wanted}
-        for states in self._chunks(student, len(steps)) if wanted else ():
-            streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-            chunk = steps.at(states, student=student.chunk(states), streams=streams)
+        for _, chunk in self._opened(student, teachers, steps) if wanted else ():
             for term, name in wanted:
                 seen = self._see(chunk, term)
                 found[seen.key(name)].append(measure(seen, name))
@@ -241,23 +238,17 @@ class Objective:
             read = [factors[term.name] != 0 for term in self.active if name in term.teachers]
             teachers[name] = teachers[name].only_at(torch.stack(read).any(0)) if read else teachers[name]
 
-        def one(states: slice, accumulator: Any) -> Tensor:
-            # a function of its own, so that nothing of a chunk is alive when the next is opened
-            with torch.enable_grad() if accumulator is not None else torch.no_grad():
-                opened = accumulator.open(states) if accumulator is not None else student.chunk(states)
-                streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-                chunk = steps.at(states, student=opened, streams=streams)
-                loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
-                if accumulator is not None:
-                    accumulator.close(loss)
-            if diagnose:
-                chunk_diagnostics(chunk, averages)
-            return loss.detach()
-
         def evaluate(accumulator: Any) -> Tensor:
             total = torch.zeros((), device=trajectories.mask.device, dtype=torch.float64)
-            for states in self._chunks(student, len(steps)):
-                total += one(states, accumulator)
+            for states, chunk in self._opened(student, teachers, steps, accumulator):
+                if diagnose:
+                    chunk_diagnostics(chunk, averages)
+                with torch.enable_grad() if accumulator is not None else torch.no_grad():
+                    loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
+                    if accumulator is not None:
+                        accumulator.close(loss)
+                total += loss.detach()
+                del chunk, loss  # nothing of a piece may be alive when the next is opened
             return total.float()
 
         if not torch.is_grad_enabled():
@@ -276,9 +267,8 @@ class Objective:
         """The diagnostics alone, at every trained step."""
         steps, averages = Steps.of(trajectories, available), Averages(device=trajectories.mask.device)
         student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
-        for states in self._chunks(student, len(steps)):
-            streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-            chunk_diagnostics(steps.at(states, student=student.chunk(states), streams=streams), averages)
+        for _, chunk in self._opened(student, teachers, steps):
+            chunk_diagnostics(chunk, averages)
         return averages
 
     @torch.no_grad()
@@ -301,10 +291,8 @@ class Objective:
         """
         values = torch.full(steps.trajectories.mask.shape, torch.nan, device=steps.index.device)
         student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
-        for states in self._chunks(student, len(steps)):
-            opened = {name: stream.chunk(states) for name, stream in streams.items()}
-            chunk = steps.at(states, student=student.chunk(states), streams=opened)
-            said = read(chunk.for_term(teacher, opened[teacher] if teacher is not None else None)).float()
+        for _, chunk in self._opened(student, streams, steps):
+            said = read(chunk.for_term(teacher, chunk.streams[teacher] if teacher is not None else None)).float()
             if teacher in chunk.available:
                 said = said.masked_fill(~chunk.per_trajectory(chunk.available[teacher]), torch.nan)
             values.view(-1)[chunk.index] = said
@@ -404,12 +392,31 @@ class Objective:
         whole.weight_sums = {name: float(v) for name, v in self.weight_sums(whole, [available or {}]).items()}
         return whole
 
-    def _chunks(self, student: Distribution, count: int) -> Iterator[slice]:
-        if not count:
-            return iter(())
-        size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // student.bytes_per_state())
-        size = math.ceil(count / math.ceil(count / size))
-        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    def _opened(
+        self, student: Distribution, teachers: dict[str, Distribution], steps: Steps, accumulator: Any = None
+    ) -> Iterator[tuple[slice, Steps]]:
+        """Each piece of each chunk, and which of the N steps it is; with an ``accumulator``, for a gradient."""
+        kept = sum(teacher.bytes_kept() for teacher in teachers.values())
+        for states in self._chunks(student, len(steps), kept):
+            for policy in (student if accumulator is None else accumulator, *teachers.values()):
+                policy.prepare(states)
+            for piece in _evenly(states, student.piece(states.stop - states.start)):
+                yield piece, self._piece(piece, student if accumulator is None else accumulator, teachers, steps)
+
+    @staticmethod
+    def _piece(states: slice, student: Any, teachers: dict[str, Distribution], steps: Steps) -> Steps:
+        # a function of its own, so that nothing but what it returns holds the piece
+        if isinstance(student, Distribution):
+            opened = student.chunk(states)
+        else:
+            with torch.enable_grad():
+                opened = student.open(states)
+        streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+        return steps.at(states, student=opened, streams=streams)
+
+    def _chunks(self, student: Distribution, count: int, kept: int = 0) -> Iterator[slice]:
+        size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // (student.bytes_per_state() + kept))
+        return _evenly(slice(0, count), size)
 
 
 class _GradientsInside(torch.autograd.Function):
@@ -429,6 +436,15 @@ class _GradientsInside(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
         return None, None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
+
+
+def _evenly(states: slice, size: int) -> Iterator[slice]:
+    """Parts of at most ``size``, of equal length, so that no small rest costs a pass of its own."""
+    count = states.stop - states.start
+    if not count:
+        return iter(())
+    size = math.ceil(count / math.ceil(count / size))
+    return (slice(start, min(start + size, states.stop)) for start in range(states.start, states.stop, size))
 
 
 def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:

@@ -46,6 +46,10 @@ class Support:
         if self.of == "sampled" and self.remainder == "renormalise":
             raise ValueError("support.remainder: one sampled id renormalises to probability 1 on both sides")
 
+    def is_full(self, vocabulary: int) -> bool:
+        """Whether it leaves out none of so many ids."""
+        return self.of == "full" or (self.k is not None and self.k >= vocabulary)
+
     def restrict(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs ``[n, V]`` of both sides on the support: ``[n, K]``, or with a tail ``[n, K+1]``."""
         ids, repeated = self._ids(student, teacher, action)
@@ -55,7 +59,7 @@ class Support:
 
     def _ids(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Ids ``[n, K]`` (None: all), and which of them stand there a second time ``[n, K]`` (None: none)."""
-        if self.of == "full" or (self.k is not None and self.k >= student.shape[-1]):
+        if self.is_full(student.shape[-1]):
             return None, None
         if self.of == "sampled":
             return action[:, None], None

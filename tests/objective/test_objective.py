@@ -162,9 +162,12 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
 
 def test_the_size_of_a_chunk_follows_from_a_budget_in_bytes():
     student = Categorical(torch.zeros(100, 4), Head(torch.nn.Linear(4, 2**16), 2**16))
-    assert student.bytes_per_state() == 2**21
-    assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=20)._chunks(student, 100)] == [10] * 10
-    assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=1)._chunks(student, 3)] == [1] * 3
+    assert student.bytes_per_state() == 3 * 2**17
+    sizes = [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=5)._chunks(student, 100)]
+    assert sizes == [13] * 7 + [9]
+    beside_a_teacher = Objective([Term(ReverseKL())], chunk_mib=8)._chunks(student, 100, student.bytes_kept())
+    assert [c.stop - c.start for c in beside_a_teacher] == [10] * 10
+    assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=1)._chunks(student, 3)] == [2, 1]
     # evenly cut, so that no small rest costs a pass of its own
     assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_steps=90)._chunks(student, 100)] == [50, 50]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive import PromptView, setting
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
@@ -33,6 +33,37 @@ def test_a_batch_says_what_each_row_says_alone(student):
             plain = model(input_ids=text[None]).logits[0, -steps - 1 : -1, : module.vocabulary].log_softmax(-1)
         assert (log_softmax(module, "student", alone)[0, :steps] - plain).abs().max() < 1e-4
         assert (together[i, :steps] - plain).abs().max() < 1e-4
+
+
+def test_groups_of_like_length_say_and_learn_what_the_padded_batch_does(student, teacher, monkeypatch):
+    module = make_module(student, frozen(teacher, view=PRIVILEGED))
+    rolled = act(module, make_rows(8))
+    rolled.mask &= torch.arange(rolled.mask.shape[1]) < torch.tensor([10, 1, 3, 8, 10, 2, 5, 1])[:, None]
+
+    def found() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        teachers, available = module.ask_all(rolled)
+        said = module.steps(module.policies["student"], rolled)
+        loss, _ = module.objective(said, teachers, rolled, available)
+        module.zero_grad()
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in module.student.parameters()]
+
+    calls = []
+    module.student.base_model.register_forward_hook(lambda *_: calls.append(1))
+    loss, gradients = found()
+    assert len(calls) > 1
+    monkeypatch.setattr(setting, "by_length", lambda length: [torch.arange(len(length))])
+    calls.clear()
+    expected_loss, expected = found()
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_by_length():
+    groups = setting.by_length(torch.tensor([10, 40, 29, 31, 8, 40]))
+    assert [group.tolist() for group in groups] == [[1, 3, 5], [2], [0, 4]]
+    assert [group.tolist() for group in setting.by_length(torch.tensor([7, 7, 6]))] == [[0, 1, 2]]
 
 
 def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):

@@ -1,0 +1,302 @@
+"""A whole optimiser step beside TRL's `DistillationTrainer`: same models, prompts, lengths, divergence, optimiser.
+
+    python benchmarks/step.py [--case small-equal …] [--rounds 3] [--updates 6]
+
+Random Qwen3 models whose stop token has a given probability (0: every completion has the full length; otherwise lengths
+are geometric, cut at the maximum, with a mean of half of it, drawn by each side for itself). Reverse KL over the full
+vocabulary at temperature 1 (TRL's default), AdamW, clipping at 1. A step's time is the median over the updates after
+the first; memory is the kernel's high-water mark of the resident set less what was resident, models included, before
+training. Linux only. Writes runs/bench/step-<case>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import (
+    FOLDER,
+    MB,
+    PEER_PYTHON,
+    medians,
+    prompts,
+    record,
+    reset_peak,
+    resident,
+    rounds,
+    set_stop,
+    share_of,
+    write_models,
+)
+
+HORIZON = 128
+HALF = 0.0126  # stop probability with which lengths cut at 128 have a mean of 64
+CASES: dict[str, dict[str, Any]] = {
+    "small-equal": {"vocabulary": 512, "batch": 32, "stop": 0.0, "bf16": False},
+    "small-ragged": {"vocabulary": 512, "batch": 32, "stop": HALF, "bf16": False},
+    "large-equal": {"vocabulary": 151_936, "batch": 8, "stop": 0.0, "bf16": False},
+    "large-ragged": {"vocabulary": 151_936, "batch": 8, "stop": HALF, "bf16": False},
+    "large-bf16": {"vocabulary": 151_936, "batch": 8, "stop": 0.0, "bf16": True},
+}
+
+
+class Clock:
+    """Seconds per phase and per step; phases of the first step are dropped with it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.ends: list[float] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        if self.ends:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def step_ends(self) -> None:
+        if not self.ends:
+            self.cpu = time.process_time()
+        self.ends.append(time.perf_counter())
+
+    def result(self, tokens: int, loss: float, before: int) -> dict[str, Any]:
+        steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        total = sum(steps)
+        phases = {name: seconds / len(steps) for name, seconds in self.seconds.items()}
+        return {
+            "seconds": statistics.median(steps),
+            "cpu_seconds": (time.process_time() - self.cpu) / len(steps),
+            "mean_seconds": total / len(steps),
+            "tokens_per_step": tokens / len(steps),
+            "loss": loss,
+            "peak_mb": (resident("VmHWM") - before) / MB,
+            "before_mb": before / MB,
+            "phases": phases | {"rest": total / len(steps) - sum(phases.values())},
+        }
+
+
+def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
+    import lightning as L
+
+    from opd_lightning.data import PromptData
+    from opd_lightning.evaluation import Evaluation
+    from opd_lightning.modalities.text import TextDistillation
+    from opd_lightning.objective import Objective, ReverseKL, Term
+    from opd_lightning.pretrained import Pretrained
+    from opd_lightning.rollout import Rollout
+    from opd_lightning.teacher import Frozen, Teacher
+
+    clock = Clock()
+
+    class Measured(TextDistillation):
+        def configure_model(self) -> None:
+            fresh = not self.policies
+            super().configure_model()
+            if fresh:
+                for policy in self.policies.values():
+                    set_stop(policy.model, case["stop"])
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            clock.add("update", time.perf_counter() - watch.update)
+
+    class Watch(L.Callback):
+        tokens, losses, before = 0, [], 0
+
+        def on_fit_start(self, *_: Any) -> None:
+            reset_peak()
+            self.before = resident("VmRSS")
+
+        def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+            module.stopwatch.phase = clock.phase
+
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            self.update = time.perf_counter()
+
+        def on_before_backward(self, *_: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_after_backward(self, *_: Any) -> None:
+            clock.add("backward", time.perf_counter() - self.start)
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            if clock.ends:
+                self.tokens += int(batch.mask.sum())
+            self.losses.append(float(outputs["loss"]))
+            clock.step_ends()
+
+    watch = Watch()
+    module = Measured(
+        student=Pretrained(str(models / "student")),
+        teachers={"teacher": Teacher(Frozen(Pretrained(str(models / "teacher"))))},
+        objective=Objective([Term(ReverseKL())]),
+        rollout=Rollout(batch_size=case["batch"], horizon=HORIZON),
+        evaluation=Evaluation(before=False),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+    )
+    rows = prompts(case["batch"] * updates, case["vocabulary"])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "prompts.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        trainer = L.Trainer(
+            accelerator="cpu",
+            precision="bf16-mixed" if case["bf16"] else "32-true",
+            max_steps=updates,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=10,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[watch],
+            default_root_dir=folder,
+        )
+        trainer.fit(module, PromptData(train=str(source)))
+    return clock.result(watch.tokens, statistics.mean(watch.losses), watch.before)
+
+
+def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    clock = Clock()
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self.update = time.perf_counter()
+
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            clock.add("update", time.perf_counter() - self.update)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.step_ends()
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32) for name in ("student", "teacher")
+    )
+    for model in (student, teacher):
+        set_stop(model, case["stop"])
+    tokens, losses = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=teacher.eval().requires_grad_(False),
+            args=DistillationConfig(
+                output_dir=folder,
+                per_device_train_batch_size=case["batch"],
+                max_completion_length=HORIZON,
+                max_steps=updates,
+                beta=1.0,
+                learning_rate=1e-6,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                gradient_checkpointing=False,
+                bf16=case["bf16"],
+                use_cpu=True,
+            ),
+            train_dataset=Dataset.from_list(prompts(case["batch"] * updates, case["vocabulary"])),
+            processing_class=AutoTokenizer.from_pretrained(models / "student", padding_side="left"),
+            callbacks=[Watch()],
+        )
+        generate, loss, hidden = (
+            trainer._generate_and_score_completions,
+            trainer._compute_loss,
+            trainer._get_last_hidden_state,
+        )
+
+        def counted(inputs: Any) -> Any:
+            nonlocal tokens
+            made = clock.around("rollout", generate)(inputs)
+            if clock.ends:
+                tokens += int(made["completion_mask"].sum())
+            return made
+
+        def valued(*args: Any) -> Any:
+            inside = sum(clock.seconds.get(name, 0.0) for name in ("student", "teacher"))
+            start = time.perf_counter()
+            value = loss(*args)
+            inside = sum(clock.seconds.get(name, 0.0) for name in ("student", "teacher")) - inside
+            clock.add("objective", time.perf_counter() - start - inside)
+            losses.append(float(value[0]))
+            return value
+
+        def asked(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return clock.around("student" if torch.is_grad_enabled() else "teacher", hidden)(model, *args, **kwargs)
+
+        trainer._generate_and_score_completions, trainer._compute_loss = counted, valued
+        trainer._get_last_hidden_state = asked
+        trainer.accelerator.backward = clock.around("backward", trainer.accelerator.backward)
+        reset_peak()
+        before = resident("VmRSS")
+        trainer.train()
+    return clock.result(tokens, statistics.mean(losses), before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, help="default: 8 with the small vocabulary, 4 with the large one")
+    parser.add_argument("--side", choices=["ours", "trl"], help="measure one side here, and print JSON")
+    args = parser.parse_args()
+    if args.side is not None:
+        (name,) = args.case
+        case = CASES[name]
+        side = ours if args.side == "ours" else trl
+        print(json.dumps(side(case, FOLDER / f"models-{case['vocabulary']}", args.updates)))
+        return
+
+    for name in args.case:
+        vocabulary = CASES[name]["vocabulary"]
+        write_models(FOLDER / f"models-{vocabulary}", vocabulary)
+        updates = args.updates or (8 if vocabulary < 1000 else 4)
+        command = [__file__, "--case", name, "--updates", str(updates), "--side"]
+        runs = rounds(
+            {"ours": [sys.executable, *command, "ours"], "trl": [str(PEER_PYTHON), *command, "trl"]}, args.rounds
+        )
+        middle = {side: medians(found) for side, found in runs.items()}
+        mine, theirs = middle["ours"], middle["trl"]
+        ratios = {what: mine[what] / theirs[what] for what in ("seconds", "cpu_seconds", "peak_mb", "loss")}
+        per_token = ratios["seconds"] * theirs["tokens_per_step"] / mine["tokens_per_step"]
+        results = middle | {"ratios": ratios | {"seconds_per_token": per_token}, "runs": runs}
+        print(
+            f"{name}: time {ratios['seconds']:.2f} ({per_token:.2f} per token), CPU time {ratios['cpu_seconds']:.2f}, "
+            f"peak {ratios['peak_mb']:.2f}"
+        )
+        for side, found in middle.items():
+            print(
+                f"  {side:5}{found['seconds']:7.2f} s  {found['tokens_per_step']:6.0f} tokens  "
+                f"{found['peak_mb']:6.0f} MB above {found['before_mb']:.0f}  loss {found['loss']:.5f}  "
+                f"{share_of(found['phases'], found['mean_seconds'])}"
+            )
+        record(f"step-{name}", {"rounds": args.rounds, "updates": updates, "horizon": HORIZON, **CASES[name]}, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Writes the tables of docs/performance.md from runs/bench/*.json: ``python benchmarks/tables.py``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from side_by_side import FOLDER, share_of
+
+PAGE = Path("docs/performance.md")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def steps() -> list[str]:
+    rows = [
+        "| case | opd, s | TRL, s | ratio | per token | CPU time | peak, MB | ratio | opd's phases | TRL's phases |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(FOLDER.glob("step-*.json")):
+        result = json.loads(path.read_text())["results"]
+        mine, theirs, ratio = result["ours"], result["trl"], result["ratios"]
+        rows.append(
+            f"| {path.stem.removeprefix('step-')} | {mine['seconds']:.2f} | {theirs['seconds']:.2f} | "
+            f"**{ratio['seconds']:.2f}** | {ratio['seconds_per_token']:.2f} | {ratio['cpu_seconds']:.2f} | "
+            f"{mine['peak_mb']:.0f} / {theirs['peak_mb']:.0f} | **{ratio['peak_mb']:.2f}** | "
+            f"{share_of(mine['phases'], mine['mean_seconds'])} | {share_of(theirs['phases'], theirs['mean_seconds'])} |"
+        )
+    return rows
+
+
+def objective(name: str) -> list[str]:
+    found = read(name)
+    if found is None:
+        return ["not measured"]
+    results = found["results"]
+    rows = [
+        "| | time, s | CPU time, s | peak above the inputs, MB | loss | norm of the gradient |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, result in results.items():
+        rows.append(
+            f"| {case} | {result['seconds']:.2f} | {result['cpu_seconds']:.2f} | {result['peak_mb']:.0f} | "
+            f"{result['loss']:.6f} | {result['gradient_norm']:.6f} |"
+        )
+    settings = found["settings"]
+    return [
+        f"{settings['steps']:,} steps × {settings['vocabulary']:,} ids, {settings['threads']} thread(s), median of "
+        f"{settings['repeats']}:",
+        "",
+        *rows,
+    ]
+
+
+def plain(name: str) -> list[str]:
+    found = read(name)
+    if found is None:
+        return ["not measured"]
+    numbers = {key: value for key, value in found["results"].items() if isinstance(value, float)}
+    shown = {key: f"{value:.1%}" if "share" in key else f"{value:.3f}" for key, value in numbers.items()}
+    return ["| | |", "|---|---|", *(f"| {key.replace('_', ' ')} | {value} |" for key, value in shown.items())]
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    tables = {
+        "step": steps(),
+        "objective": objective("objective"),
+        "objective-jsd": objective("objective-jsd"),
+        "overhead": plain("overhead"),
+        "resume": plain("resume"),
+    }
+    for name, rows in tables.items():
+        inside = "\n".join(["", "", *rows, "", ""])
+        text = re.sub(
+            rf"(<!-- {name} -->).*?(<!-- end -->)", lambda m, t=inside: m[1] + t[1:] + m[2], text, flags=re.DOTALL
+        )
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
