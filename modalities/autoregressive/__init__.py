@@ -4,5 +4,6 @@ from .decode import DecodeLoop
 from .engine import Generate, RolloutEngine
 from .setting import AutoregressiveDistillation
 from .view import PromptView
+from .vllm import VllmServer
 
-__all__ = ["AutoregressiveDistillation", "DecodeLoop", "Generate", "PromptView", "RolloutEngine"]
+__all__ = ["AutoregressiveDistillation", "DecodeLoop", "Generate", "PromptView", "RolloutEngine", "VllmServer"]

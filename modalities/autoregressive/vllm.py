@@ -21,27 +21,30 @@ from torch import Tensor
 
 from ...distribution import Head
 from ...rollout import Rollout
-from ...teacher import evaluating
+from ...teacher import Policy, evaluating
+from .decode import DecodeLoop
+from .engine import Prompts, RolloutEngine
+from .models import bare
 
 Weights = dict[str, Tensor]
 COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of whole rollouts would take too much
 
 
-class VllmServer:
-    """Writes as `generate` does, with the student's LoRA adapter in a server that was started beforehand:
+class VllmServer(RolloutEngine):
+    """Writes with the student's LoRA adapter in a server that was started beforehand:
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 64
 
     Whenever the adapter has changed it is saved to ``folder`` and loaded by the server under a new name, so that no
     key or value that was computed with the old one can be used; the old one is unloaded. Then log-probs that the server
-    returns are compared with the student's own.
+    returns are compared with the student's own. Teachers that act are handed to `DecodeLoop`.
 
     Only what a plain server documents is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter`` and
     ``/v1/completions``. Its weight transfer for whole models needs vLLM and NCCL or CUDA IPC in the trainer, and is not
     used. The server must return log-probs before temperature and filters (``--logprobs-mode raw_logprobs``, its
     default). It knows nothing of rows of the head beyond the tokenizer's ids: they count in its log-probs, and one that
-    is sampled ends the run. Its draws depend on the seed of each request and, unlike those of `generate`, on who shares
-    its batch, as far as its kernels do.
+    is sampled ends the run. Its draws depend on the seed of each request and, as far as its kernels do, on who shares
+    its batch.
 
     Args:
         url: such as ``http://localhost:8000``.
@@ -82,23 +85,22 @@ class VllmServer:
         """The name under which the server has the student's adapter."""
         return f"{self._own}-{self._number}"
 
-    def __call__(
-        self,
-        model: Any,
-        head: Head,
-        prompts: dict[str, Tensor],
-        rollout: Rollout,
-        seeds: list[int],
-        eos: list[int],
-        pad: int,
+    def refusal(self, policy: Policy) -> str | None:
+        return None if policy.name == "student" else "not the student"
+
+    def write(
+        self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> tuple[Tensor, Tensor]:
-        """New tokens and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped go on with padding."""
-        if extra := set(prompts) - {"input_ids", "attention_mask"}:
+        if self.refusal(policy) is not None:
+            return DecodeLoop().write(policy, head, prompts, rollout, seeds, eos, pad)
+        model = bare(policy.model)
+        inputs = prompts.inputs(range(len(seeds)), next(model.parameters()).device)
+        if extra := set(inputs) - {"input_ids", "attention_mask"}:
             raise ValueError(f"VllmServer is for prompts of text; these have {', '.join(sorted(extra))}, too")
         if head.suppressed is not None:
             raise ValueError("VllmServer can't keep tokens from being sampled whose log-probs it counts")
         changed = self._sync(model)
-        rows = zip(prompts["input_ids"].cpu(), prompts["attention_mask"].bool().cpu(), strict=True)
+        rows = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
         asked = [
             self._request(ids[mask].tolist(), rollout, seed, eos) for (ids, mask), seed in zip(rows, seeds, strict=True)
         ]
@@ -110,8 +112,8 @@ class VllmServer:
         if int(tokens.max()) >= head.vocabulary:
             raise RuntimeError(f"the server sampled id {int(tokens.max())}; the tokenizer has {head.vocabulary}")
         if changed:
-            self._compare(model, head, prompts, tokens, log_probs, [len(row) for row, _ in answers])
-        device = prompts["input_ids"].device
+            self._compare(model, head, inputs, tokens, log_probs, [len(row) for row, _ in answers])
+        device = inputs["input_ids"].device
         return tokens.to(device), log_probs.to(device)
 
     def _request(self, prompt: list[int], rollout: Rollout, seed: int, eos: list[int]) -> dict[str, Any]:
@@ -184,13 +186,13 @@ class VllmServer:
 
     @torch.no_grad()
     def _compare(
-        self, model: Any, head: Head, prompts: dict[str, Tensor], tokens: Tensor, theirs: Tensor, lengths: list[int]
+        self, model: Any, head: Head, inputs: dict[str, Tensor], tokens: Tensor, theirs: Tensor, lengths: list[int]
     ) -> None:
         few, width = slice(self.checked), min(tokens.shape[1], COMPARED)
-        device = prompts["input_ids"].device
+        device = inputs["input_ids"].device
         written = torch.arange(width) < torch.tensor(lengths)[few, None]
-        ids = torch.cat([prompts["input_ids"][few], tokens[few, :width].to(device)], 1)
-        attended = torch.cat([prompts["attention_mask"][few], written.to(device, prompts["attention_mask"].dtype)], 1)
+        ids = torch.cat([inputs["input_ids"][few], tokens[few, :width].to(device)], 1)
+        attended = torch.cat([inputs["attention_mask"][few], written.to(device, inputs["attention_mask"].dtype)], 1)
         places = attended.cumsum(1).sub(1).clamp(min=0)
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=attended, position_ids=places).logits

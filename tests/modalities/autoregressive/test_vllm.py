@@ -14,10 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_lightning.modalities.autoregressive import setting
 from opd_lightning.modalities.autoregressive.vllm import VllmServer
 from opd_lightning.pretrained import Lora
-from opd_lightning.rollout import Rollout
 from tests.tiny import act, teacher_forced
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
@@ -50,10 +48,9 @@ def moved(module, by: float = 0.3):
             parameter.data += by * torch.randn_like(parameter)
 
 
-def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path, monkeypatch):
+def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path):
     server = VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
-    monkeypatch.setattr(setting, "generate", server)
-    module, rows = text.module(lora=Lora(r=4)), text.make_rows(6)
+    module, rows = text.module(lora=Lora(r=4), engine=server), text.make_rows(6)
     names = []
     for _ in range(2):
         rolled = act(module, rows, horizon=8)
@@ -70,26 +67,27 @@ def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path, monke
     )
 
 
-def test_it_trains(text, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(setting, "generate", VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3))
-    trainer = text.fit(text.module(lora=Lora(r=4)), tmp_path, steps=2)
+def test_it_trains(text, url, tmp_path):
+    server = VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
+    trainer = text.fit(text.module(lora=Lora(r=4), engine=server), tmp_path, steps=2)
     assert trainer.global_step == 2
 
 
-def test_a_server_that_did_not_take_the_weights_is_found_out(text, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(setting, "generate", VllmServer(f"{url}/stale", str(tmp_path)))
-    module, rows = text.module(lora=Lora(r=4)), text.make_rows(4)
+def test_a_server_that_did_not_take_the_weights_is_found_out(text, url, tmp_path):
+    server = VllmServer(f"{url}/stale", str(tmp_path))
+    module, rows = text.module(lora=Lora(r=4), engine=server), text.make_rows(4)
     act(module, rows, horizon=8)
     moved(module)
     with pytest.raises(RuntimeError, match=r"mean log-prob is -\d.* there and -\d.* here, .* apart.*tolerance=0\.05"):
         act(module, rows, horizon=8)
 
 
-def test_what_can_go_wrong_is_named(text, url, tmp_path, monkeypatch):
-    def use(where: str) -> None:
-        monkeypatch.setattr(setting, "generate", VllmServer(where, str(tmp_path)))
-
+def test_what_can_go_wrong_is_named(text, url, tmp_path):
     module, rows = text.module(lora=Lora(r=4)), text.make_rows(2)
+
+    def use(where: str) -> None:
+        module.engine = VllmServer(where, str(tmp_path))
+
     use("http://127.0.0.1:1")
     with pytest.raises(ConnectionError, match=r"no vLLM server answers at http://127\.0\.0\.1:1/v1/load_lora_adapter"):
         act(module, rows)
@@ -100,17 +98,11 @@ def test_what_can_go_wrong_is_named(text, url, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"ended after \d of \d tokens without one of the stop tokens"):
         act(module, rows, horizon=3, temperature=3.0)
     use(url)
+    head = dataclasses.replace(module.head(module.policies["student"]), vocabulary=3)
+    module.head = lambda policy: head
     with pytest.raises(RuntimeError, match=r"sampled id \d+; the tokenizer has 3"):
-        VllmServer(url, str(tmp_path))(
-            module.student.get_base_model(),
-            dataclasses.replace(module.head(module.policies["student"]), vocabulary=3),
-            module.collate(rows),
-            Rollout(horizon=8),
-            [1, 2],
-            module.eos,
-            0,
-        )
+        act(module, rows, horizon=8)
     with pytest.raises(ValueError, match=r"one LoRA adapter.*has 0\. Set student\.lora"):
-        act(text.module(), rows)
+        act(text.module(engine=VllmServer(url, str(tmp_path))), rows)
     with pytest.raises(ValueError, match="tolerance=0 must be > 0"):
         VllmServer("http://x", "y", tolerance=0)
