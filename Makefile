@@ -65,6 +65,7 @@ bench: install .venv-trl/installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/objective.py --divergence jsd --name objective-jsd
+	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/tables.py

@@ -7,7 +7,7 @@ same tokens, which is checked. They take turns, in alternating order; times are 
 ratios. Tokens are those up to the stop. The cases:
 
 * equal: 32 trajectories of exactly 128 tokens, vocabulary 512.
-* ragged: the same, each ending by chance, after half as many on average; ragged_64: with 64 trajectories.
+* ragged: the same, each ending by chance, after half as many on average; also with 64 and 256 trajectories.
 * vocabulary: 8 trajectories of 128 tokens, vocabulary 151,936.
 * group: 8 trajectories on one prompt of 512 tokens; `apart` is the engine on 8 different prompts of that length.
 
@@ -56,6 +56,7 @@ CASES = {
     "equal": Case(512, 32, 30),
     "ragged": Case(512, 32, 30, stops=6),
     "ragged_64": Case(512, 64, 30, stops=6),
+    "ragged_256": Case(512, 256, 30, stops=6),
     "vocabulary": Case(151_936, 8, 30),
     "group": Case(512, 8, 512, group=True),
 }

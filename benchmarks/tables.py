@@ -57,6 +57,25 @@ def objective(name: str) -> list[str]:
     ]
 
 
+def rollouts() -> list[str]:
+    found: dict[str, Any] = read("rollout") or {}
+    rows = [
+        "| case | tokens | engine, s | `generate`, s | bare loop, s | `generate` / engine | engine, tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, result in found.items():
+        seconds, faster = result["seconds"], result["engine_is_faster_than"]
+        rows.append(
+            f"| {case} | {result['tokens']} | {seconds['engine']:.2f} | {seconds['generate']:.2f} | "
+            f"{seconds['bare loop']:.2f} | **{faster['generate']:.2f}** | {result['tokens_per_s']['engine']} |"
+        )
+        if "apart" in seconds:
+            rows.append(
+                f"| 8 different prompts | | {seconds['apart']:.2f} | | | ×{faster['apart']:.2f} the group's | |"
+            )
+    return rows
+
+
 def plain(name: str) -> list[str]:
     found = read(name)
     if found is None:
@@ -72,6 +91,7 @@ def main() -> None:
         "step": steps(),
         "objective": objective("objective"),
         "objective-jsd": objective("objective-jsd"),
+        "rollout": rollouts(),
         "overhead": plain("overhead"),
         "resume": plain("resume"),
     }
