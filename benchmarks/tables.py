@@ -71,7 +71,7 @@ def rollouts() -> list[str]:
         )
         if "apart" in seconds:
             rows.append(
-                f"| 8 different prompts | | {seconds['apart']:.2f} | | | ×{faster['apart']:.2f} the group's | |"
+                f"| 8 different prompts | | {seconds['apart']:.2f} | | | {faster['apart']:.2f} × the group | |"
             )
     return rows
 
