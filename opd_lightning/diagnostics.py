@@ -53,18 +53,25 @@ class Averages:
         table = torch.stack(list(self.sums.values())).tolist()
         return {name: s / c for name, (s, c) in zip(self.sums, table, strict=True) if c > 0}
 
-    def over_ranks(self, trainer: Trainer) -> dict[str, float]:
-        """Means over all ranks; every rank must call it."""
+    def over_ranks(self, trainer: Trainer) -> Averages:
+        """Those of all ranks together; every rank must call it."""
         if trainer.world_size == 1:
-            return self.compute()
+            return self
         everyone: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(everyone, {name: pair.cpu() for name, pair in self.sums.items()})
+        torch.distributed.all_gather_object(everyone, self.state_dict())
         total = Averages()
         for sums in everyone:
-            part = Averages()
-            part.sums = sums
-            total.merge(part)
-        return total.compute()
+            total.merge(Averages.from_state_dict(sums))
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: pair.cpu() for name, pair in self.sums.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Averages:
+        made = cls(device)
+        made.sums = {name: pair.to(device) for name, pair in state.items()}
+        return made
 
 
 @torch.no_grad()

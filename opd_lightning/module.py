@@ -68,7 +68,7 @@ class OnPolicyDistillation(L.LightningModule):
         schedule: of the learning rate.
         on_nonfinite: what to do about a gradient with NaN or infinity in it: "stop" with an error that names the step,
             or "skip" the optimiser step, whose weights and moments then stay as they are, and count it
-            (``train/skipped_steps``).
+            (``train/skipped_steps``, the share of the steps since the last logged one).
 
     Raises:
         ValueError: a part of the objective needs something that this run does not offer; the message names both.
@@ -107,6 +107,7 @@ class OnPolicyDistillation(L.LightningModule):
         self.stopwatch, self.config_yaml = Stopwatch(), ""
         self.evaluator = Evaluator(self)
         self._averages = Averages()
+        self._recorded: dict[str, Tensor] = {}
         self._rng: dict[str, Any] | None = None
         self.check()
 
@@ -544,8 +545,8 @@ class OnPolicyDistillation(L.LightningModule):
         self._averages.add(name, values, counts)
 
     def recorded(self) -> dict[str, float]:
-        """Means of what this optimiser step recorded so far, over ranks; every rank must ask."""
-        return self._averages.over_ranks(self.trainer)
+        """Means of what was recorded since the last logged step, over ranks; every rank must ask."""
+        return self._averages.over_ranks(self.trainer).compute()
 
     def _describe(self, batch: Trajectories) -> None:
         self._averages.add("length", batch.length)
@@ -553,19 +554,19 @@ class OnPolicyDistillation(L.LightningModule):
         self._averages.add("staleness", (self.global_step - batch.weights_version).float())
 
     def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
-        if not batch.ends_optimiser_step:
+        if not batch.ends_optimiser_step or not self.is_logged(self.global_step):
             return
-        averages, self._averages = self._averages, Averages(self.device)
-        if self.is_logged(self.global_step):
-            values = {f"train/{name}": value for name, value in averages.over_ranks(self.trainer).items()}
-            shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
-            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
-            self.log_dict(values | self.stopwatch.read())
+        values = {f"train/{name}": value for name, value in self.recorded().items()}
+        self._averages = Averages(self.device)
+        shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
+        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        self.log_dict(values | self.stopwatch.read())
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self._averages = Averages(self.device)
+        mine = self._recorded if self.global_rank == 0 else {}  # they are those of all ranks
+        self._averages, self._recorded = Averages.from_state_dict(mine, self.device), {}
         self._place_teachers()
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -613,6 +614,9 @@ class OnPolicyDistillation(L.LightningModule):
         kept = kept_names(self)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
         checkpoint["rng"] = plain_rng_states()
+        # at a logged step what was recorded is logged, if it was not yet, after this
+        since = Averages() if self.is_logged(self.global_step) else self._averages.over_ranks(self.trainer)
+        checkpoint["recorded"] = since.state_dict()
         checkpoint["opd_config"] = self.config_yaml
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -622,7 +626,7 @@ class OnPolicyDistillation(L.LightningModule):
                 f"the checkpoint lacks {len(missing)} of the weights that this configuration trains, among them "
                 f"{missing[0]}: was it written with another model.student or model.teachers?"
             )
-        self._rng = checkpoint.get("rng")
+        self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
 
     @property
     def folder(self) -> Path:

@@ -101,8 +101,8 @@ def mesh_of(trainer: L.Trainer | None) -> Any:
         return strategy.device_mesh["data_parallel"]
     if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
-            f"trainer.strategy: {type(strategy).__name__} is not supported: the objective reads the student's head "
-            "outside of the model's forward pass. fsdp2 cuts weights, gradients and optimiser state just as well"
+            f"trainer.strategy: {type(strategy).__name__} is not supported: rollouts in lock step, the checks of "
+            "gradients and checkpoints know only how fsdp2 cuts weights; it also cuts gradients and optimiser state"
         )
     return None
 

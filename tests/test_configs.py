@@ -18,6 +18,8 @@ OTHERS = {
     ),
 }  # fmt: skip
 SETTING = {method: setting for setting, methods in OTHERS.items() for method in methods}
+# overlays over a method, not methods
+OVER = {name: ["-c", "opd:methods/sdft.yaml"] for name in ("teacher_ema", "teacher_hard_sync", "teacher_frozen")}
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
@@ -63,8 +65,8 @@ def test_trainer_overlays_parse(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_method_overlays_run_on_the_quickstart(name, tmp_path):
     setting = SETTING.get(name, "text")
-    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", "-c", f"opd:methods/{name}.yaml", *SMALL, FEW[setting],
-         f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *OVER.get(name, []), "-c", f"opd:methods/{name}.yaml",
+         *SMALL, FEW[setting], f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 

@@ -52,8 +52,8 @@ def test_over_ranks_also_counts_what_only_one_rank_has(monkeypatch):
         everyone[:] = [sums, theirs.sums]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert ours.over_ranks(SimpleNamespace(world_size=2)) == {"both": 3.0, "theirs": 5.0}
-    assert ours.over_ranks(SimpleNamespace(world_size=1)) == {"both": 1.0}
+    assert ours.over_ranks(SimpleNamespace(world_size=2)).compute() == {"both": 3.0, "theirs": 5.0}
+    assert ours.over_ranks(SimpleNamespace(world_size=1)).compute() == {"both": 1.0}
 
 
 def test_the_share_that_a_weight_clips_is_over_the_steps_where_its_term_is_on():

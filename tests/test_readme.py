@@ -48,5 +48,5 @@ def test_every_part_that_it_lists_can_be_named():
     homes = (objective, reward, teacher, autoregressive, gui_grounding, vision_language, diffusion)
     for name in listed:
         assert any(hasattr(module, name) for module in homes), name
-    listed = re.findall(r"`([A-Z]\w+)`", README.partition("## Callbacks")[2].partition("## From Python")[0])
+    listed = re.findall(r"`([A-Z]\w+)`", README.partition("## Callbacks")[2].partition("## Loggers")[0])
     assert set(listed) <= set(callbacks.__all__)

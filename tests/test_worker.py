@@ -29,7 +29,7 @@ def watched(every_world, seen, **settings):
     return every_world.module(setting=Watching, **settings)
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("staleness", [0, 1, 3])
 def test_the_lag_is_fixed_and_runs_repeat_themselves(every_world, staleness, tmp_path):
     runs = []
     for _ in range(2):
@@ -83,6 +83,24 @@ def test_what_the_worker_raises_reaches_the_trainer(every_world, tmp_path):
     with pytest.raises(RuntimeError, match="the third generation fails") as caught:
         every_world.fit(module, tmp_path, steps=6)
     assert any(frame.name == "sample" for frame in traceback.extract_tb(caught.tb))
+    assert not workers(), "its thread has ended"
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_it_never_gets_further_ahead_than_max_staleness_however_slow_training_is(world, staleness, tmp_path):
+    module = attach(world.alone(rollout=Rollout(batch_size=4, horizon=4, max_staleness=staleness)), tmp_path)
+    loader, made = RolloutLoader(world.make_rows(24), module), []
+    roll_out = loader._roll_out
+    loader._roll_out = lambda number, *rest: made.append(number) or roll_out(number, *rest)
+    for trained, _ in enumerate(loader):
+        for rolled in loader._ahead:
+            rolled.result()
+        assert made == list(range(trained + staleness + 1))
+        assert len(loader._ahead) == staleness
+        if trained == 3:
+            break
+    loader.close()
+    assert not workers()
 
 
 def test_knobs_are_those_of_when_it_was_asked(world, tmp_path):

@@ -7,20 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.objective import Objective, Term
+from tests.callbacks import toy
+from tests.faults.breaking import Breaks
 from tests.tiny import fit, make_module
-
-
-class Breaks(ReverseKL):
-    """NaN at one of its calls."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at, self.calls = at, 0
-
-    def __call__(self, steps):
-        self.calls += 1
-        return super().__call__(steps) * (torch.nan if self.calls == self.at else 1.0)
 
 
 def adam(parameters):
@@ -70,3 +60,17 @@ def test_too_little_memory_for_the_objective_says_what_would_need_less(error, ti
     module.objective.__class__ = Full
     with pytest.raises(RuntimeError, match=r"out of memory in the objective, .* take 96 MiB.*chunk_mib first"):
         fit(module, tmp_path)
+
+
+def test_a_skipped_step_is_counted_at_the_next_logged_one_also_of_a_run_resumed_between(tmp_path):
+    def run(folder, done=0):
+        objective = Objective([Term(Breaks(3 - done))])
+        module = toy.make_module(objective=objective, optimizer=adam, on_nonfinite="skip")
+        checkpoint = tmp_path / "whole" / f"step-{done}.ckpt" if done else None
+        trainer = toy.fit(module, folder, steps=5, checkpoint=checkpoint, log_every_n_steps=5)
+        return {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")}
+
+    unbroken = run(tmp_path / "whole")
+    assert unbroken["train/skipped_steps"] == 1 / 4, "of the steps after the first, which is logged by itself"
+    for done in (1, 2, 3, 4):
+        assert run(tmp_path / f"from{done}", done) == pytest.approx(unbroken, nan_ok=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.test_resume import EMA, PLAIN, STEPS, configuration, finish, last, start
+from tests.test_resume import AHEAD, EMA, PLAIN, STEPS, configuration, finish, last, start
 
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 HALF = {**EMA, "rollout": {**EMA["rollout"], "batch_size": 8}}
@@ -116,6 +117,48 @@ def test_what_a_kill_leaves_of_a_save_is_ignored(text, unbroken, tmp_path):
     finish(start(config, "--ckpt_path=last"))
     equal(last(config)["state_dict"], unbroken)
     assert not part.exists()
+
+
+def broken(config: Path, **settings: object) -> Path:
+    """The configuration with other settings of the model, beside it."""
+    changed = yaml.safe_load(config.read_text())
+    changed["model"]["init_args"].update(settings)
+    path = config.parent / "broken.yaml"
+    path.write_text(yaml.safe_dump(changed))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("Breaks", "the gradient of optimiser step 5 is not finite"),
+        pytest.param(
+            "Greedy",
+            "out of memory in the objective, whose chunks take 96 MiB of logits: lower",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_ends_a_run_in_the_objective_loses_nothing(part, message, text, unbroken, tmp_path):
+    """In the second of the two micro-batches of a step."""
+    config = configuration(tmp_path, text, EMA)
+    signals = {"class_path": f"tests.faults.breaking.{part}", "init_args": {"at": 10}}
+    process = start(broken(config, objective={"terms": [{"signal": signals}]}))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert message in output
+    assert last(config)["global_step"] == 4
+    finish(start(config, "--ckpt_path=last"))
+    equal(last(config)["state_dict"], unbroken)
+
+
+def test_an_exception_in_the_thread_that_rolls_out_ends_the_process_with_its_traceback(text, tmp_path):
+    config = configuration(tmp_path, text, AHEAD)
+    process = start(broken(config, student_view={"class_path": "tests.faults.breaking.FailsAhead"}))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "RuntimeError: the tenth example fails" in output
+    assert "breaking.py" in output
 
 
 def children(process: int) -> list[int]:

@@ -1,0 +1,44 @@
+"""Parts that break, for configurations of real processes."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from opd_lightning.objective import ReverseKL
+from opd_lightning.teacher import View
+
+
+class Breaks(ReverseKL):
+    """NaN at one of its calls."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def __call__(self, steps):
+        self.calls += 1
+        return super().__call__(steps) * (torch.nan if self.calls == self.at else 1.0)
+
+
+class Greedy(Breaks):
+    """Wants more memory than there is at one of its calls."""
+
+    def __call__(self, steps):
+        if self.calls + 1 == self.at:
+            torch.empty(2**52)
+        return super().__call__(steps)
+
+
+class FailsAhead(View):
+    """Raises in the thread that rolls out ahead, at the tenth example."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, example):
+        self.calls += threading.current_thread().name.startswith("rollout")
+        if self.calls == 10:
+            raise RuntimeError("the tenth example fails")
+        return example
