@@ -70,9 +70,7 @@ def rollouts() -> list[str]:
             f"{seconds['bare loop']:.2f} | **{faster['generate']:.2f}** | {result['tokens_per_s']['engine']} |"
         )
         if "apart" in seconds:
-            rows.append(
-                f"| 8 different prompts | | {seconds['apart']:.2f} | | | {faster['apart']:.2f} × the group | |"
-            )
+            rows.append(f"| 8 different prompts | | {seconds['apart']:.2f} | | | {faster['apart']:.2f} × the group | |")
     return rows
 
 

@@ -78,7 +78,7 @@ def _write(
     stop = torch.tensor(eos, device=device)
     uniform = uniforms(seeds, rollout.horizon).to(device)
     tokens = torch.full((len(seeds), rollout.horizon), pad, device=device)
-    log_probs = torch.zeros(tokens.shape, device=device)
+    log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     live = torch.arange(len(seeds), device=device)
     for step in range(rollout.horizon):
         chosen, log_prob = draw(logits, uniform[live, step], rollout)

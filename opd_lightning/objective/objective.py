@@ -415,6 +415,8 @@ class Objective:
         return steps.at(states, student=opened, streams=streams)
 
     def _chunks(self, student: Distribution, count: int, kept: int = 0) -> Iterator[slice]:
+        if not count:  # then a family may not know what a state takes
+            return iter(())
         size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // (student.bytes_per_state() + kept))
         return _evenly(slice(0, count), size)
 

@@ -58,7 +58,7 @@ def test_too_little_memory_for_the_objective_says_what_would_need_less(error, ti
             raise error
 
     module.objective.__class__ = Full
-    with pytest.raises(RuntimeError, match=r"out of memory in the objective, .* take 96 MiB.*chunk_mib first"):
+    with pytest.raises(RuntimeError, match=r"out of memory in the objective, .* take 192 MiB.*chunk_mib first"):
         fit(module, tmp_path)
 
 

@@ -134,7 +134,7 @@ def broken(config: Path, **settings: object) -> Path:
         ("Breaks", "the gradient of optimiser step 5 is not finite"),
         pytest.param(
             "Greedy",
-            "out of memory in the objective, whose chunks take 96 MiB of logits: lower",
+            "out of memory in the objective, whose chunks take 192 MiB of logits: lower",
             marks=pytest.mark.slow,
         ),
     ],
