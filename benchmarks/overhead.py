@@ -25,7 +25,7 @@ from side_by_side import FOLDER, prompts, record, set_stop, write_models
 from opd_lightning import diagnostics
 from opd_lightning.data import PromptData
 from opd_lightning.evaluation import Evaluation
-from opd_lightning.modalities.autoregressive import setting
+from opd_lightning.modalities.autoregressive import decode
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term, objective
 from opd_lightning.pretrained import Pretrained
@@ -86,15 +86,15 @@ def main() -> None:
             spent.clear()
             self.last = time.perf_counter()
 
-    generate = timed("generate", setting.generate)
+    write = timed("rollout", decode.DecodeLoop.write)
 
     def sampled(*given: Any, **named: Any) -> Any:
         before = spent.get("forward", 0.0)
-        result = generate(*given, **named)
-        spent["forward"] = before  # generate's own passes are in its time
+        result = write(*given, **named)
+        spent["forward"] = before  # the engine's own passes are in its time
         return result
 
-    setting.generate = sampled
+    decode.DecodeLoop.write = sampled
     objective.chunk_diagnostics = timed("diagnostics", diagnostics.chunk_diagnostics)
     evaluate = objective._GradientsInside.forward
     objective._GradientsInside.forward = staticmethod(timed("objective", evaluate))
@@ -126,7 +126,7 @@ def main() -> None:
         trainer.fit(module, PromptData(train=str(source)))
 
     plain = [step for step in steps[1:] if "diagnostics" not in step]
-    calls = ("generate", "forward", "objective", "backward", "update")
+    calls = ("rollout", "forward", "objective", "backward", "update")
     middle = {name: statistics.median(step[name] for step in plain) for name in ("step", *calls)}
     overhead = statistics.median(step["step"] - sum(step[name] for name in calls) for step in plain)
     logged = statistics.median(step["diagnostics"] for step in steps if "diagnostics" in step)
