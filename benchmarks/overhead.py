@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from side_by_side import FOLDER, prompts, record, set_stop, write_models
+from side_by_side import FOLDER, bare_trainer, prompts, record, set_stop, write_models
 
 from opd_lightning import diagnostics
 from opd_lightning.data import PromptData
@@ -110,19 +110,7 @@ def main() -> None:
         source = Path(folder) / "prompts.jsonl"
         rows = prompts(32 * args.updates, VOCABULARY)
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=args.updates,
-            max_epochs=-1,
-            gradient_clip_val=1.0,
-            log_every_n_steps=10,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Watch()],
-            default_root_dir=folder,
-        )
+        trainer = bare_trainer(args.updates, folder, Watch(), gradient_clip_val=1.0, log_every_n_steps=10)
         trainer.fit(module, PromptData(train=str(source)))
 
     plain = [step for step in steps[1:] if "diagnostics" not in step]

@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from side_by_side import FOLDER, MB, prompts, record, write_models
+from side_by_side import FOLDER, MB, bare_trainer, prompts, record, write_models
 
 from opd_lightning.data import PromptData
 from opd_lightning.evaluation import Evaluation
@@ -42,18 +42,7 @@ def trainer_and_module(folder: Path, models: Path, steps: int, started: Started)
         rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=16),
         evaluation=Evaluation(before=False),
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[started],
-        default_root_dir=folder,
-    )
-    return trainer, module
+    return bare_trainer(steps, folder, started), module
 
 
 def main() -> None:

@@ -61,9 +61,27 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def bare_trainer(updates: int, folder: str | Path, callback: Any, **settings: Any) -> Any:
+    """Lightning's Trainer on a CPU, with nothing on that is not part of an optimiser step."""
+    import lightning as L  # the peer's environment has none
+
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=updates,
+        max_epochs=-1,
+        callbacks=[callback],
+        default_root_dir=folder,
+        **dict.fromkeys(off, False),
+        **settings,
+    )
+
+
 def record(name: str, settings: dict[str, Any], results: Any) -> None:
     """Writes ``runs/bench/<name>.json`` with hardware, versions and date."""
-    peer = subprocess.run([PEER_PYTHON, "-c", _VERSIONS], capture_output=True, text=True).stdout.strip()
+    peer = ""
+    if PEER_PYTHON.exists():  # some benchmarks need none
+        peer = subprocess.run([PEER_PYTHON, "-c", _VERSIONS], capture_output=True, text=True).stdout.strip()
     facts = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_memory()} GiB",

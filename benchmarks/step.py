@@ -27,6 +27,7 @@ from side_by_side import (
     FOLDER,
     MB,
     PEER_PYTHON,
+    bare_trainer,
     medians,
     prompts,
     record,
@@ -157,20 +158,8 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "prompts.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed" if case["bf16"] else "32-true",
-            max_steps=updates,
-            max_epochs=-1,
-            gradient_clip_val=1.0,
-            log_every_n_steps=10,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[watch],
-            default_root_dir=folder,
-        )
+        precision = "bf16-mixed" if case["bf16"] else "32-true"
+        trainer = bare_trainer(updates, folder, watch, precision=precision, gradient_clip_val=1.0, log_every_n_steps=10)
         trainer.fit(module, PromptData(train=str(source)))
     return clock.result(watch.tokens, statistics.mean(watch.losses), watch.before)
 
