@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import DynamicCache
 
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate, RolloutEngine
-from opd_lightning.modalities.autoregressive.decode import RowCache, closed_up, projection
+from opd_lightning.modalities.autoregressive.cache import RowCache
+from opd_lightning.modalities.autoregressive.decode import closed_up, projection
 from opd_lightning.modalities.autoregressive.engine import Prompts
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.modalities.text import TextDistillation
