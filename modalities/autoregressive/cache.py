@@ -113,7 +113,8 @@ class SharedPrompts:
     """
 
     def __init__(self, read: Cache, row: Tensor, seen: Tensor) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in read.layers]  # type: ignore[misc]
+        layers: list[Any] = list(read.layers)
+        self._layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
         self._row, self._seen = row, seen
         self._place()
 
@@ -129,6 +130,7 @@ class SharedPrompts:
         start = (count.cumsum(0) - count)[self._row[order]]
         slot = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device) - start)
         self._slot = self._row * self._most + slot
+        self._in_order = len(self._row) == len(left) * self._most and bool((self._slot.diff() == 1).all())
         self._bias = None if bool(self._seen.all()) else score_bias(self._seen)
 
     def keep(self, order: Tensor) -> None:
@@ -149,14 +151,16 @@ class SharedPrompts:
     def _together(self, parts: Tensor) -> Tensor:
         """``[U, G, M × R, X]`` from ``[n, G, R, X]``."""
         _, heads, each, size = parts.shape
-        slots = parts.new_zeros(len(self._seen) * self._most, heads, each, size).index_copy_(0, self._slot, parts)
+        slots = parts
+        if not self._in_order:
+            slots = parts.new_zeros(len(self._seen) * self._most, heads, each, size).index_copy_(0, self._slot, parts)
         return slots.view(-1, self._most, heads, each, size).transpose(1, 2).reshape(-1, heads, self._most * each, size)
 
     def _apart(self, whole: Tensor) -> Tensor:
         """``[n, G, R, X]`` from ``[U, G, M × R, X]``."""
         prompts, heads, _, size = whole.shape
         slots = whole.view(prompts, heads, self._most, -1, size).transpose(1, 2).flatten(0, 1)
-        return slots[self._slot]
+        return slots if self._in_order else slots[self._slot]
 
 
 def score_bias(seen: Tensor) -> Tensor:
