@@ -131,6 +131,10 @@ class Distribution(ABC):
         """How many states of a chunk of ``count`` are opened together."""
         return count
 
+    def to(self, device: torch.device | str) -> Distribution | None:
+        """The same, with what it holds on another device; None where it holds nothing and is made when it is opened."""
+        return None
+
     def only_at(self, states: Tensor) -> Distribution:
         """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""
         return self
@@ -258,6 +262,9 @@ class Categorical(Distribution):
 
     def at(self, index: Tensor) -> Categorical:
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
+
+    def to(self, device: torch.device | str) -> Categorical:
+        return replace(self, hidden=self.hidden.to(device))
 
     def bytes_per_state(self) -> int:
         # raw logits; of a piece, four tensors: log-probabilities, probabilities, contributions and their gradient
@@ -394,6 +401,9 @@ class Gaussian(Distribution):
         if self.scale.dim() == 0:
             return Gaussian(self.mean.flatten(0, 1)[index], self.scale)
         return Gaussian(self.mean.flatten(0, 1)[index], self.scale.expand_as(self.mean).flatten(0, 1)[index])
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        return Gaussian(self.mean.to(device), self.scale.to(device))
 
     def bytes_per_state(self) -> int:
         return 4 * self.mean[0].numel() * self.mean.element_size()
