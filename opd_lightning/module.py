@@ -502,6 +502,7 @@ class OnPolicyDistillation(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.student.zero_grad()  # Lightning would keep the gradient until the next one is there
         for teacher in self.teachers.values():
             teacher.weights.update(self.global_step + 1)
 
