@@ -283,7 +283,7 @@ class Categorical(Distribution):
         assert weight is not None
         size = BLOCK if self._dtype.itemsize < 4 else len(weight)
         for start in range(0, len(weight), size):
-            ids = slice(start, start + size)
+            ids = slice(start, min(start + size, len(weight)))
             yield ids, weight[ids].to(self._dtype), None if bias is None else bias[ids].to(self._dtype)
 
     @property
