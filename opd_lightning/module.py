@@ -37,6 +37,20 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
 
 
+def in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same; torch's Adam and AdamW then update without temporaries, unless ``foreach`` or ``fused`` is set.
+
+    What torch chooses by itself makes two tensors as large as the largest weight, on a GPU as large as all of them.
+    """
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        for group in optimizer.param_groups:
+            everywhere = all(parameter.device.type in ("cpu", "cuda") for parameter in group["params"])
+            if everywhere and group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+                # as an argument of the constructor it would make Lightning refuse to clip in mixed precision
+                group["fused"] = True
+    return optimizer
+
+
 @dataclass
 class Schedule:
     """The learning rate over optimiser steps.
@@ -274,7 +288,7 @@ class OnPolicyDistillation(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         put_away(self.student)
-        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        optimizer = in_place(self._optimizer([p for p in self.student.parameters() if p.requires_grad]))
         total = self.trainer.max_steps
         if self.schedule.name != "constant" and total < 1:
             raise ValueError(f"model.schedule.name={self.schedule.name} needs trainer.max_steps")
@@ -528,6 +542,7 @@ class OnPolicyDistillation(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.student.zero_grad()  # Lightning would keep the gradient until the next one is there
         for teacher in self.teachers.values():
             teacher.weights.update(self.global_step + 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.module import Schedule
+from opd_lightning.module import Schedule, default_optimizer, in_place
 from opd_lightning.objective import (
     ByReward,
     CrossEntropy,
@@ -126,6 +126,41 @@ def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, norma
     assert trainer.global_step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
     assert trainer.callback_metrics["train/empty_micro_batches"] == 1
+
+
+def test_gradients_are_gone_after_the_optimiser_step(world, tmp_path):
+    """They would be in memory during the next rollout and objective."""
+    module = world.module()
+    world.fit(module, tmp_path)
+    assert all(p.grad is None for p in module.student.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_update_in_place_is_the_update(kind):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    plain, changed = (kind([weight], lr=0.1, weight_decay=0.01) for weight in weights)
+    in_place(changed)
+    for gradient in gradients:
+        for weight, optimizer in zip(weights, (plain, changed), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+    assert changed.param_groups[0]["fused"]
+
+
+def test_a_choice_of_the_optimisers_implementation_is_kept():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    chosen = [torch.optim.AdamW([weight], foreach=True), torch.optim.AdamW([weight], fused=False)]
+    assert not any(in_place(optimizer).param_groups[0]["fused"] for optimizer in chosen)
+    in_place(torch.optim.SGD([weight]))
+
+
+def test_the_default_optimiser_is_clipped_in_mixed_precision(world, tmp_path):
+    module = world.module(optimizer=default_optimizer)
+    world.fit(module, tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert module.optimizers().param_groups[0]["fused"]
 
 
 def test_part_of_a_step_may_have_nothing_to_train(every_world, tmp_path):
