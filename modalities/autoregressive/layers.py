@@ -93,10 +93,8 @@ class _Layer:
         self.queries, self.keys = read // self.size, written // self.size
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], rows, dtype)
         self.out = joined([attention.o_proj], rows, dtype)
-        self.gate_up, self.down = (
-            joined([mlp.gate_proj, mlp.up_proj], rows, dtype),
-            joined([mlp.down_proj], rows, dtype),
-        )
+        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], rows, dtype)
+        self.down = joined([mlp.down_proj], rows, dtype)
         self.act, self.before, self.after = mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm
         self.head_norm: tuple[Tensor, float] | None = None
         if hasattr(attention, "q_norm"):
@@ -104,13 +102,7 @@ class _Layer:
             self.head_norm = torch.cat(scales), attention.q_norm.variance_epsilon
 
     def __call__(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        signed: Tensor,
-        bias: Tensor | None,
-        cache: RowCache,
-        place: int,
+        self, hidden: Tensor, cos: Tensor, signed: Tensor, bias: Tensor | None, cache: RowCache, place: int
     ) -> Tensor:
         """``[n, H]`` from hidden states ``[n, H]``, with rotary tables ``[n, 1, S]`` (the sine's first half negative)
         and a bias ``[n, 1, 1, L]`` of the scores."""
@@ -138,9 +130,8 @@ def attend(
     if prompts is None:
         flat = queries.to(keys.dtype).flatten(1, 2)[:, :, None]
         bias = None if bias is None else bias.to(keys.dtype)
-        return F.scaled_dot_product_attention(
-            flat, keys, values.to(keys.dtype), attn_mask=bias, scale=1.0, enable_gqa=True
-        )
+        values = values.to(keys.dtype)
+        return F.scaled_dot_product_attention(flat, keys, values, attn_mask=bias, scale=1.0, enable_gqa=True)
     before = prompts.scores(queries, place)  # and no bias: what comes after a prompt has no padding
     scores = queries.to(keys.dtype) @ keys.transpose(2, 3)
     shares = torch.cat([before, scores], -1).softmax(-1, dtype=torch.float32).to(values.dtype)
@@ -161,7 +152,8 @@ def _decoder(model: Any) -> Any:
 
 def _linears(layer: Any) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *mlp.children()][:7]
+    attended = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*attended, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def _is_watched(module: nn.Module) -> bool:
