@@ -22,9 +22,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY, CONTEXT = 151_936, 40_960
 RANK, CHUNK = 32, 192 * 2**20  # defaults of Lora.r and Objective.chunk_mib
-# hidden, intermediate, layers, heads, key heads, size of a head, tied head: torchtune/models/qwen3/_model_builders.py of
-# pytorch/torchtune; sizes of heads (128) from the config.json of Qwen/Qwen3-0.6B, -4B, -14B and -32B. The sums of
-# weights are the published ones (0.6, 1.7, 4.0, 8.2, 14.8, 32.8 B). The last two are those of the other benchmarks
+# hidden, intermediate, layers, heads, key heads, size of a head, tied head: pytorch/torchtune,
+# torchtune/models/qwen3/_model_builders.py; the size of a head from the config.json of Qwen/Qwen3-0.6B, -4B, -14B and
+# -32B. They sum to the published 0.6, 1.7, 4.0, 8.2, 14.8 and 32.8 B weights. The last two are the other benchmarks'
 SHAPES = {
     "0.6B": (1024, 3072, 28, 16, 8, 128, True),
     "1.7B": (2048, 6144, 28, 16, 8, 128, True),
@@ -161,7 +161,7 @@ def body(run: Run, name: str, half: bool, lora: bool, train: bool, n: int) -> tu
 
 def phases(run: Run, prompt: int, completion: int) -> dict[str, dict[str, float]]:
     """What lives in each phase of a step, term by term, in bytes; the peak is the largest sum."""
-    hidden, inner, layers, _, keys, size, _ = SHAPES[run.student]
+    hidden, inner, layers, heads, keys, size, _ = SHAPES[run.student]
     linear, largest, others, adapters = counts(run.student)
     trained = adapters if run.lora else linear + others
     head, tokens, states = VOCABULARY * hidden, run.micro * (prompt + completion), run.micro * completion
@@ -178,6 +178,13 @@ def phases(run: Run, prompt: int, completion: int) -> dict[str, dict[str, float]
 
     # keys are as wide as the weights of their norm, values as the products
     cache = run.rows * layers * keys * size * (wide + compute)
+    cached: dict[str, float] = {"cache": cache * (2 * prompt + completion)}
+    mask = {}
+    if not run.cpu:
+        # where prompts differ in length there is a mask, and for it transformers repeats the keys of the layer at work
+        masked = compute * (2 if wide > compute else 1)
+        cached["a layer's keys, repeated"] = run.rows * (prompt + completion) * heads * size * (wide + masked)
+        mask = {"mask": run.rows * prompt**2 * (1.0 + compute)}
     copies: dict[str, float] = {"logits": 3 * 4.0 * run.rows * VOCABULARY}
     if run.cpu or wide > compute:
         copies["copy of the head"] = compute * head
@@ -195,8 +202,8 @@ def phases(run: Run, prompt: int, completion: int) -> dict[str, dict[str, float]
     chunk = {"chunk": min(CHUNK, states * VOCABULARY * 2.0 * (compute + 2))}
     slope = {} if run.lora else {"gradient of the head": 4.0 * head}
     return {
-        "reading": held | {"cache": 1.0 * cache * prompt, "pass": reading},
-        "writing": held | {"cache": cache * (2.0 * prompt + completion)} | copies,
+        "reading": held | {"cache": 1.0 * cache * prompt, "pass": reading} | mask,
+        "writing": held | cached | copies,
         "teacher": held | before | {"pass": asked},
         "student": held | before | theirs | {"activations": forward + mine},
         "objective": held | before | both | {"activations": kept} | chunk | slope,

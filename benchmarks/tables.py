@@ -99,9 +99,10 @@ def fits() -> list[str]:
     rows += ["", f"Checked on a CPU, {checked['date']}:", ""]
     rows += ["| | computed, GB | measured, GB | off by | of the two, weights | phase: largest term |", "|---" * 6 + "|"]
     for case, cell in checked["results"].items():
+        computed, measured = cell["predicted_gb"], cell["gb"]
         rows.append(
-            f"| {case} | {cell['predicted_gb']:.2f} | {cell['gb']:.2f} | {cell['predicted_gb'] / cell['gb'] - 1:+.0%} | "
-            f"{cell['weights_gb']:.2f} | {cell['phase']}: {cell['term']} |"
+            f"| {case} | {computed:.2f} | {measured:.2f} | {computed / measured - 1:+.0%} | {cell['weights_gb']:.2f} | "
+            f"{cell['phase']}: {cell['term']} |"
         )
     return rows
 
