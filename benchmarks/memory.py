@@ -154,9 +154,9 @@ def body(run: Run, name: str, half: bool, lora: bool, train: bool, n: int) -> tu
     settings, layers = (name, half, lora, run.mixed, run.checkpointing, train, run.rows > run.micro), SHAPES[name][2]
     if run.cpu:
         return passed(*settings, layers, n)
-    grid = [1024, 8192, CONTEXT]
-    few, more = (np.array([passed(*settings, some, tokens) for tokens in grid], float).T for some in (2, 4))
-    return tuple(float(np.interp(n, grid, a + (b - a) / 2 * (layers - 2))) for a, b in zip(few, more, strict=True))
+    grid = [1024, CONTEXT]
+    few, more = (np.array([passed(*settings, some, tokens) for tokens in grid], float).T for some in (2, 3))
+    return tuple(float(np.interp(n, grid, a + (b - a) * (layers - 2))) for a, b in zip(few, more, strict=True))
 
 
 def phases(run: Run, prompt: int, completion: int) -> dict[str, dict[str, float]]:
