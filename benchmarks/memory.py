@@ -119,7 +119,8 @@ def passed(
         ids = torch.zeros(1, n, dtype=torch.long)
         with Live([*weights, *(w.grad for w in weights if w.grad is not None), ids]) as live:
             with torch.autocast("cpu", torch.bfloat16, mixed, cache_enabled=False), torch.set_grad_enabled(train):
-                out = body(input_ids=ids, use_cache=False)[0]
+                # tensors without contents would be given a mask of n × n that real ones of one length do without
+                out = body(input_ids=ids, attention_mask={"full_attention": None}, use_cache=False)[0]
             kept, forward, live.peak = live.now, live.peak, live.now
             if train:
                 out.backward(torch.empty_like(out))
