@@ -68,6 +68,8 @@ bench: install .venv-trl/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/fits.py
+	$(BIN)/python benchmarks/fits.py --check
 	$(BIN)/python benchmarks/tables.py
 
 methods: install
