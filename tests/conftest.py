@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of the processes that tests start
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
