@@ -50,7 +50,7 @@ check: install
 
 # a file to a worker, so that what its tests share is made once; for one test: .venv/bin/pytest tests/test_x.py
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 1800

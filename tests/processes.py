@@ -39,14 +39,14 @@ class Running:
         self.log.seek(0)
         return self.log.read()
 
-    def end(self, timeout: float = 240) -> int:
-        """Waits for the exit code: 0 if that of every rank is."""
-        deadline = time.monotonic() + timeout
-        for rank in self.ranks:
-            rank.join(max(deadline - time.monotonic(), 0))
-        late = [rank for rank in self.ranks if rank.is_alive()]
-        self.kill()
-        assert not late, f"not done after {timeout:.0f} s:\n{self.output[-3000:]}"
+    def end(self) -> int:
+        """Waits for the exit code: 0 if that of every rank is. (How long a test may take says pytest's ``timeout``.)"""
+        try:
+            for rank in self.ranks:
+                rank.join()
+        finally:
+            self.kill()
+            print(self.output)
         return next((rank.exitcode for rank in self.ranks if rank.exitcode), 0)
 
     def kill(self) -> None:
@@ -57,12 +57,11 @@ class Running:
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
 
-    def wait_for(self, checkpoint: Path, timeout: float = 120) -> None:
+    def wait_for(self, checkpoint: Path) -> None:
         """Until it is there."""
-        deadline = time.monotonic() + timeout
-        while not checkpoint.exists() and self.ranks[0].is_alive() and time.monotonic() < deadline:
+        while not checkpoint.exists() and self.ranks[0].is_alive():
             time.sleep(0.01)
-        assert checkpoint.exists(), f"no {checkpoint}:\n{self.output[-3000:]}"
+        assert checkpoint.exists(), self.output
 
 
 def _opd(arguments: list[str], log: str, environment: dict[str, str], largest_file: int | None) -> None:
@@ -98,14 +97,16 @@ def start(
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         environments = [{**place, "NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (it is there as long as the run is asked for)
-    processes = [FORKS.Process(target=_opd, args=(arguments, log.name, own, largest_file)) for own in environments]
+    processes = [
+        FORKS.Process(target=_opd, args=(arguments, log.name, own, largest_file), daemon=True) for own in environments
+    ]
     for process in processes:
         process.start()
     return Running(processes, log)
 
 
 def finish(run: Running) -> None:
-    assert run.end() == 0, run.output[-3000:]
+    assert run.end() == 0, run.output
 
 
 def last(config: Path) -> dict:

@@ -139,7 +139,6 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other rank in /proc")
-@pytest.mark.timeout(240)
 def test_a_killed_rank_ends_the_run_and_loses_nothing(text, tmp_path):
     config = configuration(tmp_path / "whole", text, HALF)
     finish(start(config, *TWO_RANKS))
