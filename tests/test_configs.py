@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from opd_lightning.cli import OPDCLI, run
 
@@ -31,27 +29,19 @@ SETTINGS = sorted(
 )
 # Settings that overlay another setting
 OVERLAID = {"text/qwen3_qlora": ["text/qwen3_gsm8k"]}
+SMALL = [
+    "--trainer.max_steps=2",
+    "--trainer.logger=false",
+    "--trainer.limit_val_batches=0",
+    "--model.init_args.evaluation.before=false",
+    "--model.init_args.rollout.batch_size=4",
+]
 FEW = {
-    "text": "count=64",
-    "vision_language": "count=64",
-    "gui_grounding": "pages=[click-color]",
-    "diffusion": "limit=32",
+    "text": "--data.init_args.train_options.count=64",
+    "vision_language": "--data.init_args.train_options.count=64",
+    "gui_grounding": "--data.init_args.train_options.pages=[click-color]",
+    "diffusion": "--data.init_args.train_options.limit=32",
 }
-
-
-@pytest.fixture
-def small(tmp_path) -> Callable[[str], list[str]]:
-    """An overlay of two steps on a few rows, and where they go; as arguments each would be parsed by itself, slowly."""
-
-    def get(setting: str) -> list[str]:
-        settings = {
-            "trainer": {"max_steps": 2, "logger": False, "limit_val_batches": 0, "default_root_dir": str(tmp_path)},
-            "model": {"init_args": {"evaluation": {"before": False}, "rollout": {"batch_size": 4}}},
-        }
-        (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
-        return ["-c", str(tmp_path / "small.yaml"), f"--data.init_args.train_options.{FEW[setting]}"]
-
-    return get
 
 
 def parse(*names: str) -> None:
@@ -73,14 +63,14 @@ def test_trainer_overlays_parse(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_method_overlays_run_on_the_quickstart(name, small, tmp_path):
+def test_method_overlays_run_on_the_quickstart(name, tmp_path):
     setting = SETTING.get(name, "text")
     run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *OVER.get(name, []), "-c", f"opd:methods/{name}.yaml",
-         *small(setting)])  # fmt: skip
+         *SMALL, FEW[setting], f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student"])
-def test_supervised_configurations_run(name, small, tmp_path):
-    run(["fit", "-c", f"opd:text/{name}.yaml", *small("text")])
+def test_supervised_configurations_run(name, tmp_path):
+    run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, FEW["text"], f"--trainer.default_root_dir={tmp_path}"])
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
