@@ -390,7 +390,7 @@ class _CategoricalGradient(GradientAccumulator):
             return
         raw = self._student.raw(self._prepared)
         hidden = self._hidden[self._prepared].detach().to(raw.dtype)
-        sums = dict(zip(self._parameters, self.sums[1:], strict=True))
+        sums: dict[Any, Tensor] = dict(zip(self._parameters, self.sums[1:], strict=True))
         of_weight, of_bias = sums.get(self._head.module.weight), sums.get(self._head.module.bias)
         for ids, weight, _ in self._student.blocks():
             part = raw[:, ids]

@@ -36,6 +36,8 @@ from .view import last_text
 # it could do some thousand tokens
 CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
 
+TEXT = {"input_ids", "attention_mask", "position_ids"}
+
 
 class AutoregressiveDistillation(OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
@@ -169,6 +171,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             part = trajectories if len(rows) == 1 else trajectories.select(mine)
             own = {name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()}
             inputs = begun_together(self.continued(own, part, device)) | media
+            if inputs.keys() == TEXT:
+                # no token sees those behind it, so padding needs no mask, with which attention would be slower
+                del inputs["attention_mask"]
             hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
             # a step is said by the token before it; what is said behind a row's end is never read
             place = own["attention_mask"].sum(1, keepdim=True) - 1 + torch.arange(part.mask.shape[1], device=device)
@@ -307,4 +312,7 @@ def begun_together(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs ``[B, W]`` whose rows all begin in the first column, without gaps, as wide as the longest is long."""
     seen = inputs["attention_mask"] > 0
     order = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
-    return {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
+    together = {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
+    if "position_ids" in together:  # of padding, too: transformers takes a position that goes back for another text
+        together["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return together
