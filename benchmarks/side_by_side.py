@@ -38,6 +38,13 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def read_whole(*models: nn.Module) -> None:
+    """Weights are mapped from their files, and become resident only when they are read."""
+    for model in models:
+        for parameter in model.parameters():
+            parameter.detach().sum()
+
+
 def rounds(sides: dict[str, list[str]], count: int) -> dict[str, list[dict[str, Any]]]:
     """Runs each command ``count`` times in turn, every other round backwards; what each printed, in the order run."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}

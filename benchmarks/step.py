@@ -30,6 +30,7 @@ from side_by_side import (
     bare_trainer,
     medians,
     prompts,
+    read_whole,
     record,
     reset_peak,
     resident,
@@ -123,7 +124,8 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     class Watch(L.Callback):
         tokens, losses, before = 0, [], 0
 
-        def on_fit_start(self, *_: Any) -> None:
+        def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+            read_whole(*(policy.model for policy in module.policies.values()))
             reset_peak()
             self.before = resident("VmRSS")
 
@@ -241,6 +243,7 @@ def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
         trainer._generate_and_score_completions, trainer._compute_loss = counted, valued
         trainer._get_last_hidden_state = asked
         trainer.accelerator.backward = clock.around("backward", trainer.accelerator.backward)
+        read_whole(student, teacher)
         reset_peak()
         before = resident("VmRSS")
         trainer.train()

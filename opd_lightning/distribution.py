@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 IMPOSSIBLE = -1e30
 # Pieces of a chunk, and the bytes of float32 logits below which cutting finer costs more than the cache gives
 PIECES, SMALL_PIECE = 8, 2**20
+# Ids whose rows of the head are cast, and whose gradients are widened, together
+BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Distribution(ABC):
     def piece(self, count: int) -> int:
         """How many states of a chunk of ``count`` are opened together."""
         return count
+
+    def to(self, device: torch.device | str) -> Distribution | None:
+        """The same, with what it holds on another device; None where it holds nothing and is made when it is opened."""
+        return None
 
     def only_at(self, states: Tensor) -> Distribution:
         """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""
@@ -254,10 +260,12 @@ class Categorical(Distribution):
     def __post_init__(self) -> None:
         self._prepared = slice(0, 0)
         self._raw: Tensor | None = None
-        self._linear: tuple[Tensor, Tensor | None] | None = None
 
     def at(self, index: Tensor) -> Categorical:
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
+
+    def to(self, device: torch.device | str) -> Categorical:
+        return replace(self, hidden=self.hidden.to(device))
 
     def bytes_per_state(self) -> int:
         # raw logits; of a piece, four tensors: log-probabilities, probabilities, contributions and their gradient
@@ -273,28 +281,38 @@ class Categorical(Distribution):
     def accumulator(self) -> GradientAccumulator:
         return _CategoricalGradient(self)
 
-    def linear(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a plain head, cast once."""
-        if self._linear is None:
-            weight, bias = self.head.linear(compute_dtype(self.hidden))
-            self._linear = weight.detach(), None if bias is None else bias.detach()
-        return self._linear
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Some ids after the other, with their weight and bias of a plain head in the compute dtype.
+
+        All at once where that is float32: a cast, or a product before it is added to a float32 sum, takes memory.
+        """
+        weight, bias = (None if tensor is None else tensor.detach() for tensor in self.head.linear(None))
+        assert weight is not None
+        size = BLOCK if self._dtype.itemsize < 4 else len(weight)
+        for start in range(0, len(weight), size):
+            ids = slice(start, min(start + size, len(weight)))
+            yield ids, weight[ids].to(self._dtype), None if bias is None else bias[ids].to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which a plain head is computed."""
+        return compute_dtype(self.hidden) or self.head.linear(None)[0].dtype
 
     @torch.no_grad()
     def prepare(self, states: slice) -> None:
         if not self.head.is_linear:
             self._raw = self.head.project(self.hidden[states])
         else:
-            weight, bias = self.linear()
-            hidden = self.hidden[states].detach().to(weight.dtype)
+            hidden = self.hidden[states].detach().to(self._dtype)
             if self._raw is None or len(self._raw) < len(hidden):
                 # one buffer for all chunks: blocks of this size go back to the system and cost page faults anew
-                self._raw = hidden.new_empty(len(hidden), len(weight))
+                self._raw = hidden.new_empty(len(hidden), self.head.vocabulary)
             raw = self._raw[: len(hidden)]
-            if bias is None:
-                torch.mm(hidden, weight.T, out=raw)
-            else:
-                torch.addmm(bias, hidden, weight.T, out=raw)
+            for ids, weight, bias in self.blocks():
+                if bias is None:
+                    torch.mm(hidden, weight.T, out=raw[:, ids])
+                else:
+                    torch.addmm(bias, hidden, weight.T, out=raw[:, ids])
             if self.head.is_plain:
                 raw.clamp_(min=IMPOSSIBLE)
                 if self.head.suppressed is not None:
@@ -370,17 +388,19 @@ class _CategoricalGradient(GradientAccumulator):
             for total, part in zip(self.sums[1:], parts[1:], strict=True):
                 total.add_(part)
             return
-        weight, _ = self._student.linear()
-        raw, hidden = self._student.raw(self._prepared), self._hidden[self._prepared].detach()
-        self.sums[0][self._prepared] = (raw @ weight).to(self.sums[0].dtype)
-        for parameter, total in zip(self._parameters, self.sums[1:], strict=True):
-            rows = total[: self._head.vocabulary]
-            if parameter is self._head.module.bias:
-                rows.add_(raw.sum(0))
-            elif raw.dtype == rows.dtype:
-                rows.addmm_(raw.T, hidden.to(raw.dtype))
-            else:
-                rows.add_(raw.T @ hidden.to(raw.dtype))
+        raw = self._student.raw(self._prepared)
+        hidden = self._hidden[self._prepared].detach().to(raw.dtype)
+        sums: dict[Any, Tensor] = dict(zip(self._parameters, self.sums[1:], strict=True))
+        of_weight, of_bias = sums.get(self._head.module.weight), sums.get(self._head.module.bias)
+        for ids, weight, _ in self._student.blocks():
+            part = raw[:, ids]
+            self.sums[0][self._prepared] += part @ weight
+            if of_bias is not None:
+                of_bias[ids] += part.sum(0)
+            if of_weight is not None and of_weight.dtype == part.dtype:
+                of_weight[ids].addmm_(part.T, hidden)
+            elif of_weight is not None:
+                of_weight[ids] += part.T @ hidden
 
 
 @dataclass
@@ -394,6 +414,9 @@ class Gaussian(Distribution):
         if self.scale.dim() == 0:
             return Gaussian(self.mean.flatten(0, 1)[index], self.scale)
         return Gaussian(self.mean.flatten(0, 1)[index], self.scale.expand_as(self.mean).flatten(0, 1)[index])
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        return Gaussian(self.mean.to(device), self.scale.to(device))
 
     def bytes_per_state(self) -> int:
         return 4 * self.mean[0].numel() * self.mean.element_size()

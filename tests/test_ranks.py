@@ -193,13 +193,17 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
         assert sorted(json.loads(line)["prompt"] for line in lines) == prompts
 
 
-def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(tmp_path, make_world):
-    """A generation batch of two optimiser steps, broken off after the first one."""
+@pytest.mark.parametrize(("epochs", "before", "steps"), [(1, 1, 2), (2, 3, 4)])
+def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(
+    epochs, before, steps, tmp_path, make_world
+):
+    """A generation batch of two optimiser steps, broken off after the first one of the last time it is trained."""
     world = make_world("text")
-    process, unbroken = run(tmp_path / "unbroken", world, "ddp", 2, prompts=16, micro_batch=16)
+    extra = f"--model.init_args.rollout.epochs={epochs}"
+    process, unbroken = run(tmp_path / "unbroken", world, "ddp", steps, extra, prompts=16, micro_batch=16)
     finish(process)
-    finish(run(tmp_path / "broken", world, "ddp", 1, prompts=16, micro_batch=16)[0])
-    process, broken = run(tmp_path / "broken", world, "auto", 2, prompts=16, micro_batch=16)
+    finish(run(tmp_path / "broken", world, "ddp", before, extra, prompts=16, micro_batch=16)[0])
+    process, broken = run(tmp_path / "broken", world, "auto", steps, extra, prompts=16, micro_batch=16)
     finish(process)
     for name, value in last(unbroken)["state_dict"].items():
         torch.testing.assert_close(last(broken)["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)

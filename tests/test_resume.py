@@ -22,6 +22,8 @@ PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "tea
 EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
 # two generation batches made ahead are in every checkpoint
 AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}
+# most checkpoints are in the middle of an epoch over a generation batch
+EPOCHS = {"rollout": {**EMA["rollout"], "epochs": 3}, "teacher": "frozen", "accumulate": 2}
 
 
 def configuration(folder: Path, world: World, setup: dict) -> Path:
@@ -89,6 +91,7 @@ def unbroken(tmp_path_factory):
         pytest.param("text", "plain", PLAIN, 0.7, marks=pytest.mark.slow),
         ("text", "ema", EMA, 0.5),
         ("text", "ahead", AHEAD, 0.5),
+        ("text", "epochs", EPOCHS, 0.5),
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),

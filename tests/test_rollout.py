@@ -74,6 +74,7 @@ def same(mine: Trajectories, theirs: Trajectories) -> None:
     ("changes", "message"),
     [
         ({"batch_size": 0}, r"rollout\.batch_size must be >= 1, got 0"),
+        ({"epochs": 0}, r"rollout\.epochs must be >= 1, got 0"),
         ({"horizon": 0}, r"rollout\.horizon must be >= 1, got 0"),
         ({"top_k": 0}, r"rollout\.top_k must be >= 1"),
         ({"temperature": -0.1}, r"rollout\.temperature must be >= 0 \(0 is greedy\), got -0\.1"),
@@ -137,6 +138,34 @@ def test_one_generation_serves_several_optimiser_steps(built, monkeypatch):
         assert step.micro_batches == mine
         assert step.trained_steps == sum(int(batch.mask.sum()) for batch in mine)
     assert all(len(batch) == 2 for batch in batches)
+
+
+def test_a_generation_batch_is_trained_for_several_epochs(built):
+    changes = {"accumulate": 2, "batch_size": 8, "group_size": 2, "micro_batch_size": 2, "horizon": 8}
+    plain, loader = list(built(**changes)), built(**changes, epochs=3)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3 * len(plain)
+    orders = []
+    for start in range(0, len(plain), 8):
+        once = plain[start : start + 8]
+        for i in range(3):
+            again = batches[3 * start + 8 * i : 3 * start + 8 * i + 8]
+            order = []
+            for batch in again:
+                # two members of a group each: the behaviour's log-probs tell them apart
+                known = [torch.equal(one.behaviour_log_probs, batch.behaviour_log_probs) for one in once]
+                order.append(known.index(True))
+                same(dataclasses.replace(batch, micro_batch=0), dataclasses.replace(once[order[-1]], micro_batch=0))
+            assert sorted(order) == list(range(8))
+            orders.append(order)
+            assert [batch.micro_batch for batch in again] == [0, 1] * 4
+            for left, right in zip(again[::2], again[1::2], strict=True):
+                assert left.optimiser_step is right.optimiser_step
+                assert left.optimiser_step.micro_batches == [left, right]
+                assert left.optimiser_step.trained_steps == int(left.mask.sum() + right.mask.sum())
+    assert orders[0] == orders[3] == list(range(8)), "the first time as they were rolled out"
+    assert len({str(order) for order in orders}) > 4
+    assert [str(batch.row) for batch in built(**changes, epochs=3)] == [str(batch.row) for batch in batches]
 
 
 def test_a_group_is_one_prompt_with_different_draws(built, rows):
@@ -292,16 +321,22 @@ def test_seeds_differ_and_are_fixed():
 
 
 @pytest.mark.parametrize(
-    ("setting", "done", "staleness"),
+    ("setting", "done", "staleness", "epochs"),
     [
-        *(("text", done, staleness) for done in (0, 1, 3, 4, 5, 11, 12, 13, 20) for staleness in (0, 2)),
-        *((name, *how) for name in ("vision_language", "gui_grounding", "diffusion") for how in ((5, 2), (13, 0))),
+        *(("text", done, *how) for done in (0, 1, 3, 4, 5, 11, 12, 13, 20) for how in ((0, 1), (2, 1), (0, 2), (1, 3))),
+        *(
+            (name, *how)
+            for name in ("vision_language", "gui_grounding", "diffusion")
+            for how in ((5, 2, 1), (13, 1, 3))
+        ),
     ],
 )
-def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, make_world, tmp_path):
-    """Also in the middle of a generation batch and across the border of an epoch (12 micro-batches each)."""
+def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make_world, tmp_path):
+    """Also in the middle of a generation batch, of an epoch over it, and across the border of an epoch over the data
+    (12 micro-batches each, if every generation batch is trained once)."""
     built = builder(make_world(setting), tmp_path)
-    changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2, "max_staleness": staleness}
+    changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2}
+    changes |= {"max_staleness": staleness, "epochs": epochs}
     unbroken = built(**changes)
     unbroken.module.reward = LongerIsBetter()
 
@@ -341,6 +376,8 @@ def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
         next(stream)
     with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
         built(batch_size=8, micro_batch_size=4).load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match=r"trained 1 times \(rollout\.epochs\); now these would be 8, 4, 2 and 3"):
+        built(batch_size=8, micro_batch_size=2, epochs=3).load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
         built(batch_size=4, micro_batch_size=2).load_state_dict(loader.state_dict())
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from ...module import in_place
 from ...pretrained import Pretrained
 from ...teacher import Policy, TeacherWeights
 from . import flow
@@ -100,7 +101,7 @@ class Learner(nn.Module):
     def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
         super().__init__()
         self.model = model
-        self.optimizer = optimizer(list(model.parameters()))
+        self.optimizer = in_place(optimizer(list(model.parameters())))
 
     def training_it(self) -> Any:
         return _Training(self.model)
