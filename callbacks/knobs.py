@@ -25,7 +25,7 @@ from ..teacher import Frozen, Teacher
 
 # What is read once, when models are loaded, data is checked or batches are cut; turning it later would change nothing.
 READ_ONCE: dict[type, set[str] | None] = {
-    Rollout: {"batch_size", "group_size", "micro_batch_size", "max_prompt_length", "max_staleness"},
+    Rollout: {"batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length", "max_staleness"},
     Teacher: {"max_prompt_length"},
     **dict.fromkeys((LearningRate, Pretrained, Lora, Frozen)),
 }

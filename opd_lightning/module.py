@@ -28,7 +28,7 @@ from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, group_statistics
 from .sharding import mesh_of, put_away, shard, whole
-from .teacher import Frozen, Policy, Teacher, View, evaluating
+from .teacher import Frozen, Policy, Said, Teacher, View, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
 
@@ -398,7 +398,7 @@ class OnPolicyDistillation(L.LightningModule):
         batch = whole.micro_batches[batch.micro_batch].to(self.device)
         if batch.micro_batch == 0:
             self._look_ahead(whole)
-        teachers, available = self.ask_all(batch)
+        teachers, available = self.ask_all(batch, whole.said[batch.micro_batch])
         if self._logs_now():
             teachers |= self._ask_without_views(batch)
         self.stopwatch.count("student", int(batch.mask.sum()))
@@ -421,9 +421,9 @@ class OnPolicyDistillation(L.LightningModule):
         self._look_ahead(whole)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
-        for batch in whole.micro_batches:
+        for batch, known in zip(whole.micro_batches, whole.said, strict=True):
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-                teachers, available = self.ask_all(batch)
+                teachers, available = self.ask_all(batch, known)
                 student = self.steps(self.policies["student"], batch)
                 loss, _ = self.objective(student, teachers, batch, available)
                 parts = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -451,13 +451,39 @@ class OnPolicyDistillation(L.LightningModule):
                 f"trainer.accumulate_grad_batches the result is the same). {error}"
             ) from error
 
-    def ask_all(self, batch: Trajectories) -> tuple[dict[str, Distribution], dict[str, Tensor]]:
+    def ask_all(
+        self, batch: Trajectories, known: dict[str, Said] | None = None
+    ) -> tuple[dict[str, Distribution], dict[str, Tensor]]:
+        """What every teacher that is on says, and where those that don't always do have something to say.
+
+        Args:
+            batch: a micro-batch.
+            known: what was said of the same micro-batch; read where it holds, added to where it will be read again.
+        """
         teachers, available = {}, {}
         for name in sorted(self.objective.teachers()):
-            teachers[name], has_view = self.ask(name, batch)
+            teachers[name], has_view = self.ask(name, batch) if known is None else self._ask_once(name, batch, known)
             if has_view is not None:
                 available[name] = has_view
         return teachers, available
+
+    def _ask_once(self, name: str, batch: Trajectories, known: dict[str, Said]) -> tuple[Distribution, Tensor | None]:
+        # where weights are cut all ranks must ask or none, but views may have changed for the examples of some
+        lasts = self.rollout.epochs > 1 and self.teachers[name].weights.stands_still and mesh_of(self._trainer) is None
+        seen = self._look(name, batch.examples) if lasts else None
+        before = known.pop(name, None)
+        if before is not None and (before.step == self.global_step or (lasts and before.seen == seen)):
+            if lasts:
+                known[name] = before
+            distribution = before.distribution.to(batch.mask.device)
+            assert distribution is not None
+            return distribution, before.available
+        distribution, available = self.ask(name, batch)
+        if lasts or self.objective.looks_ahead:
+            kept = distribution.to("cpu")
+            if kept is not None:
+                known[name] = Said(kept, available, self.global_step, seen)
+        return distribution, available
 
     @torch.no_grad()
     def _ask_without_views(self, batch: Trajectories) -> dict[str, Distribution]:
@@ -479,8 +505,8 @@ class OnPolicyDistillation(L.LightningModule):
         availables: list[dict[str, Tensor]] = []
         if self.objective.looks_ahead:
             whole.statistics = []
-            for batch in whole.micro_batches:
-                teachers, available = self.ask_all(batch)
+            for batch, known in zip(whole.micro_batches, whole.said, strict=True):
+                teachers, available = self.ask_all(batch, known)
                 steps = Steps.of(batch, available)
                 student = self.steps(self.policies["student"], batch).at(steps.index)
                 flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}

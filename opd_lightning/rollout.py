@@ -25,6 +25,7 @@ from .worker import RolloutWorker
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
+    from .teacher import Said
 
 
 @dataclass
@@ -40,6 +41,12 @@ class Rollout:
         micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimiser
             step. Smaller: a generation batch serves several micro-batches, and several optimiser steps if it is
             larger than micro_batch_size × trainer.accumulate_grad_batches.
+        epochs: how often each generation batch is trained. Default 1. From the second time on its micro-batches come in
+            an order drawn from the run's seed, and the student is no longer the one that acted: behaviour log-probs and
+            ``weights_version`` stay those of sampling. What a teacher whose weights stand still (`Frozen`, `Initial`)
+            said is kept in the machine's memory for the next time, as hidden states: the steps of a generation batch
+            (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as its view shows the
+            same; teachers that move are asked again, and so are all under fsdp2 and after a resume.
         horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
         temperature: 0 is greedy. Default 1.
         top_p, top_k, min_p: filters, off by default.
@@ -60,6 +67,7 @@ class Rollout:
     batch_size: int = 32
     group_size: int = 1
     micro_batch_size: int | None = None
+    epochs: int = 1
     horizon: int = 128
     temperature: float = 1.0
     top_p: float | None = None
@@ -72,7 +80,7 @@ class Rollout:
     def __post_init__(self) -> None:
         if self.max_staleness < 0:
             raise ValueError(f"rollout.max_staleness must be >= 0, got {self.max_staleness}")
-        for name in ("batch_size", "group_size", "micro_batch_size", "max_prompt_length"):
+        for name in ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be >= 1, got {value}")
@@ -148,6 +156,7 @@ class RolloutLoader:
         self.rank, self.world_size = module.global_rank, module.trainer.world_size
         self.accumulate = module.trainer.accumulate_grad_batches
         self.size, self.per_generation = module.rollout.micro_batches(self.accumulate)
+        self.rounds = module.rollout.epochs
         self.prompts = module.rollout.batch_size * self.world_size
         if len(dataset) < self.prompts:
             raise ValueError(
@@ -157,37 +166,53 @@ class RolloutLoader:
         self.generations = len(dataset) // self.prompts
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
-        self._steps: list[Trajectories] = []
+        self._round: list[Trajectories] = []
+        self._said: list[dict[str, Said]] = []
         self._in_step = mesh_of(module.trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
-        return self.generations * self.per_generation
+        return self.generations * self.rounds * self.per_generation
 
     def __iter__(self) -> Iterator[Trajectories]:
         if self.generation == self.generations:
             self.epoch, self.generation = self.epoch + 1, 0
         while self.generation < self.generations:
             if self.pending is None:
-                self._hold(self._generate(), self.next)
-            batch = self._steps[self.next]
+                self._hold(self._generate())
+            done, place = divmod(self.next, self.per_generation)
+            if not self._round:
+                self._round = self._cut(done)
+            batch = self._round[place]
             self.next += 1
-            if self.next == self.per_generation:
-                # before it is handed out: the trainer does not come back for more after an epoch's last micro-batch
-                self.pending, self._steps, self.next = None, [], 0
-                self.generation += 1
+            # before it is handed out: the trainer does not come back for more after an epoch's last micro-batch
+            if place + 1 == self.per_generation:
+                self._round = []
+                if done + 1 == self.rounds:
+                    self._hold(None)
+                    self.next = 0
+                    self.generation += 1
             yield batch
 
-    def _hold(self, trajectories: Trajectories, done: int) -> None:
-        """Cuts a generation batch into micro-batches, each of which knows its optimiser step's totals."""
-        self.pending, self.next = trajectories, done
-        self._steps = []
-        micro_batches = list(trajectories.split(self.size))
-        for start in range(0, len(micro_batches), self.accumulate):
-            mine = micro_batches[start : start + self.accumulate]
-            self._steps += OptimiserStep.of(mine, self.module.total).micro_batches
+    def _hold(self, trajectories: Trajectories | None) -> None:
+        self.pending, self._round = trajectories, []
+        self._said = [{} for _ in range(self.per_generation)]
+
+    def _cut(self, done: int) -> list[Trajectories]:
+        """The pending generation batch, which was trained ``done`` times, in micro-batches of which each knows its
+        optimiser step's totals."""
+        assert self.pending is not None
+        micro_batches, found = list(self.pending.split(self.size)), []
+        order = torch.arange(self.per_generation)
+        if done:
+            number = self.epoch * self.generations + self.generation
+            order = torch.randperm(self.per_generation, generator=self._generator(2, number, done))
+        for mine in order.split(self.accumulate):
+            parts, said = zip(*((micro_batches[i], self._said[i]) for i in mine.tolist()), strict=True)
+            found += OptimiserStep.of(list(parts), self.module.total, list(said)).micro_batches
+        return found
 
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
@@ -263,7 +288,7 @@ class RolloutLoader:
             if not rolled.cancel():
                 rolled.result()  # the weights must not change while it acts
         self._ahead.clear()
-        self.pending, self._steps = None, []
+        self._hold(None)
 
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
         """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
@@ -284,12 +309,12 @@ class RolloutLoader:
             "pending": None if self.pending is None else self._of_all_ranks(self.pending),
             "ahead": [self._of_all_ranks(rolled.result()) for rolled in self._ahead],
             "examples": len(self.dataset),
-            "cut": self._cut,
+            "cut": self._cuts,
         }
 
     @property
-    def _cut(self) -> list[int]:
-        return [self.prompts, self.per_generation, self.size * self.world_size]
+    def _cuts(self) -> list[int]:
+        return [self.prompts, self.per_generation, self.size * self.world_size, self.rounds]
 
     def _of_all_ranks(self, trajectories: Trajectories) -> list[dict[str, Any]]:
         everyone: list[Any] = [trajectories.state_dict()] * self.world_size
@@ -307,12 +332,12 @@ class RolloutLoader:
                 f"the checkpoint was written with {state['examples']} training examples, there are now "
                 f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
             )
-        if state["cut"] != self._cut:
+        if state["cut"] != self._cuts:
             raise ValueError(
                 "the checkpoint was written with {} prompts per generation (rollout.batch_size × ranks), cut into {} "
-                "micro-batches of {} trajectories (rollout.micro_batch_size × ranks)".format(*state["cut"])
-                + "; now these would be {}, {} and {}, so its position means nothing here: with more ranks lower "
-                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*self._cut)
+                "micro-batches of {} trajectories (rollout.micro_batch_size × ranks), trained {} times (rollout.epochs)"
+                "; now these would be {}, {}, {} and {}, so its position means nothing here: with more ranks lower "
+                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*state["cut"], *self._cuts)
             )
         if len(state["ahead"]) > self.module.rollout.max_staleness:
             raise ValueError(
@@ -320,9 +345,8 @@ class RolloutLoader:
                 f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
-        self.pending, self.next, self._steps = None, state["next"], []
-        if state["pending"] is not None:
-            self._hold(self._restored(state["pending"], self.per_generation), state["next"])
+        self.next, pending = state["next"], state["pending"]
+        self._hold(None if pending is None else self._restored(pending, self.per_generation))
         self._ahead.clear()
         for saved in state["ahead"]:
             rolled: Future[Trajectories] = Future()

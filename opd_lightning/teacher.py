@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import AverageAdapter, does_something, only_adapters
+from .distribution import Distribution
 from .pretrained import Pretrained
 from .sharding import put_away, slice_of
 from .trajectory import Example
@@ -63,6 +64,9 @@ class Original(View):
 class TeacherWeights(ABC):
     """Where a teacher's weights come from, and how they move."""
 
+    stands_still: ClassVar[bool] = False
+    """Whether they are the same throughout the run: what it said once holds for as long as its view shows the same."""
+
     @abstractmethod
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         """Makes the policy; called once, before a checkpoint is restored."""
@@ -84,6 +88,8 @@ class Frozen(TeacherWeights):
         device: where it lives, such as ``cuda:1``; default: with the student.
     """
 
+    stands_still = True
+
     def __init__(self, pretrained: Pretrained, device: str | None = None) -> None:
         self.pretrained, self.device = pretrained, device
 
@@ -103,6 +109,8 @@ class Initial(TeacherWeights):
 
     Where training starts from a saved adapter, a copy of that adapter.
     """
+
+    stands_still = True
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         if isinstance(student.model, PeftModel):
@@ -183,6 +191,23 @@ class Teacher:
         if any(example.get(column) != value for column, value in self.where.items()):
             return None
         return example if self.view is None else self.view(example)
+
+
+@dataclass
+class Said:
+    """What a teacher said of a micro-batch, kept on the CPU to be read again.
+
+    Attributes:
+        distribution: at all B × T states.
+        available: ``[B]`` bool, for which trajectories it had something to say; None: for all.
+        step: optimiser steps that were done then.
+        seen: what it was shown of each example; None: it holds for that optimiser step only.
+    """
+
+    distribution: Distribution
+    available: Tensor | None
+    step: int
+    seen: list[Example | None] | None
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .teacher import Said
 
 Example = dict[str, Any]
 
@@ -179,19 +182,29 @@ class OptimiserStep:
         trained_steps: Σ mask over all micro-batches **and all ranks**: the default normaliser Z.
         weight_sums: by term name, Z of the terms that divide by their sum of weights; filled at the first micro-batch.
         statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
+        said: per micro-batch, by teacher, what will be read again: in this optimiser step, or in another epoch over the
+            same generation batch.
         gather: concatenates a tensor ``[N]`` over all ranks.
     """
 
-    def __init__(self, micro_batches: list[Trajectories], trained_steps: float) -> None:
+    def __init__(
+        self, micro_batches: list[Trajectories], trained_steps: float, said: list[dict[str, Said]] | None = None
+    ) -> None:
         self.micro_batches, self.trained_steps = micro_batches, trained_steps
+        self.said: list[dict[str, Said]] = [{} for _ in micro_batches] if said is None else said
         self.weight_sums: dict[str, float] | None = None
         self.statistics: list[dict[str, Tensor]] | None = None
         self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @classmethod
-    def of(cls, micro_batches: list[Trajectories], total: Callable[[float], float]) -> OptimiserStep:
+    def of(
+        cls,
+        micro_batches: list[Trajectories],
+        total: Callable[[float], float],
+        said: list[dict[str, Said]] | None = None,
+    ) -> OptimiserStep:
         """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
-        step = cls(micro_batches, total(float(sum(int(part.mask.sum()) for part in micro_batches))))
+        step = cls(micro_batches, total(float(sum(int(part.mask.sum()) for part in micro_batches))), said)
         for place, part in enumerate(micro_batches):
             part.optimiser_step, part.micro_batch = step, place
         return step

@@ -16,6 +16,7 @@ from opd_lightning.objective import (
     PolicyGradient,
     ReverseKL,
     Term,
+    TopEntropy,
     Window,
 )
 from opd_lightning.pretrained import Lora, Pretrained
@@ -113,8 +114,7 @@ def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path
         world.fit(module, tmp_path)
 
 
-@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("normaliser", ["steps", "weights"])
+@pytest.mark.parametrize(("lora", "normaliser"), [(None, "steps"), (Lora(r=2), "weights")], ids=["full", "lora"])
 def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, normaliser, tmp_path):
     """Rule 17: it touches every trained parameter, and moves none."""
     teachers = {"teacher": Teacher(Frozen(Pretrained(str(every_world.teacher))), where={"task": "nowhere"})}
@@ -243,6 +243,88 @@ def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
     module = world.module(world.teacher, objective)
     monkeypatch.setattr(module, "ask", lambda *_: pytest.fail("asked"))
     world.fit(module, tmp_path)
+
+
+# -- answers that are read again ------------------------------------------------------------------------------------
+
+
+def trained(world, folder, weights, objective=None, anew=False, turn=None, **rollout):
+    """Weights after 6 optimiser steps of 2 micro-batches, all losses, and how often the teacher was asked.
+
+    Args:
+        anew: nothing is kept.
+        turn: called with the teacher after the third optimiser step.
+    """
+    losses, asked = [], []
+
+    class Watching(world.setting):
+        def ask(self, name, batch):
+            asked.append(name)
+            return super().ask(name, batch)
+
+        def ask_all(self, batch, known=None):
+            return super().ask_all(batch, None if anew else known)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(float(loss))
+            return loss
+
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            if turn is not None and len(losses) == 6:
+                turn(self.teachers["teacher"])
+
+    module = world.module(
+        {"teacher": Teacher(weights, world.view)},
+        objective,
+        setting=Watching,
+        rollout=Rollout(batch_size=8, micro_batch_size=2, horizon=6, **rollout),
+    )
+    world.fit(module, folder, steps=6, accumulate_grad_batches=2, log_every_n_steps=100)
+    return [p.detach().clone() for p in module.student.parameters()], losses, len(asked)
+
+
+def same_run(one, other) -> None:
+    assert one[1] == other[1]
+    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+
+
+@pytest.mark.parametrize(("made", "times"), [("frozen", 4), ("initial", 4), ("ema", 12), ("live", 12)])
+def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(world, made, times, tmp_path):
+    def weights():
+        still = {"frozen": Frozen(Pretrained(str(world.teacher))), "initial": Initial()}
+        return {**still, "ema": EMA(), "live": Live()}[made]
+
+    found = trained(world, tmp_path, weights(), epochs=3)
+    assert found[2] == times
+    same_run(found, trained(world, tmp_path, weights(), anew=True, epochs=3))
+    assert len(set(found[1])) == 12, "the student moves on"
+
+
+def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path):
+    def blind(teacher):
+        teacher.view = None
+
+    def run(**how):
+        return trained(world, tmp_path, Frozen(Pretrained(str(world.teacher))), turn=blind, epochs=3, **how)
+
+    found = run()
+    assert 4 < found[2] < 12
+    same_run(found, run(anew=True))
+    assert found[1] != trained(world, tmp_path, Frozen(Pretrained(str(world.teacher))), epochs=3)[1]
+
+
+@pytest.mark.parametrize("made", ["frozen", "live"])
+def test_looking_ahead_over_an_optimiser_step_asks_a_teacher_once(world, made, tmp_path):
+    def run(**how):
+        weights = Live() if made == "live" else Frozen(Pretrained(str(world.teacher)))
+        objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.4, scope="batch")])])
+        return trained(world, tmp_path, weights, objective, **how)
+
+    found, anew = run(), run(anew=True)
+    assert (found[2], anew[2]) == (12, 24)
+    same_run(found, anew)
 
 
 def test_a_checkpoint_of_another_student_is_refused(every_world, tmp_path):

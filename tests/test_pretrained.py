@@ -87,17 +87,26 @@ def test_a_saved_adapter_is_where_training_starts(tiny_student, tmp_path):
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_teacher, lora):
     found = []
-    for lora in (None, Lora(r=2)):
-        for checkpointing in (False, True):
-            torch.manual_seed(0)
-            spec = Pretrained(str(tiny_student), lora=lora, gradient_checkpointing=checkpointing)
-            module = make_module(spec, tiny_teacher)
-            fit(module, tmp_path, steps=2)
-            found.append(act(module, make_rows(8)).behaviour_log_probs)
-    assert torch.allclose(found[0], found[1], atol=1e-5)
-    assert torch.allclose(found[2], found[3], atol=1e-5)
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        spec = Pretrained(str(tiny_student), lora=lora, gradient_checkpointing=checkpointing)
+        module = make_module(spec, tiny_teacher, pass_tokens=40)
+        rolled = act(module, make_rows(8))
+        calls: list[int] = []
+        attention = next(m for name, m in module.student.named_modules() if name.endswith("layers.0.self_attn"))
+        attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        teachers, _ = module.ask_all(rolled)
+        loss, _ = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled)
+        forward = len(calls)
+        loss.backward()
+        assert len(calls) == (2 * forward if checkpointing else forward), "recomputed in the backward pass"
+        assert forward > 1, "several passes"
+        found.append((loss.detach(), [p.grad for p in module.student.parameters() if p.requires_grad]))
+    assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1])
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-5)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

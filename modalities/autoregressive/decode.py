@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ...distribution import Head
 from ...rollout import Rollout
 from ...sharding import is_sharded
 from ...teacher import Policy, evaluating
+from .cache import RowCache
 from .draw import draw, uniforms
 from .engine import Generate, Prompts, RolloutEngine
+from .layers import PackedDecoder, packed_linear
 from .models import bare
 
 READS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
@@ -32,7 +34,14 @@ class DecodeLoop(RolloutEngine):
 
     Serves decoders all of whose layers keep the keys and values of every token (no sliding window, no recurrent
     state), whose weights are not sharded. All others are handed to `Generate`.
+
+    Args:
+        packed: on a CPU, decode layers of a known kind by `PackedDecoder` (for each rollout a copy of their weights)
+            instead of the model's own forward pass, with prompts kept once for all trajectories that begin with them.
     """
+
+    def __init__(self, packed: bool = True) -> None:
+        self.packed = packed
 
     def refusal(self, policy: Policy) -> str | None:
         model = bare(policy.model)
@@ -54,11 +63,12 @@ class DecodeLoop(RolloutEngine):
             return Generate().write(policy, head, prompts, rollout, seeds, eos, pad)
         model = bare(policy.model)
         with torch.no_grad(), evaluating(model):
-            return _write(model, head, prompts, rollout, seeds, eos, pad)
+            packed = self.packed and PackedDecoder.refusal(model) is None
+            return _write(model, head, prompts, rollout, seeds, eos, pad, packed)
 
 
 def _write(
-    model: Any, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    model: Any, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int, packed: bool
 ) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     first, prompt_of = prompts.distinct
@@ -69,7 +79,8 @@ def _write(
     hidden = model.base_model(**inputs, position_ids=position, past_key_values=read, use_cache=True)[0][:, -1]
 
     row = torch.tensor(prompt_of, device=device)
-    cache = RowCache(read, row, seen, rollout.horizon)
+    body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
+    cache = RowCache(read, row, seen, rollout.horizon, share=packed and len(seen) < len(row))
     del read, inputs
     project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
@@ -91,16 +102,21 @@ def _write(
             order = closed_up(going, left)
             cache.keep(order)
             chosen, live, position = chosen[order], live[order], position[..., order, :]
-        hidden = model.base_model(
-            input_ids=chosen[:, None],
-            attention_mask=cache.attention_mask(),
-            position_ids=position + step,
-            past_key_values=cache,
-            use_cache=True,
-        )[0][:, -1]
+        logits = project(body(chosen, position + step, cache))
         cache.advance()
-        logits = project(hidden)
     return tokens[:, : step + 1], log_probs[:, : step + 1]
+
+
+def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -> Tensor:
+    """``[n, H]`` of the next column by the model itself, from tokens ``[n]``: the reference for `PackedDecoder`."""
+    hidden: Tensor = model.base_model(
+        input_ids=tokens[:, None],
+        attention_mask=cache.attention_mask(),
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+    )[0]
+    return hidden[:, -1]
 
 
 def closed_up(going: Tensor, left: int) -> Tensor:
@@ -110,95 +126,12 @@ def closed_up(going: Tensor, left: int) -> Tensor:
     return order
 
 
-class RowCache(Cache):
-    """Keys and values of n rows, in tensors made once for the whole rollout.
-
-    All rows write into the same column; a row's prompt ends where writing begins. What is read is a window: the rows
-    that are left, from the first column that any of them has.
-
-    Args:
-        read: the cache of U prompts ``[U, heads, P, size]`` per layer.
-        row: ``[B]`` whose prompt each row begins with.
-        seen: ``[U, P]`` the columns of each prompt that are no padding.
-        horizon: columns to be written at most.
-    """
-
-    def __init__(self, read: Cache, row: Tensor, seen: Tensor, horizon: int) -> None:
-        self.rows, width = len(row), seen.shape[1]
-        self.column = width
-        self._seen = F.pad(seen[row], (0, horizon), value=True)
-        self._parts = [_Rows(self, layer, row, width + horizon) for layer in read.layers]
-        super().__init__(layers=[*self._parts])
-        self._narrow()
-
-    def _narrow(self) -> None:
-        seen = self._seen[: self.rows]
-        self.first = int(seen.any(0).int().argmax())
-        self._padded = not bool(seen[:, self.first :].all())
-
-    def attention_mask(self) -> Tensor | None:
-        """``[n, columns]`` for a forward pass of the next column; None where there is no padding."""
-        return self._seen[: self.rows, self.first : self.column + 1] if self._padded else None
-
-    def advance(self) -> None:
-        self.column += 1
-
-    def keep(self, order: Tensor) -> None:
-        """Row i becomes what row ``order[i] >= i`` was, for n' rows; the others are forgotten."""
-        self.rows = len(order)
-        moved = (order != torch.arange(self.rows, device=order.device)).nonzero().squeeze(1)
-        if len(moved):
-            self._seen[moved] = self._seen[order[moved]]
-            for layer in self._parts:
-                layer.move(order[moved], moved)
-        self._narrow()
-
-
-class _Rows(DynamicLayer):
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, owner: RowCache, read: Any, row: Tensor, columns: int) -> None:
-        super().__init__()
-        self.owner, self.is_initialized = owner, True
-        self.dtype, self.device = read.keys.dtype, read.keys.device
-        self.keys, self.values = (self._spread(part, row, columns) for part in (read.keys, read.values))
-
-    @staticmethod
-    def _spread(read: Tensor, row: Tensor, columns: int) -> Tensor:
-        _, heads, width, size = read.shape
-        made = read.new_empty(len(row), heads, columns, size)
-        made[:, :, :width] = read[row]
-        return made
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        for part in (self.keys, self.values):
-            part[target, :, self.owner.first : self.owner.column] = part[
-                source, :, self.owner.first : self.owner.column
-            ]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        own, parts = self.owner, []
-        for part, new in ((self.keys, key_states), (self.values, value_states)):
-            part[: own.rows, :, own.column : own.column + 1] = new
-            parts.append(part[: own.rows, :, own.first : own.column + 1])
-        return parts[0], parts[1]
-
-    def get_seq_length(self) -> int:
-        return self.owner.column - self.owner.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-
 def projection(head: Head, hidden: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """The head, for many passes of up to so many rows of hidden states like these: cast once, and on a CPU packed once
-    (a copy of its float32 weights for the time of the rollout)."""
+    (a copy of its weights for the time of the rollout)."""
     if not head.is_linear:
         return head
     device = hidden.device.type
     weight, bias = head.linear(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-    if device == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        return lambda h: head.finish(torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], ""))
-    return lambda h: head.finish(F.linear(h.to(weight.dtype), weight, bias))
+    linear = packed_linear(weight, bias, rows)
+    return lambda h: head.finish(linear(h))

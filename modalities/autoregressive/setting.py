@@ -5,13 +5,14 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -31,20 +32,43 @@ from .models import bare, context_length, eos_ids, output_embeddings, tokenizer_
 from .sampler import until_stop
 from .view import last_text
 
+# Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
+# it could do some thousand tokens
+CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
+
+TEXT = {"input_ids", "attention_mask", "position_ids"}
+
 
 class AutoregressiveDistillation(OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
 
     Args:
         engine: what writes rollouts. Default: `DecodeLoop`.
+        pass_tokens: the most tokens, padding included, of one forward pass in which a policy says what it would do; a
+            micro-batch is asked in as many as it takes, and a row that is longer has one of its own. Default: 1,280 on
+            a CPU, where activations then stay in the cache (docs/performance.md), and no limit elsewhere. Batches with
+            images are always one pass.
         **kwargs: as in `OnPolicyDistillation`.
+
+    Raises:
+        ValueError: pass_tokens < 1, or under fsdp2, where every rank must make equally many passes.
     """
 
     served: ClassVar[frozenset[str]] = frozenset({"categorical"})
 
-    def __init__(self, engine: RolloutEngine | None = None, **kwargs: Any) -> None:
+    def __init__(self, engine: RolloutEngine | None = None, pass_tokens: int | None = None, **kwargs: Any) -> None:
+        if pass_tokens is not None and pass_tokens < 1:
+            raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
-        self.engine = engine or DecodeLoop()
+        self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
+
+    def _shard(self, mesh: Any) -> None:
+        if self.pass_tokens is not None:
+            raise ValueError(
+                f"model.pass_tokens={self.pass_tokens}: under trainer.strategy=fsdp2 every rank must make equally many "
+                "forward passes, so a micro-batch is one; lower rollout.micro_batch_size instead"
+            )
+        super()._shard(mesh)
 
     def load_processor(self, spec: Pretrained) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -141,21 +165,30 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         length = prompts["attention_mask"].sum(1).cpu() + _reach(trajectories).cpu()
         # media belong to the batch as a whole; ranks that share weights must make equally many passes
         whole = bool(media) or is_sharded(model)
-        rows = [torch.arange(len(length))] if whole else by_length(length)
+        rows = [torch.arange(len(length))] if whole else passes(length, *self._pass_limits(device))
 
         def forward(mine: Tensor) -> Tensor:
-            part = trajectories if len(mine) == len(length) else trajectories.select(mine)
-            part = part if whole else part.truncate(max(1, int(_reach(part).max())))
-            own = trim({name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()})
-            inputs = self.continued(own, part, device) | media
+            part = trajectories if len(rows) == 1 else trajectories.select(mine)
+            own = {name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()}
+            inputs = begun_together(self.continued(own, part, device)) | media
+            if inputs.keys() == TEXT:
+                # no token sees those behind it, so padding needs no mask, with which attention would be slower
+                del inputs["attention_mask"]
             hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
-            before, steps = own["input_ids"].shape[1] - 1, part.mask.shape[1]
-            return F.pad(hidden[:, before : before + steps], (0, 0, 0, trajectories.mask.shape[1] - steps))
+            # a step is said by the token before it; what is said behind a row's end is never read
+            place = own["attention_mask"].sum(1, keepdim=True) - 1 + torch.arange(part.mask.shape[1], device=device)
+            place = place.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+            return hidden.gather(1, place)
 
         with policy.active():
             parts = [forward(mine) for mine in rows]
-        hidden = parts[0] if len(rows) == 1 else torch.cat(parts)[torch.cat(rows).argsort().to(device)]
+        hidden = torch.cat(parts)[torch.cat(rows).argsort().to(device)] if len(rows) > 1 else parts[0]
         return Categorical(hidden.to(trajectories.mask.device), self.head(policy))
+
+    def _pass_limits(self, device: torch.device) -> tuple[float, int]:
+        """The most tokens of a pass, and how many tokens more would take as long as another pass."""
+        most, cost = (CPU_PASS_TOKENS, CPU_PASS_COST) if device.type == "cpu" else (math.inf, PASS_COST)
+        return self.pass_tokens or most, cost
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Model inputs that belong to no token of the prompt, such as pixels; made when needed, never stored."""
@@ -254,24 +287,32 @@ def _reach(trajectories: Trajectories) -> Tensor:
     return (trajectories.mask * place).amax(1)
 
 
-def by_length(length: Tensor, shortest: float = 0.75) -> list[Tensor]:
-    """Indices of ``length [B]`` in groups whose shortest has at least this share of the longest, the longest first.
-
-    A forward pass of each group instead of one of all spares most of the padding; where all are alike there is one.
+def passes(length: Tensor, most: float, cost: int) -> list[Tensor]:
+    """Indices of ``length [B]`` cut into forward passes: no cut has fewer tokens, padding and ``cost`` for each pass
+    included, where a pass has at most ``most`` tokens (a row that is longer is alone). Rows of like length go together.
     """
     order = length.argsort(descending=True, stable=True)
-    groups: list[list[int]] = []
-    for i in order.tolist():
-        if groups and length[i] >= shortest * length[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [torch.tensor(group).sort().values for group in groups]
+    width = length[order].numpy()
+    best, begin = np.zeros(len(width) + 1), np.zeros(len(width) + 1, dtype=int)
+    for stop in range(1, len(width) + 1):
+        # the cheapest way of the longest ``stop`` rows, by where its last pass begins
+        rows = np.arange(stop, 0, -1)
+        tokens = rows * width[:stop]
+        total = np.where((tokens <= most) | (rows == 1), best[:stop] + tokens + cost, math.inf)
+        begin[stop] = total.argmin()
+        best[stop] = total[begin[stop]]
+    found, stop = [], len(width)
+    while stop:
+        found.append(order[begin[stop] : stop].sort().values)
+        stop = begin[stop]
+    return found[::-1]
 
 
-def trim(prompts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the columns that are padding in every row."""
-    used = prompts["attention_mask"].any(0)
-    first = int(used.long().argmax())
-    width = len(used)
-    return {n: t[:, first:] if t.dim() == 2 and t.shape[1] == width else t for n, t in prompts.items()}
+def begun_together(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs ``[B, W]`` whose rows all begin in the first column, without gaps, as wide as the longest is long."""
+    seen = inputs["attention_mask"] > 0
+    order = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
+    together = {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
+    if "position_ids" in together:  # of padding, too: transformers takes a position that goes back for another text
+        together["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return together

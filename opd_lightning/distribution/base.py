@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,10 @@ class Distribution(ABC):
     def piece(self, count: int) -> int:
         """How many states of a chunk of ``count`` are opened together."""
         return count
+
+    def to(self, device: torch.device | str) -> Distribution | None:
+        """The same, with what it holds on another device; None where it holds nothing and is made when it is opened."""
+        return None
 
     def only_at(self, states: Tensor) -> Distribution:
         """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""

@@ -41,6 +41,9 @@ class Categorical(Distribution):
     def at(self, index: Tensor) -> Categorical:
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 
+    def to(self, device: torch.device | str) -> Categorical:
+        return replace(self, hidden=self.hidden.to(device))
+
     def bytes_per_state(self) -> int:
         # raw logits; of a piece, four tensors: log-probabilities, probabilities, contributions and their gradient
         dtype = compute_dtype(self.hidden) or self.hidden.dtype

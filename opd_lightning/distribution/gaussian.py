@@ -22,6 +22,9 @@ class Gaussian(Distribution):
             return Gaussian(self.mean.flatten(0, 1)[index], self.scale)
         return Gaussian(self.mean.flatten(0, 1)[index], self.scale.expand_as(self.mean).flatten(0, 1)[index])
 
+    def to(self, device: torch.device | str) -> Gaussian:
+        return Gaussian(self.mean.to(device), self.scale.to(device))
+
     def bytes_per_state(self) -> int:
         return 4 * self.mean[0].numel() * self.mean.element_size()
 

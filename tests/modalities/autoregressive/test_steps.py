@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opd_lightning.modalities.autoregressive import PromptView, setting
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
@@ -35,12 +40,16 @@ def test_a_batch_says_what_each_row_says_alone(student):
         assert (together[i, :steps] - plain).abs().max() < 1e-4
 
 
-def test_groups_of_like_length_say_and_learn_what_the_padded_batch_does(student, teacher, monkeypatch):
+def test_many_passes_say_and_learn_what_one_does(student, teacher):
     module = make_module(student, frozen(teacher, view=PRIVILEGED))
     rolled = act(module, make_rows(8))
-    rolled.mask &= torch.arange(rolled.mask.shape[1]) < torch.tensor([10, 1, 3, 8, 10, 2, 5, 1])[:, None]
+    everything = rolled.mask
+    calls: list[int] = []
+    module.student.base_model.register_forward_hook(lambda *_: calls.append(1))
 
-    def found() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def found(most: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        module.pass_tokens = most
+        calls.clear()
         teachers, available = module.ask_all(rolled)
         said = module.steps(module.policies["student"], rolled)
         loss, _ = module.objective(said, teachers, rolled, available)
@@ -48,22 +57,74 @@ def test_groups_of_like_length_say_and_learn_what_the_padded_batch_does(student,
         loss.backward()
         return loss.detach(), [parameter.grad for parameter in module.student.parameters()]
 
-    calls = []
-    module.student.base_model.register_forward_hook(lambda *_: calls.append(1))
-    loss, gradients = found()
-    assert len(calls) > 1
-    monkeypatch.setattr(setting, "by_length", lambda length: [torch.arange(len(length))])
-    calls.clear()
-    expected_loss, expected = found()
-    assert len(calls) == 1
-    torch.testing.assert_close(loss, expected_loss)
-    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
+    @given(reach=st.lists(st.integers(0, 10), min_size=8, max_size=8).filter(any), most=st.integers(1, 30))
+    @settings(max_examples=12, deadline=None)
+    def check(reach, most):
+        rolled.mask = everything & (torch.arange(everything.shape[1]) < torch.tensor(reach)[:, None])
+        loss, gradients = found(most)
+        assert len(calls) > 1
+        expected_loss, expected = found(10**6)
+        assert len(calls) == 1
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
+
+    check()
 
 
-def test_by_length():
-    groups = setting.by_length(torch.tensor([10, 40, 29, 31, 8, 40]))
-    assert [group.tolist() for group in groups] == [[1, 3, 5], [2], [0, 4]]
-    assert [group.tolist() for group in setting.by_length(torch.tensor([7, 7, 6]))] == [[0, 1, 2]]
+@given(
+    length=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    most=st.one_of(st.integers(1, 150), st.just(math.inf)),
+    cost=st.integers(0, 50),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_cut_into_passes_is_cheaper(length, most, cost):
+    def tokens(rows: list[int]) -> int:
+        return len(rows) * max(length[row] for row in rows)
+
+    def cuts(rows: list[int]) -> Iterator[list[list[int]]]:
+        if not rows:
+            yield []
+            return
+        for rest in cuts(rows[1:]):
+            yield [[rows[0]], *rest]
+            for i, one in enumerate(rest):
+                yield [*rest[:i], [rows[0], *one], *rest[i + 1 :]]
+
+    def price(cut: list[list[int]]) -> int:
+        return sum(tokens(rows) + cost for rows in cut)
+
+    def allowed(cut: list[list[int]]) -> bool:
+        return all(len(rows) == 1 or tokens(rows) <= most for rows in cut)
+
+    found = [rows.tolist() for rows in setting.passes(torch.tensor(length), most, cost)]
+    assert sorted(row for rows in found for row in rows) == list(range(len(length)))
+    assert allowed(found)
+    assert price(found) == min(price(cut) for cut in cuts(list(range(len(length)))) if allowed(cut))
+
+
+def test_rows_all_alike_are_one_pass_within_the_limit():
+    alike = torch.full((32,), 158)
+    assert [len(rows) for rows in setting.passes(alike, math.inf, 1)] == [32]
+    assert [len(rows) for rows in setting.passes(alike, 1280, 128)] == [8] * 4
+
+
+def test_a_batch_is_as_wide_as_its_longest_row(student):
+    """Not as wide as the longest prompt and the longest completion together."""
+    module = make_module(student, {}, no_teacher(), pass_tokens=10**6)
+    rolled = act(module, [{"prompt": "1+1="}, {"prompt": "1" * 30 + "="}])
+    rolled.mask &= torch.arange(rolled.mask.shape[1]) < torch.tensor([10, 1])[:, None]
+    length = rolled.observation["attention_mask"].sum(1) + rolled.length
+    widths = []
+    module.student.base_model.register_forward_pre_hook(
+        lambda _, inputs, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    module.steps(module.policies["student"], rolled)
+    assert widths == [int(length.max())]
+
+
+def test_a_limit_below_one_token_is_refused():
+    with pytest.raises(ValueError, match=r"model\.pass_tokens must be >= 1, got 0"):
+        make_module("nowhere", {}, no_teacher(), load=False, pass_tokens=0)
 
 
 def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):

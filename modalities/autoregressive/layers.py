@@ -1,0 +1,203 @@
+"""Decoder layers for one token per row: what `DecodeLoop` runs on a CPU instead of the model's own forward pass.
+
+Shape legend: n rows, H hidden size, G key heads, R query heads for each, S size of a head, L columns of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from .cache import RowCache, SharedPrompts, score_bias
+
+KINDS = {"LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3VLTextDecoderLayer"}
+"""transformers' layers that compute what `_Layer` does."""
+
+Linear = Callable[[Tensor], Tensor]
+
+_onednn: Any = torch.ops.mkldnn
+
+
+class PackedDecoder:
+    """The decoder of a transformers model, for many passes of one token per row.
+
+    Weights that read the same input are one matrix, adapters are merged into it, and on a CPU it has oneDNN's layout.
+    That is a copy of the layers' weights, made for a rollout and gone after it.
+
+    Args:
+        model: one that `refusal` has nothing against.
+        rows: the most rows of a pass.
+    """
+
+    @staticmethod
+    def refusal(model: Any) -> str | None:
+        """Why the model's own forward pass has to do; None: it need not."""
+        decoder = _decoder(model)
+        weight = next(model.parameters())
+        if weight.device.type != "cpu":
+            return "not on a CPU"  # not measured anywhere else
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            return f"weights in {weight.dtype}"
+        layers = getattr(decoder, "layers", [])
+        if not layers or any(type(layer).__name__ not in KINDS for layer in layers):
+            return "layers of another kind"
+        passed_by = [model.base_model, decoder, *(module for layer in layers for module in layer.modules())]
+        if any(map(_is_watched, passed_by)):
+            return "hooks on its modules"
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        if not all(map(_can_be_merged, linears)):
+            return "linear layers of another kind"
+        half = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if half and any(isinstance(linear, LoraLinear) for linear in linears):
+            return "adapters in half precision"  # rounding the sum would swallow what a young adapter adds
+        return None
+
+    def __init__(self, model: Any, rows: int) -> None:
+        decoder = _decoder(model)
+        self._embed, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        self._layers = [_Layer(layer, rows, dtype) for layer in decoder.layers]
+
+    def __call__(self, tokens: Tensor, position: Tensor, cache: RowCache) -> Tensor:
+        """Hidden states ``[n, H]`` of the next column.
+
+        Args:
+            tokens: ``[n]``.
+            position: ``[n, 1]``, or ``[3 or 4, n, 1]`` for rotary embeddings of several axes.
+            cache: keys and values of the n rows; those of this column are added.
+        """
+        with torch.autocast("cpu", enabled=False):
+            hidden = self._embed(tokens)
+            # transformers puts a text position before the three axes of the rotary embedding
+            axes = position[1:] if position.dim() == 3 and len(position) == 4 else position
+            cos, sin = self._rotary(hidden[:, None], axes)
+            signed = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+            mask = cache.attention_mask()
+            bias = None if mask is None else score_bias(mask)
+            for i, layer in enumerate(self._layers):
+                hidden = layer(hidden, cos, signed, bias, cache, i)
+            normed: Tensor = self._norm(hidden)
+            return normed
+
+
+class _Layer:
+    def __init__(self, layer: Any, rows: int, dtype: torch.dtype | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.size, self.scaling = attention.head_dim, attention.scaling
+        read, written = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
+        self.queries, self.keys = read // self.size, written // self.size
+        self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], rows, dtype)
+        self.out = joined([attention.o_proj], rows, dtype)
+        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], rows, dtype)
+        self.down = joined([mlp.down_proj], rows, dtype)
+        self.act, self.before, self.after = mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm
+        self.head_norm: tuple[Tensor, float] | None = None
+        if hasattr(attention, "q_norm"):
+            scales = [attention.q_norm.weight.expand(self.queries, -1), attention.k_norm.weight.expand(self.keys, -1)]
+            self.head_norm = torch.cat(scales), attention.q_norm.variance_epsilon
+
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, signed: Tensor, bias: Tensor | None, cache: RowCache, place: int
+    ) -> Tensor:
+        """``[n, H]`` from hidden states ``[n, H]``, with rotary tables ``[n, 1, S]`` (the sine's first half negative)
+        and a bias ``[n, 1, 1, L]`` of the scores."""
+        n = len(hidden)
+        heads = self.qkv(_rms(hidden, self.before.weight, self.before.variance_epsilon)).view(n, -1, self.size)
+        both, values = heads.split([self.queries + self.keys, self.keys], 1)
+        if self.head_norm is not None:
+            both = _rms(both, *self.head_norm)
+        both = torch.addcmul(both * cos, both.roll(self.size // 2, -1), signed)
+        queries = (both[:, : self.queries] * self.scaling).view(n, self.keys, -1, self.size)
+        seen = cache.update(both[:, self.queries :, None], values[:, :, None], place)
+        hidden = hidden + self.out(attend(queries, *seen, bias, cache.prompts, place).reshape(n, -1))
+        gate, up = self.gate_up(_rms(hidden, self.after.weight, self.after.variance_epsilon)).chunk(2, -1)
+        return hidden + self.down(self.act(gate) * up)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, prompts: SharedPrompts | None, place: int
+) -> Tensor:
+    """``[n, G, R, S]`` from scaled queries ``[n, G, R, S]`` and keys and values ``[n, G, L, S]``.
+
+    The prompts' columns ``[U, G, P, S]`` come before these L where they are not among them: the queries of all rows
+    that begin alike meet them in one product.
+    """
+    if prompts is None:
+        flat = queries.to(keys.dtype).flatten(1, 2)[:, :, None]
+        bias = None if bias is None else bias.to(keys.dtype)
+        values = values.to(keys.dtype)
+        return F.scaled_dot_product_attention(flat, keys, values, attn_mask=bias, scale=1.0, enable_gqa=True)
+    before = prompts.scores(queries, place)  # and no bias: what comes after a prompt has no padding
+    scores = queries.to(keys.dtype) @ keys.transpose(2, 3)
+    shares = torch.cat([before, scores], -1).softmax(-1, dtype=torch.float32).to(values.dtype)
+    width = before.shape[-1]
+    return prompts.read(shares[..., :width], place) + shares[..., width:] @ values
+
+
+def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    # on a CPU half the time of F.rms_norm for a few rows
+    y = x.float()
+    return weight * (y * (y * y).mean(-1, keepdim=True).add_(epsilon).rsqrt_()).to(x.dtype)
+
+
+def _decoder(model: Any) -> Any:
+    body = model.base_model
+    return getattr(body, "language_model", body)
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    attended = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*attended, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _can_be_merged(linear: Any) -> bool:
+    if type(linear) is nn.Linear:
+        return True
+    plain = type(linear) is LoraLinear and type(linear.get_base_layer()) is nn.Linear
+    return plain and not linear.lora_variant and not any(linear.lora_bias.values())
+
+
+def joined(linears: Sequence[Any], rows: int, dtype: torch.dtype | None = None) -> Linear:
+    """One linear layer for several that read the same, in this dtype (default: their own)."""
+    weights, biases = zip(*map(_merged, linears), strict=True)
+    bias = None
+    if any(part is not None for part in biases):
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return packed_linear(weight.to(dtype or weight.dtype), bias if bias is None else bias.to(dtype or bias.dtype), rows)
+
+
+def _merged(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[out, in]`` and bias ``[out]`` with what the active adapters add."""
+    adapted = isinstance(linear, LoraLinear)
+    base = linear.get_base_layer() if adapted else linear
+    weight = base.weight.detach()
+    if adapted and not linear.disable_adapters and not linear.merged:
+        for name in linear.active_adapters:
+            if name in linear.lora_A:
+                weight = weight + linear.get_delta_weight(name).detach()
+    return weight, None if base.bias is None else base.bias.detach()
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
+    """``[n, out]`` from ``[n, in]``, for many passes of up to so many rows; on a CPU with a copy in oneDNN's layout."""
+    onednn = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
+    if onednn and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bf16())):
+        layout = _onednn._reorder_linear_weight(weight.detach(), rows)
+        bias = None if bias is None else bias.detach()
+        return lambda x: _onednn._linear_pointwise(x.to(weight.dtype), layout, bias, "none", [], "")
+    return lambda x: F.linear(x.to(weight.dtype), weight, bias)
+
+
+def _has_bf16() -> bool:
+    return bool(_onednn._is_mkldnn_bf16_supported())
