@@ -5,8 +5,10 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,6 +63,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
         self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
+        self._heads: dict[str, nn.Module] = {}
 
     def _shard(self, mesh: Any) -> None:
         if self.pass_tokens is not None:
@@ -183,7 +186,16 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         with policy.active():
             parts = [forward(mine) for mine in rows]
         hidden = torch.cat(parts)[torch.cat(rows).argsort().to(device)] if len(rows) > 1 else parts[0]
-        return Categorical(hidden.to(trajectories.mask.device), self.head(policy))
+        return Categorical(hidden.to(trajectories.mask.device), self._head_at(policy, trajectories.mask.device))
+
+    def _head_at(self, policy: Policy, device: torch.device) -> Head:
+        """The head where the objective computes: of a teacher that lives on another device, a copy made once."""
+        head = self.head(policy)
+        if next(head.module.parameters()).device != device and policy.name in self.teachers:
+            if policy.name not in self._heads:
+                self._heads[policy.name] = copy.deepcopy(head.module).to(device)
+            head = replace(head, module=self._heads[policy.name])
+        return head
 
     def _pass_limits(self, device: torch.device) -> tuple[float, int]:
         """The most tokens of a pass, and how many tokens more would take as long as another pass."""
