@@ -380,6 +380,11 @@ def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
         built(batch_size=8, micro_batch_size=2, epochs=3).load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
         built(batch_size=4, micro_batch_size=2).load_state_dict(loader.state_dict())
+    old = loader.state_dict()
+    old["cut"] = old["cut"][:3]  # as it was before rollout.epochs
+    built(batch_size=8, micro_batch_size=2).load_state_dict(old)
+    with pytest.raises(ValueError, match="trained 1 times"):
+        built(batch_size=8, micro_batch_size=2, epochs=2).load_state_dict(old)
 
 
 # -- the gradient does not depend on how the batch is cut (rule 2) ------------------------------------------------
