@@ -83,6 +83,30 @@ def plain(name: str) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key.replace('_', ' ')} | {value} |" for key, value in shown.items())]
 
 
+def fits() -> list[str]:
+    found, checked = read("fits"), read("fits-check")
+    if found is None or checked is None:
+        return ["not computed"]
+    sizes = found["settings"]["sizes"]
+    rows = ["Computed:", "", f"| student | teacher | {' | '.join(f'{size} GB' for size in sizes)} |"]
+    rows.append("|---" * (2 + len(sizes)) + "|")
+    for name, cells in found["results"].items():
+        shown = [
+            f"**{cell['tokens']:,}** {cell['phase']}: {cell['term']}" if cell["tokens"] else "does not fit"
+            for cell in cells
+        ]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    rows += ["", f"Checked on a CPU, {checked['date']}:", ""]
+    rows += ["| | computed, GB | measured, GB | off by | of the two, weights | phase: largest term |", "|---" * 6 + "|"]
+    for case, cell in checked["results"].items():
+        computed, measured = cell["predicted_gb"], cell["gb"]
+        rows.append(
+            f"| {case} | {computed:.2f} | {measured:.2f} | {computed / measured - 1:+.0%} | {cell['weights_gb']:.2f} | "
+            f"{cell['phase']}: {cell['term']} |"
+        )
+    return rows
+
+
 def main() -> None:
     text = PAGE.read_text()
     tables = {
@@ -92,6 +116,7 @@ def main() -> None:
         "rollout": rollouts(),
         "overhead": plain("overhead"),
         "resume": plain("resume"),
+        "fits": fits(),
     }
     for name, rows in tables.items():
         inside = "\n".join(["", "", *rows, "", ""])

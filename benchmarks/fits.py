@@ -1,0 +1,151 @@
+"""What fits into a GPU's memory: the peak of one training step, computed phase by phase from the models' shapes.
+
+    python benchmarks/fits.py            the table, computed
+    python benchmarks/fits.py --check    training steps on this CPU, predicted and measured; Linux only
+
+`memory.py` computes it. Writes runs/bench/fits.json and fits-check.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import CONTEXT, RANK, VOCABULARY, Run, built, peak
+from side_by_side import bare_trainer, read_whole, record, reset_peak, resident, rounds, write_models
+
+RESERVED = 1.5e9  # CUDA context, libraries, fragmentation: an assumption
+
+SIZES = [24, 48, 80, 141]
+PAIRS = [
+    Run("0.6B", True, None),
+    Run("0.6B", False, "8B"),
+    Run("0.6B", False, "32B", teacher_bits=4),
+    Run("1.7B", True, "32B", teacher_bits=8),
+    Run("1.7B", False, "8B"),
+    Run("1.7B", False, "8B", teacher_bits=8, adam=8),
+    Run("4B", True, None),
+    Run("4B", True, "32B", teacher_bits=4),
+    Run("4B", False, "14B"),
+    Run("4B", False, "32B", teacher_bits=4, adam=8),
+    Run("8B", True, None),
+    Run("8B", True, None, bits=4),
+    Run("8B", True, "32B", teacher_bits=8),
+    Run("8B", False, "14B", adam=8),
+    Run("14B", True, None),
+    Run("14B", True, "32B"),
+    Run("32B", True, None, bits=4),
+]
+
+
+def longest(run: Run, room: float) -> dict[str, Any]:
+    """Tokens of prompt and completion, a quarter of them prompt; 0: not even 64."""
+
+    def needs(length: int) -> tuple[float, str, str]:
+        return peak(run, length // 4, length - length // 4)
+
+    fits, beyond = 0, CONTEXT // 64 + 1
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if needs(64 * middle)[0] <= room else (fits, middle)
+    size, phase, term = needs(64 * max(fits, 1))
+    return {"tokens": 64 * fits, "gb": size / 1e9, "phase": phase, "term": term}
+
+
+# -- the check ----------------------------------------------------------------------------------------------------
+
+SMALL = Run("student", False, "teacher", teacher_bits=32, micro=8, checkpointing=False, mixed=False, cpu=True)
+CHECKS: dict[str, tuple[Run, int, int]] = {
+    "lora": (Run("0.6B", True, None, rows=2, micro=2, checkpointing=False, cpu=True), 32, 64),
+    "lora, recomputed": (Run("0.6B", True, None, rows=2, micro=2, cpu=True), 32, 64),
+    "full": (SMALL, 32, 128),
+    "full, longer": (SMALL, 32, 512),
+    "full, recomputed": (replace(SMALL, checkpointing=True), 32, 128),
+    "full, longer, recomputed": (replace(SMALL, checkpointing=True), 32, 512),
+    "full, longer, recomputed, bf16": (replace(SMALL, checkpointing=True, mixed=True), 32, 512),
+}
+
+
+def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
+    """Two updates in this process; the most resident memory since before the first, less all but the weights."""
+    import lightning as L
+    from transformers import AutoTokenizer
+
+    from opd_lightning.data import PromptData
+    from opd_lightning.evaluation import Evaluation
+    from opd_lightning.modalities.text import TextDistillation
+    from opd_lightning.objective import Objective, ReverseKL, Term
+    from opd_lightning.pretrained import Lora, Pretrained
+    from opd_lightning.rollout import Rollout
+    from opd_lightning.teacher import Frozen, Initial, Teacher
+
+    class Watch(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+            models = {policy.model for policy in module.policies.values()}
+            read_whole(*models)
+            self.weights = sum(w.nbytes for model in models for w in model.parameters())
+            reset_peak()
+            self.before = resident("VmRSS")
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder), VOCABULARY)
+        path = Path(folder) / run.student
+        if not path.exists():
+            made = built(run.student, torch.bfloat16, False)
+            type(made)._from_config(made.config, dtype=torch.bfloat16).save_pretrained(path)
+            AutoTokenizer.from_pretrained(Path(folder) / "student").save_pretrained(path)
+        source = Path(folder) / "prompts.jsonl"
+        draw = torch.randint(2, VOCABULARY, (2 * run.rows, prompt), generator=torch.Generator().manual_seed(0))
+        source.write_text(
+            "".join(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n" for row in draw.tolist())
+        )
+        student = Pretrained(
+            str(path), lora=Lora(r=RANK) if run.lora else None, gradient_checkpointing=run.checkpointing
+        )
+        teacher = Initial() if run.teacher is None else Frozen(Pretrained(str(Path(folder) / run.teacher)))
+        module = TextDistillation(
+            student=student,
+            teachers={"teacher": Teacher(teacher)},
+            objective=Objective([Term(ReverseKL())]),
+            rollout=Rollout(batch_size=run.rows, horizon=completion),
+            evaluation=Evaluation(before=False),
+            pass_tokens=CONTEXT,  # one pass, as on a GPU
+        )
+        trainer = bare_trainer(2, folder, watch, precision="bf16-mixed" if run.mixed else "32-true")
+        trainer.fit(module, PromptData(train=str(source)))
+    return {"gb": (resident("VmHWM") - watch.before + watch.weights) / 1e9, "weights_gb": watch.weights / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", nargs="*", choices=CHECKS, help="which; none named: all")
+    parser.add_argument("--case", choices=CHECKS, help="measure one here, and print JSON")
+    args = parser.parse_args()
+    if args.case is not None:
+        print(json.dumps(measure(*CHECKS[args.case])))
+        return
+    if args.check is not None:
+        # glibc keeps what is freed in small blocks; with this what is resident is what is alive
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+        results = {}
+        for case in args.check or CHECKS:
+            size, phase, term = peak(*CHECKS[case])
+            (found,) = rounds({case: [sys.executable, __file__, "--case", case]}, 1)[case]
+            results[case] = found | {"predicted_gb": size / 1e9, "phase": phase, "term": term}
+            print(case, results[case])
+        record("fits-check", {}, results)
+        return
+    table = {run.name: [longest(run, size * 1e9 - RESERVED) for size in SIZES] for run in PAIRS}
+    record("fits", {"sizes": SIZES}, table)
+
+
+if __name__ == "__main__":
+    main()
