@@ -61,10 +61,11 @@ test-slow: install
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0 torch transformers
 	touch $@
 
+ROUNDS = 3
 bench: install .venv-trl/installed
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/objective.py
-	$(BIN)/python benchmarks/objective.py --divergence jsd --name objective-jsd
+	$(BIN)/python benchmarks/step.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/objective.py --repeats $(ROUNDS)
+	$(BIN)/python benchmarks/objective.py --repeats $(ROUNDS) --divergence jsd --name objective-jsd
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/resume.py

@@ -332,12 +332,13 @@ class RolloutLoader:
                 f"the checkpoint was written with {state['examples']} training examples, there are now "
                 f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
             )
-        if state["cut"] != self._cuts:
+        cuts = [*state["cut"], 1][:4]  # there was a time when every generation batch was trained once
+        if cuts != self._cuts:
             raise ValueError(
                 "the checkpoint was written with {} prompts per generation (rollout.batch_size × ranks), cut into {} "
                 "micro-batches of {} trajectories (rollout.micro_batch_size × ranks), trained {} times (rollout.epochs)"
                 "; now these would be {}, {}, {} and {}, so its position means nothing here: with more ranks lower "
-                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*state["cut"], *self._cuts)
+                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*cuts, *self._cuts)
             )
         if len(state["ahead"]) > self.module.rollout.max_staleness:
             raise ValueError(

@@ -85,7 +85,8 @@ class Frozen(TeacherWeights):
 
     Args:
         pretrained: what to load; ``quantization`` and ``dtype`` are its own.
-        device: where it lives, such as ``cuda:1``; default: with the student.
+        device: where it lives, such as ``cuda:1``; default: with the student, where its head always has a copy. (Never
+            run with two devices: there were none.)
     """
 
     stands_still = True

@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of the processes that tests start
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tests import worlds  # noqa: E402
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
 from tests.tiny_diffusion import save_pipeline  # noqa: E402
 from tests.tiny_vlm import save_vlm  # noqa: E402
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
 torch.set_num_threads(1)  # more only get in each other's way on models this small
 
 
-LONGEST = ("test_ranks.py", "test_processes.py", "test_resume.py")
+LONGEST = ("test_configs.py", "test_ranks.py", "test_processes.py", "test_resume.py", "test_rollout.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,7 +44,7 @@ def walk(model: nn.Module, size: float = 0.3) -> None:
     rate=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_average_of_products_is_exact_where_the_rank_suffices(sizes, rate, seed):
     out, into, rank, new_rank = sizes
     torch.manual_seed(seed)

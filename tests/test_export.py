@@ -9,7 +9,8 @@ from peft import PeftModel
 from opd_lightning import export
 from opd_lightning.cli import run
 from opd_lightning.rollout import Rollout
-from tests.test_resume import PLAIN, configuration, last
+from tests.processes import last
+from tests.test_resume import PLAIN, configuration
 from tests.tiny import make_module, no_teacher
 
 

@@ -114,8 +114,7 @@ def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path
         world.fit(module, tmp_path)
 
 
-@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("normaliser", ["steps", "weights"])
+@pytest.mark.parametrize(("lora", "normaliser"), [(None, "steps"), (Lora(r=2), "weights")], ids=["full", "lora"])
 def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, normaliser, tmp_path):
     """Rule 17: it touches every trained parameter, and moves none."""
     teachers = {"teacher": Teacher(Frozen(Pretrained(str(every_world.teacher))), where={"task": "nowhere"})}

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.export import write
+from tests.processes import finish, last, start
 from tests.test_configs import ROOT
-from tests.test_resume import PLAIN, configuration, finish, last, start
+from tests.test_resume import PLAIN, configuration
 
 SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
 SHORT = [
@@ -32,9 +33,9 @@ def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
     if micro_batch is not None:
         rollout["micro_batch_size"] = micro_batch // ranks
     config = configuration(folder, world, {"rollout": rollout, "teacher": "ema", "accumulate": 1})
-    settings = [f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}", f"--trainer.max_steps={steps}"]
+    settings = [f"--trainer.strategy={strategy}", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
     reward = "--model.init_args.reward.class_path=ExactMatch"
-    return start(config, *MOMENTUM, *SHORT, reward, *extra, *settings, "--ckpt_path=last"), config
+    return start(config, *MOMENTUM, *SHORT, reward, *extra, *settings, ranks=ranks), config
 
 
 def products(state: dict) -> dict:
@@ -83,7 +84,6 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, 
         config = configuration(folder, make_world(setting), setup)
         extra = [
             "--model.init_args.reward.class_path=ExactMatch",
-            f"--trainer.devices={ranks}",
             f"--trainer.strategy={'auto' if ranks == 1 else strategy}",
             "--trainer.limit_val_batches=1.0",
             "--trainer.val_check_interval=1",
@@ -96,7 +96,7 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, 
         ]
         if terms:
             extra.append(f"--model.init_args.objective.terms={terms}")
-        finish(start(config, *SGD, *SHORT, *extra))
+        finish(start(config, *SGD, *SHORT, *extra, ranks=ranks))
         rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open()))
         results[ranks] = last(config)["state_dict"], {k: float(v) for row in rows for k, v in row.items() if v}
 
@@ -161,7 +161,6 @@ def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
     for ranks, strategy in ((1, "auto"), (2, "fsdp2")):
         folder = tmp_path / strategy
         settings = [
-            f"--trainer.devices={ranks}",
             f"--trainer.strategy={strategy}",
             "--trainer.max_steps=6",
             "--trainer.limit_val_batches=0",
@@ -172,7 +171,7 @@ def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
             f"--model.init_args.rollout.batch_size={2 // ranks}",
             "--model.init_args.rollout.behaviour={student: 0.7, dataset: 0.3}",
         ]
-        finish(start(ROOT / "text" / "quickstart.yaml", *SGD, *settings))
+        finish(start(ROOT / "text" / "quickstart.yaml", *SGD, *settings, ranks=ranks))
         found[ranks] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, value in found[1].items():
         torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -185,11 +184,11 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
     finish(process)
     three, checkpoint = world.write(tmp_path / "three", 3), tmp_path / "checkpoints" / "last.ckpt"
     prompts = sorted(json.loads(line)["prompt"] for line in three.read_text().splitlines())
-    settings = [f"--data.init_args.predict={three}", "--data.init_args.validation_batch_size=1", "--trainer.devices=2"]
+    settings = [f"--data.init_args.predict={three}", "--data.init_args.validation_batch_size=1"]
     for strategy in ("ddp", "fsdp2"):
         folder = tmp_path / strategy
         where = [f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={folder}", f"--ckpt_path={checkpoint}"]
-        finish(start(config, *settings, *where, command="predict"))
+        finish(start(config, *settings, *where, command="predict", ranks=2))
         lines = [line for file in folder.glob("predictions-*.jsonl") for line in file.read_text().splitlines()]
         assert sorted(json.loads(line)["prompt"] for line in lines) == prompts
 

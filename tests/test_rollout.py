@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,23 +26,33 @@ from opd_lightning.objective import (
 from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
 from opd_lightning.trajectory import Trajectories
 from tests.tiny import LongerIsBetter, Rows, attach, make_trainer
+from tests.worlds import World
 
 
 @pytest.fixture
-def rows(every_world):
-    return every_world.make_rows(24)
+def rows(make_world):
+    return make_world("text").make_rows(24)
 
 
-@pytest.fixture
-def built(every_world, rows, tmp_path):
+def builder(world: World, folder: Path) -> Callable[..., RolloutLoader]:
     """A module with a trainer attached, and a loader over 24 rows."""
 
-    def get(accumulate: int = 1, rows=rows, seed: int = 0, **changes) -> RolloutLoader:
-        module = every_world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
-        attach(module, tmp_path, accumulate_grad_batches=accumulate)
-        return RolloutLoader(rows, module, seed)
+    def get(accumulate: int = 1, rows=None, seed: int = 0, **changes) -> RolloutLoader:
+        module = world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
+        attach(module, folder, accumulate_grad_batches=accumulate)
+        return RolloutLoader(world.make_rows(24) if rows is None else rows, module, seed)
 
     return get
+
+
+@pytest.fixture
+def built(make_world, tmp_path):
+    return builder(make_world("text"), tmp_path)
+
+
+@pytest.fixture
+def built_everywhere(every_world, tmp_path):
+    return builder(every_world, tmp_path)
 
 
 def same(mine: Trajectories, theirs: Trajectories) -> None:
@@ -180,11 +192,11 @@ def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
     assert [int(row) for batch in other for row in batch.row] != epochs[0]
 
 
-def test_no_epoch_of_a_run_is_empty(every_world, rows, tmp_path):
+def test_no_epoch_of_a_run_is_empty(every_world, tmp_path):
     module = every_world.alone(rollout=Rollout(batch_size=8, horizon=2))
     trainer = make_trainer(tmp_path, steps=-1)
     trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, datamodule=Rows(rows))
+    trainer.fit(module, datamodule=Rows(every_world.make_rows(24)))
     assert trainer.global_step == 9
 
 
@@ -201,12 +213,12 @@ def test_the_same_prompt_is_drawn_anew_in_the_next_epoch(built):
     assert not set(first.group.tolist()) & set(second.group.tolist())
 
 
-def test_draws_do_not_depend_on_the_number_of_ranks(built):
-    whole = built(batch_size=8)
+def test_draws_do_not_depend_on_the_number_of_ranks(built_everywhere):
+    whole = built_everywhere(batch_size=8)
     one = list(whole)
     parts = []
     for rank in range(2):
-        loader = built(batch_size=4)
+        loader = built_everywhere(batch_size=4)
         loader.rank, loader.world_size, loader.prompts = rank, 2, 8
         loader.generations = 24 // 8
         parts.append(list(loader))
@@ -235,9 +247,9 @@ def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
 # -- behaviour ----------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, every_world):
+def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built_everywhere, every_world):
     shares = {"student": 0.3, "dataset": 0.7}
-    loader = built(rows=every_world.make_rows(200), batch_size=100, group_size=2, behaviour=shares)
+    loader = built_everywhere(rows=every_world.make_rows(200), batch_size=100, group_size=2, behaviour=shares)
     batches = [batch for _ in range(2) for batch in loader]
     for batch in batches:
         assert batch.sources == ("student", "dataset")
@@ -255,17 +267,18 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built, every_wor
     assert not torch.equal(batches[0].source, batches[1].source)
 
 
-def test_the_dataset_alone_never_asks_the_generator(built, every_world, monkeypatch):
+def test_the_dataset_alone_never_asks_the_generator(built_everywhere, every_world, monkeypatch):
     """GKD's λ = 0, and SFT."""
-    loader = built(behaviour={"student": 0.0, "dataset": 1.0})
+    loader = built_everywhere(behaviour={"student": 0.0, "dataset": 1.0})
     monkeypatch.setattr(every_world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
     for batch in loader:
         assert set(batch.source.tolist()) == {1}
 
 
-def test_members_keep_their_place_in_a_mixture(built, rows, every_world):
+def test_members_keep_their_place_in_a_mixture(built_everywhere, every_world):
     """Whoever acts, a row's prompt, example and reward belong together."""
-    loader = built(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
+    rows = every_world.make_rows(24)
+    loader = built_everywhere(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
     loader.module.reward = LongerIsBetter(2)
     batch = next(iter(loader))
     assert batch.reward is not None
@@ -287,7 +300,7 @@ def _prompt(inputs: dict[str, torch.Tensor], i: int) -> list[int]:
     groups=st.integers(1, 6),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_group_statistics_are_numpys(rewards, groups, seed):
     group = np.random.default_rng(seed).integers(100, 100 + groups, len(rewards))
     mean, std = group_statistics(torch.tensor(rewards), torch.tensor(group))
@@ -307,11 +320,21 @@ def test_seeds_differ_and_are_fixed():
 # -- state --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("staleness", "epochs"), [(0, 1), (2, 1), (0, 2), (1, 3)])
-@pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 11, 12, 13, 20])
-def test_a_resumed_loader_goes_on_exactly(built, done, staleness, epochs):
+@pytest.mark.parametrize(
+    ("setting", "done", "staleness", "epochs"),
+    [
+        *(("text", done, *how) for done in (0, 1, 3, 4, 5, 11, 12, 13, 20) for how in ((0, 1), (2, 1), (0, 2), (1, 3))),
+        *(
+            (name, *how)
+            for name in ("vision_language", "gui_grounding", "diffusion")
+            for how in ((5, 2, 1), (13, 1, 3))
+        ),
+    ],
+)
+def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make_world, tmp_path):
     """Also in the middle of a generation batch, of an epoch over it, and across the border of an epoch over the data
     (12 micro-batches each, if every generation batch is trained once)."""
+    built = builder(make_world(setting), tmp_path)
     changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2}
     changes |= {"max_staleness": staleness, "epochs": epochs}
     unbroken = built(**changes)
@@ -357,6 +380,11 @@ def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
         built(batch_size=8, micro_batch_size=2, epochs=3).load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=r"rollout\.(batch_size|micro_batch_size)"):
         built(batch_size=4, micro_batch_size=2).load_state_dict(loader.state_dict())
+    old = loader.state_dict()
+    old["cut"] = old["cut"][:3]  # as it was before rollout.epochs
+    built(batch_size=8, micro_batch_size=2).load_state_dict(old)
+    with pytest.raises(ValueError, match="trained 1 times"):
+        built(batch_size=8, micro_batch_size=2, epochs=2).load_state_dict(old)
 
 
 # -- the gradient does not depend on how the batch is cut (rule 2) ------------------------------------------------
@@ -370,23 +398,30 @@ def cut_objectives() -> dict[str, Objective]:
     }
 
 
-@pytest.mark.parametrize("name", ["steps", "weights", "group"])
-def test_the_gradient_does_not_depend_on_micro_batches(any_world, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *((name, "qwen3") for name in ("steps", "weights", "group")),
+        *(("group", setting) for setting in ("gemma3", "llama", "vision_language", "gui_grounding")),
+    ],
+)
+def test_the_gradient_does_not_depend_on_micro_batches(name, setting, make_world, tmp_path):
     found = []
+    world = make_world(setting)
 
-    class Watching(any_world.setting):
+    class Watching(world.setting):
         def on_before_optimizer_step(self, optimizer):
             super().on_before_optimizer_step(optimizer)
             self.gradient = torch.cat([p.grad.flatten().double() for p in self.student.parameters()])
 
-    for size, accumulate in ((16, 1), (8, 2), (4, 4), (2, 8), (1, 16)):
-        module = any_world.module(
+    for size, accumulate in ((16, 1), (4, 4), (1, 16)):
+        module = world.module(
             objective=cut_objectives()[name],
             setting=Watching,
             rollout=Rollout(batch_size=8, group_size=2, horizon=8, micro_batch_size=size),
             reward=LongerIsBetter(6),
         )
-        any_world.fit(module, tmp_path, accumulate_grad_batches=accumulate)
+        world.fit(module, tmp_path, accumulate_grad_batches=accumulate)
         weights = torch.cat([p.detach().flatten().double() for p in module.student.parameters()])
         found.append((module.gradient, weights))
     gradient, weights = found[0]

@@ -18,25 +18,29 @@ def workers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("rollout")]
 
 
-def watched(every_world, seen, **settings):
-    class Watching(every_world.setting):
+def watched(world, seen, **settings):
+    class Watching(world.setting):
         def training_step(self, batch, batch_idx):
             seen.append(
                 (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behaviour_log_probs)
             )
             return super().training_step(batch, batch_idx)
 
-    return every_world.module(setting=Watching, **settings)
+    return world.module(setting=Watching, **settings)
 
 
-@pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_the_lag_is_fixed_and_runs_repeat_themselves(every_world, staleness, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "staleness"),
+    [("text", 0), ("text", 1), ("text", 3), ("vision_language", 1), ("gui_grounding", 1), ("diffusion", 1)],
+)
+def test_the_lag_is_fixed_and_runs_repeat_themselves(setting, staleness, make_world, tmp_path):
     runs = []
+    world = make_world(setting)
     for _ in range(2):
         seen: list = []
         rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, max_staleness=staleness)
-        module = watched(every_world, seen, rollout=rollout)
-        every_world.fit(module, tmp_path, steps=14)
+        module = watched(world, seen, rollout=rollout)
+        world.fit(module, tmp_path, steps=10)
         runs.append((seen, [p.detach().clone() for p in module.student.parameters()]))
         assert not workers(), "its thread has ended"
     (one, weights), (two, again) = runs

@@ -5,8 +5,10 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +38,8 @@ from .view import last_text
 # it could do some thousand tokens
 CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
 
+TEXT = {"input_ids", "attention_mask", "position_ids"}
+
 
 class AutoregressiveDistillation(OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
@@ -59,6 +63,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
         self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
+        self._heads: dict[str, nn.Module] = {}
 
     def _shard(self, mesh: Any) -> None:
         if self.pass_tokens is not None:
@@ -169,6 +174,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             part = trajectories if len(rows) == 1 else trajectories.select(mine)
             own = {name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()}
             inputs = begun_together(self.continued(own, part, device)) | media
+            if inputs.keys() == TEXT:
+                # no token sees those behind it, so padding needs no mask, with which attention would be slower
+                del inputs["attention_mask"]
             hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
             # a step is said by the token before it; what is said behind a row's end is never read
             place = own["attention_mask"].sum(1, keepdim=True) - 1 + torch.arange(part.mask.shape[1], device=device)
@@ -178,7 +186,16 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         with policy.active():
             parts = [forward(mine) for mine in rows]
         hidden = torch.cat(parts)[torch.cat(rows).argsort().to(device)] if len(rows) > 1 else parts[0]
-        return Categorical(hidden.to(trajectories.mask.device), self.head(policy))
+        return Categorical(hidden.to(trajectories.mask.device), self._head_at(policy, trajectories.mask.device))
+
+    def _head_at(self, policy: Policy, device: torch.device) -> Head:
+        """The head where the objective computes: of a teacher that lives on another device, a copy made once."""
+        head = self.head(policy)
+        if next(head.module.parameters()).device != device and policy.name in self.teachers:
+            if policy.name not in self._heads:
+                self._heads[policy.name] = copy.deepcopy(head.module).to(device)
+            head = replace(head, module=self._heads[policy.name])
+        return head
 
     def _pass_limits(self, device: torch.device) -> tuple[float, int]:
         """The most tokens of a pass, and how many tokens more would take as long as another pass."""
@@ -307,4 +324,7 @@ def begun_together(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs ``[B, W]`` whose rows all begin in the first column, without gaps, as wide as the longest is long."""
     seen = inputs["attention_mask"] > 0
     order = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
-    return {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
+    together = {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
+    if "position_ids" in together:  # of padding, too: transformers takes a position that goes back for another text
+        together["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return together

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.test_resume import AHEAD, EMA, PLAIN, STEPS, configuration, finish, last, start
+from tests.processes import Running, finish, last, start
+from tests.test_resume import AHEAD, EMA, PLAIN, STEPS, configuration
 
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 HALF = {**EMA, "rollout": {**EMA["rollout"], "batch_size": 8}}
@@ -32,11 +29,10 @@ def unbroken(text, tmp_path_factory):
     return last(config)["state_dict"]
 
 
-def wait_for_checkpoint(config: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not (config.parent / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.01)
+def start_until_saved(config: Path, *extra: str) -> Running:
+    process = start(config, *extra)
+    process.wait_for(config.parent / "checkpoints" / "last.ckpt")
+    return process
 
 
 def equal(found: dict, expected: dict) -> None:
@@ -48,45 +44,28 @@ def equal(found: dict, expected: dict) -> None:
 def test_sigterm_finishes_the_step_saves_and_exits_with_0(text, unbroken, tmp_path):
     """With two micro-batches to a step, of which the first may be done."""
     config = configuration(tmp_path, text, EMA)
-    process = start(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
-    wait_for_checkpoint(config, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output[-3000:]
-    assert "go on with --ckpt_path=last" in output
+    process = start_until_saved(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
+    process.terminate()
+    finish(process)
+    assert "go on with --ckpt_path=last" in process.output
     assert 1 <= last(config)["global_step"] < 1000
 
     again = configuration(tmp_path / "again", text, EMA)
-    process = start(again)
-    wait_for_checkpoint(again, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process = start_until_saved(again)
+    process.terminate()
+    process.end()
     finish(start(again, "--ckpt_path=last"))
     equal(last(again)["state_dict"], unbroken)
-
-
-def limited(size: int, config: Path, *extra: str) -> subprocess.Popen:
-    """A run that can write no file beyond a size, as if the disk were full."""
-    command = [sys.executable, "-m", "opd_lightning", "fit", "-c", str(config), *extra]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(text, unbroken, tmp_path):
     config = configuration(tmp_path, text, EMA)
     finish(start(config, "--trainer.max_steps=5"))
     size = (config.parent / "checkpoints" / "last.ckpt").stat().st_size
-    process = limited(size // 2, config, "--ckpt_path=last")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "could not be written" in output
-    assert "the one before it is whole" in output
+    process = start(config, "--ckpt_path=last", largest_file=size // 2)
+    assert process.end() != 0
+    assert "could not be written" in process.output
+    assert "the one before it is whole" in process.output
     assert last(config)["global_step"] == 5
     assert not list((config.parent / "checkpoints").glob("*.part"))
 
@@ -98,20 +77,16 @@ def test_a_truncated_checkpoint_is_refused_with_the_last_good_one(text, tmp_path
     broken, (good,) = folder / "last.ckpt", folder.glob("step-*.ckpt")
     broken.write_bytes(broken.read_bytes()[:-1000])
     process = start(config, "--ckpt_path=last")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert f"{broken} is cut short or no checkpoint at all" in output
-    assert f"--ckpt_path={good}" in output.replace("\n", "")
+    assert process.end() != 0
+    assert f"{broken} is cut short or no checkpoint at all" in process.output
+    assert f"--ckpt_path={good}" in process.output.replace("\n", "")
     finish(start(config, f"--ckpt_path={good}", "--trainer.max_steps=6"))
     assert last(config)["global_step"] == 6
 
 
 def test_what_a_kill_leaves_of_a_save_is_ignored(text, unbroken, tmp_path):
     config = configuration(tmp_path, text, EMA)
-    process = start(config)
-    wait_for_checkpoint(config, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    start_until_saved(config).kill()
     part = config.parent / "checkpoints" / "last.ckpt.part"
     part.write_bytes(b"half of a")
     finish(start(config, "--ckpt_path=last"))
@@ -144,9 +119,8 @@ def test_what_ends_a_run_in_the_objective_loses_nothing(part, message, text, unb
     config = configuration(tmp_path, text, EMA)
     signals = {"class_path": f"tests.faults.breaking.{part}", "init_args": {"at": 10}}
     process = start(broken(config, objective={"terms": [{"signal": signals}]}))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert message in output
+    assert process.end() != 0
+    assert message in process.output
     assert last(config)["global_step"] == 4
     finish(start(config, "--ckpt_path=last"))
     equal(last(config)["state_dict"], unbroken)
@@ -155,10 +129,9 @@ def test_what_ends_a_run_in_the_objective_loses_nothing(part, message, text, unb
 def test_an_exception_in_the_thread_that_rolls_out_ends_the_process_with_its_traceback(text, tmp_path):
     config = configuration(tmp_path, text, AHEAD)
     process = start(broken(config, student_view={"class_path": "tests.faults.breaking.FailsAhead"}))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "RuntimeError: the tenth example fails" in output
-    assert "breaking.py" in output
+    assert process.end() != 0
+    assert "RuntimeError: the tenth example fails" in process.output
+    assert "breaking.py" in process.output
 
 
 def children(process: int) -> list[int]:
@@ -166,20 +139,17 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other rank in /proc")
-@pytest.mark.timeout(240)
 def test_a_killed_rank_ends_the_run_and_loses_nothing(text, tmp_path):
     config = configuration(tmp_path / "whole", text, HALF)
     finish(start(config, *TWO_RANKS))
     expected = last(config)["state_dict"]
 
     config = configuration(tmp_path / "killed", text, HALF)
-    process = start(config, *TWO_RANKS)
-    wait_for_checkpoint(config, process)
+    process = start_until_saved(config, *TWO_RANKS)
     for child in children(process.pid):
         if "opd_lightning" in Path(f"/proc/{child}/cmdline").read_text():
             os.kill(child, signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.end() != 0
     seen = last(config)["global_step"]
     assert seen < STEPS
     finish(start(config, "--ckpt_path=last", *TWO_RANKS))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.faults.test_processes import children, equal
+from tests.processes import finish, start
 from tests.test_configs import ROOT
-from tests.test_resume import finish, start
 
 ON_A_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=32-true"]
 SMALL = [
@@ -39,22 +38,14 @@ def quickstart(folder: Path, overlay: str, *extra: str):
     )
 
 
-def wait_for_checkpoint(folder: Path, process) -> None:
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.01)
-
-
 def last(folder: Path) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def kill_all_ranks(process) -> None:
-    ranks = [process.pid, *children(process.pid)]
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
-    process.wait()
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.kill()
 
 
 # a minute each on two cores, nearly all of it imports
@@ -66,7 +57,7 @@ def test_a_kill_of_all_ranks_loses_nothing(overlay, tmp_path):
     expected = last(tmp_path / "whole")
 
     process = quickstart(tmp_path / "killed", overlay)
-    wait_for_checkpoint(tmp_path / "killed", process)
+    process.wait_for(tmp_path / "killed" / "checkpoints" / "last.ckpt")
     kill_all_ranks(process)
     assert last(tmp_path / "killed")["global_step"] < 8
     finish(quickstart(tmp_path / "killed", overlay))
@@ -79,9 +70,8 @@ def test_a_kill_of_all_ranks_loses_nothing(overlay, tmp_path):
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
 def test_sigterm_ends_all_ranks_after_the_same_step(overlay, tmp_path):
     process = quickstart(tmp_path, overlay, "--trainer.max_steps=1000", "--trainer.limit_val_batches=0")
-    wait_for_checkpoint(tmp_path, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output[-3000:]
-    assert "go on with --ckpt_path=last" in output
+    process.wait_for(tmp_path / "checkpoints" / "last.ckpt")
+    process.terminate()
+    finish(process)
+    assert "go on with --ckpt_path=last" in process.output
     assert 1 <= last(tmp_path)["global_step"] < 1000

@@ -24,7 +24,7 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 def examples(count: int) -> settings:
     quiet = [HealthCheck.filter_too_much]
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+    return settings(max_examples=count, derandomize=True, database=None, suppress_health_check=quiet)
 
 
 # -- batches ------------------------------------------------------------------------------------------------------

@@ -270,3 +270,17 @@ def test_a_teachers_limit_holds_without_a_view_too(tiny_student):
     assert module.refusal({"prompt": "1+11="}) is None
     reason = module.refusal({"prompt": "11+11="})
     assert reason == "the teacher's prompt has 6 tokens, the limit of model.teachers.teacher is 5"
+
+
+def test_the_head_of_a_teacher_elsewhere_is_copied_once(tiny_student, tiny_teacher):
+    """Its hidden states come to the student's device; so must what makes logits of them."""
+    module = make_module(tiny_student, tiny_teacher)
+    policy, elsewhere = module.policies["teacher"], torch.device("meta")
+    here = module._head_at(policy, torch.device("cpu"))
+    assert here.module is policy.model.get_output_embeddings()
+    there = module._head_at(policy, elsewhere)
+    assert there.module.weight.device == elsewhere
+    assert module._head_at(policy, elsewhere).module is there.module
+    assert here.module.weight.device.type == "cpu"
+    assert (there.vocabulary, there.scale) == (here.vocabulary, here.scale)
+    assert not any("heads" in name for name in module.state_dict())

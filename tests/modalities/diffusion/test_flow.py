@@ -20,7 +20,7 @@ def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(level=levels, other=levels)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_straight_path_is_travelled_exactly(level, other):
     clean, noise = pair()
     latent, v = flow.noised(clean, noise, level), flow.velocity(clean, noise)
@@ -55,7 +55,7 @@ def test_it_is_diffusers_convention(shift, steps):
 
 
 @given(scale=st.floats(0, 10))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_guidance_in_every_convention(scale):
     cond, uncond = pair()
     found = {
@@ -71,7 +71,7 @@ def test_guidance_in_every_convention(scale):
 
 
 @given(t=st.floats(0.1, 0.95), share=st.floats(0.1, 0.9), a=st.floats(0.1, 1.5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_stochastic_step_is_flow_grpos(t, share, a):
     clean, noise = pair()
     r = t * share

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -73,13 +73,11 @@ sizes = st.tuples(st.integers(1, 8000), st.integers(1, 8000))
 
 @pytest.mark.parametrize("answer", FORMATS, ids=lambda a: f"{type(a).__name__}-{a.unit}-{a.box}")
 class TestEveryFormat:
-    @settings(deadline=None)
     @given(st.data())
     def test_what_is_written_comes_back_through_any_resizing(self, answer, data):
         size, model_size = data.draw(sizes), data.draw(sizes)
         check_round_trip(answer, data.draw(boxes(size)), size, model_size)
 
-    @settings(deadline=None)
     @given(st.data())
     def test_what_is_written_comes_back_through_the_resizing_of_qwen(self, answer, data):
         width, height = size = data.draw(st.tuples(st.integers(30, 6000), st.integers(30, 6000)))
@@ -89,12 +87,10 @@ class TestEveryFormat:
         rows, columns = smart_resize(height, width, data.draw(st.sampled_from([28, 32])), low, high)
         check_round_trip(answer, data.draw(boxes(size)), size, (columns, rows))
 
-    @settings(deadline=None)
     @given(st.text())
     def test_no_text_makes_it_raise(self, answer, text):
         assert answer.parse(text) is None
 
-    @settings(deadline=None)
     @given(st.data())
     def test_a_broken_answer_is_none_or_numbers_in_range(self, answer, data):
         right = answer.write((3, 4, 50, 60), (80, 90), (84, 84))

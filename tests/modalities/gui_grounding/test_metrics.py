@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.modalities.gui_grounding.metrics import distance, grade, iou, point_in_box
@@ -27,7 +27,6 @@ def pixels(box):
     return picture
 
 
-@settings(deadline=None)
 @given(boxes(), boxes())
 def test_iou_is_that_of_the_pixels(one, other):
     shared, either = (pixels(one) & pixels(other)).sum(), (pixels(one) | pixels(other)).sum()
@@ -52,7 +51,6 @@ def test_a_box_counts_by_its_centre_and_edges_belong_to_the_target(prediction, i
     assert point_in_box(prediction, BOX) is inside
 
 
-@settings(deadline=None)
 @given(boxes(), boxes())
 def test_distance_is_between_centres_and_at_most_one_on_the_screen(one, other):
     centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (one, other)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -67,7 +67,6 @@ def test_the_image_keeps_its_size_and_the_example_is_left_alone(view):
     assert row == before
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_box_in_any_screenshot(data):
     width, height = size = data.draw(st.tuples(st.integers(4, 60), st.integers(4, 60)))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -128,14 +128,12 @@ def test_the_tokenizers_of_these_tests_merge_digits(tokenizer):
     assert any(sum(map(str.isdigit, tokenizer.id_to_token(i))) > 1 for i in ids)
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from("0123456789.,() xgü🙂\n"), max_size=30))
 def test_any_text_of_a_byte_level_tokenizer(text):
     tokenizer = TOKENIZERS["byte-level"]
     assert digit_places(tokenizer.encode(text).ids, decoder(tokenizer)) == by_offsets(tokenizer, text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 390)))
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_tokens_that_a_model_may_say(name, tokens):

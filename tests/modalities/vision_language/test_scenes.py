@@ -32,7 +32,7 @@ def test_the_same_arguments_make_the_same_scenes() -> None:
     assert doctest.testmod(module).failed == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     held_out=st.booleans(),

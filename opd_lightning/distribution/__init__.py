@@ -1,0 +1,19 @@
+"""What a policy says about the next step: `Categorical` (hidden states and a head), `Gaussian` or `Lazy` normals."""
+
+from .base import Distribution, GradientAccumulator
+from .categorical import Categorical
+from .chunk import CategoricalChunk
+from .gaussian import Gaussian
+from .head import IMPOSSIBLE, Head
+from .lazy import Lazy
+
+__all__ = [
+    "IMPOSSIBLE",
+    "Categorical",
+    "CategoricalChunk",
+    "Distribution",
+    "Gaussian",
+    "GradientAccumulator",
+    "Head",
+    "Lazy",
+]

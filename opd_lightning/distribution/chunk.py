@@ -1,0 +1,98 @@
+"""CategoricalChunk: what a policy over a vocabulary says while its logits exist.
+
+Shape legend: n states of one piece, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CategoricalChunk:
+    """What a policy says at the n states of one piece; everything derived from its logits is computed once.
+
+    Attributes:
+        logits: ``[n, V]`` float32 (or float64), up to a constant per state.
+
+    Args:
+        owned: the logits have no other reader and no history: log-probabilities take their place.
+    """
+
+    def __init__(self, logits: Tensor, owned: bool = False) -> None:
+        self.logits = logits
+        self._known = {1.0: normalise_(logits.detach())} if owned else {}
+        self._log_probs: dict[float, Tensor] = {}
+        self._entropy: Tensor | None = None
+
+    def known(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, without gradient.
+
+        To be read only: others read them too.
+        """
+        if temperature not in self._known:
+            with torch.no_grad():
+                self._known[temperature] = normalise_(self.logits.detach() / temperature)
+        return self._known[temperature]
+
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """``[n, V]`` log-softmax of the logits divided by ``temperature``, with gradient where the logits have one."""
+        if not self.logits.requires_grad:
+            return self.known(temperature)[0]
+        if temperature not in self._log_probs:
+            # whoever asks first may do so under no_grad (a weight, a target); the signal still needs the gradient
+            with torch.enable_grad():
+                self._log_probs[temperature] = _LogProbs.apply(self.logits, *self.known(temperature), temperature)
+        return self._log_probs[temperature]
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """``[n]`` log-probability of the given ids ``[n]`` at temperature 1."""
+        value: Tensor = _LogProb.apply(self.logits, *self.known(), action)
+        return value
+
+    def entropy(self) -> Tensor:
+        """``[n]`` in nats, without gradient."""
+        if self._entropy is None:
+            log_probs, probs = self.known()
+            self._entropy = -(probs * log_probs).sum(-1)
+        return self._entropy
+
+    def confidence(self) -> Tensor:
+        """``[n]`` in [0, 1], without gradient: 1 − H / log V; 0 for a uniform distribution, 1 for a certain one."""
+        return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
+
+
+def normalise_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
+    highest = logits.amax(-1, keepdim=True)
+    probs = (logits - highest).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return logits.sub_(highest.add_(total.log())), probs.div_(total)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, temperature: float) -> Tensor:
+        ctx.probs, ctx.temperature = probs, temperature
+        return log_probs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (gradient,) = outputs
+        inner = gradient - ctx.probs * gradient.sum(-1, keepdim=True)
+        return inner.div_(ctx.temperature), None, None, None
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, probs: Tensor, action: Tensor) -> Tensor:
+        ctx.probs, ctx.action = probs, action[:, None]
+        return log_probs.gather(-1, ctx.action).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        weight = outputs[0][:, None]
+        return (ctx.probs * -weight).scatter_add_(-1, ctx.action, weight), None, None, None

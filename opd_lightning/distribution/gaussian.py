@@ -1,0 +1,68 @@
+"""Gaussian: independent normals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Distribution, GradientAccumulator
+
+
+@dataclass
+class Gaussian(Distribution):
+    """Independent normals: ``mean [B, T, ...]`` or ``[N, ...]``, ``scale`` broadcastable to it (a scalar is fine)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def at(self, index: Tensor) -> Gaussian:
+        if self.scale.dim() == 0:
+            return Gaussian(self.mean.flatten(0, 1)[index], self.scale)
+        return Gaussian(self.mean.flatten(0, 1)[index], self.scale.expand_as(self.mean).flatten(0, 1)[index])
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        return Gaussian(self.mean.to(device), self.scale.to(device))
+
+    def bytes_per_state(self) -> int:
+        return 4 * self.mean[0].numel() * self.mean.element_size()
+
+    def accumulator(self) -> GradientAccumulator:
+        return _GaussianGradient(self)
+
+    def chunk(self, states: slice) -> Gaussian:
+        return Gaussian(
+            self.mean[states].detach(), (self.scale if self.scale.dim() == 0 else self.scale[states]).detach()
+        )
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """``[n]`` log-density of ``action [n, ...]``, summed over the event."""
+        return torch.distributions.Normal(self.mean, self.scale).log_prob(action).flatten(1).sum(1)
+
+    def entropy(self) -> Tensor:
+        """``[n]`` in nats, without gradient."""
+        normal = torch.distributions.Normal(self.mean.detach(), self.scale.detach())
+        return normal.entropy().expand_as(self.mean).flatten(1).sum(1)
+
+
+class _GaussianGradient(GradientAccumulator):
+    def __init__(self, student: Gaussian) -> None:
+        self._student = student
+        learnt_scale = student.scale.requires_grad
+        self.inputs = [student.mean, student.scale] if learnt_scale else [student.mean]
+        self.sums = [torch.zeros_like(tensor) for tensor in self.inputs]
+
+    def open(self, states: slice) -> Gaussian:
+        self._states, self._open = states, self._student.chunk(states)
+        self._leaves = [self._open.mean, self._open.scale][: len(self.inputs)]
+        for leaf in self._leaves:
+            leaf.requires_grad_()
+        return self._open
+
+    def close(self, loss: Tensor) -> None:
+        for total, part in zip(self.sums, torch.autograd.grad(loss, self._leaves), strict=True):
+            if total.dim() == 0:
+                total.add_(part)
+            else:
+                total[self._states] = part
