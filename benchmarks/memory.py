@@ -23,8 +23,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 VOCABULARY, CONTEXT = 151_936, 40_960
 RANK, CHUNK = 32, 192 * 2**20  # defaults of Lora.r and Objective.chunk_mib
 # hidden, intermediate, layers, heads, key heads, size of a head, tied head: pytorch/torchtune,
-# torchtune/models/qwen3/_model_builders.py; the size of a head from the config.json of Qwen/Qwen3-0.6B, -4B, -14B and
-# -32B. They sum to the published 0.6, 1.7, 4.0, 8.2, 14.8 and 32.8 B weights. The last two are the other benchmarks'
+# torchtune/models/qwen3/_model_builders.py; the size of a head as others quote the config.json of 0.6B, 4B, 14B and
+# 32B. They sum to the published 0.6, 1.7, 4.0, 8.2, 14.8 and 32.8 B weights. The last two are the other benchmarks'
 SHAPES = {
     "0.6B": (1024, 3072, 28, 16, 8, 128, True),
     "1.7B": (2048, 6144, 28, 16, 8, 128, True),
