@@ -88,11 +88,13 @@ def main() -> None:
 
     write = timed("rollout", decode.DecodeLoop.write)
 
-    def sampled(*given: Any, **named: Any) -> Any:
-        before = spent.get("forward", 0.0)
-        result = write(*given, **named)
-        spent["forward"] = before  # the engine's own passes are in its time
-        return result
+    def sampled(engine: Any, policy: Any, *given: Any) -> Any:
+        body = policy.model.base_model
+        watched = vars(body).pop("forward")  # or the engine would leave the model to `generate`
+        try:
+            return write(engine, policy, *given)
+        finally:
+            body.forward = watched
 
     decode.DecodeLoop.write = sampled
     objective.chunk_diagnostics = timed("diagnostics", diagnostics.chunk_diagnostics)
