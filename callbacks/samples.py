@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from ..module import OnPolicyDistillation
 from ..objective import CrossEntropy, ReverseKL, Signal
+from ..printable import cell, in_markdown
 from ..trajectory import Trajectories
 
 COLUMNS = ("prompt", "completion", "reward", "length", "signal")
@@ -149,12 +151,12 @@ def render(rows: list[Row], title: str) -> Table:
         table.add_column(name)
     largest = max((abs(value) for row in rows for value in row["signals"] if value is not None), default=0.0) or 1.0
     for row in rows:
-        completion = Text(row["completion"])
+        completion = cell(row["completion"])
         if row["steps"] is not None:
             shaded = zip(row["steps"], row["signals"], strict=True)
-            completion = Text.assemble(*((piece, _shade(value, largest)) for piece, value in shaded))
+            completion = Text.assemble(*(cell(piece, _shade(value, largest)) for piece, value in shaded))
         numbers = ("" if row[name] is None else f"{row[name]:.3g}" for name in COLUMNS[2:])
-        table.add_row(Text(row["prompt"]), completion, *numbers)
+        table.add_row(cell(row["prompt"]), completion, *numbers)
     return table
 
 
@@ -168,8 +170,10 @@ def _shade(value: float | None, largest: float) -> str:
 def markdown(data: list[list[Any]]) -> str:
     """A table of the rows' columns."""
 
-    def line(cells: list[Any]) -> str:
-        plain = ("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in plain) + " |"
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
 
-    return "\n".join([line(list(COLUMNS)), line(["---"] * len(COLUMNS)), *map(line, data)])
+    def text(value: Any) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else in_markdown(value)
+
+    return "\n".join([line(list(COLUMNS)), line(["---"] * len(COLUMNS)), *(line(map(text, row)) for row in data)])

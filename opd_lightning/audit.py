@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from .printable import cell
+
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
 
@@ -23,7 +25,7 @@ def audit(module: OnPolicyDistillation) -> None:
 def _show(roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
     table = Table(title="audit", title_justify="left")
     for heading in ("", *roles):
-        table.add_column(heading, overflow="fold")
+        table.add_column(cell(heading), overflow="fold")
     for what, values in rows:
-        table.add_row(what, *(values.get(role, "") for role in roles))
+        table.add_row(cell(what), *(cell(values.get(role, "")) for role in roles))
     Console().print(table)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .data_source import LOCATION, is_remote, read_source
+from .printable import printable
 
 Example = dict[str, Any]
 Split = Literal["train", "validation", "test", "predict"]
@@ -265,7 +266,8 @@ class BadRows:
     def warn(self) -> None:
         if self.kinds:
             kinds = ", ".join(f"{count} × {kind}" for kind, count in self.kinds.most_common())
-            rank_zero_warn(f"{self.key}: {self.kinds.total()} rows are skipped: {kinds}. The first is {self.first}")
+            message = f"{self.key}: {self.kinds.total()} rows are skipped: {kinds}. The first is {self.first}"
+            rank_zero_warn(printable(message))
 
 
 def hold_out(rows: int, part: int | float, seed: int) -> tuple[list[int], list[int]]:

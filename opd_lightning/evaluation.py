@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from torchmetrics import MeanMetric
 
 from .data import STAND_IN, Share
+from .printable import cell, printable
 from .rollout import check_sampling, derived_seed, group_statistics
 from .teacher import Frozen
 from .trajectory import Example, Trajectories
@@ -22,6 +23,8 @@ from .trajectory import Example, Trajectories
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
 
+# Lightning prints names of metrics as rich's markup, and `/` divides them
+_IN_NAMES = str.maketrans("[]/", "()|")
 EVALUATION_DRAWS = 2**32  # keeps evaluation's seeds apart from the rollouts'
 
 
@@ -36,8 +39,8 @@ class Evaluation:
         horizon: default: the rollout's as it was configured, whatever callbacks turn it to.
         before: score the student (and the teachers, once) before the first training step.
         show: held-out prompts whose completions go to samples.jsonl at each validation.
-        by: one or two columns; accuracy is also reported for each of their values, as ``accuracy/web/icon``, and
-            `test` prints the table.
+        by: one or two columns; accuracy is also reported for each of their values, as ``accuracy/web/icon`` (with
+            ``()|`` for ``[]/`` in a value), and `test` prints the table.
 
     Raises:
         ValueError: several greedy samples, which would be equal; a value out of range; more than two columns.
@@ -133,7 +136,7 @@ class Evaluator:
             paths = {path[:depth] for path in product(*groups) for depth in range(1, len(path) + 1)}
             paths |= {("*", kind) for group in groups[1:] for kind in group}
             for path in paths:
-                self._update("/".join(("accuracy", *map(str, path))), value)
+                self._update("/".join(("accuracy", *map(_named, path))), value)
 
     def _compare(self, trajectories: Trajectories, reward: torch.Tensor | None, inspect: bool) -> None:
         """KL to every active teacher at the states that the student just visited."""
@@ -186,10 +189,10 @@ class Evaluator:
         kinds = sorted({path[1] for path in found if len(path) == 2})
         table = Table(title="accuracy in %", title_justify="left")
         for heading in (by[0], *kinds, "all"):
-            table.add_column(heading)
+            table.add_column(cell(heading))
         for row in rows:
             cells = [found.get(("*" if row == "all" else row, kind)) for kind in kinds]
-            table.add_row(row, *("" if v is None else f"{100 * v:.1f}" for v in (*cells, found[row,])))
+            table.add_row(cell(row), *("" if v is None else f"{100 * v:.1f}" for v in (*cells, found[row,])))
         return table
 
     def before_training(self) -> None:
@@ -219,7 +222,7 @@ class Evaluator:
             logger.log_metrics(values, step=self.module.global_step)
         headline = self.module.headline
         scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if headline in name)
-        rank_zero_info(f"Before training: {scores or values}")
+        rank_zero_info(printable(f"Before training: {scores or values}"))
 
     def _show(self, stage: str, who: str, rows: list[dict[str, Any]]) -> None:
         if self.module.global_rank or self.module.trainer.sanity_checking:
@@ -235,3 +238,8 @@ class Evaluator:
         trajectories = self.act("student", examples, batch_idx)
         rows = self.module.score(trajectories)[1]
         return [row for row, e in zip(rows, trajectories.examples, strict=True) if STAND_IN not in e]
+
+
+def _named(value: Any) -> str:
+    """A column's value as part of a metric's name."""
+    return printable(value).translate(_IN_NAMES)

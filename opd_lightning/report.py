@@ -14,6 +14,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from .printable import cell, printable
+
 Curves = dict[str, list[tuple[int, float]]]
 
 
@@ -73,16 +75,17 @@ def draw(curves: Curves, path: Path) -> None:
     }
     panels = {title: names for title, names in panels.items() if names}
     figure = new_figure(13, 3.6)
-    axes: Any = figure.subplots(1, len(panels))
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             steps, values = zip(*curves[name], strict=True)
             if len(steps) == 1:
-                axis.axhline(values[0], linestyle="--", color="grey", label=name)
+                axis.axhline(values[0], linestyle="--", color="grey", label=printable(name))
             else:
-                axis.plot(steps, values, marker=".", label=name)
+                axis.plot(steps, values, marker=".", label=printable(name))
         axis.set(title=title, xlabel="optimiser steps")
-        axis.legend(fontsize="small")
+        for label in axis.legend(fontsize="small").get_texts():
+            label.set_parse_math(False)
     figure.savefig(path, dpi=110)
 
 
@@ -94,18 +97,18 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
     for name in found:
-        table.add_column(name, justify="right")
+        table.add_column(cell(name), justify="right")
     table.add_row(*(f"{value:.1%}" for value in found.values()))
     console.print(table)
     for row in read_samples(run):
         mark = "" if "reward" not in row else (" ✓" if row["reward"] >= 0.5 else " ✗")
-        console.print(f"  {row['prompt']}{row['completion']}{mark}", markup=False, highlight=False)
+        console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))
     if since is not None:
         found["wall_s"] = round(time.time() - since, 1)
     found["seed"] = config["seed_everything"]
     draw(curves, run / "curves.png")
     (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
-    console.print(f"{run / 'curves.png'}  {run / 'result.json'}", highlight=False)
+    console.print(cell(f"{run / 'curves.png'}  {run / 'result.json'}"))
     return found
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from ...printable import cell
 from ...report import Curves, new_figure, read_curves
 
 
@@ -69,7 +70,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
     draw(curves, run / "curves.png")
     grid(run, steps, most, run / "grid.png")
     (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
-    console.print(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}", highlight=False)
+    console.print(cell(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}"))
     return found
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, UnidentifiedImageError
 
+from ...printable import printable
 from ...shipped import shipped
 from ..vision_language.boxes import problem_with_box
 
@@ -261,7 +262,7 @@ def _rows(located: Iterable[Located], convert: Callable[[Path, Row], Row], on_ba
             if on_bad_row == "refuse":
                 raise ValueError(f"{bad[0]}. Correct the row, or leave such rows out: on_bad_row: skip") from error
     if bad:
-        rank_zero_warn(f"{len(bad)} rows are skipped; the first is {bad[0]}")
+        rank_zero_warn(printable(f"{len(bad)} rows are skipped; the first is {bad[0]}"))
     if not rows:
         raise ValueError("no row is left" + (f"; all {len(bad)} were skipped, the first is {bad[0]}" if bad else ""))
     return rows

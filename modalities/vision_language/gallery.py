@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...module import OnPolicyDistillation
+from ...printable import printable
 from ...report import new_figure
 from .images import images_of
 
@@ -69,12 +70,14 @@ def gallery(run: Path, across: int = 4) -> Path:
             images = images_of(shown)
             axis.imshow(images[0], interpolation="nearest")
             if k == 0:
-                axis.set_title("\n".join(textwrap.wrap(new["prompt"], 26)), fontsize=8, loc="left")
-                axis.text(0, -0.04, _answers(example, old, new), fontsize=8, va="top", transform=axis.transAxes)
+                prompt = "\n".join(textwrap.wrap(printable(new["prompt"]), 26))
+                axis.set_title(prompt, fontsize=8, loc="left", parse_math=False)
+                answers = printable(_answers(example, old, new))
+                axis.text(0, -0.04, answers, fontsize=8, va="top", transform=axis.transAxes, parse_math=False)
                 if "prediction" in new:
                     _places(axis, old, new, images[0].width / images_of(example)[0].width)
             else:
-                axis.set_title(title, fontsize=8, loc="left", color="grey")
+                axis.set_title(printable(title), fontsize=8, loc="left", color="grey", parse_math=False)
     path = run / "gallery.png"
     figure.savefig(path, dpi=100)
     return path
@@ -99,4 +102,4 @@ def _places(axis: Any, old: dict[str, Any], new: dict[str, Any], scale: float) -
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
-    print(gallery(parser.parse_args().run))
+    print(printable(gallery(parser.parse_args().run)))
