@@ -25,7 +25,7 @@ def opd(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "opd_lightning", *arguments], check=True)
 
 
-with open(CONFIG) as file:
+with open(CONFIG, encoding="utf-8") as file:
     pages = yaml.safe_load(file)["data"]["init_args"]["train_options"]["pages"]
 if not SCREENS.exists():
     opd("render-gui", str(SCREENS), "--pages", ",".join(pages), "--seed", "100", "--count", "100", "--elements", "0")

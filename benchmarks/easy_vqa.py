@@ -56,7 +56,7 @@ def main(folder: str) -> None:
         values = {name: points for name, points in curves.items() if "accuracy" in name}
         results.append({"arm": arm, "wall_s": round(wall), **values})
         print(arm, curves["val/accuracy"], f"{wall:.0f} s", flush=True)
-    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ TOLD: dict[str, list[str]] = {
 
 def halves(folder: Path, updates: int) -> Path:
     """AnyFlow's stages, each half of the updates."""
-    callbacks = yaml.safe_load(Path(shipped("opd:methods/anyflow.yaml")).read_text())["trainer"]["callbacks+"]
+    overlay = yaml.safe_load(Path(shipped("opd:methods/anyflow.yaml")).read_text(encoding="utf-8"))
+    callbacks = overlay["trainer"]["callbacks+"]
     callbacks[0]["init_args"]["stages"][0]["steps"] = updates // 2
     path = folder / "stages.yaml"
-    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}), encoding="utf-8")
     return path
 
 
@@ -86,7 +87,9 @@ def main(told: bool, arms: list[str], seeds: int, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for run in pool.map(lambda wish: train(*wish), wanted):
             found.append(run)
-            (RUNS / ("d_opsd.json" if told else "result.json")).write_text(json.dumps(found, indent=2) + "\n")
+            (RUNS / ("d_opsd.json" if told else "result.json")).write_text(
+                json.dumps(found, indent=2) + "\n", encoding="utf-8"
+            )
     aims = {run["seed"]: run["teacher"] for run in found if run["arm"] == MEASURED_BEFORE[0]}
     for arm in dict.fromkeys(run["arm"] for run in found):
         mine = [run for run in found if run["arm"] == arm]

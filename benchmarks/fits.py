@@ -105,7 +105,8 @@ def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
         source = Path(folder) / "prompts.jsonl"
         draw = torch.randint(2, VOCABULARY, (2 * run.rows, prompt), generator=torch.Generator().manual_seed(0))
         source.write_text(
-            "".join(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n" for row in draw.tolist())
+            "".join(json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) + "\n" for row in draw.tolist()),
+            encoding="utf-8",
         )
         student = Pretrained(
             str(path), lora=Lora(r=RANK) if run.lora else None, gradient_checkpointing=run.checkpointing

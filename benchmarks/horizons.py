@@ -42,7 +42,7 @@ def train(arm: str, seed: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     overlay = folder / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "max_steps": UPDATES}}))
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "max_steps": UPDATES}}), encoding="utf-8")
     settings = [f"--seed_everything={seed}", "--trainer.log_every_n_steps=1", *extra]
     curves, wall = fit(folder, "text", [], settings, overlay)
     found = {
@@ -60,7 +60,7 @@ def main(arms: list[str], jobs: int) -> None:
     wanted = [(arm, seed) for seed in SEEDS for arm in arms or ARMS]
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda run: train(*run), wanted))
-    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for arm in arms or ARMS:
         mine = [run for run in results if run["arm"] == arm]
         steps = sorted(mine[0]["accuracy"])

@@ -77,7 +77,7 @@ def main() -> None:
             results.append({"group": group, "run": name, "accuracy": accuracy, "wall_s": round(wall)})
             print(f"{group:14} {name:20} {' '.join(f'{value:.3f}' for value in accuracy)}  {wall:.0f} s")
         plot(found, Path("docs") / f"{group}.png", title)
-    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "prompts.jsonl"
         rows = prompts(32 * args.updates, VOCABULARY)
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         trainer = bare_trainer(args.updates, folder, Watch(), gradient_clip_val=1.0, log_every_n_steps=10)
         trainer.fit(module, PromptData(train=str(source)))
 

@@ -65,7 +65,7 @@ def main() -> None:
     stories = write_stories(source, 640, 120)
     openings = tokenizer.batch_decode(stories[128:, 1 : 1 + OPENING_TOKENS])
     rows = [json.dumps({"prompt": text}) for text in openings if text.strip()]
-    (RUN / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    (RUN / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
     subprocess.run([sys.executable, "-m", "opd_lightning", "fit", "-c", "opd:text/recover.yaml"], check=True)
     write(RUN / "checkpoints" / "last.ckpt", RUN / "recovered")
@@ -79,7 +79,7 @@ def main() -> None:
         values = curves[f"val/teacher/{direction}"]
         result |= {f"{direction}_before": round(values[0][1], 4), f"{direction}_after": round(values[-1][1], 4)}
     draw(curves, RUN / "curves.png")
-    (RUN / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RUN / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

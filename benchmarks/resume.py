@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
         folder = Path(name)
         source, path, bare = folder / "prompts.jsonl", folder / "run.ckpt", folder / "bare.pt"
-        source.write_text("".join(json.dumps(row) + "\n" for row in prompts(64, args.vocabulary)))
+        source.write_text("".join(json.dumps(row) + "\n" for row in prompts(64, args.vocabulary)), encoding="utf-8")
         started = Started()
         trainer, module = trainer_and_module(folder, models, 3, started)
         begin = time.perf_counter()

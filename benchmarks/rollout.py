@@ -139,12 +139,12 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 def main(cases: list[str], repeats: int, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     for name in cases or CASES:
         found[name] = {"threads": torch.get_num_threads(), **measure(CASES[name], repeats)}
         print(name, json.dumps({k: v for k, v in found[name].items() if k != "all_seconds"}), flush=True)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main(settings: list[str], jobs: int) -> None:
             for arm in ARMS[setting]
         }
         plot(drawn, Path("docs") / f"{setting}.png", f"{setting}: mean of {len(SEEDS)} seeds")
-        (RUNS / setting / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+        (RUNS / setting / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ STOP = 1  # the only stop token of the models made here
 
 def resident(field: str) -> int:
     """Bytes of VmRSS (now) or VmHWM (most since the last reset)."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024
 
 
 def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def read_whole(*models: nn.Module) -> None:
@@ -98,7 +98,7 @@ def record(name: str, settings: dict[str, Any], results: Any) -> None:
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps({**facts, "settings": settings, "results": results}, indent=2) + "\n")
+    path.write_text(json.dumps({**facts, "settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 

@@ -159,7 +159,7 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     rows = prompts(case["batch"] * updates, case["vocabulary"])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "prompts.jsonl"
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         precision = "bf16-mixed" if case["bf16"] else "32-true"
         trainer = bare_trainer(updates, folder, watch, precision=precision, gradient_clip_val=1.0, log_every_n_steps=10)
         trainer.fit(module, PromptData(train=str(source)))

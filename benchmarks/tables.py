@@ -14,7 +14,7 @@ PAGE = Path("docs/performance.md")
 
 def read(name: str) -> dict[str, Any] | None:
     path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def steps() -> list[str]:
@@ -23,7 +23,7 @@ def steps() -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(FOLDER.glob("step-*.json")):
-        result = json.loads(path.read_text())["results"]
+        result = json.loads(path.read_text(encoding="utf-8"))["results"]
         mine, theirs, ratio = result["ours"], result["trl"], result["ratios"]
         rows.append(
             f"| {path.stem.removeprefix('step-')} | {mine['seconds']:.2f} | {theirs['seconds']:.2f} | "
@@ -108,7 +108,7 @@ def fits() -> list[str]:
 
 
 def main() -> None:
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     tables = {
         "step": steps(),
         "objective": objective("objective"),
@@ -123,7 +123,7 @@ def main() -> None:
         text = re.sub(
             rf"(<!-- {name} -->).*?(<!-- end -->)", lambda m, t=inside: m[1] + t[1:] + m[2], text, flags=re.DOTALL
         )
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

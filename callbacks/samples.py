@@ -115,7 +115,7 @@ class Samples(L.Callback):
     @rank_zero_only
     def _publish(self, trainer: L.Trainer, module: OnPolicyDistillation, rows: list[Row]) -> None:
         module.folder.mkdir(parents=True, exist_ok=True)
-        with self._path(module).open("a") as file:
+        with self._path(module).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.console:
             Console().print(render(rows, f"optimiser step {trainer.global_step}: {type(self.signal).__name__}"))
@@ -140,8 +140,8 @@ def _forget(path: Path, step: int) -> None:
     """Removes rows of the steps from ``step`` on, which are about to be done (again), and what a kill cut short."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")
 
 
 def render(rows: list[Row], title: str) -> Table:

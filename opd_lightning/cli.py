@@ -50,10 +50,10 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._path = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("")
+        self._path.write_text("", encoding="utf-8")
 
     def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any) -> None:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in prediction)
 
 

@@ -71,7 +71,7 @@ def _mentions(key: str, files: list[Path]) -> list[str]:
     return [
         f"{path}, line {number}"
         for path in files
-        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if pattern.search(line)
     ]
 

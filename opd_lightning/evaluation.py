@@ -228,7 +228,7 @@ class Evaluator:
         if self.module.global_rank or self.module.trainer.sanity_checking:
             return
         self.module.folder.mkdir(parents=True, exist_ok=True)
-        with (self.module.folder / "samples.jsonl").open("a") as file:
+        with (self.module.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": self.module.global_step, "stage": stage, "who": who, **row}) + "\n")
 

@@ -65,7 +65,7 @@ def write(checkpoint: str | Path, folder: str | Path, merge: bool = True) -> Non
         if merge:
             model = model.merge_and_unload()
     module.save_student(model, folder)
-    (folder / "README.md").write_text(model_card(module, config, steps))
+    (folder / "README.md").write_text(model_card(module, config, steps), encoding="utf-8")
     print(f"wrote {folder}")
 
 

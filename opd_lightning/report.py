@@ -30,7 +30,7 @@ def read_curves(run: Path) -> Curves:
     if not tables:
         raise FileNotFoundError(f"{run}: no logs/version_*/metrics.csv; the report reads what CSVLogger writes there")
     for table in tables:
-        with table.open() as file:
+        with table.open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and name not in ("step", "epoch"):
@@ -48,7 +48,7 @@ def summarise(curves: Curves) -> dict[str, float]:
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
     """The student's last completions of the held-out prompts that every validation shows."""
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     mine = [row for row in rows if row["who"] == "student"]
     return [row for row in mine if row["step"] == mine[-1]["step"]]
 
@@ -91,7 +91,7 @@ def draw(curves: Curves, path: Path) -> None:
 
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     curves = read_curves(run)
     found: dict[str, Any] = {name: round(value, 4) for name, value in summarise(curves).items()}
     console = Console()
@@ -107,7 +107,7 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
         found["wall_s"] = round(time.time() - since, 1)
     found["seed"] = config["seed_everything"]
     draw(curves, run / "curves.png")
-    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.print(cell(f"{run / 'curves.png'}  {run / 'result.json'}"))
     return found
 

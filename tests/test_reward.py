@@ -192,7 +192,9 @@ def test_math_verify_on_gsm8k() -> None:
     folder = os.environ.get("OPD_DATA")
     if not folder:
         pytest.skip("OPD_DATA is not set")
-    rows = [json.loads(line) for line in Path(folder, "gsm8k", "test.jsonl").read_text().splitlines()[:200]]
+    rows = [
+        json.loads(line) for line in Path(folder, "gsm8k", "test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    ]
     verify = MathVerify(timeout=60, after="####")
     right = [verify(f"It is #### ${row['answer'].split('####')[1].strip()}$", row) for row in rows]
     wrong = [verify(f"It is #### 1{row['answer'].split('####')[1].strip()}", row) for row in rows]

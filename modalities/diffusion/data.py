@@ -90,7 +90,7 @@ def image_folder(folder: str, captions: str = "metadata.jsonl") -> Dataset:
     table = root / captions
     if not table.exists():
         raise ValueError(f"{root}: there is no {captions}, whose rows say file_name and prompt of each image")
-    for number, line in enumerate(table.read_text().splitlines(), start=1):
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
         row = json.loads(line)
         name, prompt = row.pop("file_name", None), row.pop("prompt", None) or row.pop("text", None)
         if not name or not prompt:

@@ -452,9 +452,9 @@ class DiffusionDistillation(OnPolicyDistillation):
         kind, parts = type(pipe), {**pipe.components, "transformer": model}
         kind(**parts).save_pretrained(folder)
         for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
-            config = json.loads(file.read_text())
+            config = json.loads(file.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)
-            file.write_text(json.dumps(config, indent=2) + "\n")
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _to(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
     Raises:
         ValueError: the run sampled no frozen teacher (``evaluation.before``).
     """
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     curves = read_curves(run)
     teacher = by_steps(curves, "val/teacher", 0)
     if not teacher:
@@ -69,7 +69,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
     found["seed"] = config["seed_everything"]
     draw(curves, run / "curves.png")
     grid(run, steps, most, run / "grid.png")
-    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.print(cell(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}"))
     return found
 

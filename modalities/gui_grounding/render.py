@@ -253,7 +253,7 @@ class Browser:
         ):
             options.add_argument(argument)
         self._driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-        source = Path(__file__).with_name("page.js").read_text()
+        source = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
         self._driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
         self.version = self._driver.capabilities["browserVersion"]
 
@@ -401,12 +401,16 @@ def render_gui(arguments: Sequence[str]) -> None:
     kinds: Counter[str] = Counter()
     with Browser() as browser:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "annotations.jsonl").open("w") as annotations:
+        with (folder / "annotations.jsonl").open("w", encoding="utf-8") as annotations:
             for annotation in render(folder, pages, seeds, options.elements, browser):
                 annotations.write(json.dumps(annotation, ensure_ascii=False) + "\n")
                 kinds[annotation["kind"]] += 1
-        (folder / "LICENSE").write_text(importlib.metadata.distribution("miniwob").read_text("licenses/LICENSE") or "")
-        (folder / "README.md").write_text(readme(pages, seeds, options.elements, kinds, browser.version))
+        (folder / "LICENSE").write_text(
+            importlib.metadata.distribution("miniwob").read_text("licenses/LICENSE") or "", encoding="utf-8"
+        )
+        (folder / "README.md").write_text(
+            readme(pages, seeds, options.elements, kinds, browser.version), encoding="utf-8"
+        )
     print(f"wrote {folder}: {', '.join(f'{count} {kind} rows' for kind, count in kinds.items()) or 'no rows'}")
 
 

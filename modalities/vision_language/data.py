@@ -153,7 +153,7 @@ def fetch(url: str, folder: Path, try_again: bool = False) -> Path:
     if file.is_file():
         return file
     if failed.is_file() and not try_again:
-        raise ValueError(failed.read_text())
+        raise ValueError(failed.read_text(encoding="utf-8"))
     try:
         content = _download(url)
         open_image(content)

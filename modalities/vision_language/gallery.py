@@ -32,13 +32,13 @@ def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], li
     Raises:
         FileNotFoundError: the folder holds no run of `opd fit`.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     parser = ArgumentParser()
     parser.add_subclass_arguments(OnPolicyDistillation, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data")
     made = parser.instantiate_classes(parser.parse_object({"model": config["model"], "data": config["data"]}))
     made.data.setup("validate")
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     mine = [row for row in samples if row["who"] == "student"]
     first, last = mine[0]["step"], mine[-1]["step"]
     return (

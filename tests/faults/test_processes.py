@@ -96,7 +96,7 @@ def test_what_a_kill_leaves_of_a_save_is_ignored(text, unbroken, tmp_path):
 
 def broken(config: Path, **settings: object) -> Path:
     """The configuration with other settings of the model, beside it."""
-    changed = yaml.safe_load(config.read_text())
+    changed = yaml.safe_load(config.read_text(encoding="utf-8"))
     changed["model"]["init_args"].update(settings)
     path = config.parent / "broken.yaml"
     path.write_text(yaml.safe_dump(changed))
@@ -135,7 +135,9 @@ def test_an_exception_in_the_thread_that_rolls_out_ends_the_process_with_its_tra
 
 
 def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other rank in /proc")
@@ -147,7 +149,7 @@ def test_a_killed_rank_ends_the_run_and_loses_nothing(text, tmp_path):
     config = configuration(tmp_path / "killed", text, HALF)
     process = start_until_saved(config, *TWO_RANKS)
     for child in children(process.pid):
-        if "opd_lightning" in Path(f"/proc/{child}/cmdline").read_text():
+        if "opd_lightning" in Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8"):
             os.kill(child, signal.SIGKILL)
     assert process.end() != 0
     seen = last(config)["global_step"]

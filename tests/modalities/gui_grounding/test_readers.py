@@ -17,7 +17,7 @@ def picture(path: Path, size: tuple[int, int] = (200, 100)) -> None:
 
 def write(path: Path, rows: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def spot(name: str = "a.png", box: object = (10, 20, 30, 40), **other: object) -> dict[str, object]:
