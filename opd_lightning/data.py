@@ -12,7 +12,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .data_source import LOCATION, is_remote, read_source
+from .data_source import LOCATION, is_remote, read_source, undecoded
 from .printable import printable
 
 Example = dict[str, Any]
@@ -219,7 +219,7 @@ class PromptData(LightningDataModule):
         options = self._options[split] or {}
         rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
         bad.warn()
-        return rename(rows, self.columns, key)
+        return rename(undecoded(rows), self.columns, key)
 
     # -- checking ---------------------------------------------------------------------------------------------------
 

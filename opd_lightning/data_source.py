@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Json, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Image, Json, LargeList, List, concatenate_datasets, load_dataset
 
 from .reward import import_callable, import_reasoning_gym
 
@@ -233,6 +233,25 @@ def tabulate(rows: list[tuple[str, dict[str, Any]]], key: str) -> Dataset:
         except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"{key}: can't store the column {name!r}: {error}") from error
     return concatenate_datasets(columns, axis=1)
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """The data set with its images as {bytes, path}, as `open_image` takes them: `datasets` itself would decode them by
+    rules of its own, by any decoder, and fail without naming the row."""
+    features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
+    return rows if features == rows.features else rows.cast(features)
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    return feature
 
 
 def _features(name: str, values: list[Any]) -> Features | None:

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...images import open_image
 from ...shipped import shipped
 from .models import diffusers, pipeline_index
 
@@ -136,14 +137,17 @@ class Family(ABC):
         return len((getattr(self.pipe, "tokenizer_3", None) or self.pipe.tokenizer)(prompt)["input_ids"])
 
     @torch.no_grad()
-    def conditions(self, prompts: list[str], references: list[Image.Image | None]) -> list[Condition]:
-        """What the transformer reads of each prompt, and of the reference image beside it where there is one."""
+    def conditions(self, prompts: list[str], references: list[Any]) -> list[Condition]:
+        """What the transformer reads of each prompt, and of the reference image beside it where there is one (whatever
+        `open_image` takes)."""
         # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
         found = self._cached(
             [_key("prompt", self._name, prompt) for prompt in prompts],
             lambda rows: [self._encode(prompts[row]) for row in rows],
         )
-        pairs = [(prompt, image) for prompt, image in zip(prompts, references, strict=True) if image is not None]
+        pairs = [
+            (prompt, open_image(image)) for prompt, image in zip(prompts, references, strict=True) if image is not None
+        ]
         seen = iter(
             self._cached(
                 [_key("reference", self._name, str(self.size), prompt, _content(image)) for prompt, image in pairs],
@@ -153,13 +157,15 @@ class Family(ABC):
         return [said if image is None else said | next(seen) for said, image in zip(found, references, strict=True)]
 
     @torch.no_grad()
-    def latents(self, images: list[Image.Image]) -> Tensor:
-        """``[B, ...]`` of images, which are scaled to the pipeline's size."""
+    def latents(self, images: list[Any]) -> Tensor:
+        """``[B, ...]`` of images (whatever `open_image` takes), which are scaled to the pipeline's size."""
+        opened = [open_image(image) for image in images]
 
         def make(rows: list[int]) -> list[Condition]:
-            return [{"latent": z} for z in self._to_latents(self.pixels([images[i] for i in rows]))]
+            # one at a time, as prompts are
+            return [{"latent": self._to_latents(self.pixels([opened[row]]))[0]} for row in rows]
 
-        keys = [_key("latent", self._name, str(self.size), _content(image)) for image in images]
+        keys = [_key("latent", self._name, str(self.size), _content(image)) for image in opened]
         return torch.stack([found["latent"] for found in self._cached(keys, make)])
 
     @torch.no_grad()
@@ -169,14 +175,12 @@ class Family(ABC):
         pixels = self._to_images(latents.to(vae.device, vae.dtype))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+    def pixels(self, images: Sequence[Any]) -> Tensor:
         """``[B, 3, H, W]`` in [−1, 1], on the encoder's device."""
         height, width = self.size
         scaled = [
-            image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-            if image.size != (width, height)
-            else image.convert("RGB")
-            for image in images
+            image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+            for image in map(open_image, images)
         ]
         stacked = torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))
         vae = self.pipe.vae

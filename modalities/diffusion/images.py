@@ -1,8 +1,7 @@
-"""Pictures: reading them from rows, making them of tensors, showing them."""
+"""Pictures: making them of tensors, showing them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,20 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...images import open_image
 
-def opened(image: Any) -> Image.Image:
-    """A PIL image of what a row holds: an image, or the path of one.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: it is something else.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str | Path):
-        with Image.open(image) as found:
-            return found.convert("RGB")
-    raise ValueError(f"an image must be one of PIL, or a path, not {type(image).__name__}")
+opened = open_image
+"""A row's image, as every setting reads it."""
 
 
 def picture(image: Tensor) -> Image.Image:

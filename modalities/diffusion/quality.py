@@ -16,7 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ...data import STAND_IN
 from ...shipped import shipped
-from .images import contact_sheet, log_image, opened
+from .images import contact_sheet, log_image
 
 if TYPE_CHECKING:
     from ...trajectory import Example
@@ -199,7 +199,7 @@ class SampleQuality:
                 raise ValueError("model.quality compares with real images, but no split has a column 'image'")
             parts = []
             for start in range(0, min(len(rows), self.real), 64):
-                images = [opened(rows[i]["image"]) for i in range(start, min(start + 64, len(rows), self.real))]
+                images = [rows[i]["image"] for i in range(start, min(start + 64, len(rows), self.real))]
                 parts.append(self.features(module.family.pixels(images).float().cpu() / 2 + 0.5))
             self._real = torch.cat(parts)
         return self._real

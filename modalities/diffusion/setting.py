@@ -175,19 +175,19 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()
-        prompts = [self.shown([example])[0]["prompt"]]
-        prompts += [seen["prompt"] for teacher in self.teachers.values() if (seen := teacher.look(example)) is not None]
-        for prompt in prompts:
+        looks = [self.shown([example])[0], *(teacher.look(example) for teacher in self.teachers.values())]
+        shown = [seen for seen in looks if seen is not None]
+        for prompt in (seen["prompt"] for seen in shown):
             if not isinstance(prompt, str):
                 return f"the prompt is no text but {type(prompt).__name__}"
             length, limit = self.family.tokens(prompt), self.family.max_sequence_length
             if length > limit:
                 return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
-        for column in ("image", REFERENCE):
-            if example.get(column) is not None:
+        for column, seen in (("image", example), *((REFERENCE, seen) for seen in shown)):
+            if seen.get(column) is not None:
                 try:
-                    opened(example[column])
-                except (OSError, ValueError) as error:
+                    opened(seen[column])
+                except ValueError as error:
                     return f"{column} can't be read: {error}"
         return None
 
@@ -240,8 +240,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         """Images of the dataset, noised: a state each, whose action is the image itself."""
-        images = [opened(example["image"]) for example in examples]
-        clean = self.family.latents(images).cpu()
+        clean = self.family.latents([example["image"] for example in examples]).cpu()
         levels = torch.tensor([self.noising.draw(generator(seed, 1)) for seed in seeds], dtype=torch.float64)
         noise = torch.cat([torch.randn((1, *clean.shape[1:]), generator=generator(seed)) for seed in seeds])
         start = flow.noised(clean, noise, levels[:, 0]).to(clean.dtype)
@@ -349,8 +348,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def _conditions(self, examples: list[Example], family: Family) -> list[Condition]:
         prompts = [example["prompt"] for example in examples]
-        seen = [example.get(REFERENCE) for example in examples]
-        return family.conditions(prompts, [None if image is None else opened(image) for image in seen])
+        return family.conditions(prompts, [example.get(REFERENCE) for example in examples])
 
     def _asking(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> Ask:
         """A policy that can be asked for velocities of any of these examples; it is told where a step ends if the

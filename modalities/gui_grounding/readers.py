@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, UnidentifiedImageError
 
+from ...images import open_image
 from ...printable import printable
 from ...shipped import shipped
 from ..vision_language.boxes import problem_with_box
@@ -282,12 +282,12 @@ def _checked(row: Row, sizes: dict[Path, tuple[int, int]]) -> Row:
 
 
 def _size(path: Path) -> tuple[int, int]:
+    """Width and height as it is shown, which is what boxes are in: upright, whatever the camera noted."""
+    if not path.is_file():
+        raise _BadRow(f"there is no image {path}")
     try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise _BadRow(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
+        return open_image(path).size
+    except ValueError as error:
         raise _BadRow(f"{path} is no image that can be read: {error}") from None
 
 

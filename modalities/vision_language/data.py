@@ -12,11 +12,12 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, LargeList, List, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
 
 from ...data import BadRows, PromptData, Split
 from ...data_source import LOCATION, is_local
-from .images import CARRIERS, is_url, open_image
+from ...images import is_url, open_image
+from .images import CARRIERS
 
 FETCH_SECONDS = 30
 FETCH_BYTES = 100 * 2**20
@@ -74,7 +75,7 @@ class ImageData(PromptData):
             self._try_again = False
 
     def _read_source(self, split: Split) -> Dataset:
-        rows = undecoded(super()._read_source(split))
+        rows = super()._read_source(split)
         named = [name for name in ("prompt", *self.image_columns) if name in rows.column_names]
         values = {name: rows[name][:] for name in named if not _stores_bytes(rows, name)}
         if self.allow_urls:
@@ -82,7 +83,7 @@ class ImageData(PromptData):
         folder = self._folder(self._sources[split])
 
         def found(name: str) -> str:
-            return name if is_url(name) else str(folder / Path(name).expanduser())
+            return name if is_url(name) else str(folder / os.path.expanduser(name))
 
         for name, old in values.items():
             new = [_renamed(name, value, found) for value in old]
@@ -169,22 +170,6 @@ def fetch(url: str, folder: Path, try_again: bool = False) -> Path:
 def user_cache() -> Path:
     """The folder for fetched images in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opd-lightning" / "images"
-
-
-def undecoded(rows: Dataset) -> Dataset:
-    """The data set with its images as {bytes, path}; decoding by `datasets` would fail without naming the row."""
-    features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
-    return rows if features == rows.features else rows.cast(features)
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
-    if isinstance(feature, List):
-        return List(_undecoded(feature.feature), length=feature.length)
-    if isinstance(feature, LargeList):
-        return LargeList(_undecoded(feature.feature))
-    return feature
 
 
 def _stores_bytes(rows: Dataset, column: str) -> bool:

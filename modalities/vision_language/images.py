@@ -1,48 +1,17 @@
-"""The images of an example: where they are found, how they are read, how they are replaced."""
+"""The images of an example: where they are found, how they are replaced."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from ...images import open_image
 from ...trajectory import Example
 
 CARRIERS = ("image", "path", "url")
 """Where an image part of a chat may hold its image."""
-
-_ORIENTATION = 0x0112  # of EXIF
-
-
-def open_image(value: Any) -> Image.Image:
-    """An image in RGB, upright (its EXIF orientation applied), its pixels loaded; transparency becomes white.
-
-    Args:
-        value: a PIL image, a path, the bytes of an image file, or what `datasets` stores of one: {bytes, path}.
-
-    Raises:
-        ValueError: there is no such file, it is no image or a broken one, it has more pixels than PIL dares to
-            open, it is a URL, or the value is something else.
-    """
-    source, name = _source(value)
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        return _rgb(ImageOps.exif_transpose(image) if turned else image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"this is no image that PIL can read: {name}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"the image has too many pixels to be opened safely: {name}: {error}. Shrink it, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS where the file is trusted"
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the image is broken: {name}: {error}") from error
 
 
 def images_of(example: Example) -> list[Image.Image]:
@@ -88,48 +57,6 @@ def image_parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if any(part.get("type") in ("image_url", "input_image") for part in parts):
         raise ValueError("an image part is written in another form: {type: image_url}; write {type: image, image: …}")
     return [part for part in parts if part.get("type") == "image"]
-
-
-def is_url(text: str) -> bool:
-    """Whether the text is a URL rather than a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", text) is not None
-
-
-def _source(value: Any) -> tuple[Image.Image | Path | io.BytesIO, str]:
-    """What PIL opens, and its name for messages."""
-    if isinstance(value, Image.Image):
-        return value, "a PIL image"
-    if isinstance(value, bytes):
-        return io.BytesIO(value), f"{len(value)} bytes"
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return io.BytesIO(value["bytes"]), value.get("path") or f"{len(value['bytes'])} bytes"
-    if isinstance(value, Mapping) and value.get("path"):
-        value = value["path"]
-    if isinstance(value, str) and is_url(value):
-        raise ValueError(
-            f"the image is a URL: {value[:200]}; download it and name the file, or let ImageData do so "
-            "(data.allow_urls: true)"
-        )
-    if not isinstance(value, str | Path):
-        raise ValueError(
-            f"the image is of the wrong kind: {type(value).__name__}; it must be a PIL image, a path, bytes, "
-            "or {bytes, path}"
-        )
-    path = Path(value).expanduser()
-    if not path.is_file():
-        raise ValueError(f"there is no image file: {str(path)[:500]}")
-    return path, str(path)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return image.point(lambda value: value / 256, "L").convert("RGB")  # converting alone would clip at 255
-    return image.convert("RGB")
 
 
 def _numbered(value: Any, number: int, of: int) -> Image.Image:

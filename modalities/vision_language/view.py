@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageColor, ImageFilter
 
+from ...images import open_image
 from ...teacher import Original, View
 from ...trajectory import Example
 from .boxes import problem_with_box
-from .images import images_of, open_image, with_images
+from .images import images_of, with_images
 
 
 class Crop(View):

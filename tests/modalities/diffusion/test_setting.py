@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
+from opd_lightning.data import PromptData
 from opd_lightning.modalities.diffusion import (
     SDE,
     AverageVelocity,
@@ -36,8 +39,9 @@ from opd_lightning.objective.policy_gradient import LogRatio
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Live, Teacher
+from tests.test_images import encoded
 from tests.tiny import Rows, act, fit, make_trainer
-from tests.tiny_diffusion import make_rows
+from tests.tiny_diffusion import PIPELINES, make_rows
 
 
 def on_policy(module: Any, count: int = 4, **settings: Any) -> Any:
@@ -575,8 +579,15 @@ def test_a_prompt_beyond_the_limit_and_an_image_that_is_none_are_refused_with_th
         "the prompt has 21 tokens, model.max_sequence_length is 16"
     )
     assert "image can't be read" in module.refusal({"prompt": "a", "image": "/nowhere.png"})
+    assert "image can't be read" in module.refusal({"prompt": "a", "image": {"bytes": b"broken", "path": None}})
     assert "no text" in module.refusal({"prompt": [{"role": "user", "content": "x"}]})
     assert module.refusal(make_rows(1)[0]) is None
+
+
+def test_a_reference_that_is_no_image_is_refused_whatever_its_column_is_called(make, pipeline):
+    told = Teacher(Frozen(Pretrained(str(pipeline("anyflow")))), view=ReferenceImage(column="sketch"))
+    module = make(teacher={"teacher": told})
+    assert "reference can't be read: there is no image" in module.refusal({"prompt": "a", "sketch": "/nowhere.png"})
 
 
 def test_schedules_that_stand_still_are_refused(make):
@@ -584,6 +595,67 @@ def test_schedules_that_stand_still_are_refused(make):
     module.family.levels = lambda steps: torch.tensor([1.0, 0.5, 0.5, 0.0])
     with pytest.raises(ValueError, match=r"the schedule of 3 steps is \[1\.0, 0\.5, 0\.5, 0\.0\]; it must fall"):
         on_policy(module)
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Eight good images and what is given, as Parquet keeps them."""
+
+    def write(*files: bytes) -> str:
+        good = [encoded(row["image"]) for row in make_rows(8)]
+        images = [{"bytes": file, "path": None} for file in (*good, *files)]
+        rows = datasets.Dataset.from_dict({"prompt": ["a red dot"] * len(images), "image": images})
+        rows.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "rows.parquet"))
+        return str(tmp_path / "rows.parquet")
+
+    return write
+
+
+@pytest.mark.parametrize("file", [b"broken", b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"])
+def test_a_broken_image_of_a_file_is_a_bad_row(file, stored, make, tmp_path):
+    def prepared(**settings):
+        data, module = PromptData(stored(file), **settings), make()
+        module.trainer = data.trainer = make_trainer(tmp_path)
+        data.trainer.strategy._lightning_module = module
+        data.setup("fit")
+        return module, data.train
+
+    with pytest.raises(ValueError, match=r"rows\.parquet, row 9: image can't be read: this is no image of a known"):
+        prepared()
+    with pytest.warns(UserWarning, match="1 rows are skipped: 1 × image can't be read"):
+        module, train = prepared(on_bad_row="skip")
+    assert len(train) == 8
+    assert module.act("dataset", [dict(row) for row in train], list(range(8))).actions.shape[0] == 8
+
+
+def test_images_are_read_as_in_every_setting(make):
+    family = make().family
+    note, clear = Image.Exif(), Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    note[0x0112] = 6
+    photo = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    turned = {"bytes": encoded(photo, exif=note), "path": None}
+    expected = [photo.transpose(Image.Transpose.ROTATE_270), Image.new("RGB", (16, 16), "white")]
+    assert torch.equal(family.latents([turned, clear]), family.latents(expected))
+    assert torch.equal(family.pixels([turned, clear]), family.pixels(expected))
+
+
+def test_two_palettes_are_two_images(make):
+    red, blue = (Image.new("P", (16, 16)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    one, other = make().family.latents([red, blue])
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", sorted(PIPELINES))
+def test_latents_of_an_image_do_not_depend_on_its_neighbours(make, kind):
+    images = [row["image"] for row in make_rows(16)]
+    together = make(kind).family.latents(images)
+    alone = torch.cat([make(kind).family.latents([image]) for image in images])
+    assert torch.equal(together, alone)
 
 
 # -- caches -------------------------------------------------------------------------------------------------------

@@ -51,6 +51,18 @@ def test_screenspot_takes_the_platform_from_the_file_and_the_box_as_width_and_he
     assert (web["platform"], web["element_type"], web["application"]) == ("web", "text", "shop")
 
 
+def test_boxes_are_in_pixels_of_the_screenshot_as_it_is_shown(screenspot: Path) -> None:
+    note = Image.Exif()
+    note[0x0112] = 6  # stored as 200 × 100, shown as 100 × 200
+    Image.new("RGB", (200, 100)).save(screenspot / "screenspot_imgs" / "a.png", exif=note)
+    low = [10, 150, 30, 40]
+    write(screenspot / "screenspot_mobile.json", [spot(box=low)])
+    assert [row["box"] for row in readers.screenspot(str(screenspot))] == [[10, 150, 40, 190], [10, 20, 40, 60]]
+    write(screenspot / "screenspot_mobile.json", [spot(box=[150, 10, 40, 30])])
+    with pytest.raises(ValueError, match=r"row 1: the box is out of the image: .* in 100 × 200 pixels"):
+        readers.screenspot(str(screenspot))
+
+
 def test_screenspot_v2_differs_in_its_names_alone(tmp_path: Path) -> None:
     picture(tmp_path / "screenspotv2_image" / "a.png")
     write(tmp_path / "screenspot_desktop_v2.json", [spot()])

@@ -1,80 +1,18 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from opd_lightning.data_source import LOCATION, tabulate
-from opd_lightning.modalities.vision_language.images import images_of, open_image, with_images
+from opd_lightning.images import open_image
+from opd_lightning.modalities.vision_language.images import images_of, with_images
+from tests.test_images import encoded, same
 
 RED = Image.new("RGB", (4, 3), "red")
-
-
-def encoded(image: Image.Image = RED, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def same(one: Image.Image, other: Image.Image) -> bool:
-    return one.mode == other.mode == "RGB" and one.size == other.size and one.tobytes() == other.tobytes()
-
-
-def test_an_image_is_opened_from_each_form(tmp_path: Path) -> None:
-    file = tmp_path / "red.png"
-    file.write_bytes(encoded())
-    forms: list[Any] = [RED, file, str(file), encoded(), {"bytes": encoded(), "path": None}]
-    forms += [{"bytes": None, "path": str(file)}, {"bytes": encoded(), "path": "gone.png"}, RED.convert("P")]
-    assert all(same(open_image(form), RED) for form in forms)
-
-
-def test_every_mode_becomes_rgb() -> None:
-    grey = Image.new("L", (2, 2), 77)
-    assert open_image(grey).getpixel((0, 0)) == (77, 77, 77)
-    assert open_image(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert open_image(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.full((2, 2), 77 * 256, np.uint16))
-    assert open_image(encoded(deep)).getpixel((0, 0)) == (77, 77, 77)
-
-
-def test_the_camera_s_orientation_is_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned by 90°
-    assert open_image(encoded(RED, exif=exif)).size == (3, 4)
-
-
-HALF = encoded()[:50]
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("no/such.png", r"there is no image file: no/such\.png"),
-        ("https://example.org/a.png", r"the image is a URL: https://example\.org/a\.png; .*allow_urls"),
-        ("data:image/png;base64,AAAA", r"the image is a URL: data:image"),
-        (b"nonsense", r"this is no image that PIL can read: 8 bytes"),
-        (HALF, r"the image is broken: \d+ bytes: "),
-        ({"bytes": HALF, "path": "half.png"}, r"the image is broken: half\.png: "),
-        ({"bytes": None, "path": None}, r"the image is of the wrong kind: dict"),
-        (7, r"the image is of the wrong kind: int; it must be a PIL image, a path, bytes"),
-    ],
-)
-def test_what_is_no_image_is_named(value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        open_image(value)
-
-
-def test_an_image_too_large_to_open_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "big.png"
-    file.write_bytes(encoded())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    with pytest.raises(ValueError, match=r"too many pixels to be opened safely: .*big\.png: .*12 pixels"):
-        open_image(file)
 
 
 PART = {"type": "text", "text": "what?"}

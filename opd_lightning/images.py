@@ -1,0 +1,168 @@
+"""The one way from what a row holds to an image: upright, in RGB, and from formats whose decoders start no program."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read, by content. PIL knows others that hand a file to a program of the machine (EPS to Ghostscript)."""
+
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WHITES = {"I": [255, 2**16 - 1, 2**31 - 1], "F": [1, 255, 2**16 - 1]}
+
+
+def open_image(value: Any) -> Image.Image:
+    """An image in RGB, upright (its EXIF orientation applied), its pixels loaded; of an animation the first frame.
+
+    Transparency becomes white. More than 8 bits are scaled: 16 bits by their range, whole numbers of 32 bits and
+    fractions by the smallest of 1 (fractions only), 255, 2¹⁶ − 1 and 2³¹ − 1 (whole numbers only) that holds them all.
+
+    Args:
+        value: a PIL image, a path, the bytes of an image file, or what `datasets` stores of one: {bytes, path}.
+
+    Raises:
+        ValueError: there is no such file, it is none of `FORMATS` or a broken one, it has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS`` (default 89 million), its values have no scale, it is a URL, or the value is
+            something else.
+    """
+    source, name = _source(value)
+    with _naming(name):
+        if isinstance(source, Image.Image):
+            return _read(source, name)
+        with Image.open(source, formats=FORMATS) as image:
+            return _read(image, name)
+
+
+def is_url(text: str) -> bool:
+    """Whether the text is a URL rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", text) is not None
+
+
+def _source(value: Any) -> tuple[Image.Image | str | io.BytesIO, str]:
+    """What PIL opens, and its name for messages."""
+    if isinstance(value, Image.Image):
+        return value, "a PIL image"
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return io.BytesIO(value["bytes"]), str(value.get("path") or f"{len(value['bytes'])} bytes")[:500]
+    if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path"):
+        value = value["path"]
+    if isinstance(value, bytes):
+        return io.BytesIO(value), f"{len(value)} bytes"
+    if isinstance(value, str) and is_url(value):
+        raise ValueError(
+            f"the image is a URL: {value[:200]}; download it and name the file, or let ImageData do so "
+            "(data.allow_urls: true)"
+        )
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(
+            f"the image is of the wrong kind: {type(value).__name__}; it must be a PIL image, a path, bytes, "
+            "or {bytes, path}"
+        )
+    path = os.path.expanduser(value)
+    if not os.path.isfile(path):  # that of a pathlib.Path raises for a name that is too long
+        raise ValueError(f"there is no image file: {str(path)[:500]}")
+    return path, str(path)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: whatever was raised within it, with the image's name.
+    """
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ValueError(f"this is no image of a known format ({', '.join(FORMATS)}): {name}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(_too_large(name, str(error))) from error
+    except _Unusable as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # decoders of foreign bytes raise whatever they come upon
+        raise ValueError(f"the image is broken: {name}: {error or type(error).__name__}") from error
+
+
+class _Unusable(Exception):
+    """Why an image that could be read is refused."""
+
+
+def _too_large(name: str, found: str) -> str:
+    return (
+        f"the image has too many pixels to be opened safely: {name}: {found}. Shrink it, or raise "
+        "PIL.Image.MAX_IMAGE_PIXELS where the file is trusted"
+    )
+
+
+def _read(image: Image.Image, name: str) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS  # from which on PIL itself only warns
+    if limit is not None and image.width * image.height > limit:
+        raise _Unusable(_too_large(name, f"{image.width} × {image.height} pixels, the limit is {limit}"))
+    if image.format not in (None, "MPO", *FORMATS):  # MPO: a JPEG with further ones behind it
+        raise _Unusable(f"the image is a {image.format}; save it as one of {', '.join(FORMATS)}")
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    if image.mode == "RGB" and turn is None and not image.has_transparency_data:
+        return image
+    made = _rgb(image, name)
+    if turn is not None:
+        made = made.transpose(turn)
+    made.info = {}  # what was applied must not be applied again
+    return made
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # as viewers do: what can't be read turns nothing
+        return None
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _scaled(image, name)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    hidden = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
+        # a PNG of 16 bits, which PIL cuts to 8 where it leaves the transparent colour as it is
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """More than 8 bits of grey; converting alone would cut them off at 255."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    whites = _WHITES.get(image.mode, [2**16 - 1])
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        raise _Unusable(
+            f"the image holds values from {low:g} to {high:g}, which have no scale: {name}; write them between 0 and "
+            f"{' or '.join(map(str, whites))}"
+        )
+    grey = np.rint(values * (255 / white)).astype(np.uint8)
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        grey[values == hidden] = 255
+    return Image.fromarray(grey).convert("RGB")
