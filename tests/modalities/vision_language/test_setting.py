@@ -232,7 +232,7 @@ def test_images_come_first_unless_the_chat_places_them():
     ("change", "reason"),
     [
         ({"images": ["nowhere.png"]}, "nowhere.png"),
-        ({"images": [b"no image"]}, "no image that PIL can read"),
+        ({"images": [b"no image"]}, "no image of a known format"),
         ({"images": ["https://example.org/x.png"]}, "https://example.org/x.png"),
         ({"images": [picture(1, 64, 64)] * 200}, "exceed the context of 512"),
         ({"images": [Image.new("RGB", (400, 300))]}, "an image has 400 × 300 pixels, model.max_image_pixels is 10000"),
