@@ -12,6 +12,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from .chat import problem_with_chat, without_answers
 from .data_source import LOCATION, is_remote, read_source, undecoded
 from .printable import printable
 
@@ -74,6 +75,8 @@ class PromptData(LightningDataModule):
         columns: canonical column → the column of the sources that it is made from. One column may serve two.
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
             them in `skipped` and warns once.
+        last_answer: what becomes of the last message of a chat in `prompt` where it is the assistant's: "refuse" such
+            rows, "drop" the message, or make it the column "completion", for `rollout.behaviour.dataset`.
         validation_batch_size: prompts per batch of validation, test and predict.
         seed: of the held-out rows and of tasks that make their rows. The order of training and all rollouts follow
             `seed_everything` where it was called, so that runs of different seeds share their held-out rows.
@@ -95,6 +98,7 @@ class PromptData(LightningDataModule):
         predict_options: dict[str, Any] | None = None,
         columns: dict[str, str] | None = None,
         on_bad_row: Literal["refuse", "skip"] = "refuse",
+        last_answer: Literal["refuse", "drop", "completion"] = "refuse",
         validation_batch_size: int = 64,
         seed: int = 0,
     ) -> None:
@@ -111,7 +115,7 @@ class PromptData(LightningDataModule):
             "test": test_options,
             "predict": predict_options,
         }
-        self.columns, self.on_bad_row = columns or {}, on_bad_row
+        self.columns, self.on_bad_row, self.last_answer = columns or {}, on_bad_row, last_answer
         self.validation_batch_size, self.seed = validation_batch_size, seed
         self._check_settings()
         self.train: Dataset | None = None
@@ -135,6 +139,8 @@ class PromptData(LightningDataModule):
                 raise ValueError(f"data.{split}_options are set, but data.{split} names no source that takes them")
         if self.on_bad_row not in ("refuse", "skip"):
             raise ValueError(f"data.on_bad_row is {self.on_bad_row!r}; it must be 'refuse' or 'skip'")
+        if self.last_answer not in ("refuse", "drop", "completion"):
+            raise ValueError(f"data.last_answer is {self.last_answer!r}; it must be 'refuse', 'drop' or 'completion'")
         if self.validation_batch_size < 1:
             raise ValueError(f"data.validation_batch_size is {self.validation_batch_size}; it must be at least 1")
 
@@ -219,7 +225,8 @@ class PromptData(LightningDataModule):
         options = self._options[split] or {}
         rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
         bad.warn()
-        return rename(undecoded(rows), self.columns, key)
+        rows = rename(undecoded(rows), self.columns, key)
+        return rows if self.last_answer == "refuse" else without_answers(rows, keep=self.last_answer == "completion")
 
     # -- checking ---------------------------------------------------------------------------------------------------
 
@@ -325,9 +332,4 @@ def problem(example: Example, needed: Mapping[str, str]) -> str | None:
         return None
     if not isinstance(prompt, list):
         return f"prompt is neither text nor a list of messages: {prompt!r}"
-    for number, message in enumerate(prompt, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} of the prompt has no role: write {{role: …, content: …}}"
-        if not isinstance(message.get("content"), str | list):
-            return f"message {number} of the prompt has no content: it must be text or a list of parts"
-    return None
+    return problem_with_chat(prompt, "prompt")

@@ -261,6 +261,29 @@ def test_reasoning_gym_refusals_name_task_and_options() -> None:
         ready(train="reasoning_gym:chain_sum", train_options={"sizes": 3})
 
 
+# -- chats that hold their answer ---------------------------------------------------------------------------------
+
+ANSWERED = [*CHAT, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize("prompt", [ANSWERED, [*ANSWERED, *ANSWERED]], ids=["one turn", "two"])
+def test_a_last_answer_is_dropped_or_becomes_the_completion(tmp_path: Path, prompt: list[dict[str, str]]) -> None:
+    source = write(tmp_path / "chats.jsonl", [{"messages": prompt}, {"messages": CHAT}, {"messages": ANSWERED}])
+    read = {"train": source, "columns": {"prompt": "messages"}}
+    assert ready(**read, last_answer="drop").train[:] == {"prompt": [prompt[:-1], CHAT, CHAT]}
+    kept = ready(**read, last_answer="completion").train
+    assert kept[:] == {"prompt": [prompt[:-1], CHAT, CHAT], "completion": [ANSWERED[1:], None, ANSWERED[1:]]}
+    assert ready(**read).train[0] == {"prompt": prompt}
+
+
+def test_a_last_answer_does_not_replace_a_completion(tmp_path: Path) -> None:
+    source = write(tmp_path / "chats.jsonl", [{"prompt": ANSWERED, "completion": "3"}])
+    with pytest.raises(ValueError, match="there is a column 'completion' already"):
+        ready(train=source, last_answer="completion")
+    with pytest.raises(ValueError, match=r"data\.last_answer is 'keep'"):
+        PromptData(train=source, last_answer="keep")  # type: ignore[arg-type]
+
+
 # -- columns ------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,12 @@ def output_embeddings(policy: Policy) -> Any:
     return bare(policy.model).get_output_embeddings()
 
 
+def known_ids(policy: Policy) -> int:
+    """Ids below it have a row of their own, both in the embeddings and in the head."""
+    read = bare(policy.model).get_input_embeddings()
+    return int(min(read.weight.shape[0], output_embeddings(policy).weight.shape[0]))
+
+
 def eos_ids(policy: Policy) -> list[int]:
     """Stop ids of the tokenizer and of the checkpoint's generation settings (chat models have several)."""
     configured = getattr(bare(policy.model).generation_config, "eos_token_id", None)

@@ -30,9 +30,9 @@ from ...trajectory import Example, Trajectories
 from .audit import audit_rows
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
-from .models import bare, context_length, eos_ids, output_embeddings, tokenizer_of
+from .models import bare, context_length, eos_ids, known_ids, output_embeddings, tokenizer_of
+from .rendering import Renderer, transcript
 from .sampler import until_stop
-from .view import last_text
 
 # Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
 # it could do some thousand tokens
@@ -50,6 +50,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             micro-batch is asked in as many as it takes, and a row that is longer has one of its own. Default: 1,280 on
             a CPU, where activations then stay in the cache (docs/performance.md), and no limit elsewhere. Batches with
             images are always one pass.
+        chat_template_kwargs: passed to the chat template, such as ``{enable_thinking: false}`` or tools; the columns
+            ``chat_template_kwargs`` and ``tools`` of a row go before them.
         **kwargs: as in `OnPolicyDistillation`.
 
     Raises:
@@ -58,11 +60,18 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     served: ClassVar[frozenset[str]] = frozenset({"categorical"})
 
-    def __init__(self, engine: RolloutEngine | None = None, pass_tokens: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine | None = None,
+        pass_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if pass_tokens is not None and pass_tokens < 1:
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
         self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self._heads: dict[str, nn.Module] = {}
 
     def _shard(self, mesh: Any) -> None:
@@ -74,21 +83,38 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         super()._shard(mesh)
 
     def load_processor(self, spec: Pretrained) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
         )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any id will do
-        return tokenizer
+
+    def renderer(self, policy: Policy | None = None) -> Renderer:
+        """How a policy (default: the student) reads rows."""
+        return Renderer((policy or self.policies["student"]).processor, self.chat_template_kwargs)
+
+    def asked(self, example: Example) -> Example:
+        """The row with the prompt that is rendered; ``example`` as whoever reads it is shown it."""
+        return example
+
+    def answered(self, example: Example) -> Example:
+        """The row with its given completion."""
+        return example
 
     def tokenizer(self, policy: Policy | None = None) -> Any:
         """The tokenizer of a policy (default: the student's)."""
         return tokenizer_of((policy or self.policies["student"]).processor)
 
-    @property
+    @cached_property
     def eos(self) -> list[int]:
-        """Every id that ends a completion of the student."""
-        return eos_ids(self.policies["student"])
+        """Every id that ends a completion of the student: its own, and the one with which its template ends turns."""
+        known = eos_ids(self.policies["student"])
+        own = self.renderer().turn_end(known)
+        return sorted({*known, *([] if own is None else [own])})
+
+    @cached_property
+    def padding_id(self) -> int:
+        """What stands before prompts and behind completions. It is masked, so any id with an embedding will do."""
+        own = self.tokenizer().pad_token_id
+        return own if own is not None and own < self.vocabulary else 0
 
     def suppressed(self) -> list[int]:
         """Ids that can never be an action (placeholders of other modalities)."""
@@ -96,8 +122,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Ids below it can be actions: those that the tokenizer knows and every head has a row for."""
-        rows = [output_embeddings(policy).weight.shape[0] for policy in self.policies.values()]
+        """Ids below it can be actions: those that the tokenizer knows and every policy can read and write."""
+        rows = [known_ids(policy) for policy in self.policies.values()]
         # not its length: some tokenizers leave ids out
         return min(1 + max(self.tokenizer().get_vocab().values()), *rows)
 
@@ -123,7 +149,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        pad = self.tokenizer().pad_token_id
+        pad = self.padding_id
         begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.beside)
         with policy.active():
             tokens, log_probs = self.engine.write(policy, self.head(policy), begun, rollout, seeds, self.eos, pad)
@@ -138,23 +164,32 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         )
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
-        """The column ``completion``, ended by the stop token, cut at the horizon."""
-        tokenizer, horizon = self.tokenizer(), self.rollout.horizon
-        stop = self.eos[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        rows = [tokenizer(e["completion"], add_special_tokens=False)["input_ids"] + [stop] for e in examples]
-        length = torch.tensor([min(len(row), horizon) for row in rows])
-        actions = torch.full((len(rows), int(length.max())), tokenizer.pad_token_id)
-        for i, row in enumerate(rows):
-            actions[i, : length[i]] = torch.tensor(row[:horizon])
-        mask = torch.arange(actions.shape[1]) < length[:, None]
+        """The column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
+        horizon, given = self.rollout.horizon, [self.given(example) for example in examples]
+        width = min(max(len(ids) for ids, _ in given), horizon)
+        actions = torch.full((len(given), width), self.padding_id)
+        mask = torch.zeros(actions.shape, dtype=torch.bool)
+        for i, (ids, written) in enumerate(given):
+            actions[i, : len(ids)] = torch.tensor(ids[:width])
+            mask[i, : len(ids)] = torch.tensor(written[:width])
         return Trajectories(
             observation=self.collate(self.shown(examples)),
             actions=actions,
             mask=mask,
             examples=examples,
-            stopped=torch.tensor([len(row) <= horizon for row in rows]),
+            stopped=torch.tensor([len(ids) <= horizon for ids, _ in given]),
             behaviour_log_probs=torch.full(mask.shape, float("nan")),
         )
+
+    def given(self, example: Example) -> tuple[list[int], list[bool]]:
+        """Ids of the row's given completion, and which of them are trained.
+
+        Raises:
+            ValueError: as in `Renderer.completion`.
+        """
+        (shown,) = self.shown([example])
+        asked = self.asked(shown)
+        return self.renderer().completion({**asked, "completion": self.answered(example)["completion"]}, self.eos)
 
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Categorical:
         model = bare(policy.model)
@@ -227,7 +262,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         shown: list[dict[str, Any]] = []
         for text, example in zip(texts, trajectories.examples, strict=True):
             facts = self.grade(text, example)
-            shown.append({"prompt": last_text(example["prompt"]), "completion": text, **facts})
+            shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
                 shown[-1]["reward"] = float(self.reward(text, {**example, **facts}))
         return None if self.reward is None else torch.tensor([row["reward"] for row in shown]), shown
@@ -273,6 +308,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         length, rollout = self.prompt_length(own), self.rollout
         if not length:
             return "the prompt is empty"
+        if "dataset" in rollout.sources:
+            self.given(example)
         if rollout.max_prompt_length is not None and length > rollout.max_prompt_length:
             return f"the prompt has {length} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
         room = context_length(self.policies["student"])

@@ -90,18 +90,19 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     # -- the methods of a setting -------------------------------------------------------------------------------
 
-    def _render(self, prompt: str | list[dict[str, Any]], images: int, processor: Any) -> str:
+    def asked(self, example: Example) -> Example:
+        prompt = example["prompt"]
         asked = self.answer.prompt.format(instruction=prompt) if isinstance(prompt, str) else prompt
-        return super()._render(asked, images, processor)
+        return {**example, "prompt": asked}
+
+    def answered(self, example: Example) -> Example:
+        return {**example, "completion": self.written(example)}
 
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().sample(policy, *args, **kwargs))
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
-        written = [{**example, "completion": self.written(example)} for example in examples]
-        trajectories = super().replay(written, seeds)
-        trajectories.examples = examples
-        return self._with_digits(trajectories)
+        return self._with_digits(super().replay(examples, seeds))
 
     def _with_digits(self, trajectories: Trajectories) -> Trajectories:
         """Adds the channel ``digits``: how many digits of its number, from its own on, a token has before it."""
@@ -113,7 +114,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     def written_as(self, tokens: list[int]) -> str:
         # the tags around a box are special tokens too
-        ends = {*self.eos, self.tokenizer().pad_token_id}
+        ends = {*self.eos, self.padding_id}
         return str(self.tokenizer().decode([token for token in tokens if token not in ends], skip_special_tokens=False))
 
     def grade(self, completion: str, example: Example) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,33 +15,46 @@ from ...trajectory import Example
 CARRIERS = ("image", "path", "url")
 """Where an image part of a chat may hold its image."""
 
+MARKERS = re.compile(r"<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>")
+"""What stands in a text for an image, in LLaVA's data sets and in Qwen's."""
+
 
 def images_of(example: Example) -> list[Image.Image]:
-    """The example's images, as `open_image` gives them: the column ``images``, else ``image``, else those that the
-    image parts of the prompt carry under ``image``, ``path`` or ``url``; none where there are none.
+    """The example's images, as `open_image` gives them; none where there are none.
 
     Raises:
-        ValueError: an image can't be read, or an image part is written in another form.
+        ValueError: an image can't be read; otherwise as in `values_of`.
+    """
+    values = values_of(example)
+    return [_numbered(value, i, len(values)) for i, value in enumerate(values, 1)]
+
+
+def values_of(example: Example) -> list[Any]:
+    """What the example holds of its images, unread: the column ``images``, else ``image``, else what the image parts of
+    the prompt carry under ``image``, ``path`` or ``url``.
+
+    Raises:
+        ValueError: ``images`` is no list, ``image`` is one, or an image part is written in another form.
     """
     if example.get("images"):
         values = example["images"]
         if not isinstance(values, list | tuple):
             raise ValueError(f"images is no list: {type(values).__name__}; a single image belongs into image")
-    elif example.get("image") is not None:
+        return list(values)
+    if example.get("image") is not None:
         values = [example["image"]]
         if isinstance(values[0], list | tuple):
             raise ValueError(f"image is a list: of {len(values[0])}; several images belong into images")
-    else:
-        values = [value for part in image_parts(example["prompt"]) if (value := _carried(part)) is not None]
-    return [_numbered(value, i, len(values)) for i, value in enumerate(values, 1)]
+        return values
+    return [value for part in image_parts(example["prompt"]) if (value := _carried(part)) is not None]
 
 
 def with_images(example: Example, images: list[Image.Image]) -> Example:
     """The example with these images in place of its own; the example itself is left as it is.
 
-    One image stays in ``image`` where it was there, otherwise they are in ``images``. A chat that places its images
-    by parts keeps one part per image: new ones follow its last one, those that are too many go from the end. What
-    the parts carried themselves is dropped.
+    One image stays in ``image`` where it was there, otherwise they are in ``images``. A prompt that places its images
+    by parts or `MARKERS` keeps one place per image: new ones follow its last one, those that are too many go from the
+    end. What the parts carried themselves is dropped.
     """
     single = example.get("image") is not None and not example.get("images") and len(images) == 1
     rest = {name: value for name, value in example.items() if name not in ("image", "images")}
@@ -59,6 +74,23 @@ def image_parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part for part in parts if part.get("type") == "image"]
 
 
+def split_at_markers(text: str, own: str | None = None) -> list[dict[str, Any]]:
+    """A text as the parts of a content: text, and an image or video wherever a marker stands for one.
+
+    Args:
+        text: with `MARKERS` in it, or without.
+        own: another marker: how a model itself writes an image.
+    """
+    marker = re.compile("|".join((MARKERS.pattern, "<video>", *([re.escape(own)] if own else []))))
+    parts: list[dict[str, Any]] = []
+    end = 0
+    for found in marker.finditer(text):
+        parts += [{"type": "text", "text": text[end : found.start()]}] if found.start() > end else []
+        parts.append({"type": "video" if found[0] == "<video>" else "image"})
+        end = found.end()
+    return [*parts, {"type": "text", "text": text[end:]}] if end < len(text) or not parts else parts
+
+
 def _numbered(value: Any, number: int, of: int) -> Image.Image:
     try:
         return open_image(value)
@@ -76,22 +108,40 @@ def _carried(part: dict[str, Any]) -> Any:
 
 
 def _placed(prompt: str | list[dict[str, Any]], images: int) -> str | list[dict[str, Any]]:
-    parts = len(image_parts(prompt))
-    if not parts:
+    texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in _texts(message)]
+    places = len(image_parts(prompt)) + sum(len(MARKERS.findall(text)) for text in texts)
+    number = itertools.count(1)
+
+    def copies() -> int:
+        """Of the next place."""
+        place = next(number)
+        return 0 if place > images else 1 if place < places else images - places + 1
+
+    def in_text(text: str) -> str:
+        return MARKERS.sub(lambda marker: marker[0] * copies(), text)
+
+    def in_part(part: dict[str, Any]) -> list[dict[str, Any]]:
+        if part.get("type") == "image":
+            return [{"type": "image"}] * copies()
+        return [{**part, "text": in_text(part["text"])}] if isinstance(part.get("text"), str) else [part]
+
+    if not places:
         return prompt
-    assert isinstance(prompt, list)
-    placed, seen = [], 0
+    if isinstance(prompt, str):
+        return in_text(prompt)
+    placed = []
     for message in prompt:
         content = message.get("content")
-        if isinstance(content, list):
-            kept = []
-            for part in content:
-                if part.get("type") != "image":
-                    kept.append(part)
-                    continue
-                seen += 1
-                here = max(0, images - parts) + 1 if seen == parts else 1
-                kept += [{"type": "image"}] * (here if seen <= images else 0)
-            message = {**message, "content": kept}
+        if isinstance(content, str):
+            message = {**message, "content": in_text(content)}
+        elif isinstance(content, list):
+            message = {**message, "content": [new for part in content for new in in_part(part)]}
         placed.append(message)
     return placed
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in _parts(message) if isinstance(part.get("text"), str)]

@@ -6,7 +6,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +14,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from ...chat import Chat
 from ...distribution import Categorical
 from ...pretrained import Pretrained
+from ...printable import quoted
 from ...sharding import is_sharded
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.models import bare
-from .images import images_of, with_images
+from ..autoregressive.rendering import Renderer
+from .images import images_of, split_at_markers, values_of, with_images
 from .processor import load_processor, placeholders
 
 CHECKED_EXAMPLES, CHECKED_STEPS = 4, 8
@@ -34,10 +37,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     token ids travel with the trajectories: pixels are made from the examples when a forward pass needs them.
 
     Args:
-        chat_template_kwargs: passed to the chat template.
         max_image_pixels: examples with a larger image are refused or skipped; None: the processor shrinks them.
         blank_check: before the first step, make sure that every policy's log-probs change when its images are blanked.
-        **kwargs: as in `OnPolicyDistillation`.
+        **kwargs: as in `AutoregressiveDistillation`.
     """
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
@@ -47,13 +49,11 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     def __init__(
         self,
-        chat_template_kwargs: dict[str, Any] | None = None,
         max_image_pixels: int | None = None,
         blank_check: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_image_pixels, self.blank_check = max_image_pixels, blank_check
         self._processed: tuple[Any, list[Example], dict[str, Tensor]] | None = None
 
@@ -76,8 +76,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         """``input_ids``, ``attention_mask`` and, where the model has them, token types ``[B, P]``, left padded.
 
         Raises:
-            ValueError: an image cannot be read, a chat has another number of image parts than the example has
-                images, or there is no chat template.
+            ValueError: an image cannot be read, or as in `placed_images` and `Renderer.prompt`.
         """
         inputs = self._process(examples, policy or self.policies["student"])
         return {name: inputs[name] for name in self.padding if name in inputs}
@@ -97,26 +96,25 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
             whose, of, inputs = self._processed
             if whose is processor and len(of) == len(examples) and all(map(_same, of, examples)):
                 return inputs
+        renderer = self.renderer(policy)
         images = [images_of(example) for example in examples]
-        texts = [
-            self._render(example["prompt"], len(own), processor) for example, own in zip(examples, images, strict=True)
-        ]
+        texts = [renderer.prompt(self.asked(example)) for example in examples]
         given: dict[str, Any] = {"images": images} if any(images) else {}
         # a rendered chat holds its own beginning-of-sequence token already
         made = processor(
             text=texts, **given, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         )
         inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding_id)
         self._processed = processor, examples, inputs
         return inputs
 
-    def _render(self, prompt: str | list[dict[str, Any]], images: int, processor: Any) -> str:
+    def renderer(self, policy: Policy | None = None) -> Renderer:
+        processor = (policy or self.policies["student"]).processor
         if processor.chat_template is None:
             raise ValueError(f"{processor.tokenizer.name_or_path} has no chat template to place images with")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return processor.apply_chat_template(
-            place_images(messages, images), tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-        )
+        placed = partial(placed_images, own=getattr(processor, "image_token", None))
+        return Renderer(processor, self.chat_template_kwargs, prepare=placed)
 
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
         inputs = super().continued(prompts, trajectories, device)
@@ -233,29 +231,48 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return taken.view_as(mask)
 
 
-def place_images(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
-    """A chat whose contents are lists of parts, with one image part per image.
+def placed_images(chat: Chat, example: Example, own: str | None = None) -> Chat:
+    """The chat with contents that are lists of parts, one image part for each image of the row.
 
-    Where the chat has no image parts, they come first in its first user message.
+    Where the texts hold `MARKERS`, an image's place is there; a chat that says no places has them at the beginning of
+    its first user message.
+
+    Args:
+        chat: of the row.
+        example: the row.
+        own: how the reader itself writes an image; as good as a marker.
 
     Raises:
-        ValueError: the chat has another number of image parts than there are images.
+        ValueError: the chat has another number of places than the row has images, or a place for a video.
     """
-    placed = [{**message, "content": _parts(message["content"])} for message in messages]
-    parts = sum(part["type"] == "image" for message in placed for part in message["content"])
-    if parts == 0 and images:
+    images = len(values_of(example))
+    placed = [{**message, "content": _parts(message["content"], own)} for message in chat]
+    kinds = [part.get("type") for message in placed for part in message["content"]]
+    if "video" in kinds:
+        raise ValueError("the prompt has a place for a video (a part or a marker <video>); videos are not read")
+    places = kinds.count("image")
+    if places == 0 and images:
         first = next((m for m in placed if m["role"] == "user"), placed[0])
         first["content"] = [{"type": "image"}] * images + first["content"]
-    elif parts != images:
-        raise ValueError(f"the prompt has {parts} image parts, the row has {images} images")
+    elif places != images:
+        raise ValueError(f"the prompt has {places} image parts or markers such as <image>, the row has {images} images")
     return placed
 
 
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parts(content: str | list[Any], own: str | None) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    # an image part may carry the image itself, which templates have no use for
-    return [{"type": "image"} if part.get("type") == "image" else part for part in content]
+        return split_at_markers(content, own)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") == "image":
+            parts.append({"type": "image"})  # it may carry the image itself, which templates have no use for
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            parts += split_at_markers(part["text"], own)
+        elif isinstance(part, dict) and part.get("type", "text") != "text":
+            parts.append(part)
+        else:
+            raise ValueError(f"a part of the prompt is no text: {quoted(part)}; write {{type: text, text: …}}")
+    return parts
 
 
 def blanked(example: Example) -> Example:

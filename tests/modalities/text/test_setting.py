@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from tokenizers import processors
 
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Teacher
-from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, make_module, no_teacher, save_model, teacher_forced
+from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, fit, make_module, no_teacher, save_model, teacher_forced
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
 USER = "<s><|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
@@ -109,5 +112,66 @@ def test_prompts_of_a_chat_model_are_what_its_rollouts_continue(chat_student):
     assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
     assert module.tokenizer().chat_template == CHAT_TEMPLATE
     _, texts = module.score(rolled)
-    assert [row["prompt"] for row in texts] == ["1+1=", "1+1=", "what is a sum?"]
+    assert [row["prompt"] for row in texts] == ["1+1=", "system: Be brief.\nuser: 1+1=", "what is a sum?"]
     assert not any("<|" in row["completion"] for row in texts), "stop tokens are no text"
+
+
+# -- given completions ------------------------------------------------------------------------------------------------
+
+ENDED_OTHERWISE = CHAT_TEMPLATE.replace("<|im_end|>", "<|end|>")  # than by the tokenizer's eos, as Gemma's and Phi's
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": [3, 4]}, {}], ids=["known", "unknown to the checkpoint"])
+def test_a_given_turn_and_a_rollout_end_as_the_template_ends_turns(tmp_path, generation):
+    folder = save_model(tmp_path, tokenizer=chat_tokenizer(ENDED_OTHERWISE), rows=104, generation=generation)
+    module = make_module(folder, {}, no_teacher())
+    assert module.eos == [3, 4]
+    row = {"prompt": "1+1=", "completion": "2"}
+    given = module.act("dataset", [row, {**row, "completion": [{"role": "assistant", "content": "2"}]}], [0, 1])
+    assert [module.tokenizer().decode(ids) for ids in given.actions] == ["2<|end|>"] * 2
+    assert bool(given.stopped.all())
+    rolled = act(module, [{"prompt": "1+1="}] * 16, temperature=5.0, horizon=60)
+    ends = {int(row.actions[0, row.mask[0]][-1]) for row in rolled.split(1) if bool(row.stopped)}
+    assert ends == {3, 4}
+
+
+def test_given_turns_are_cut_at_the_horizon_and_train_what_the_assistant_writes(chat_student):
+    answers = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "why?"}]
+    answers.append({"role": "assistant", "content": "so"})
+    module = make_module(chat_student, {}, no_teacher())
+    row = {"prompt": "1+1=", "completion": answers}
+    whole = dataclasses.replace(module.rollout, horizon=80)
+    for rollout, text, stopped in ((whole, "2<|im_end|>so<|im_end|>", True), (module.rollout, "2<|im_end|>", False)):
+        module.rollout = rollout
+        given = module.act("dataset", [row], [0])
+        assert module.tokenizer().decode(given.actions[0, given.mask[0]]) == text
+        assert bool(given.stopped[0]) is stopped
+        ids = torch.cat([given.observation["input_ids"], given.actions], 1)
+        with torch.no_grad():
+            plain = module.student(input_ids=ids).logits[:, -given.actions.shape[1] - 1 : -1, : module.vocabulary]
+        expected = plain.log_softmax(-1).gather(-1, given.actions[..., None]).squeeze(-1)
+        assert (teacher_forced(module, "student", given) - expected)[given.mask].abs().max() < 1e-4
+
+
+# -- ids ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_a_tokenizer_that_closes_texts_is_left_open(tmp_path):
+    tokenizer = chat_tokenizer(None)
+    closed = {"single": "<s> $A <|im_end|>", "special_tokens": [("<s>", 1), ("<|im_end|>", 3)]}
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(**closed)
+    module = make_module(save_model(tmp_path, tokenizer=tokenizer, rows=104), {}, no_teacher())
+    assert shown(module, "1+1=") == "<s>1+1="
+    given = module.act("dataset", [{"prompt": "1+1=", "completion": "2"}], [0])
+    assert module.tokenizer().decode(given.actions[0]) == "2<|im_end|>"
+
+
+def test_padding_needs_no_row_of_its_own(tmp_path):
+    tokenizer = chat_tokenizer()
+    rows = len(tokenizer)
+    folder = save_model(tmp_path / "model", tokenizer=tokenizer, rows=rows)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # added to the tokenizer alone: its id is `rows`
+    tokenizer.save_pretrained(folder)
+    module = make_module(folder, {}, no_teacher())
+    assert module.tokenizer().pad_token_id == rows
+    fit(module, tmp_path / "run", [{"prompt": "1+" * i + "1=", "completion": "2"} for i in range(16)])

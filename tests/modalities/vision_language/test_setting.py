@@ -11,7 +11,8 @@ from PIL import Image
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.vision_language import VisionLanguageDistillation
-from opd_lightning.modalities.vision_language.setting import blanked, place_images
+from opd_lightning.modalities.vision_language.images import with_images
+from opd_lightning.modalities.vision_language.setting import blanked, placed_images
 from opd_lightning.modalities.vision_language.view import Crop, Downscale
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
@@ -218,14 +219,50 @@ def test_a_four_bit_teacher_sees_and_teaches(tmp_path):
 # -- prompts ----------------------------------------------------------------------------------------------------
 
 
+def kinds(message) -> list[str]:
+    return [part["type"] for part in message["content"]]
+
+
 def test_images_come_first_unless_the_chat_places_them():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
-    placed = place_images(chat, 2)
-    assert [part["type"] for part in placed[1]["content"]] == ["image", "image", "text"]
+    assert kinds(placed_images(chat, {"images": ["x", "y"]})[1]) == ["image", "image", "text"]
     own = [{"role": "user", "content": [{"type": "text", "text": "Is"}, {"type": "image", "image": "x.png"}]}]
-    assert [part["type"] for part in place_images(own, 1)[0]["content"]] == ["text", "image"]
-    with pytest.raises(ValueError, match="the prompt has 1 image parts, the row has 2 images"):
-        place_images(own, 2)
+    assert kinds(placed_images(own, {"prompt": own})[0]) == ["text", "image"]
+    with pytest.raises(ValueError, match=r"the prompt has 1 image parts .*, the row has 2 images"):
+        placed_images(own, {"images": ["x", "y"]})
+
+
+@pytest.mark.parametrize("marker", ["<image>", "<|vision_start|><|image_pad|><|vision_end|>"])
+def test_a_marker_in_the_text_is_the_place_of_an_image(vlm_student, marker):
+    """As in LLaVA's data sets; the reader is shown what it would be shown for image parts."""
+    module = make(vlm_student)
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " left of "}]
+    parts += [{"type": "image"}, {"type": "text", "text": "?"}]
+    images = [picture(1), picture(2, 64, 24)]
+    chat = [{"role": "user", "content": parts}]
+    written = f"Is {marker} left of {marker}?"
+    for prompt in (written, [{"role": "user", "content": written}]):
+        row = {"prompt": prompt, "images": images, "completion": "no"}
+        assert module.refusal(row) is None
+        by_hand = module.collate([{**row, "prompt": chat}])["input_ids"]
+        assert torch.equal(module.collate([row])["input_ids"], by_hand)
+        given = module.act("dataset", [row], [0])
+        assert module.tokenizer().decode(given.actions[0]) == "no<|im_end|>"
+    view = PromptView("{{ answer }}! {{ prompt }}")
+    seen = view({"prompt": written, "images": images, "answer": "no"})
+    assert module.refusal(seen) is None, "a view keeps the places"
+
+
+def test_views_that_add_and_remove_images_keep_the_markers_in_step(vlm_student):
+    module = make(vlm_student)
+    row = {"prompt": "<image>\nWhat is it?", "image": picture(0), "box": [4, 4, 20, 20]}
+    seen = Crop(size=32, keep_original=True)(row)
+    assert seen["prompt"] == "<image><image>\nWhat is it?"
+    assert module.refusal(seen) is None
+    assert with_images(seen, [picture(0)])["prompt"] == row["prompt"]
+    chat = [{"role": "user", "content": [{"type": "text", "text": "<image> or "}, {"type": "image"}]}]
+    three = with_images({"prompt": chat}, [picture(0)] * 3)["prompt"]
+    assert kinds(three[0]) == ["text", "image", "image"]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +275,9 @@ def test_images_come_first_unless_the_chat_places_them():
         ({"images": [Image.new("RGB", (400, 300))]}, "an image has 400 × 300 pixels, model.max_image_pixels is 10000"),
         ({"box": [30, 4, 20, 20]}, r"the box"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}] * 3}]}, "the prompt has 3 image parts"),
+        ({"prompt": "<image> and <image>"}, "has 2 image parts or markers such as <image>, the row has 1 images"),
+        ({"prompt": "<image>", "images": []}, "has 1 image parts or markers such as <image>, the row has 0 images"),
+        ({"prompt": "<video>\nWhat?"}, "videos are not read"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(tmp_path_factory, change, reason):

@@ -1,0 +1,328 @@
+"""One way from a row to text and token ids: prompts, given completions, views and replay are all rendered here.
+
+A completion's ids are those that go on behind its prompt's. Wherever the chat template permits it, both together are
+the ids of the whole conversation, as far as the student writes it: up to the token that ends its last turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...chat import Chat, Message, problem_with_chat
+from ...printable import quoted
+from ...trajectory import Example
+from .models import tokenizer_of
+
+COLUMNS = frozenset({"prompt", "completion", "tools", "chat_template_kwargs"})
+"""What is read of a row."""
+
+_OURS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}
+_TEXT = "TEXT"  # stands for what somebody says, where a template is asked what it writes around it
+
+
+def text_only(chat: Chat, example: Example) -> Chat:
+    """The chat with contents of text, as the templates of language models read them.
+
+    Raises:
+        ValueError: a part of a content is no text.
+    """
+    return [{**message, "content": _joined(message["content"], number)} for number, message in enumerate(chat, 1)]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders rows for whoever reads with this tokenizer and this chat template.
+
+    Args:
+        processor: a tokenizer, or a processor that has one.
+        options: for the chat template. Those of a row, in its column ``chat_template_kwargs``, go before them, and so
+            do the tools in its column ``tools`` (a list of JSON schemas, or the same as JSON text).
+        raw: text prompts stay as they are, even where there is a chat template.
+        prepare: from a chat, with the row that it belongs to, to the form that the template reads.
+    """
+
+    processor: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    raw: bool = False
+    prepare: Callable[[Chat, Example], Chat] = text_only
+
+    @property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.processor)
+
+    # -- prompts ------------------------------------------------------------------------------------------------
+
+    def prompt(self, example: Example) -> str:
+        """The text that the reader goes on from.
+
+        Raises:
+            ValueError: a chat, or tools, without a chat template to render them; an answer at the chat's end; something
+                that the template does not write.
+        """
+        prompt = example["prompt"]
+        if self._is_raw(prompt):
+            if tools_of(example):
+                raise ValueError(f"the row has tools, which nothing shows: {self._why_raw()}")
+            return str(prompt)
+        chat = self._chat(prompt)
+        if chat[-1]["role"] == "assistant":
+            raise ValueError(
+                "the prompt's last message is the assistant's: the answer would be read, and a second one asked for. "
+                "data.last_answer: drop leaves it out, completion makes it the column completion"
+            )
+        return self._render(chat, example, to_be_continued=True)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of the prompt: they begin once, and do not end.
+
+        Raises:
+            ValueError: as in `prompt`.
+        """
+        text = self.prompt(example)
+        # a rendered chat holds its own beginning-of-sequence token already
+        return self._opened(text) if self._is_raw(example["prompt"]) else self._ids(text)
+
+    def _opened(self, text: str) -> list[int]:
+        """With what the tokenizer puts before texts, and without what it puts behind them."""
+        plain, closed = self._ids(text), list(self.tokenizer(text)["input_ids"])
+        if not plain or plain[0] == self.tokenizer.bos_token_id:
+            return plain
+        starts = (i for i in range(len(closed)) if closed[i : i + len(plain)] == plain)
+        return closed[: next(starts, len(closed)) + len(plain)]
+
+    # -- completions --------------------------------------------------------------------------------------------
+
+    def completion(self, example: Example, stops: list[int]) -> tuple[list[int], list[bool]]:
+        """Token ids of the column ``completion`` behind the prompt's, and which of them the assistant writes.
+
+        The last of them is the token that ends the assistant's turn.
+
+        Args:
+            example: its completion is text, or messages: the assistant's first and last, others between them.
+            stops: ids that end a turn.
+
+        Raises:
+            ValueError: as in `prompt`; the completion is something else, or the template writes it in another way.
+        """
+        ids: list[int] = []
+        written: list[bool] = []
+        before = self.prompt(example)
+        turns = self._turns(before, example)
+        for number, turn in enumerate(turns, 1):
+            new = self.continuation(before, turn)
+            end = next((i for i, token in enumerate(new, 1) if token in stops), None)
+            if number == len(turns):
+                new = [*new, self._stop(example, stops)] if end is None else self._cut(new, end)
+                end = len(new)
+            elif end is None:
+                raise ValueError("the chat template ends a turn within the completion with none of the stop tokens")
+            ids, written = ids + new, written + [place < end for place in range(len(new))]
+            before += turn
+        return ids, written
+
+    def continuation(self, before: str, text: str) -> list[int]:
+        """Ids of a text that goes on behind another: the first of them is not at the beginning of anything."""
+        # where a token would reach across the border, any other text before it will do
+        for context in (before, "\n", "a"):
+            head, whole = self._ids(context), self._ids(context + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self._ids(text)
+
+    def turn_end(self, stops: list[int]) -> int | None:
+        """The id with which the chat template ends the assistant's turn; None: with none of its own.
+
+        Args:
+            stops: ids that are known to end a turn.
+        """
+        if self.processor.chat_template is None:
+            return None
+        chat, row = [{"role": "user", "content": _TEXT}], {"prompt": _TEXT}
+        try:
+            behind = self._behind_answer(chat, row)
+            asked_again = self._behind_answer(chat, row, {"role": "user", "content": "?"})
+        except Exception:  # a template may refuse any chat, and then rows say it better
+            return None
+        ids, tokens = self._ids(behind), {*self.tokenizer.get_added_vocab().values()}
+        own = [i for i in ids if i in stops] or [i for i in reversed(ids) if i in tokens]
+        # some templates leave the end to the next turn's beginning
+        return next(iter(own or [i for i in self._ids(asked_again) if i in stops]), None)
+
+    def _turns(self, prompt: str, example: Example) -> list[str]:
+        """The text behind the prompt, cut where the assistant begins to write."""
+        completion = example["completion"]
+        if not isinstance(completion, str | list):
+            raise ValueError(f"completion is neither text nor a list of messages: {quoted(completion)}")
+        if self._is_raw(example["prompt"]):
+            if not isinstance(completion, str):
+                raise ValueError(f"the completion is a chat, but {self._why_raw()}; give text")
+            return [completion]
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        if problem := problem_with_chat(answer, "completion"):
+            raise ValueError(problem)
+        places = [i for i, message in enumerate(answer) if message["role"] == "assistant"]
+        if not places or places[0] != 0 or places[-1] != len(answer) - 1:
+            raise ValueError("the completion's first and last message must be the assistant's")
+        chat = self._chat(example["prompt"])
+        whole = self._render(chat + answer, example)
+        starts = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places]
+        turns = [
+            whole[len(start) : len(stop)]
+            for start, stop in zip(starts, [*starts[1:], whole], strict=True)
+            if whole.startswith(start)
+        ]
+        if len(turns) == len(places) and all(map(_holds, turns, (answer[i] for i in places))):
+            return turns
+        (first, *others) = map(_without_nulls, answer)
+        if others or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
+            raise ValueError("the chat template does not write the whole completion behind the prompt")
+        # such as reasoning that the template leaves out of answers, or begins itself
+        return [first["content"] + self._behind_answer(chat, example)]
+
+    def _behind_answer(self, chat: Chat, example: Example, *then: Message) -> str:
+        """What the template writes behind an answer, and with further messages between it and what is said next."""
+        whole = self._render([*chat, {"role": "assistant", "content": _TEXT}, *then], example)
+        behind = whole.rpartition(_TEXT)[2]
+        return behind.partition(then[0]["content"])[0] if then else behind
+
+    def _cut(self, ids: list[int], end: int) -> list[int]:
+        """The ids of a last turn up to its stop token, behind which a template may write a line break."""
+        if self.tokenizer.decode(ids[end:], skip_special_tokens=True).strip():
+            raise ValueError(
+                f"the completion goes on behind the stop token {self.tokenizer.decode(ids[end - 1 : end])!r}, "
+                "behind which the student would write nothing"
+            )
+        return ids[:end]
+
+    def _stop(self, example: Example, stops: list[int]) -> int:
+        own = None if self._is_raw(example["prompt"]) else self.turn_end(stops)
+        usual = self.tokenizer.eos_token_id
+        return next(token for token in (own, usual, stops[0]) if token is not None)
+
+    # -- the template -------------------------------------------------------------------------------------------
+
+    def check_options(self, key: str) -> None:
+        """
+        Raises:
+            ValueError: an option that the template never reads.
+        """
+        for name in self.options:
+            if name in _OURS:
+                raise ValueError(f"{key}: {name} is set by the setting itself")
+            if not self._reads(name, self.options.get("tools")):
+                raise ValueError(f"{key}: the chat template of {self.tokenizer.name_or_path} reads no {name!r}")
+
+    def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
+        options = {**self.options, **(_read(example, "chat_template_kwargs", dict) or {})}
+        if tools := tools_of(example):
+            options["tools"] = tools
+        for name, there in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in chat))):
+            if there and not self._reads(name, tools):
+                raise ValueError(
+                    f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
+                )
+        text = self.processor.apply_chat_template(
+            self.prepare([_without_nulls(message) for message in chat], example),
+            tokenize=False,
+            add_generation_prompt=to_be_continued,
+            **options,
+        )
+        return str(text)
+
+    def _reads(self, name: str, tools: Any) -> bool:
+        template: Any = self.processor.chat_template
+        if isinstance(template, dict):  # several by name, of which the one for tools is taken where there are any
+            template = " ".join(template.values())
+        return template is not None and re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+    def _chat(self, prompt: str | Chat) -> Chat:
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}]
+        if self.processor.chat_template is None:
+            raise ValueError(f"the prompt is a chat but {self._why_raw()}; give string prompts")
+        return prompt
+
+    def _is_raw(self, prompt: str | Chat) -> bool:
+        return isinstance(prompt, str) and (self.raw or self.processor.chat_template is None)
+
+    def _why_raw(self) -> str:
+        has_none = self.processor.chat_template is None
+        return f"{self.tokenizer.name_or_path} has no chat template" if has_none else "model.raw_prompts is set"
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def tools_of(example: Example) -> list[Any]:
+    """The row's tools; none where it has none.
+
+    Raises:
+        ValueError: they are no list.
+    """
+    return [_without_nulls(tool) for tool in _read(example, "tools", list) or []]
+
+
+def transcript(prompt: str | Chat) -> str:
+    """A whole prompt to look at; of a chat of several messages, each with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and not prompt[0].get("tool_calls"):
+        return _shown(prompt[0])
+    return "\n".join(f"{message['role']}: {_shown(message)}" for message in prompt)
+
+
+def _shown(message: Message) -> str:
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text", f"<{part.get('type')}>") for part in content)
+    calls = message.get("tool_calls")
+    return content + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _read(example: Example, column: str, kind: type) -> Any:
+    """A column that holds a list or an object, or the same as JSON text."""
+    value = example.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{column} is text, but no JSON: {error}") from error
+    if value not in (None, "") and not isinstance(value, kind):
+        raise ValueError(f"{column} is {quoted(value)}; it must be {'a list' if kind is list else 'an object'}")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that tables add to every message, or JSON has as null; a content is empty then."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    # what a tool is called with may be null
+    kept = {k: v if k == "arguments" else _without_nulls(v) for k, v in value.items() if v is not None}
+    return {**kept, "content": kept.get("content", "")} if "role" in value else kept
+
+
+def _joined(content: str | list[Any], number: int) -> str:
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"message {number} has a part that is no text: {quoted(part)}; write {{type: text, text: …}}"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _holds(turn: str, message: Message) -> bool:
+    """Whether all that a message says is in its turn, whatever white space the template puts between."""
+    content = message.get("content") or ""
+    said = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    named = [call.get("name") or "" for call in calls]
+    found = "".join(turn.split())
+    return all("".join(text.split()) in found for text in (*said, message.get("reasoning_content") or "", *named))

@@ -1,0 +1,47 @@
+"""Chats: lists of messages ``{role, content}``, as columns hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, Features, Json, concatenate_datasets
+
+Message = dict[str, Any]
+Chat = list[Message]
+
+
+def problem_with_chat(chat: Chat, column: str) -> str | None:
+    """What is wrong with the form of a chat, or None."""
+    for number, message in enumerate(chat, start=1):
+        where = f"message {number} of the {column}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"{where} has no role: write {{role: …, content: …}}"
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            return f"{where} has no content: it must be text or a list of parts"
+    return None
+
+
+def without_answers(rows: Dataset, keep: bool) -> Dataset:
+    """Rows whose prompts end before the last turn of the assistant; ``keep`` makes that turn the column ``completion``.
+
+    Prompts that end otherwise stay as they are.
+
+    Raises:
+        ValueError: there is a column ``completion`` already.
+    """
+    if keep and "completion" in rows.column_names:
+        raise ValueError("data.last_answer is completion, but there is a column 'completion' already")
+    prompts = rows["prompt"][:]
+    answered = [isinstance(prompt, list) and bool(prompt) and _is_answer(prompt[-1]) for prompt in prompts]
+    if not any(answered):
+        return rows
+    made = {"prompt": [prompt[:-1] if ends else prompt for prompt, ends in zip(prompts, answered, strict=True)]}
+    if keep:
+        made["completion"] = [prompt[-1:] if ends else None for prompt, ends in zip(prompts, answered, strict=True)]
+    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: Json()})) for name in made]
+    return concatenate_datasets([rows.remove_columns("prompt"), *columns], axis=1)
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
