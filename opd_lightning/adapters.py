@@ -11,11 +11,15 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .sharding import put_away, slice_of, sliced_like, whole
 
 STUDENT = "default"
+SWITCHED: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+"""Layers with weights per adapter: LoRA and its relatives, whole modules that are trained, single tokens."""
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def only_adapters(model: nn.Module, *names: str) -> Iterator[None]:
 
     peft's own switches also flip ``requires_grad``, which would freeze the student's adapter in mid-step.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, SWITCHED)]
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
         layer._disable_adapters, layer._active_adapter = not names, list(names)
@@ -35,10 +39,79 @@ def only_adapters(model: nn.Module, *names: str) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def does_something(model: nn.Module) -> bool:
-    """Whether the student's adapter changes the base at all; a fresh one does not."""
-    factors = (p for name, p in model.named_parameters() if ("lora_B" in name or "lora_embedding_B" in name))
-    return any(bool(factor.any()) for factor in factors)
+def adapter_parameters(model: nn.Module, *adapters: str) -> dict[str, nn.Parameter]:
+    """The parameters of some adapters (default: of all) in every layer that `only_adapters` reaches, by their names."""
+    wanted = set(adapters or getattr(model, "peft_config", ()))
+    return {
+        f"{where}.{name}": parameter
+        for where, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SWITCHED)
+        for name, parameter in layer.named_parameters(remove_duplicate=False)
+        if wanted & set(name.split("."))
+    }
+
+
+def differs_from_base(model: PeftModel) -> bool:
+    """Whether the student's adapter may change the base at all; a fresh LoRA, whose second factors are 0, does not."""
+    mine = adapter_parameters(model, STUDENT)
+    return any(bool(p.any()) for name, p in mine.items() if ".lora_A." not in name and ".lora_embedding_A." not in name)
+
+
+class AnotherAdapter:
+    """A second adapter beside the student's: it is never trained, and acts where it is switched to.
+
+    Args:
+        model: the student.
+        name: of the new adapter.
+        changes: to the settings of the student's adapter (`peft.LoraConfig`).
+
+    Raises:
+        ValueError: the student trains something that no second adapter can hold, such as biases of the base.
+    """
+
+    def __init__(self, model: PeftModel, name: str, **changes: Any) -> None:
+        self.name, self._model = name, model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        beyond = trained.keys() - adapter_parameters(model, STUDENT).keys()
+        if beyond:
+            raise ValueError(
+                f"model.teachers.{name}: what the student was, or is on average, is kept in an adapter of its own; the "
+                f"student also trains {min(beyond)}, which adapters do not switch (`bias` of its adapter?)"
+            )
+        # other ways to begin, such as PiSSA, would change the base
+        config: Any = model.peft_config[STUDENT]
+        config = dataclasses.replace(config, init_lora_weights=True, **changes)
+        model.add_adapter(name, config)
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(False)
+        for parameter in trained.values():  # peft may have frozen them
+            parameter.requires_grad_(True)
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Every parameter of this adapter and the student's in its place, by the name of the student's."""
+        own, students = (adapter_parameters(self._model, name) for name in (self.name, STUDENT))
+        return {name: (own[_renamed(name, self.name)], parameter) for name, parameter in students.items()}
+
+
+class CopiedAdapter(AnotherAdapter):
+    """What the student's adapter is now, whatever it holds: LoRA of any scaling, DoRA, whole modules, tokens."""
+
+    @torch.no_grad()
+    def __init__(self, model: PeftModel, name: str) -> None:
+        super().__init__(model, name)
+        for mine, theirs in self.pairs().values():
+            mine.copy_(theirs)
+
+
+def _is_factor(parameter: str) -> bool:
+    return {"lora_A", "lora_B"} & set(parameter.split(".")) != set()
+
+
+def _renamed(parameter: str, adapter: str) -> str:
+    """The name of a parameter of the student's adapter in another one."""
+    parts = parameter.split(".")
+    last = max(i for i, part in enumerate(parts) if part == STUDENT)
+    return ".".join([*parts[:last], adapter, *parts[last + 1 :]])
 
 
 def average_product(
@@ -68,39 +141,40 @@ def average_product(
     return new
 
 
-class AverageAdapter:
+class AverageAdapter(AnotherAdapter):
     """A second adapter that follows the exponential moving average of what the student's adapter *does*, B·A.
 
     It starts as the student's adapter. The average of products has a growing rank, so the adapter has twice the
-    student's and keeps the best approximation.
+    student's and keeps the best approximation. What else the student trains (biases of LoRA, whole modules, tokens) is
+    averaged entry by entry.
 
     Raises:
-        ValueError: the student's adapter has parts other than linear LoRA (embeddings, DoRA, whole trained modules).
+        ValueError: the student's adapter is not linear in its products (DoRA), or on other layers than linear ones.
     """
 
     def __init__(self, model: PeftModel, name: str) -> None:
-        self.name, self._model = name, model
         config: Any = model.peft_config[STUDENT]
-        if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None):
+        if config.use_dora:
             raise ValueError(
-                "a teacher in an adapter of its own supports plain LoRA only (no DoRA, no modules_to_save)"
+                f"model.teachers.{name}: DoRA scales its products by learnt magnitudes, which have no average of low "
+                "rank; use LoRA, or the teacher Initial"
             )
-        rank = 2 * config.r
-        plain: dict[str, Any] = {
-            "use_rslora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "init_lora_weights": True,
-        }
-        model.add_adapter(name, dataclasses.replace(config, r=rank, lora_alpha=rank, lora_dropout=0.0, **plain))
-        self.layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer in self.layers:
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
             if not isinstance(layer, LoraLinear) and type(layer).__module__.rpartition(".")[2] != "bnb":
                 raise ValueError(
-                    f"a teacher in an adapter of its own supports linear layers only, not {type(layer).__name__}"
+                    f"model.teachers.{name}: an average of adapters supports linear layers only, not "
+                    f"{type(layer).__name__}"
                 )
-            layer.lora_A[name].requires_grad_(False)
-            layer.lora_B[name].requires_grad_(False)
+        # alpha as large as the rank everywhere, so that nothing is scaled
+        ranks = {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()}
+        super().__init__(
+            model, name, r=2 * config.r, lora_alpha=2 * config.r, rank_pattern=ranks, alpha_pattern=dict(ranks),
+            lora_dropout=0.0, use_rslora=False,
+        )  # fmt: skip
+        self.layers = layers
+        # what belongs to no product; anew at each update, since FSDP2 puts other parameters in their place
+        self._has_entries = any(not _is_factor(name) for name in self.pairs())
         self.update(1.0)
 
     @torch.no_grad()
@@ -120,3 +194,8 @@ class AverageAdapter:
             )
             slice_of(b).copy_(slice_of(sliced_like(b, left)))
             slice_of(a).copy_(slice_of(sliced_like(a, right)))
+            if layer.lora_B[STUDENT].bias is not None:
+                slice_of(layer.lora_B[self.name].bias).lerp_(slice_of(layer.lora_B[STUDENT].bias) * scaling, rate)
+        for name, (mine, theirs) in self.pairs().items() if self._has_entries else ():
+            if not _is_factor(name):
+                slice_of(mine).lerp_(slice_of(theirs), rate)

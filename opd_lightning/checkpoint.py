@@ -17,18 +17,21 @@ from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from .adapters import adapter_parameters
+
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
 
 
 def kept_names(module: OnPolicyDistillation) -> set[str]:
-    """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; no frozen base."""
+    """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; of bases a drawn one."""
     student, everything = module.student, set(module.state_dict())
-    if module._student_spec.lora is None:
+    if module._student_spec.lora is None or module._student_spec.random_init:  # nobody else has the drawn base
         return everything
     # a tied head is the same parameter under a second name, and just as frozen
     parameters = student.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad and "lora_" not in name}
+    adapters = adapter_parameters(student)
+    frozen = {name for name, p in parameters if not p.requires_grad and name not in adapters}
     frozen |= {name for name, _ in student.named_buffers()}
     # the scales and maps that bitsandbytes keeps beside each weight
     frozen |= {name for name in student.state_dict() if any(name.startswith(f"{base}.") for base in frozen)}

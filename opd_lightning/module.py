@@ -23,7 +23,9 @@ from .checkpoint import kept_names, plain_rng_states
 from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
+from .likeness import check_self_teachers
 from .objective import Objective, Steps
+from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, group_statistics
@@ -64,7 +66,7 @@ class Schedule:
     warmup_steps: int = 0
 
 
-class OnPolicyDistillation(L.LightningModule):
+class OnPolicyDistillation(Portable, L.LightningModule):
     """Trains a student on the states that a behaviour policy visited, towards what teachers say there.
 
     A setting implements `collate`, `sample`, `steps` and `score`, and names the class that loads its models.
@@ -88,9 +90,6 @@ class OnPolicyDistillation(L.LightningModule):
         ValueError: a part of the objective needs something that this run does not offer; the message names both.
     """
 
-    model_class: ClassVar[Any]
-    library: ClassVar[str] = "transformers"
-    """Which one loads exported students."""
     headline: ClassVar[str] = "accuracy"
     """What is printed before training: the metrics with this in their names."""
     served: ClassVar[frozenset[str]] = frozenset()
@@ -152,10 +151,6 @@ class OnPolicyDistillation(L.LightningModule):
 
     # -- what a setting may add ---------------------------------------------------------------------------------
 
-    def load_processor(self, spec: Pretrained) -> Any:
-        """What turns examples into inputs (a tokenizer, a processor)."""
-        return None
-
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         """Given completions as trajectories, for ``rollout.behaviour: {dataset: …}``; ``seeds`` as in `sample`."""
         raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
@@ -183,13 +178,6 @@ class OnPolicyDistillation(L.LightningModule):
     def asked_by_parts(self) -> set[str]:
         """Teachers that no term names, but other parts of the setting ask."""
         return set()
-
-    def save_student(self, model: nn.Module, folder: Path) -> None:
-        """Writes the exported model, with everything without which it would not act as it did here."""
-        model.save_pretrained(folder)  # type: ignore[operator]
-        processor = self.policies["student"].processor
-        if processor is not None:
-            processor.save_pretrained(folder)
 
     def spell(self, trajectories: Trajectories) -> list[list[str]] | None:
         """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
@@ -551,8 +539,8 @@ class OnPolicyDistillation(L.LightningModule):
         if missing:
             raise RuntimeError(
                 f"{len(missing)} trainable parameters got no gradient, among them {missing[0]}; they would not learn. "
-                "4-bit bases lose the gradients of their adapters on some CPUs after a forward pass in eval mode; "
-                "otherwise name what the loss does not reach in student.freeze."
+                "Name what the loss does not reach in student.freeze. (4-bit bases lose the gradients of their "
+                "adapters on some CPUs after a forward pass in eval mode.)"
             )
         self._check_finite(optimizer)
 
@@ -623,6 +611,8 @@ class OnPolicyDistillation(L.LightningModule):
         if self._rng is not None:
             _set_rng_states(self._rng)
             self._rng = None
+        if self.global_step == 0:
+            check_self_teachers(self)
         if self.global_step == 0 and self.evaluation.before:
             self.evaluator.before_training()
 

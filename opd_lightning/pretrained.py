@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,10 @@ class Lora:
         alpha: scaling numerator. Default 64 (ESR).
         dropout: default 0: a rollout and its replay must agree.
         target_modules: names or a regular expression; default: every linear layer but the head.
-        adapter: start from this saved adapter instead of from zero.
+        adapter: start from this saved adapter instead of from zero; it brings its own rank, alpha and layers.
+
+    Raises:
+        ValueError: a saved adapter beside settings that it brings itself.
     """
 
     r: int = 32
@@ -30,6 +34,14 @@ class Lora:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha", "target_modules") if self.adapter is not None else ():
+            if (given := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(
+                    f"lora.{name}={given} beside lora.adapter would be ignored: {self.adapter} brings its own; leave "
+                    "one out"
+                )
 
 
 @dataclass
@@ -50,8 +62,9 @@ class Pretrained:
         trust_remote_code: run Python code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        ValueError: a quantised model is to be trained without adapters; ``freeze`` matches nothing; or a setting that
-            nothing would read.
+        ValueError: a quantised model is to be trained without adapters; ``freeze`` matches nothing; an adapter does not
+            fit; or a setting that nothing would read.
+        OSError: there is no such model; the message is one sentence.
         ModuleNotFoundError: bitsandbytes is missing; the message names the extra.
     """
 
@@ -76,11 +89,17 @@ class Pretrained:
             raise ValueError(
                 f"student.quantization={self.quantization}: quantised weights have no gradient; set student.lora"
             )
+        self._check_stored(model_class, trained)
         if not trained and self.lora is not None and self.lora.adapter is None:
             raise ValueError("a teacher's lora needs `adapter`: fresh adapters would change nothing")
         if not trained and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing: a teacher has no backward pass to recompute anything in")
-        model = self._base(model_class, trained)
+        try:
+            model = self._base(model_class, trained)
+        except OSError as error:  # transformers chains what the hub said, a hundred lines of it
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise OSError(f"{self.path} can't be loaded: {str(error).strip().splitlines()[0]}") from None
         if trained:
             _never_repack(model)
         model.requires_grad_(trained and self.lora is None)
@@ -93,6 +112,48 @@ class Pretrained:
             if self.lora is not None:
                 model.enable_input_require_grads()  # type: ignore[operator]
         return model.train(trained)
+
+    def config(self) -> Any:
+        """transformers' configuration of the model."""
+        from transformers import AutoConfig
+
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return AutoConfig.from_pretrained(self.found(), **options)
+
+    def found(self) -> str:
+        """The path itself, or that of the shipped model.
+
+        Raises:
+            FileNotFoundError: it can be nothing but a folder, and there is none.
+        """
+        path = shipped(self.path)
+        names_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+        if names_a_folder and not Path(path).is_dir():
+            raise FileNotFoundError(f"path: there is no folder {path}; give a folder that holds a model, or a hub name")
+        return path
+
+    def _check_stored(self, model_class: Any, trained: bool) -> None:
+        """
+        Raises:
+            ValueError: the base is stored quantised, and is to be trained without adapters or quantised again.
+        """
+        self.found()
+        try:  # loaders of other libraries know their own configurations
+            own = getattr(model_class, "config", None)
+            config = own(self.path, self.revision) if own is not None else self.config().to_dict()
+        except (OSError, ValueError):
+            return  # loading it says what is wrong
+        stored = quantised_as(config.get("quantization_config"))
+        if stored is None:
+            return
+        if trained and self.lora is None:
+            raise ValueError(
+                f"student.path: {self.path} is stored quantised ({stored}), and such weights have no gradient; set "
+                "student.lora, or take the model that it was made from"
+            )
+        if self.quantization or self.random_init:
+            given = "random_init" if self.random_init else f"quantization={self.quantization}"
+            raise ValueError(f"{given}: {self.path} is stored quantised already ({stored}); leave it out")
 
     def _base(self, model_class: Any, trained: bool) -> nn.Module:
         path = shipped(self.path)
@@ -107,10 +168,7 @@ class Pretrained:
         if self.random_init:
             if not hasattr(model_class, "from_config"):
                 raise ValueError(f"random_init: the transformer of {self.path} must come with weights")
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(path, **shared)
-            return model_class.from_config(config).to(torch.float32 if dtype == "auto" else dtype)
+            return model_class.from_config(self.config()).to(torch.float32 if dtype == "auto" else dtype)
         if self.quantization:
             shared["quantization_config"] = self._quantization_config()
         return model_class.from_pretrained(path, dtype=dtype, **shared)
@@ -144,11 +202,13 @@ class Pretrained:
             parameter.requires_grad_(False)
 
     def _adapt(self, model: nn.Module, trained: bool) -> nn.Module:
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         assert self.lora is not None
         if self.lora.adapter is not None:
-            return PeftModel.from_pretrained(model, shipped(self.lora.adapter), is_trainable=trained)
+            from .saved_adapter import load_saved
+
+            return load_saved(model, shipped(self.lora.adapter), trained)
         config = LoraConfig(
             r=self.lora.r,
             lora_alpha=self.lora.alpha,
@@ -158,6 +218,16 @@ class Pretrained:
             exclude_modules=None if self.freeze is None else f".*({self.freeze}).*",
         )
         return get_peft_model(model, config)
+
+
+def quantised_as(settings: Any) -> str | None:
+    """The method of a ``quantization_config``, as an object or as in config.json, in words; None without one."""
+    if not settings:
+        return None
+    found = settings if isinstance(settings, dict) else settings.to_dict()
+    method = found.get("quant_method") or "an unknown method"
+    bits = found.get("bits") or (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
+    return f"{getattr(method, 'value', method)}{f', {bits} bit' if bits else ''}"
 
 
 def _never_repack(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapters import AverageAdapter, does_something, only_adapters
+from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
 from .distribution import Distribution
 from .pretrained import Pretrained
 from .sharding import put_away, slice_of
@@ -67,6 +67,9 @@ class TeacherWeights(ABC):
     stands_still: ClassVar[bool] = False
     """Whether they are the same throughout the run: what it said once holds for as long as its view shows the same."""
 
+    starts_as_student: ClassVar[bool] = False
+    """Whether they are the student's before the first step; it is checked then (see `compare`)."""
+
     @abstractmethod
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         """Makes the policy; called once, before a checkpoint is restored."""
@@ -101,6 +104,8 @@ class Frozen(TeacherWeights):
 class Live(TeacherWeights):
     """The student itself, as it is now, without gradient. (Diverges in SDPO and SDFT when nothing else holds it.)"""
 
+    starts_as_student = True
+
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         return student
 
@@ -112,10 +117,11 @@ class Initial(TeacherWeights):
     """
 
     stands_still = True
+    starts_as_student = True
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         if isinstance(student.model, PeftModel):
-            own = (AverageAdapter(student.model, name).name,) if does_something(student.model) else ()
+            own = (CopiedAdapter(student.model, name).name,) if differs_from_base(student.model) else ()
             active = partial(only_adapters, student.model, *own)
             return Policy(student.model, student.processor, active, student.path)
         return Policy(frozen_copy(student.model), student.processor, path=student.path)
@@ -123,6 +129,8 @@ class Initial(TeacherWeights):
 
 class EMA(TeacherWeights):
     """teacher ← (1−rate)·teacher + rate·student: with LoRA a second adapter (see `AverageAdapter`), otherwise a copy.
+
+    A copy in 16 bits is rounded at random (see `rounded_at_random`): the nearest number would be the old one for ever.
 
     Args:
         rate: the student's share per update, in [0, 1]; 0 never moves, 1 is the live student.
@@ -132,6 +140,8 @@ class EMA(TeacherWeights):
     Raises:
         ValueError: rate outside [0, 1], or every < 1.
     """
+
+    starts_as_student = True
 
     def __init__(self, rate: float = 0.01, every: int = 1) -> None:
         if not 0 <= rate <= 1:
@@ -163,8 +173,25 @@ class EMA(TeacherWeights):
             self._average.update(self.rate)
         elif self._copy is not None:
             put_away(self._copy)
+            device = next(self._copy.parameters()).device
+            generator = torch.Generator(device).manual_seed(step)  # a resumed run draws the same
             for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):
-                slice_of(mine).lerp_(slice_of(theirs).to(mine.device, mine.dtype), self.rate)
+                own, other = slice_of(mine), slice_of(theirs).to(mine.device)
+                if own.dtype in ROUNDED_BITS:
+                    own.copy_(rounded_at_random(own.float().lerp_(other.float(), self.rate), own.dtype, generator))
+                else:
+                    own.lerp_(other.to(own.dtype), self.rate)
+
+
+ROUNDED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32's mantissa that a number of 16 bits has no room for."""
+
+
+def rounded_at_random(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """float32 ``values`` in 16 bits, up or down with the odds that make them right on average; what fits stays."""
+    bits = ROUNDED_BITS[dtype]
+    noise = torch.randint(1 << bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return (values.view(torch.int32) + noise).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -135,6 +137,48 @@ def test_what_a_path_would_ignore_is_refused(tiny_student):
         Pretrained(str(tiny_student), random_init=True, quantization="4bit", lora=Lora())
     with pytest.raises(ValueError, match="gradient_checkpointing: a teacher has no backward pass"):
         load(tiny_student, trained=False, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+    ],
+    ids=lambda stored: stored["quant_method"],
+)
+def test_a_base_that_is_stored_quantised_needs_adapters(stored, tiny_student, tmp_path):
+    """Whatever wrote it, and though ``quantization`` is not set."""
+    folder = shutil.copytree(tiny_student, tmp_path / "stored")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    with pytest.raises(
+        ValueError, match=rf"stored is stored quantised \({stored['quant_method']}.*; set student\.lora"
+    ):
+        load(folder)
+    for given in ({"quantization": "8bit"}, {"random_init": True}):
+        with pytest.raises(ValueError, match=r"stored is stored quantised already .*; leave it out"):
+            load(folder, lora=Lora(), **given)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{tmp}/nowhere", "there is no folder /.*/nowhere; give a folder that holds a model, or a hub name"),
+        ("./nowhere", r"there is no folder \./nowhere"),
+        ("models/mine/v2", "there is no folder models/mine/v2"),
+        ("no-such-model", "no-such-model can't be loaded: "),
+    ],
+)
+def test_a_wrong_path_is_one_sentence(path, message, tmp_path):
+    for trained in (True, False):
+        with pytest.raises(OSError, match=message) as caught:
+            load(path.format(tmp=tmp_path), trained)
+        assert len(str(caught.value).splitlines()) == 1
+        assert caught.value.__cause__ is None
 
 
 # -- quantised, on a CPU ------------------------------------------------------------------------------------------

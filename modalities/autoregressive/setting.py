@@ -15,21 +15,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from ...adapters import SWITCHED
 from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
 from ...rollout import Rollout
 from ...sharding import as_forward, is_sharded
 from ...shipped import shipped
-from ...teacher import Policy
+from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
 from .audit import audit_rows
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
+from .generation import make_savable
 from .models import bare, context_length, eos_ids, known_ids, output_embeddings, tokenizer_of
 from .rendering import Renderer, transcript
 from .sampler import until_stop
@@ -37,6 +38,8 @@ from .sampler import until_stop
 # Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
 # it could do some thousand tokens
 CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
+
+PROBES, PROBE_TOKENS = 3, 12
 
 TEXT = {"input_ids", "attention_mask", "position_ids"}
 
@@ -82,10 +85,15 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             )
         super()._shard(mesh)
 
-    def load_processor(self, spec: Pretrained) -> Any:
+    def original_processor(self, spec: Pretrained) -> Any:
         return AutoTokenizer.from_pretrained(
-            shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
+            shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+
+    def load_processor(self, spec: Pretrained) -> Any:
+        processor = self.original_processor(spec)
+        tokenizer_of(processor).padding_side = "left"
+        return processor
 
     def renderer(self, policy: Policy | None = None) -> Renderer:
         """How a policy (default: the student) reads rows."""
@@ -136,7 +144,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
             softcap=getattr(config, "final_logit_softcapping", None),
             suppressed=torch.tensor(suppressed) if suppressed else None,
-            **({"context": policy.active} if isinstance(module, BaseTunerLayer) else {}),
+            **({"context": policy.active} if isinstance(module, SWITCHED) else {}),
         )
 
     # -- the methods of a setting -------------------------------------------------------------------------------
@@ -280,12 +288,25 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         and validation averages the numbers in its entry ``metrics``."""
         return {}
 
+    # -- export -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def probe(self, policy: Policy) -> Tensor:
+        """``[n, V]`` log-probs behind drawn ids."""
+        possible = torch.tensor(sorted({*range(self.vocabulary)} - {*self.suppressed()}))
+        draw = torch.randint(len(possible), (PROBES, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        ids, device = possible[draw], next(policy.model.parameters()).device
+        with evaluating(policy.model), policy.active():
+            said = bare(policy.model)(input_ids=ids.to(device)).logits[..., : self.vocabulary]
+        return said.float().log_softmax(-1).flatten(0, 1).cpu()
+
     def save_student(self, model: nn.Module, folder: Path) -> None:
         """The ids that can be no action here (padding of the head, placeholders) are none in `generate` either."""
         rows = bare(model).get_output_embeddings().weight.shape[0]
         impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
         if impossible:
             bare(model).generation_config.suppress_tokens = impossible
+        make_savable(bare(model).generation_config)
         super().save_student(model, folder)
 
     # -- checks -------------------------------------------------------------------------------------------------

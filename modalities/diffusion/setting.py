@@ -444,6 +444,16 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     # -- export ---------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def probe(self, policy: Policy) -> Tensor:
+        """``[2, ...]`` velocities at two noise levels."""
+        evaluations, device = self.network_evaluations, next(policy.model.parameters()).device
+        latent = torch.randn((2, *self.family.latent_shape), generator=generator(0)).to(device)
+        t, r = torch.tensor([[0.8, 0.3], [0.4, 0.0]], dtype=torch.float64, device=device)
+        said = self._asking(policy, [{"prompt": "a"}])(torch.zeros(2, dtype=torch.long), latent, t, r)
+        self.network_evaluations = evaluations
+        return said.float().cpu()
+
     def save_student(self, model: nn.Module, folder: Path) -> None:
         """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads."""
         pipe = self.family.pipe

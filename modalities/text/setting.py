@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from ...teacher import Policy
 from ...trajectory import Example
 from ..autoregressive import AutoregressiveDistillation
+from ..autoregressive.models import bare
 from ..autoregressive.rendering import Renderer
 
 
@@ -48,3 +49,21 @@ class TextDistillation(AutoregressiveDistillation):
         ids = [[self.padding_id] * gap + row for gap, row in zip(missing, rows, strict=True)]
         mask = [[0] * gap + [1] * len(row) for gap, row in zip(missing, rows, strict=True)]
         return {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
+
+    def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        if blind := self._never_read():
+            parts = "|".join(sorted({name.removeprefix("model.").split(".")[0] for name in blind}))
+            raise ValueError(
+                f"model.student reads more than text, and no text reaches {len(blind)} of its trained parameters, such "
+                f"as {blind[0]}: set student.freeze to '{parts}', or use VisionLanguageDistillation"
+            )
+        return super().audit_rows()
+
+    def _never_read(self) -> list[str]:
+        """Names of trained parameters that see images or sound."""
+        model = bare(self.policies["student"].model)
+        if not any(hasattr(model.config, f"{sense}_config") for sense in ("vision", "audio")):
+            return []
+        read = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+        known = {id(p) for part in read for p in part.parameters()}
+        return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]

@@ -39,7 +39,7 @@ def processor_class_of(model_type: str) -> Any:
 
 
 def load_processor(spec: Pretrained) -> Any:
-    """The processor of a checkpoint, its tokenizer padding on the left.
+    """The processor of a checkpoint, as it came.
 
     Raises:
         ValueError: the checkpoint has no processor that reads images.
@@ -53,10 +53,6 @@ def load_processor(spec: Pretrained) -> Any:
             f"{spec.path}: its processor ({type(processor).__name__}) reads no images; for language models use "
             "TextDistillation"
         )
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any id will do
     return processor
 
 

@@ -28,6 +28,7 @@ from .images import images_of, split_at_markers, values_of, with_images
 from .processor import load_processor, placeholders
 
 CHECKED_EXAMPLES, CHECKED_STEPS = 4, 8
+PROBE_PIXELS = 56
 
 
 class VisionLanguageDistillation(AutoregressiveDistillation):
@@ -57,8 +58,15 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         self.max_image_pixels, self.blank_check = max_image_pixels, blank_check
         self._processed: tuple[Any, list[Example], dict[str, Tensor]] | None = None
 
-    def load_processor(self, spec: Pretrained) -> Any:
+    def original_processor(self, spec: Pretrained) -> Any:
         return load_processor(spec)
+
+    def load_processor(self, spec: Pretrained) -> Any:
+        processor = super().load_processor(spec)
+        tokenizer = processor.tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any id will do
+        return processor
 
     @cached_property
     def _placeholders(self) -> list[int]:
@@ -69,6 +77,19 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     def suppressed(self) -> list[int]:
         return self._placeholders
+
+    @torch.no_grad()
+    def probe(self, policy: Policy) -> Tensor:
+        """``[n, V]`` log-probs behind drawn ids, and behind an image as the policy's own processor reads it."""
+        of_ids = super().probe(policy)
+        shades = torch.arange(PROBE_PIXELS**2, dtype=torch.float64).sin().add(1).mul(127).byte()
+        image = Image.fromarray(shades.view(PROBE_PIXELS, PROBE_PIXELS).numpy()).convert("RGB")
+        text = policy.processor.tokenizer.decode(range(min(8, self.vocabulary)), skip_special_tokens=True)
+        device = next(policy.model.parameters()).device
+        inputs = self._process([{"prompt": text, "image": image}], policy)
+        with evaluating(policy.model), policy.active():
+            said = bare(policy.model)(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        return torch.cat([of_ids, said[..., : self.vocabulary].float().log_softmax(-1).flatten(0, 1).cpu()])
 
     # -- inputs -------------------------------------------------------------------------------------------------
 

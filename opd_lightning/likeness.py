@@ -1,0 +1,48 @@
+"""Whether two models say the same of a few inputs: a teacher that begins as the student, an exported student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .module import OnPolicyDistillation
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far apart two ways to the same numbers may come, in units of their spread; what is wrong comes much further."""
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The root of the mean square of their differences, in units of the spread of ``other``; infinite where they can't
+    be compared (other shapes, or no numbers)."""
+    if one.shape != other.shape:
+        return float("inf")
+    apart = float((one.float() - other.float()).square().mean().sqrt() / other.float().std())
+    return apart if apart == apart else float("inf")
+
+
+def tolerance(*models: nn.Module) -> float:
+    """That of the coarsest numbers that any of the models computes with."""
+    dtypes = {p.dtype for model in models for p in model.parameters()} & TOLERANCE.keys()
+    return max(TOLERANCE[dtype] for dtype in dtypes | {torch.float32})
+
+
+def check_self_teachers(module: OnPolicyDistillation) -> None:
+    """
+    Raises:
+        RuntimeError: a teacher that should begin as the student says something else.
+    """
+    student = module.policies["student"]
+    named = [name for name, teacher in module.teachers.items() if teacher.weights.starts_as_student]
+    said = module.probe(student) if named else None
+    for name in named if said is not None else ():
+        policy = module.policies[name]
+        apart = distance(module.probe(policy), said)  # type: ignore[arg-type]
+        if apart > tolerance(student.model, policy.model):
+            raise RuntimeError(
+                f"model.teachers.{name}: {type(module.teachers[name].weights).__name__} should begin as the student, "
+                f"but the two are {apart:.2g} of the spread of what they say apart: does the student train something "
+                "that an adapter does not switch?"
+            )

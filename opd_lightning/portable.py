@@ -1,0 +1,67 @@
+"""How a setting's student is written for other programs, and read as they read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .pretrained import Lora, Pretrained
+from .teacher import Policy
+
+
+class Portable:
+    """What a setting may say of its models for export; the defaults are those of transformers."""
+
+    model_class: ClassVar[Any]
+    library: ClassVar[str] = "transformers"
+    """Which one loads exported students."""
+    exported_with: ClassVar[tuple[str, ...]] = ()
+    """The setting's own arguments without which its student can't be built and written; no classes."""
+    _student_spec: Pretrained
+
+    def load_processor(self, spec: Pretrained) -> Any:
+        """What turns examples into inputs (a tokenizer, a processor)."""
+        return None
+
+    def original_processor(self, spec: Pretrained) -> Any:
+        """The same before anything was set in it: it is what an exported student comes with."""
+        return self.load_processor(spec)
+
+    def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
+        """What the weights of a base are stored in; None where its folder does not say."""
+        return getattr(spec.config(), "dtype", None)
+
+    def probe(self, policy: Policy) -> Tensor | None:
+        """What a policy says to a few fixed inputs (log-probs, …), without gradient; None: it can't be asked."""
+        return None
+
+    def save_student(self, model: Any, folder: Path) -> None:
+        """Writes a model with everything without which it would not act as it did here, or its adapter alone.
+
+        Raises:
+            ValueError: the setting must say how such a model is written.
+        """
+        if not hasattr(model, "save_pretrained"):
+            raise ValueError(
+                f"{type(self).__name__}: a {type(model).__name__} has no save_pretrained, so its setting must say how "
+                "it is written and read: add the methods save_student(model, folder) and read_student(folder)"
+            )
+        model.save_pretrained(folder)
+        processor = self.original_processor(self._student_spec)
+        if processor is not None:
+            processor.save_pretrained(folder)
+
+    def read_student(self, folder: Path) -> Policy:
+        """What `save_student` wrote, as other programs read it."""
+        spec = self._student_spec
+        processor = self.load_processor(dataclasses.replace(spec, path=str(folder), revision=None))
+        if (folder / "adapter_config.json").exists():
+            adapter = Lora(adapter=str(folder))
+            spec = dataclasses.replace(spec, lora=adapter, freeze=None, gradient_checkpointing=False)
+            return Policy(spec.load(self.model_class, trained=False), processor)
+        model = self.model_class.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        return Policy(model.eval(), processor)
