@@ -89,16 +89,16 @@ class Samples(L.Callback):
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
         values = module.per_step(shown, self.signal, self.teacher)
-        read, spelled = module.score(shown)[1], module.spell(shown)
+        read, spelled = module.rewards(shown)[1], module.spell(shown)
         rows = []
         for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
             signal = values[i][mask].double()
             rows.append(
                 {
                     "step": module.global_step,
-                    "prompt": read[i]["prompt"],
-                    "completion": read[i]["completion"],
-                    "reward": None if shown.reward is None else float(shown.reward[i]),
+                    "prompt": str(read[i].get("prompt", "")),
+                    "completion": str(read[i].get("completion", "")),
+                    "reward": None if shown.reward is None or shown.reward[i].isnan() else float(shown.reward[i]),
                     "length": int(mask.sum()),
                     "signal": None if signal.isnan().all() else float(signal.mean()),
                     "stopped": bool(shown.stopped[i]),

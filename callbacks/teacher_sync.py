@@ -117,6 +117,9 @@ class WhenConsolidated(SyncPolicy):
 
         reward = everywhere([part.reward for part in whole.micro_batches if part.reward is not None])
         length = everywhere([part.length for part in whole.micro_batches])
+        reward = reward[~reward.isnan()]
+        if not len(reward):
+            return False  # all abstain: there was nothing to see
         self.seen = [*self.seen, [float(reward.mean()), float(length.mean()), float(length.max())]][-self.window :]
         rewards, means, longest = zip(*self.seen, strict=True)
         if len(self.seen) == self.window and math.isnan(self.reference):
@@ -169,7 +172,7 @@ class TeacherSync(KnobCallback):
         if found is not None and not isinstance(found.weights, EMA):
             kind = type(found.weights).__name__
             raise ValueError(f"TeacherSync.teacher: {self.teacher}'s weights are {kind}, which never move; use EMA")
-        if self.policy.needs_reward and pl_module.reward is None:
+        if self.policy.needs_reward and not pl_module.has_rewards:
             raise ValueError(f"TeacherSync.policy: {type(self.policy).__name__} reads rewards; set model.reward")
         super().setup(trainer, pl_module, stage)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class WeightExtrapolation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if pl_module.reward is None:
+        if not pl_module.has_rewards:
             raise ValueError("WeightExtrapolation chooses by reward: set model.reward")
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             name = type(trainer.strategy).__name__
@@ -86,7 +87,7 @@ class WeightExtrapolation(L.Callback):
         for distance in self.distances:
             place(distance)
             reward = self._reward(module, examples)
-            if reward < best:
+            if not reward >= best:
                 break
             accepted, best = distance, reward
         place(accepted)
@@ -104,15 +105,16 @@ class WeightExtrapolation(L.Callback):
 
     @staticmethod
     def _reward(module: OnPolicyDistillation, examples: list[Example]) -> float:
-        """Mean reward of the student as it is now, over all ranks."""
+        """Mean reward of the student as it is now, over all ranks; NaN where all abstain."""
         size, _ = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)
         total, count = 0.0, 0
         for place, start in enumerate(range(0, len(examples), size)):
             rolled = module.evaluator.act("student", examples[start : start + size], place)
-            reward, _ = module.score(rolled)
+            reward, _ = module.rewards(rolled)
             assert reward is not None
-            total, count = total + float(reward.sum()), count + len(reward)
-        return module.total(total) / module.total(float(count))
+            total, count = total + float(reward.nansum()), count + int((~reward.isnan()).sum())
+        everyone = module.total(float(count))
+        return module.total(total) / everyone if everyone else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}

@@ -109,13 +109,16 @@ class Evaluator:
         trajectories = self.act(who, examples, batch_idx)
         counts = torch.tensor([STAND_IN not in example for example in trajectories.examples])
         counted = trajectories.select(counts.nonzero().squeeze(-1))
-        reward, shown = module.score(counted)
+        reward, shown = module.rewards(counted)
         self._update("length", counted.length.float())
         self._update("stopped", counted.stopped.float())
         if reward is not None:
-            self._update("accuracy", reward)
+            self._update("abstained", reward.isnan().float())
+            self._update("accuracy", reward[~reward.isnan()])
             if samples > 1:
-                self._update(f"pass@{samples}", pass_at_k(reward.view(-1, samples), samples))
+                prompts = reward.view(-1, samples)
+                prompts = prompts[~prompts.isnan().any(1)]  # where one abstains nobody knows
+                self._update(f"pass@{samples}", pass_at_k(prompts, samples))
             self._update_by_column(counted.examples, reward)
         for row in shown:
             for name, value in row.get("metrics", {}).items():
@@ -131,6 +134,8 @@ class Evaluator:
     def _update_by_column(self, examples: list[Example], reward: torch.Tensor) -> None:
         columns = self.module.evaluation.by
         for example, value in zip(examples, reward, strict=True):
+            if value.isnan():
+                continue
             # a row may belong to several groups of a column (OSWorld-G)
             groups = [v if isinstance(v := example.get(column), list) else [v] for column in columns]
             paths = {path[:depth] for path in product(*groups) for depth in range(1, len(path) + 1)}
@@ -159,6 +164,8 @@ class Evaluator:
                     self._update(name, total / count, count)
 
     def _update(self, name: str, value: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
+        if not value.numel():
+            return
         if name not in self.metrics:
             self.metrics[name] = MeanMetric().to(self.module.device)
         self.metrics[name].update(value.to(self.module.device), weight)
@@ -184,7 +191,8 @@ class Evaluator:
         if not by:
             return None
         found = {tuple(n.removeprefix(start).split("/")): v for n, v in values.items() if n.startswith(start)}
-        found |= {("all",): values["test/accuracy"]}
+        if "test/accuracy" in values:
+            found["all",] = values["test/accuracy"]
         rows = [path[0] for path in found if len(path) == 1]
         kinds = sorted({path[1] for path in found if len(path) == 2})
         table = Table(title="accuracy in %", title_justify="left")
@@ -236,7 +244,7 @@ class Evaluator:
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """The student's completions of a batch of examples."""
         trajectories = self.act("student", examples, batch_idx)
-        rows = self.module.score(trajectories)[1]
+        rows = self.module.rewards(trajectories)[1]
         return [row for row, e in zip(rows, trajectories.examples, strict=True) if STAND_IN not in e]
 
 

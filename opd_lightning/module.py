@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import get_scheduler
 
 from .audit import audit
 from .checkpoint import kept_names, plain_rng_states
+from .contract import check_acted, check_methods, check_prompts, check_scores
 from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
@@ -29,6 +30,7 @@ from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, group_statistics
+from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
 from .teacher import Frozen, Policy, Said, Teacher, View, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
@@ -77,6 +79,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         teachers: streams that terms name.
         rollout: how the behaviour policy acts.
         reward: a verifier of completions; needed by parts that read rewards, and for validation accuracy.
+        scoring: how the reward is called: its time limit, and what to do when it fails.
         evaluation: how `validate` and `test` let the student act.
         student_view: what the student is shown instead of the example, in training and evaluation (a smaller image, a
             masked region); teachers without a view see the same.
@@ -87,12 +90,14 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             (``train/skipped_steps``, the share of the steps since the last logged one).
 
     Raises:
+        TypeError: the setting lacks one of its four methods.
         ValueError: a part of the objective needs something that this run does not offer; the message names both.
     """
 
     headline: ClassVar[str] = "accuracy"
     """What is printed before training: the metrics with this in their names."""
     served: ClassVar[frozenset[str]] = frozenset()
+    """What it offers to parts of the objective (`Part.needs`); ``reward``: `score` has rewards without a verifier."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
 
     def __init__(
@@ -102,6 +107,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         teachers: dict[str, Teacher] | None = None,
         rollout: Rollout | None = None,
         reward: Reward | None = None,
+        scoring: Scoring | None = None,
         evaluation: Evaluation | None = None,
         student_view: View | None = None,
         optimizer: OptimizerCallable = default_optimizer,
@@ -109,8 +115,10 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
+        check_methods(self, OnPolicyDistillation)
         self.objective, self.teachers = objective, teachers or {}
         self.rollout, self.reward = rollout or Rollout(), reward
+        self.scoring = scoring or Scoring()
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or Schedule()
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
         self.on_nonfinite = on_nonfinite
@@ -146,8 +154,12 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """What ``policy`` says at every visited state ``[B, T]``; ``view``: the examples as it sees them."""
 
     @abstractmethod
-    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
-        """Rewards ``[B]`` (None without a verifier), and what to show of each trajectory (prompt, completion)."""
+    def score(self, trajectories: Trajectories) -> tuple[Tensor | Sequence[float | None] | None, list[dict[str, Any]]]:
+        """Rewards, and what to show of each trajectory (``prompt``, ``completion``).
+
+        Rewards are finite numbers, a tensor ``[B]`` or a list with None where one abstains (`rate` asks the verifier);
+        None without a verifier.
+        """
 
     # -- what a setting may add ---------------------------------------------------------------------------------
 
@@ -196,7 +208,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             ValueError: a part needs something that this run does not offer; the message names both.
         """
         served = set(self.served)
-        if self.reward is not None:
+        if self.has_rewards:
             served.add("reward")
         elif self.evaluation.by:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
@@ -292,7 +304,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         The observation is the student's in every case: that is what the loss conditions on.
         """
         if who == "dataset":
-            return self.replay(examples, seeds)
+            return check_acted(self, self.replay(examples, seeds), examples, "replay")
         # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
         with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
             return self._act(who, examples, seeds, rollout or self.rollout)
@@ -303,12 +315,13 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def _act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout) -> Trajectories:
         policy, mine = self.policies[who], self.shown(examples)
-        prompts = self.collate(mine)
+        prompts = check_prompts(self, self.collate(mine), mine)
         if who == "student":
-            return dataclasses.replace(self.sample(policy, prompts, mine, rollout, seeds), examples=examples)
+            acted = check_acted(self, self.sample(policy, prompts, mine, rollout, seeds), mine)
+            return dataclasses.replace(acted, examples=examples)
         shown = [own if view is None else view for own, view in zip(mine, self._look(who, examples), strict=True)]
         theirs = self.collate(shown, policy if self.teachers[who].own_template else None)
-        acted = self.sample(policy, theirs, shown, rollout, seeds)
+        acted = check_acted(self, self.sample(policy, theirs, shown, rollout, seeds), shown)
         return dataclasses.replace(acted, observation=acted.observation | prompts, examples=examples)
 
     def _look(self, name: str, examples: list[Example]) -> list[Example | None]:
@@ -319,11 +332,25 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             return seen
         return [None if look is None else own for look, own in zip(seen, self.shown(examples), strict=True)]
 
+    @property
+    def has_rewards(self) -> bool:
+        """Whether `score` has rewards: of a verifier, or of its own."""
+        return self.reward is not None or "reward" in self.served
+
+    def rate(self, completion: Any, example: Example) -> float | None:
+        """What the verifier says of a completion, for `score`; None where it abstains."""
+        assert self.reward is not None
+        return self.scoring(self.reward, completion, example)
+
+    def rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """What `score` says, checked: ``[B]`` on the CPU, NaN where a reward abstains (None: no rewards), and rows."""
+        return check_scores(self, self.score(trajectories), trajectories)
+
     def judge(self, trajectories: Trajectories) -> Trajectories:
-        """The same with rewards and their group statistics, if a reward is configured."""
-        if self.reward is None:
+        """The same with rewards and their group statistics, if there are any."""
+        if not self.has_rewards:
             return trajectories
-        reward, _ = self.score(trajectories)
+        reward, _ = self.rewards(trajectories)
         assert reward is not None
         mean, std = group_statistics(reward, trajectories.group)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
@@ -622,8 +649,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = self.evaluated("val")
         if not self.trainer.sanity_checking:
-            shown = "val/accuracy" if self.reward is not None else "val/length"
-            self.log(shown, values.pop(shown), prog_bar=True)
+            shown = [name for name in ("val/accuracy", "val/length") if name in values][:1]
+            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
             self.log_dict(values)
 
     def test_step(self, examples: list[Example], batch_idx: int) -> None:

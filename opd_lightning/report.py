@@ -101,7 +101,7 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     table.add_row(*(f"{value:.1%}" for value in found.values()))
     console.print(table)
     for row in read_samples(run):
-        mark = "" if "reward" not in row else (" ✓" if row["reward"] >= 0.5 else " ✗")
+        mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
         console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))
     if since is not None:
         found["wall_s"] = round(time.time() - since, 1)

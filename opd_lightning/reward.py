@@ -1,4 +1,4 @@
-"""Verifiers: a completion and its example in, a number out."""
+"""Verifiers: a completion and its example in, a number out, or None where they abstain."""
 
 import importlib
 import importlib.util
@@ -26,13 +26,15 @@ _MATH_WORKER = Path(__file__).with_name("math_worker.py")
 class Reward(ABC):
     """What a reward is: a function of a completion and its example, and the columns that it reads.
 
-    `columns` are canonical names; the data module refuses a data set that lacks one, before training.
+    It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the
+    details, and what becomes of rewards that fail). `columns` are canonical names; the data module refuses a data
+    set that lacks one, before training.
     """
 
     columns: tuple[str, ...] = ()
 
     @abstractmethod
-    def __call__(self, completion: str, example: Example) -> float: ...
+    def __call__(self, completion: str, example: Example) -> float | None: ...
 
 
 class ExactMatch(Reward):
@@ -239,7 +241,7 @@ class ReasoningGymScore(Reward):
 
 
 class CallableReward(Reward):
-    """Any plain function `f(completion: str, example: dict) -> float` as a reward.
+    """Any plain function `f(completion: str, example: dict) -> float | None` as a reward.
 
     Args:
         function: its dotted path, such as "my_package.rewards.brevity".
@@ -253,8 +255,9 @@ class CallableReward(Reward):
         self.function = import_callable(function, "CallableReward.function")
         self.columns = tuple(columns)
 
-    def __call__(self, completion: str, example: Example) -> float:
-        return float(self.function(completion, example))
+    def __call__(self, completion: str, example: Example) -> float | None:
+        answer: float | None = self.function(completion, example)
+        return answer
 
 
 def import_callable(path: str, key: str) -> Callable[..., Any]:

@@ -226,7 +226,8 @@ class RolloutLoader:
         module.stopwatch.count("rollout", int(trajectories.mask.sum()))
         trajectories = module.judge(trajectories)
         if trajectories.reward is not None:
-            module.record("reward", trajectories.reward)
+            module.record("reward", trajectories.reward[~trajectories.reward.isnan()])
+            module.record("abstained", trajectories.reward.isnan())
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
                 trajectories = callback.on_rollouts(module, trajectories)
@@ -388,10 +389,14 @@ class EndOfRollouts(L.Callback):
 
 
 def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each."""
+    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each.
+
+    Rewards that are NaN (they abstain) count in neither; both are NaN where all of a group do.
+    """
     _, member = group.unique(return_inverse=True)
-    count = torch.zeros(int(member.max()) + 1).index_add(0, member, torch.ones_like(reward))
-    mean = torch.zeros_like(count).index_add(0, member, reward) / count
-    centred = reward - mean[member]
+    known = ~reward.isnan()
+    count = torch.zeros(int(member.max()) + 1).index_add(0, member, known.float())
+    mean = torch.zeros_like(count).index_add(0, member, torch.where(known, reward, 0.0)) / count
+    centred = torch.where(known, reward - mean[member], 0.0)
     variance = torch.zeros_like(count).index_add(0, member, centred.square()) / count
     return mean[member], variance.sqrt()[member]

@@ -36,8 +36,9 @@ class Trajectories:
         stopped: ``[B]`` bool, ended by itself before the horizon.
         behaviour_log_probs: ``[B, T]`` log-probability of each action under the acting weights at temperature 1
             and before top-p / top-k / min-p (see `Rollout`); NaN where nobody knows it (dataset completions).
-        reward: ``[B]``, or None when no reward is configured.
-        group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards.
+        reward: ``[B]``, NaN where it abstains; None when no reward is configured.
+        group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards, without those
+            that abstain; NaN where all do.
         weight: ``[B]`` how much each trajectory counts in every term, a constant ≥ 0 (see `weigh`); None: 1.
         channels: ``[B, T]`` each, what a setting knows of every step, by name, for parts that need it.
         optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.
@@ -77,6 +78,21 @@ class Trajectories:
     def length(self) -> Tensor:
         """``[B]`` trained steps of each trajectory."""
         return self.mask.sum(1)
+
+    @property
+    def abstained(self) -> Tensor | None:
+        """``[B]`` bool: whose reward abstains; None without rewards."""
+        return None if self.reward is None else self.reward.isnan()
+
+    @property
+    def rewarded_steps(self) -> Tensor:
+        """How many trained steps have a reward; without rewards, all of them."""
+        return self.mask.sum() if self.reward is None else self.mask[~self.reward.isnan()].sum()
+
+    def without_abstentions(self) -> Trajectories:
+        """With zeros for what is not known of rewards, for parts that read them; the term is off there."""
+        rewards = {name: getattr(self, name) for name in ("reward", "group_mean", "group_std")}
+        return dataclasses.replace(self, **{name: v.nan_to_num() for name, v in rewards.items() if v is not None})
 
     @property
     def ends_optimiser_step(self) -> bool:
@@ -180,6 +196,7 @@ class OptimiserStep:
     Attributes:
         micro_batches: in the order in which they are trained.
         trained_steps: Σ mask over all micro-batches **and all ranks**: the default normaliser Z.
+        rewarded_steps: the same without rows whose reward abstains: Z of the terms that read rewards.
         weight_sums: by term name, Z of the terms that divide by their sum of weights; filled at the first micro-batch.
         statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
         said: per micro-batch, by teacher, what will be read again: in this optimiser step, or in another epoch over the
@@ -188,9 +205,14 @@ class OptimiserStep:
     """
 
     def __init__(
-        self, micro_batches: list[Trajectories], trained_steps: float, said: list[dict[str, Said]] | None = None
+        self,
+        micro_batches: list[Trajectories],
+        trained_steps: float,
+        said: list[dict[str, Said]] | None = None,
+        rewarded_steps: float | None = None,
     ) -> None:
         self.micro_batches, self.trained_steps = micro_batches, trained_steps
+        self.rewarded_steps = trained_steps if rewarded_steps is None else rewarded_steps
         self.said: list[dict[str, Said]] = [{} for _ in micro_batches] if said is None else said
         self.weight_sums: dict[str, float] | None = None
         self.statistics: list[dict[str, Tensor]] | None = None
@@ -204,7 +226,11 @@ class OptimiserStep:
         said: list[dict[str, Said]] | None = None,
     ) -> OptimiserStep:
         """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
-        step = cls(micro_batches, total(float(sum(int(part.mask.sum()) for part in micro_batches))), said)
+        trained = total(float(sum(int(part.mask.sum()) for part in micro_batches)))
+        rewarded = trained
+        if micro_batches[0].reward is not None:
+            rewarded = total(float(sum(int(part.rewarded_steps) for part in micro_batches)))
+        step = cls(micro_batches, trained, said, rewarded)
         for place, part in enumerate(micro_batches):
             part.optimiser_step, part.micro_batch = step, place
         return step

@@ -264,7 +264,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
         }
 
-    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+    def score(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         tokens = [row[keep].tolist() for row, keep in zip(trajectories.actions, trajectories.mask, strict=True)]
         texts = [self.written_as(row) for row in tokens]
         shown: list[dict[str, Any]] = []
@@ -272,8 +272,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             facts = self.grade(text, example)
             shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
-                shown[-1]["reward"] = float(self.reward(text, {**example, **facts}))
-        return None if self.reward is None else torch.tensor([row["reward"] for row in shown]), shown
+                shown[-1]["reward"] = self.rate(text, {**example, **facts})
+        return None if self.reward is None else [row["reward"] for row in shown], shown
 
     def written_as(self, tokens: list[int]) -> str:
         """The text of a completion, for rewards and samples."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
-from ...objective import Objective
+from ...objective import Objective, Weight
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
 from ...teacher import Policy, evaluating
@@ -103,6 +103,8 @@ class DiffusionDistillation(OnPolicyDistillation):
                 )
         for i, term in enumerate(self.objective.terms):
             self._check_signal(f"objective.terms[{i}] ({term.name})", term.signal)
+            for weight in term.weights:
+                self._check_weight(f"objective.terms[{i}] ({term.name})", weight)
         super().check()
         for i, term in enumerate(self.objective.terms):
             where = f"objective.terms[{i}] ({term.name})"
@@ -128,6 +130,14 @@ class DiffusionDistillation(OnPolicyDistillation):
             raise ValueError(
                 f"{where}: {name} compares densities, which the sampler {type(self.sampler).__name__} has none of; use "
                 "VelocityMatching, or the sampler SDE"
+            )
+
+    def _check_weight(self, where: str, weight: Weight) -> None:
+        densities = "behaviour" in weight.needs or any(name.endswith(("entropy", "log_prob")) for name in weight.reads)
+        if densities and not self.sampler.stochastic:
+            raise ValueError(
+                f"{where}: {type(weight).__name__} reads densities, which the sampler {type(self.sampler).__name__} "
+                "has none of; use the sampler SDE"
             )
 
     def asked_by_parts(self) -> set[str]:
@@ -320,18 +330,18 @@ class DiffusionDistillation(OnPolicyDistillation):
     def _answer(self, teacher: str) -> Answer:
         return self.answers.get(teacher) or SameStep()
 
-    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+    def score(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         prompts = [example["prompt"] for example in trajectories.examples]
         if self.reward is None:
             return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
         if not prompts:
-            return torch.zeros(0), []
+            return [], []
         rewards = [
-            float(self.reward(picture(image), example))  # type: ignore[arg-type]
+            self.rate(picture(image), example)
             for image, example in zip(self.images(trajectories), trajectories.examples, strict=True)
         ]
         shown = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]
-        return torch.tensor(rewards), shown
+        return rewards, shown
 
     # -- images ---------------------------------------------------------------------------------------------------
 

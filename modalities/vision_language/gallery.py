@@ -84,7 +84,9 @@ def gallery(run: Path, across: int = 4) -> Path:
 
 
 def _answers(example: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> str:
-    marked = [f"{row['completion']} {'✓' if row['reward'] >= 0.5 else '✗'}" for row in (old, new)]
+    rewards = [row.get("reward") for row in (old, new)]
+    signs = ["" if reward is None else " ✓" if reward >= 0.5 else " ✗" for reward in rewards]
+    marked = [f"{row['completion']}{sign}" for row, sign in zip((old, new), signs, strict=True)]
     answer = f"\nanswer: {example['answer']}" if "answer" in example else ""
     return f"before: {marked[0]}\nafter: {marked[1]}{answer}"
 

@@ -36,8 +36,9 @@ class Term:
         target: turns the teacher's distribution into another one first.
         source: only trajectories of this behaviour policy (``student``, ``dataset`` or a teacher's name); None: all.
         coefficient: c, a public knob; at 0 the term and its teacher's forward pass are skipped.
-        normaliser: Z. ``steps``: all trained steps of the optimiser step, whatever the weights; ``weights``: the sum
-            of this term's weights over it. Steps where the term is off (another source, no view) weigh 0.
+        normaliser: Z. ``steps``: all trained steps of the optimiser step, whatever the weights, but for a term that
+            reads rewards those of rows whose reward abstains; ``weights``: the sum of this term's weights over it.
+            Steps where the term is off (another source, no view, no reward) weigh 0.
         name: in logs; default: the signal's class name.
     """
 
@@ -113,7 +114,7 @@ class Objective:
             sources: behaviour policies that act in this run.
         """
         advice = {
-            "reward": "set model.reward",
+            "reward": "set model.reward (a setting whose `score` has rewards of its own names it in `served`)",
             "group": "set rollout.group_size > 1",
             "behaviour": "dataset completions have no behaviour log-probs: give the term `source: student`",
             "categorical": "only distributions over a vocabulary have it",
@@ -136,7 +137,10 @@ class Objective:
                 for need in sorted(part.needs - {"teacher"} - served):
                     known = need == "behaviour" and term.source not in (None, "dataset")
                     if not known:
-                        raise ValueError(f"{where}: {type(part).__name__} needs '{need}': {advice[need]}")
+                        how = advice.get(
+                            need, "this setting does not name it in `served`, where it says what it offers"
+                        )
+                        raise ValueError(f"{where}: {type(part).__name__} needs '{need}': {how}")
 
     # -- what has to be known before the first chunk ------------------------------------------------------------
 
@@ -352,6 +356,8 @@ class Objective:
             on &= steps.per_trajectory(steps.available[name])
         if term.source is not None:
             on &= steps.per_trajectory(steps.trajectories.source == steps.trajectories.sources.index(term.source))
+        if "reward" in term.needs and steps.abstained is not None:
+            on &= ~steps.per_trajectory(steps.abstained)
         return on
 
     def _weigh(self, steps: Steps, term: Term, weights: list[Weight]) -> Tensor:
@@ -372,7 +378,7 @@ class Objective:
 
     def _normaliser(self, term: Term, whole: OptimiserStep) -> float:
         if term.normaliser == "steps":
-            return max(whole.trained_steps, 1.0)
+            return max(whole.rewarded_steps if "reward" in term.needs else whole.trained_steps, 1.0)
         assert whole.weight_sums is not None
         assert term.name is not None
         return whole.weight_sums[term.name] or 1.0
@@ -384,7 +390,8 @@ class Objective:
         teachers: dict[str, Distribution],
         available: dict[str, Tensor] | None,
     ) -> OptimiserStep:
-        whole = OptimiserStep([trajectories], float(trajectories.mask.sum()))
+        trained, rewarded = float(trajectories.mask.sum()), float(trajectories.rewarded_steps)
+        whole = OptimiserStep([trajectories], trained, rewarded_steps=rewarded)
         steps = Steps.of(trajectories, available)
         flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
         if self.looks_ahead:

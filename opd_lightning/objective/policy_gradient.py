@@ -64,7 +64,7 @@ class LogRatio(Advantage):
         length_normalised: divide the return by the number of steps left, as MiniLLM's released code does.
     """
 
-    needs = frozenset({"teacher", "behaviour", "categorical"})
+    needs = frozenset({"teacher", "behaviour"})
     reads = LOG_PROBS
 
     def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalised: bool = False) -> None:

@@ -39,11 +39,13 @@ class Steps:
     # values of parts of wider scope, by the part's id and the stream that it reads
     parts: dict[tuple[int, str | None], Tensor] = field(default_factory=dict)
     everywhere: Callable[[str], Tensor] | None = None
+    abstained: Tensor | None = None  # [B] bool: whose reward abstains, which parts read as 0
 
     @classmethod
     def of(cls, trajectories: Trajectories, available: dict[str, Tensor] | None = None) -> Steps:
         index = trajectories.mask.flatten().nonzero().squeeze(-1)
-        return cls(trajectories, index, available=available or {})
+        known = trajectories.without_abstentions()
+        return cls(known, index, available=available or {}, abstained=trajectories.abstained)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -57,6 +59,7 @@ class Steps:
             statistics={name: values[states] for name, values in self.statistics.items()},
             parts={part: values[states] for part, values in self.parts.items()},
             everywhere=self.everywhere,
+            abstained=self.abstained,
             **changes,
         )
 

@@ -103,7 +103,7 @@ class ImportanceRatio(Weight):
         cap: default 2 (Vision-OPD, 2605.18740).
     """
 
-    needs = frozenset({"behaviour", "categorical"})
+    needs = frozenset({"behaviour"})
     reads = frozenset({"student_log_prob"})
 
     def __init__(self, cap: float = 2.0) -> None:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd_lightning.distribution import Categorical, Head
 from opd_lightning.objective import (
     JSD,
+    Confidence,
+    Constant,
     CrossEntropy,
     Entropy,
     ForwardKL,
@@ -309,6 +311,12 @@ def test_weightless_steps_are_never_projected():
     assert sum(seen) == int(world.trajectories.mask[:, :2].sum())
 
 
+class Weather(Constant):
+    """Needs what no setting of this repository has."""
+
+    needs = frozenset({"barometer"})
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 SERVED = {"reward", "group", "behaviour", "categorical"}
@@ -365,9 +373,14 @@ def check(term: Term, teachers: set[str] | None = None, missing: str = "", sourc
             r"PolicyGradient needs 'behaviour'",
         ),
         (
-            Term(PolicyGradient(LogRatio())),
+            Term(ReverseKL(), weights=[Confidence()]),
             {"missing": "categorical"},
-            r"PolicyGradient needs 'categorical': only distributions over a vocabulary have it",
+            r"Confidence needs 'categorical': only distributions over a vocabulary have it",
+        ),
+        (
+            Term(ReverseKL(), weights=[Weather()]),
+            {},
+            r"Weather needs 'barometer': this setting does not name it in `served`",
         ),
         (
             Term(CrossEntropy(), None, source="dataset"),

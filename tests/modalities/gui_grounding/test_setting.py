@@ -62,7 +62,7 @@ def test_what_is_written_of_the_box_hits_it(folder, answer):
         module = make(folder, answer=answer, student_view=student_view)
         trajectories = module.replay(gui_rows(), [])
         assert bool(trajectories.stopped.all())
-        reward, shown = module.score(trajectories)
+        reward, shown = module.rewards(trajectories)
         assert reward.tolist() == [1.0] * 8, [row["completion"] for row in shown]
         assert all(row["metrics"]["parsed"] == 1 for row in shown)
 
@@ -103,9 +103,9 @@ def test_the_papers_table_is_printed(folder, tmp_path, capsys):
 def test_overlap_rewards_boxes(folder):
     rows = gui_rows(4)
     module = make(folder, answer=Normalised1000(box=True), reward=Overlap())
-    reward, _ = module.score(module.replay(rows, []))
+    reward, _ = module.rewards(module.replay(rows, []))
     assert (reward > 0.9).all()
-    reward, _ = make(folder, reward=Overlap()).score(make(folder).replay(rows, []))
+    reward, _ = make(folder, reward=Overlap()).rewards(make(folder).replay(rows, []))
     assert (reward == 0).all(), "a point overlaps nothing"
 
 

@@ -1,0 +1,149 @@
+"""One call of a reward: its time limit, what it may answer, and what becomes of a reward that fails."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from .data_source import LOCATION
+from .printable import printable, quoted
+from .trajectory import Example
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+class RewardError(RuntimeError):
+    """A reward that failed; the message names it, the row and the completion."""
+
+
+@dataclass
+class Scoring:
+    """How rewards are called.
+
+    A reward answers with a finite number, or a bool (1 or 0), or None: it abstains. A row whose reward abstains counts
+    in no mean: neither in its group's statistics nor in a term that reads rewards, its normaliser included, nor in
+    what is logged of rewards and accuracy. ``train/abstained`` and ``val/abstained`` are the share of such rows.
+
+    Args:
+        timeout: seconds that a reward may take for one completion; None: no limit. Default 60. A reward that waits
+            inside of a library which does not let go of Python ends when that does; outside of the main thread
+            there is no limit.
+        on_failure: what to do about a reward that raises, takes longer, or answers with anything else: "stop" with an
+            error that names reward, row and completion, or let it "abstain", with a warning at the first.
+
+    Raises:
+        ValueError: a timeout that is not positive and finite.
+    """
+
+    timeout: float | None = 60.0
+    on_failure: Literal["stop", "abstain"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise ValueError(f"scoring.timeout is {self.timeout} s; it must be greater than 0, or null for no limit")
+        if self.on_failure not in ("stop", "abstain"):
+            raise ValueError(f"scoring.on_failure is {self.on_failure!r}; it must be 'stop' or 'abstain'")
+        self._warned = False
+
+    def __call__(self, reward: Callable[[Any, Example], Any], completion: Any, example: Example) -> float | None:
+        """The reward of a completion; None where it abstains.
+
+        Raises:
+            RewardError: the reward failed, and ``on_failure`` is "stop".
+        """
+        cause = None
+        try:
+            answer = within(self.timeout, lambda: reward(completion, example))
+            value = as_number(answer)
+            if answer is None or value is not None:
+                return value
+            what = f"answered {described(answer)}"
+        except TooLate:
+            what = f"took more than {self.timeout:g} s (model.scoring.timeout)"
+        except Exception as error:
+            what, cause = f"raised {type(error).__name__}: {printable(error)}", error
+        place = f"{printable(example[LOCATION])}, whose" if LOCATION in example else "the row whose"
+        message = (
+            f"the reward {name_of(reward)} {what}, for the completion {quoted(completion)} of {place} prompt is "
+            f"{quoted(example.get('prompt'))}. A reward is a finite number, or None where it abstains"
+        )
+        if self.on_failure == "stop":
+            raise RewardError(f"{message}; with model.scoring.on_failure: abstain such rows count nowhere") from cause
+        if not self._warned:
+            rank_zero_warn(f"{message}; it counts as abstained, as all later ones will (model.scoring.on_failure)")
+        self._warned = True
+        return None
+
+
+def name_of(reward: Any) -> str:
+    """Its class, and what that calls."""
+    function: Any = getattr(reward, "function", None)
+    where = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
+    return printable(f"{type(reward).__name__} ({where})" if where else type(reward).__name__)
+
+
+def as_number(answer: Any) -> float | None:
+    """A reward's answer as a finite number in the range of float32; None where it is none."""
+    if getattr(answer, "ndim", None) == 0 and hasattr(answer, "item"):  # a tensor or an array without dimensions
+        answer = answer.item()
+    if not isinstance(answer, Real | Decimal):
+        return None
+    try:
+        value = float(answer)
+    except (OverflowError, ValueError):
+        return None
+    return value if abs(value) <= LARGEST else None
+
+
+def described(answer: Any) -> str:
+    """What a reward answered, for a message."""
+    shape = getattr(answer, "shape", ())
+    if len(shape):
+        return f"a {type(answer).__name__} of shape {list(shape)}"
+    return (
+        quoted(answer) if isinstance(answer, Real | Decimal) else f"{quoted(answer)}, of type {type(answer).__name__}"
+    )
+
+
+class TooLate(BaseException):
+    """The time is over; no `Exception`, so that a reward's own handlers let it pass."""
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What a call returns, ended after so many seconds in the main thread of a system that has alarms.
+
+    Raises:
+        TooLate: it was ended, or came to an end later.
+    """
+    if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        return call()
+    running, late, start = True, False, time.monotonic()
+
+    def over(*_: Any) -> None:
+        nonlocal late
+        late = True
+        if running:
+            raise TooLate
+
+    handler = signal.signal(signal.SIGALRM, over)
+    alarm, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second: one may be swallowed
+    try:
+        result = call()
+    finally:
+        running = False
+        left = max(alarm - (time.monotonic() - start), 1e-3) if alarm else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, every)
+        signal.signal(signal.SIGALRM, handler)
+    if late:
+        raise TooLate
+    return result
