@@ -14,11 +14,28 @@ if TYPE_CHECKING:
     from .module import OnPolicyDistillation
 
 
+ROWS_OF = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
+
+
 def audit(module: OnPolicyDistillation) -> None:
-    """Prints what each role is; a setting's `audit_rows` raises what cannot work."""
+    """Prints what each role is, and what is made of the first row; `audit_rows` raises what cannot work."""
     rows = module.audit_rows()
     if rows:
         _show(list(module.policies), rows)
+    _show_first_row(module)
+
+
+@rank_zero_only
+def _show_first_row(module: OnPolicyDistillation) -> None:
+    trainer = module._trainer
+    split = ROWS_OF.get(str(trainer.state.fn and trainer.state.fn.value), "") if trainer is not None else ""
+    examples = getattr(getattr(trainer, "datamodule", None), split or "train", None)
+    if not examples or not (readings := module.readings(dict(examples[0]))):
+        return
+    table = Table(title=f"the first row of data.{split}", title_justify="left", show_header=False)
+    for who, what in readings:
+        table.add_row(cell(who), cell(what))
+    Console().print(table)
 
 
 @rank_zero_only

@@ -26,6 +26,29 @@ STAND_IN = "__stand_in__"
 _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
 # A teacher's column may be empty in a row, which then has no view; these may not.
 _NEVER_EMPTY = ("prompt", "answer", "completion")
+# What data sets of other trainers and other kinds call what models are shown, or should write
+_MEANINGFUL = frozenset(
+    {
+        "messages",
+        "conversations",
+        "conversation",
+        "system",
+        "system_prompt",
+        "instruction",
+        "tools",
+        "functions",
+        "documents",
+        "chat_template_kwargs",
+        "chosen",
+        "rejected",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "audio",
+        "audios",
+    }
+)
 
 
 class Share(Sequence[Example]):
@@ -242,6 +265,8 @@ class PromptData(LightningDataModule):
                     f"data.{split} has no column {column!r}, which {who} needs; it has "
                     f"{', '.join(examples.column_names)}. data.columns maps a column to another name"
                 )
+        if module is not None and split != "validation":
+            say_unread(f"data.{split}", examples.column_names, {*needed, *module.reads})
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
         kept = []
         for index, (location, example) in enumerate(zip(rows[LOCATION], examples, strict=True)):
@@ -254,6 +279,17 @@ class PromptData(LightningDataModule):
         if not kept:
             raise ValueError(f"data.{split}: no row is left; all {len(rows)} were skipped ({bad.first})")
         return examples.select(kept) if len(kept) < len(examples) else examples
+
+
+def say_unread(key: str, columns: Sequence[str], read: set[str]) -> None:
+    """Warns of columns that are named as if they mattered, and that nothing reads."""
+    unread = [column for column in columns if column in _MEANINGFUL and column not in read]
+    if unread:
+        rank_zero_warn(
+            f"{key} has {', '.join(unread)}, which no part of this run names: neither a policy is shown it nor is "
+            "anything trained on it. What is meant for one is mapped with data.columns (to prompt, completion, …) or "
+            "named in a view or a reward"
+        )
 
 
 class BadRows:

@@ -98,6 +98,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     """What is printed before training: the metrics with this in their names."""
     served: ClassVar[frozenset[str]] = frozenset()
     """What it offers to parts of the objective (`Part.needs`); ``reward``: `score` has rewards without a verifier."""
+    reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    """Columns that it reads where rows have them, besides those that its parts name."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
 
     def __init__(
@@ -197,6 +199,10 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
+        return []
+
+    def readings(self, example: Example) -> list[tuple[str, str]]:
+        """What is made of a row, for people to look at before training: whose reading, and what it is."""
         return []
 
     # -- building -----------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def attach(data: PromptData, needed: dict[str, str] | None = None, limit: int | 
         length = len(example["prompt"])
         return f"prompt has {length} tokens, the limit is {limit}" if limit and length > limit else None
 
-    module = SimpleNamespace(required_columns=lambda: needed or {}, refusal=refusal)
+    module = SimpleNamespace(required_columns=lambda: needed or {}, refusal=refusal, reads=frozenset({"tools"}))
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
     return data
 
@@ -259,6 +259,24 @@ def test_reasoning_gym_refusals_name_task_and_options() -> None:
         ready(train="reasoning_gym:no_such")
     with pytest.raises(ValueError, match=r"refused the task 'chain_sum' with .*'sizes'"):
         ready(train="reasoning_gym:chain_sum", train_options={"sizes": 3})
+
+
+# -- columns that look as if they mattered ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "unread"),
+    [
+        ({"chosen": "2", "rejected": "3", "id": 1}, "chosen, rejected"),
+        ({"messages": CHAT, "tools": [{}]}, "messages"),
+        ({"image": "a.png", "system": "be brief"}, "image"),
+    ],
+)
+def test_columns_that_nothing_reads_are_said(tmp_path: Path, more: dict[str, Any], unread: str) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "answer": "2", **more}] * 2)
+    data = attach(PromptData(train=source), {"system": "a view"} if "system" in more else None)
+    with pytest.warns(UserWarning, match=rf"data\.train has {unread}, which no part of this run names"):
+        data.setup("fit")
 
 
 # -- chats that hold their answer ---------------------------------------------------------------------------------

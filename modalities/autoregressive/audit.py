@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from ...printable import quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
+from ...trajectory import Example
 from .models import bare, context_length, eos_ids, output_embeddings
 
 if TYPE_CHECKING:
     from .setting import AutoregressiveDistillation
+
+SHOWN, RUN = 500, 3
+"""Characters of a prompt to look at, and how many equal tokens in a row are written out."""
 
 
 def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, str]]]:
@@ -20,11 +27,13 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
 
     Raises:
         ValueError: a teacher reads token ids differently, a head is not computed the way the objective assumes, or
-            there is no stop token.
+            there is no stop token that could be written.
     """
     student = module.policies["student"]
-    if not module.eos:
-        raise ValueError(f"{student.path}: the student has no stop token, so no rollout could end by itself")
+    if not any(i < module.vocabulary for i in module.eos):
+        known = f" with a row in its head and its embeddings (of {module.eos})" if module.eos else ""
+        raise ValueError(f"{student.path}: the student has no stop token{known}, so no rollout could end by itself")
+    module.renderer().check_options("model.chat_template_kwargs")
     roles = module.policies.items()
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
@@ -57,6 +66,56 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
         ("chat template", {name: _template(module, name, policy) for name, policy in roles}),
         ("prompt limit", {name: str(limits.get(name) or context_length(policy)) for name, policy in roles}),
     ]
+
+
+def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple[str, str]]:
+    """What each policy reads of a row, special tokens and all, and which tokens are trained."""
+    (seen,) = module.shown([example])
+    found = [("student reads", _spelled(module, module.prompt_ids(seen).tolist()))]
+    if "dataset" in module.rollout.sources and module.answered(example).get("completion") is not None:
+        ids, written = module.given(example)
+        trained = [i for i, own in zip(ids, written, strict=True) if own]
+        found.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
+    if module.rollout.sources - {"dataset"}:
+        ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
+        found.append(("written, trained", f"up to and including {ends}, at most {module.rollout.horizon} tokens"))
+    for name, teacher in module.teachers.items():
+        view = teacher.look(example)
+        same = teacher.view is None and not teacher.own_template
+        shown = seen if teacher.view is None or view is None else view
+        ids = module.prompt_ids(shown, module.policies[name] if teacher.own_template else None).tolist()
+        said = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids)
+        found.append((f"{name} reads", said))
+    return found
+
+
+def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: str) -> str | None:
+    """Why a policy can't go on from token ids ``[P]``, or None."""
+    policy = module.policies[name]
+    who = "model.student" if name == "student" else f"model.teachers.{name}"
+    rows = bare(policy.model).get_input_embeddings().weight.shape[0]
+    for i in ids[ids >= rows].tolist():
+        if i not in module.filled_in(policy):
+            token = module.tokenizer(policy).convert_ids_to_tokens(i)
+            return f"the prompt holds {token!r} (id {i}), and {who} has embeddings for ids below {rows} only"
+    if int(ids[-1]) in module.eos:
+        token = module.tokenizer().decode([int(ids[-1])])
+        return f"the prompt of {who} ends with the stop token {token!r}, behind which a model writes nothing"
+    return None
+
+
+def _spelled(module: AutoregressiveDistillation, ids: list[int]) -> str:
+    """Token ids as text; what stands many times in a row, such as an image's tokens, once."""
+    decode, text = module.tokenizer().decode, ""
+    several: list[int] = []
+    for token, group in groupby(ids):
+        count = len(list(group))
+        if count <= RUN:
+            several += [token] * count
+            continue
+        text += f"{decode(several)}{decode([token])}×{count}"
+        several = []
+    return f"{quoted(text + decode(several), SHOWN)}, {len(ids)} tokens"
 
 
 def _weights(module: AutoregressiveDistillation, name: str) -> str:

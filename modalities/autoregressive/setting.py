@@ -27,12 +27,12 @@ from ...sharding import as_forward, is_sharded
 from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows
+from .audit import audit_rows, problem_with_prompt, readings
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
 from .generation import make_savable
 from .models import bare, context_length, eos_ids, known_ids, output_embeddings, tokenizer_of
-from .rendering import Renderer, transcript
+from .rendering import COLUMNS, Renderer, transcript
 from .sampler import until_stop
 
 # Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
@@ -62,6 +62,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     """
 
     served: ClassVar[frozenset[str]] = frozenset({"categorical"})
+    reads: ClassVar[frozenset[str]] = COLUMNS
 
     def __init__(
         self,
@@ -126,6 +127,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def suppressed(self) -> list[int]:
         """Ids that can never be an action (placeholders of other modalities)."""
+        return []
+
+    def filled_in(self, policy: Policy) -> list[int]:
+        """Ids that a policy reads as something else (an image) and needs no row of embeddings for."""
         return []
 
     @cached_property
@@ -193,11 +198,15 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """Ids of the row's given completion, and which of them are trained.
 
         Raises:
-            ValueError: as in `Renderer.completion`.
+            ValueError: as in `Renderer.completion`; an id that can be no action.
         """
         (shown,) = self.shown([example])
-        asked = self.asked(shown)
-        return self.renderer().completion({**asked, "completion": self.answered(example)["completion"]}, self.eos)
+        row = {**self.asked(shown), "completion": self.answered(example)["completion"]}
+        ids, written = self.renderer().completion(row, self.eos)
+        if impossible := [i for i in ids if i >= self.vocabulary or i in self.suppressed()]:
+            token = self.tokenizer().convert_ids_to_tokens(impossible[0])
+            raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
+        return ids, written
 
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Categorical:
         model = bare(policy.model)
@@ -314,8 +323,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         return audit_rows(self)
 
-    def prompt_length(self, example: Example, policy: Policy | None = None) -> int:
-        return int(self.collate([example], policy)["attention_mask"].sum())
+    def readings(self, example: Example) -> list[tuple[str, str]]:
+        return readings(self, example)
+
+    def prompt_ids(self, example: Example, policy: Policy | None = None) -> Tensor:
+        """``[P]`` the prompt, as whoever reads with this tokenizer and template is shown it."""
+        prompt = self.collate([example], policy)
+        return prompt["input_ids"][prompt["attention_mask"] > 0]
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()
@@ -325,29 +339,34 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             return str(error)
 
     def _refusal(self, example: Example) -> str | None:
-        (own,) = self.shown([example])
-        length, rollout = self.prompt_length(own), self.rollout
-        if not length:
+        (seen,) = self.shown([example])
+        own, rollout = self.prompt_ids(seen), self.rollout
+        if not len(own):
             return "the prompt is empty"
-        if "dataset" in rollout.sources:
+        if "dataset" in rollout.sources and self.answered(example).get("completion") is not None:
             self.given(example)
-        if rollout.max_prompt_length is not None and length > rollout.max_prompt_length:
-            return f"the prompt has {length} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
+        if rollout.max_prompt_length is not None and len(own) > rollout.max_prompt_length:
+            return f"the prompt has {len(own)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
         room = context_length(self.policies["student"])
-        if length + rollout.horizon > room:
-            return f"the prompt's {length} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
+        if len(own) + rollout.horizon > room:
+            return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
+        if problem := problem_with_prompt(self, own, "student"):
+            return problem
         for name, teacher in self.teachers.items():
-            seen = teacher.look(example)
-            if seen is None:
+            view = teacher.look(example)
+            if view is None:
                 continue
             policy = self.policies[name]
-            different = teacher.view is not None or teacher.own_template
-            seen = own if teacher.view is None else seen
-            shown = self.prompt_length(seen, policy if teacher.own_template else None) if different else length
+            shown = own
+            if teacher.view is not None or teacher.own_template:
+                reader = policy if teacher.own_template else None
+                shown = self.prompt_ids(seen if teacher.view is None else view, reader)
             room = context_length(policy) - rollout.horizon
             limit = min(teacher.max_prompt_length or room, room)
-            if shown > limit:
-                return f"the teacher's prompt has {shown} tokens, the limit of model.teachers.{name} is {limit}"
+            if len(shown) > limit:
+                return f"the teacher's prompt has {len(shown)} tokens, the limit of model.teachers.{name} is {limit}"
+            if problem := problem_with_prompt(self, shown, name):
+                return problem
         return None
 
 

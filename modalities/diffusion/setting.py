@@ -60,6 +60,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     library: ClassVar[str] = "diffusers"
     headline: ClassVar[str] = "fid"
     served: ClassVar[frozenset[str]] = frozenset({"latents"})
+    reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image", REFERENCE})
 
     def __init__(
         self,

@@ -30,6 +30,9 @@ from .processor import load_processor, placeholders
 CHECKED_EXAMPLES, CHECKED_STEPS = 4, 8
 PROBE_PIXELS = 56
 
+FILLED_IN = ("gemma3", "paligemma")
+"""Architectures whose placeholders may lack a row of embeddings: they look up another one in its place."""
+
 
 class VisionLanguageDistillation(AutoregressiveDistillation):
     """On-policy distillation of image-text-to-text models.
@@ -44,6 +47,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     """
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
+    reads: ClassVar[frozenset[str]] = AutoregressiveDistillation.reads | {"image", "images"}
     padding: ClassVar[dict[str, tuple[float, str]]] = dict.fromkeys(
         ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"), (0, "left")
     )
@@ -77,6 +81,10 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     def suppressed(self) -> list[int]:
         return self._placeholders
+
+    def filled_in(self, policy: Policy) -> list[int]:
+        config = bare(policy.model).config
+        return placeholders(policy.processor, config) if config.model_type in FILLED_IN else []
 
     @torch.no_grad()
     def probe(self, policy: Policy) -> Tensor:

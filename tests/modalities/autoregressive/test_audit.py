@@ -8,14 +8,28 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from opd_lightning.audit import audit
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.vision_language import VisionLanguageDistillation
+from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Teacher
-from tests.tiny import act, chat_tokenizer, make_module, make_rows, no_teacher, save_model, teacher_forced
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    act,
+    chat_tokenizer,
+    fit,
+    make_module,
+    make_rows,
+    no_teacher,
+    save_model,
+    teacher_forced,
+)
+from tests.tiny_vlm import save_vlm, vlm_rows
 
 SCALED = {
     "softcap": {"architecture": "gemma3", "final_logit_softcapping": 1.5},
@@ -69,6 +83,95 @@ def test_differing_stop_ids_and_templates_are_shown(chat_student, tmp_path):
     assert table(make_module(chat_student, {"teacher": own}, **settings))["chat template"]["teacher"].endswith(
         "used, {'enable_thinking': False}"
     )
+
+
+# -- the first row ----------------------------------------------------------------------------------------------------
+
+
+def printed(module, rows, tmp_path, capsys) -> str:
+    fit(module, tmp_path, rows)
+    out = capsys.readouterr().out
+    return " ".join(out[out.index("the first row") :].split())
+
+
+def test_the_first_row_is_shown_as_everybody_reads_it(chat_student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    teachers = {
+        "told": Teacher(Initial(), PromptView("It is {{ answer }}. {{ prompt }}")),
+        "plain": Teacher(Initial()),
+        "other": Teacher(Initial(), where={"task": "odd"}),
+    }
+    terms = Objective([Term(ReverseKL(), teacher=name) for name in teachers])
+    half = Rollout(batch_size=8, horizon=10, behaviour={"student": 0.5, "dataset": 0.5})
+    module = make_module(chat_student, teachers, terms, rollout=half)
+    chat = [{"role": "system", "content": "[bold]Brief"}, {"role": "user", "content": "1+1="}]
+    row = {"prompt": chat, "completion": "2", "answer": "2", "task": "even"}
+    table = printed(module, [row] * 16, tmp_path, capsys)
+    turns = r"<s><|im_start|>system\n[bold]Brief<|im_end|>\n<|im_start|>user\n"
+    assert rf"student reads │ '{turns}1+1=<|im_end|>\n<|im_start|>assistant\n', 45 tokens" in table
+    assert "given, trained │ '2<|im_end|>', 2 tokens = [24, 3]" in table
+    assert "written, trained │ up to and including '<|im_end|>' = 3 or '<|end|>' = 4, at most 10 tokens" in table
+    assert rf"told reads │ '{turns}It is 2. 1+1=<|im_end|>" in table
+    assert "plain reads │ the same" in table
+    assert "other reads │ nothing of this row" in table
+
+
+def test_the_first_row_shows_an_image_s_tokens_once(tmp_path, capsys):
+    module = make_module(save_vlm(tmp_path / "vlm"), {}, no_teacher(), VisionLanguageDistillation, blank_check=False)
+    table = printed(module, vlm_rows(8), tmp_path, capsys)
+    assert "<|vision_start|><|image_pad|>×" in table
+
+
+# -- ids ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_without_a_row_is_named_with_its_reader(chat_student, tmp_path):
+    """A special token that was added to the tokenizer and not to the model, of the student or of the teacher."""
+    tokenizer = chat_tokenizer(CHAT_TEMPLATE.replace("<|im_start|>", "<turn>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|end|>", "<turn>"]})
+    large = save_model(tmp_path / "large", tokenizer=tokenizer, rows=104)
+    small = save_model(tmp_path / "small", tokenizer=tokenizer, rows=104)
+    cut = AutoModelForCausalLM.from_pretrained(small)
+    cut.resize_token_embeddings(len(tokenizer) - 1)
+    cut.save_pretrained(small)
+    last = len(tokenizer) - 1
+    for student, teacher, who in ((small, large, "model.student"), (large, small, "model.teachers.teacher")):
+        module = make_module(student, teacher)
+        reason = f"the prompt holds '<turn>' (id {last}), and {who} has embeddings for ids below {last} only"
+        assert module.refusal({"prompt": "1+1="}) == reason
+    given = make_module(small, {}, no_teacher(), raw_prompts=True, rollout=Rollout(behaviour={"dataset": 1.0}))
+    reason = given.refusal({"prompt": "1+1=", "completion": "2<turn>"})
+    assert reason == f"the completion holds '<turn>' (id {last}), which no student could write"
+
+
+def test_a_stop_token_without_a_row_stops_nothing(tmp_path):
+    tokenizer = chat_tokenizer(None)
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    folder = save_model(tmp_path, tokenizer=tokenizer, rows=104, eos_token_id=None)
+    cut = AutoModelForCausalLM.from_pretrained(folder)
+    cut.resize_token_embeddings(len(tokenizer) - 1)
+    cut.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"no stop token with a row in its head and its embeddings \(of \[\d+\]\)"):
+        table(make_module(folder, {}, no_teacher()))
+
+
+def test_a_prompt_that_ends_with_a_stop_token_is_refused(tmp_path):
+    closed = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    module = make_module(save_model(tmp_path, tokenizer=chat_tokenizer(closed), rows=104), {}, no_teacher())
+    reason = "the prompt of model.student ends with the stop token '<|im_end|>', behind which a model writes nothing"
+    assert module.refusal({"prompt": "1+1="}) == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_thought": False}, r"model\.chat_template_kwargs: the chat template of .* reads no 'enable_thought'"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is set by the setting itself"),
+    ],
+)
+def test_options_that_the_template_does_not_read_are_refused(chat_student, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        table(make_module(chat_student, {}, no_teacher(), chat_template_kwargs=options))
 
 
 # -- vocabularies (rule 4) ----------------------------------------------------------------------------------------
