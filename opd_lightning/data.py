@@ -2,25 +2,22 @@
 
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .chat import problem_with_chat, without_answers
-from .data_source import LOCATION, is_remote, read_source, undecoded
-from .printable import printable
+from .data_source import is_remote, read_source
+from .rows import LOCATION, STAND_IN, BadRows, row_of
+from .table import undecoded
 
 Example = dict[str, Any]
 Split = Literal["train", "validation", "test", "predict"]
-
-# A column that only examples have which are there to keep a rank busy; they count nowhere
-STAND_IN = "__stand_in__"
 
 # A task that makes its rows draws row i from seed + i: neighbouring seeds would share nearly all rows.
 _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
@@ -67,9 +64,11 @@ class Share(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         place = self._rank + index * self._ranks
         if place < len(self._examples):
-            return dict(self._examples[place])
+            return row_of(self._examples, place)
         if index < len(self):
-            return {**self._examples[0], STAND_IN: True}
+            stand_in = row_of(self._examples, 0)
+            stand_in[STAND_IN] = True
+            return stand_in
         raise IndexError(index)
 
 
@@ -186,6 +185,7 @@ class PromptData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads and checks what the stage needs; what was checked for the same module is left as it is."""
+        stage = TrainerFn(stage).value
         if stage == "fit":
             self._provide("train")
             if self._sources["validation"] is not None:
@@ -255,7 +255,7 @@ class PromptData(LightningDataModule):
 
     def _check(self, split: Split, rows: Dataset, module: Any) -> Dataset:
         """The examples that can be used; raises for a missing column, and for a bad row unless it is skipped."""
-        needed = {"prompt": "the rollout"}
+        needed = dict.fromkeys(getattr(module, "columns", ("prompt",)), "the rollout")
         if module is not None and split != "predict":
             needed |= module.required_columns()
         examples = rows.remove_columns(LOCATION)
@@ -268,17 +268,20 @@ class PromptData(LightningDataModule):
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *module.reads})
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
-        kept = []
-        for index, (location, example) in enumerate(zip(rows[LOCATION], examples, strict=True)):
-            reason = problem(example, needed) or (module.refusal(example) if module is not None else None)
-            if reason is None:
+        locations, kept = rows[LOCATION][:], []
+        for index, location in enumerate(locations):
+            with bad.at(location):
+                example = examples[index]
+                reason = problem(example, needed) or (module.refusal(example) if module is not None else None)
+                if reason is not None:
+                    raise ValueError(reason)
                 kept.append(index)
-            else:
-                bad(location, reason)
         bad.warn()
         if not kept:
             raise ValueError(f"data.{split}: no row is left; all {len(rows)} were skipped ({bad.first})")
-        return examples.select(kept) if len(kept) < len(examples) else examples
+        usable = examples.select(kept) if len(kept) < len(examples) else examples
+        usable.locations = [locations[index] for index in kept]  # for `row_of`
+        return usable
 
 
 def say_unread(key: str, columns: Sequence[str], read: set[str]) -> None:
@@ -290,27 +293,6 @@ def say_unread(key: str, columns: Sequence[str], read: set[str]) -> None:
             "anything trained on it. What is meant for one is mapped with data.columns (to prompt, completion, …) or "
             "named in a view or a reward"
         )
-
-
-class BadRows:
-    """What becomes of rows that can't be used: the first raises, or all are counted."""
-
-    def __init__(self, key: str, policy: str) -> None:
-        self.key, self.policy = key, policy
-        self.kinds: Counter[str] = Counter()
-        self.first = ""
-
-    def __call__(self, location: str, reason: str) -> None:
-        if self.policy == "refuse":
-            raise ValueError(f"{location}: {reason}. Correct the row, or leave such rows out: data.on_bad_row: skip")
-        self.first = self.first or f"{location}: {reason}"
-        self.kinds[re.sub(r"\d+", "N", reason.split(": ")[0])] += 1
-
-    def warn(self) -> None:
-        if self.kinds:
-            kinds = ", ".join(f"{count} × {kind}" for kind, count in self.kinds.most_common())
-            message = f"{self.key}: {self.kinds.total()} rows are skipped: {kinds}. The first is {self.first}"
-            rank_zero_warn(printable(message))
 
 
 def hold_out(rows: int, part: int | float, seed: int) -> tuple[list[int], list[int]]:
@@ -363,7 +345,7 @@ def problem(example: Example, needed: Mapping[str, str]) -> str | None:
         value = example.get(column)
         if column in needed and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
             return f"{column} is {'null' if value is None else 'empty'}"
-    prompt = example["prompt"]
+    prompt = example.get("prompt", "")
     if isinstance(prompt, str):
         return None
     if not isinstance(prompt, list):

@@ -7,25 +7,30 @@ the row, and it is dropped before anybody sees the examples.
 
 import inspect
 import json
+import os
 import re
+import tempfile
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Image, Json, LargeList, List, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.config import HF_DATASETS_CACHE
+from pyarrow.parquet import ParquetFile
 
 from .reward import import_callable, import_reasoning_gym
+from .rows import LOCATION, STAND_IN, BadRows, reason_of
+from .table import kind, readable, tabulate, without_added_nulls
 
-LOCATION = "__location__"
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Files of a folder that say which split they are of, as the hub names them: train-00000-of-00002.parquet
+_SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])")
 
-Reject = Callable[[str, str], None]
-"""Told (location, reason) of a row that can't be read; raises if rows may not be skipped."""
 
-
-def read_source(source: str, options: dict[str, Any], key: str, seed: int, reject: Reject) -> Dataset:
+def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: BadRows) -> Dataset:
     """All rows of a source, with their `LOCATION`.
 
     Args:
@@ -33,7 +38,7 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, rejec
         options: arguments for the source.
         key: the setting that holds the source, such as "data.train", for the messages.
         seed: for a source that makes its rows; `options` may set another.
-        reject: what happens to a line that is no row.
+        bad: what happens to rows that can't be read or stored.
 
     Raises:
         ValueError: the source does not exist, can't be read, refuses its options, or has no rows.
@@ -41,15 +46,15 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, rejec
     """
     scheme, _, name = source.partition(":")
     if scheme == "reasoning_gym":
-        dataset = _from_reasoning_gym(name, {"seed": seed, **options}, key)
+        dataset = _from_reasoning_gym(name, {"seed": seed, **options}, key, bad)
     elif scheme == "python":
-        dataset = _from_function(name, options, key)
+        dataset = _from_function(name, options, key, bad)
     elif is_local(source):
-        dataset = _from_files(Path(source).expanduser(), options, key, reject)
+        dataset = _from_path(local_path(source), options, key, bad)
     else:
-        dataset = _from_hub(source, options, key)
+        dataset = _from_hub(source, options, key, bad)
     if not len(dataset):
-        raise ValueError(f"{key}: {source!r} has no rows")
+        raise ValueError(f"{key}: {source!r} has no rows" + (f" that can be used: {bad.first}" if bad.first else ""))
     return dataset
 
 
@@ -60,22 +65,60 @@ def is_remote(source: str) -> bool:
 
 def is_local(source: str) -> bool:
     """Whether the source is, or can only be meant as, a file or folder of this machine."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     looks_like_one = (
         path.suffix in SUFFIXES
         or source.startswith((".", "/", "~"))
         or source.count("/") > 1
         or ("/" in source and re.fullmatch(r"\.[A-Za-z]{2,8}", path.suffix) is not None)
     )
-    return path.exists() or looks_like_one
+    return looks_like_one or path.exists()
 
 
-def _from_files(path: Path, options: dict[str, Any], key: str, reject: Reject) -> Dataset:
+def local_path(text: str) -> Path:
+    """The path that a text names; a ``~`` in front is a home folder, unless no user of that name has one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def _from_path(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
     if not path.exists():
         raise ValueError(f"{key}: there is no file or folder {str(path)!r}")
-    files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{key}: the folder {str(path)!r} holds no {', '.join(SUFFIXES)} file")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return _from_saved(path, options, key, bad)
+    return _from_files(path, options, key, bad)
+
+
+def _from_saved(folder: Path, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
+    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, whose split is named by the option."""
+    if unknown := set(options) - {"split"}:
+        raise ValueError(
+            f"{key}_options: {', '.join(sorted(unknown))} mean nothing to a folder of save_to_disk (it takes 'split')"
+        )
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError(f"{key}: can't read {folder}, a folder of save_to_disk: {_root(error)}") from error
+    split = options.get("split")
+    if isinstance(saved, DatasetDict) and split is not None:
+        if split not in saved:
+            raise ValueError(f"{key}: {folder} has no split {split!r}; it has {', '.join(saved)}: {key}_options.split")
+        return _located(saved[split], f"{folder}[{split}]", bad)
+    if split is not None:
+        raise ValueError(f"{key}_options: split means nothing to {folder}, which holds a single data set")
+    return _located(_only_split(saved, str(folder), key), str(folder), bad)
+
+
+def _only_split(dataset: Dataset | DatasetDict, name: str, key: str) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{key}: {name!r} has the splits {', '.join(dataset)}; name one: {key}_options.split")
+    return dataset
+
+
+def _from_files(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
+    files = _files_in(path, key) if path.is_dir() else [path]
     kinds = {file.suffix for file in files}
     if not kinds <= set(SUFFIXES):
         raise ValueError(f"{key}: can't read {str(path)!r}; a file must be one of {', '.join(SUFFIXES)}")
@@ -83,17 +126,29 @@ def _from_files(path: Path, options: dict[str, Any], key: str, reject: Reject) -
         raise ValueError(f"{key}: {str(path)!r} holds Parquet and JSON files; name one kind, or one file")
     field = _take_field(options, kinds, key)
     if kinds == {".parquet"}:
-        return _from_parquet(files, key)
-    rows: list[tuple[str, dict[str, Any]]] = []
+        return _from_parquet(files, key, bad)
+    rows: list[tuple[str, Any]] = []
     for file in files:
-        found = _json_lines(file, reject) if file.suffix == ".jsonl" else _json_list(file, field, key)
-        for number, row in found:
-            location = f"{file}, row {number}"
-            if isinstance(row, dict):
-                rows.append((location, row))
-            else:
-                reject(location, f"not an object but {_kind(row)}: write one JSON object a row")
-    return tabulate(rows, key)
+        found = json_lines(file, bad) if file.suffix == ".jsonl" else _json_list(file, field, key)
+        rows += [(f"{file}, row {number}", row) for number, row in found]
+    return tabulate(rows, key, bad)
+
+
+def _files_in(folder: Path, key: str) -> list[Path]:
+    """The files of a folder that hold rows: hidden ones and what others keep beside them are left out."""
+    found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and not f.name.startswith("."))
+    files = [file for file in found if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    if not files:
+        within = sorted({f.parent for f in folder.glob("*/*") if f.suffix in SUFFIXES})
+        hint = f"; {str(within[0])!r} does" if within else ""
+        raise ValueError(f"{key}: the folder {str(folder)!r} holds no {', '.join(SUFFIXES)} file{hint}")
+    splits = {match[1] for file in files if (match := _SPLIT_NAME.match(file.name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{key}: {str(folder)!r} holds files of several splits, {', '.join(file.name for file in files)}: "
+            "rows of one would be read as rows of the other. Name one file"
+        )
+    return files
 
 
 def _take_field(options: dict[str, Any], kinds: set[str], key: str) -> str | None:
@@ -106,24 +161,42 @@ def _take_field(options: dict[str, Any], kinds: set[str], key: str) -> str | Non
     return options.get("field")
 
 
-def _json_lines(file: Path, reject: Reject) -> Iterator[tuple[int, Any]]:
+def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
+    """What each line of a file holds, with the line's number from 1; blank lines are none, others may be bad rows."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                reject(f"{file}, row {number}", f"invalid JSON: {error.msg} at column {error.colno}")
-            except UnicodeDecodeError as error:
-                reject(f"{file}, row {number}", f"invalid JSON: not UTF-8 at byte {error.start + 1}")
+                row = json.loads(line, object_pairs_hook=_object)
+            except Exception as error:
+                bad(f"{file}, row {number}", f"invalid JSON: {_why_no_json(error)}", error)
+            else:
+                yield number, row
+
+
+def _why_no_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two values under one key the first would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
 
 
 def _json_list(file: Path, field: str | None, key: str) -> Iterable[tuple[int, Any]]:
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{key}: {file} is not valid JSON: {error}") from error
+        content = json.loads(file.read_bytes(), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key}: {file} is not valid JSON: {reason_of(error)}") from error
     if field is not None:
         if not isinstance(content, dict) or field not in content:
             raise ValueError(f"{key}: {file} has no key {field!r} ({key}_options.field)")
@@ -131,27 +204,47 @@ def _json_list(file: Path, field: str | None, key: str) -> Iterable[tuple[int, A
     if not isinstance(content, list):
         hint = f"; its keys are {', '.join(content)}" if isinstance(content, dict) else ""
         raise ValueError(
-            f"{key}: {file} holds {_kind(content)} where a list of objects is needed{hint}. "
+            f"{key}: {file} holds {kind(content)} where a list of objects is needed{hint}. "
             f"Name the key that holds the list in {key}_options.field, or write one object a line as .jsonl"
         )
     return enumerate(content, start=1)
 
 
-def _from_parquet(files: list[Path], key: str) -> Dataset:
+def _from_parquet(files: list[Path], key: str, bad: BadRows) -> Dataset:
     parts = []
     for file in files:
         try:
-            part = Dataset.from_parquet(str(file))
+            part = Dataset.from_file(str(_as_arrow(file)))
         except Exception as error:
             raise ValueError(f"{key}: can't read {file}: {_root(error)}") from error
-        parts.append(_locate(part, str(file)))
+        parts.append(_located(part, str(file), bad))
     try:
         return concatenate_datasets(parts)
     except ValueError as error:
         raise ValueError(f"{key}: {files[0].parent} holds files of different columns: {error}") from error
 
 
-def _from_reasoning_gym(task: str, options: dict[str, Any], key: str) -> Dataset:
+def _as_arrow(file: Path) -> Path:
+    """A copy of a Parquet file that can be mapped into memory, in the cache of `datasets`, made where it is not there.
+
+    `datasets` itself would take the path for a pattern: with brackets, variables and URLs in it.
+    """
+    state = file.stat()
+    version = f"{file.absolute()} {state.st_size} {state.st_mtime_ns}"
+    copy = Path(HF_DATASETS_CACHE, "opd-lightning", f"{sha256(version.encode()).hexdigest()}.arrow")
+    if copy.exists():
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("rb") as stored, tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as part:
+        table = ParquetFile(stored)
+        with pa.ipc.new_stream(part, table.schema_arrow) as writer:
+            for batch in table.iter_batches(batch_size=1000):
+                writer.write_batch(batch)
+    os.replace(part.name, copy)
+    return copy
+
+
+def _from_reasoning_gym(task: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
     gym = import_reasoning_gym(f"{key}: reasoning_gym:{task}")
     try:
         items = list(gym.create_dataset(task, **options))
@@ -167,7 +260,7 @@ def _from_reasoning_gym(task: str, options: dict[str, Any], key: str) -> Dataset
         }
         for item in items
     ]
-    return tabulate([(f"reasoning_gym:{task}, row {n}", row) for n, row in enumerate(rows, 1)], key)
+    return tabulate([(f"reasoning_gym:{task}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
 
 
 def encode_metadata(metadata: Any) -> str:
@@ -184,21 +277,28 @@ def encode_metadata(metadata: Any) -> str:
     return text
 
 
-def _from_function(path: str, options: dict[str, Any], key: str) -> Dataset:
+def _from_function(path: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
     function = import_callable(path, key)
+    if "on_bad_row" in inspect.signature(function).parameters:
+        options = {"on_bad_row": bad.policy, **options}
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
         raise ValueError(f"{key}: {path} does not take the arguments of {key}_options: {error}") from error
-    rows = function(**options)
+    try:
+        rows = function(**options)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{key}: {path}: {reason_of(error)}") from error
     if isinstance(rows, Dataset):
-        return _locate(rows, f"python:{path}")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{key}: {path} must return a list of dicts, one a row; it returned {_kind(rows)}")
-    return tabulate([(f"python:{path}, row {n}", row) for n, row in enumerate(rows, 1)], key)
+        return rows if LOCATION in rows.column_names else _located(rows, f"python:{path}", bad)
+    if not isinstance(rows, list):
+        raise ValueError(f"{key}: {path} must return a list of dicts, one a row; it returned {kind(rows)}")
+    return tabulate([(f"python:{path}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
 
 
-def _from_hub(name: str, options: dict[str, Any], key: str) -> Dataset:
+def _from_hub(name: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
     for option in {"trust_remote_code", "streaming"} & set(options):
         raise ValueError(f"{key}_options: {option} is not supported; rows are read, never run or streamed")
     try:
@@ -208,83 +308,17 @@ def _from_hub(name: str, options: dict[str, Any], key: str) -> Dataset:
             f"{key}: {name!r} is no file or folder here, and the hub did not give it as a data set "
             f"with {options}: {_root(error)}"
         ) from error
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{key}: {name!r} has the splits {', '.join(dataset)}; name one: {key}_options.split")
-    return _locate(dataset, f"{name}[{dataset.split}]")
+    dataset = _only_split(dataset, name, key)
+    return _located(dataset, f"{name}[{dataset.split}]", bad)
 
 
-def _locate(dataset: Dataset, origin: str) -> Dataset:
-    return dataset.add_column(LOCATION, [f"{origin}, row {n}" for n in range(1, len(dataset) + 1)])
-
-
-def tabulate(rows: list[tuple[str, dict[str, Any]]], key: str) -> Dataset:
-    """A data set of (location, row) pairs; its columns are all that occur, empty where a row lacks one.
-
-    Raises:
-        ValueError: a column holds values of different kinds, or values that Arrow can't store.
-    """
-    locations = [location for location, _ in rows]
-    columns = [Dataset.from_dict({LOCATION: locations})]
-    for name in dict.fromkeys(name for _, row in rows for name in row):
-        values = [row.get(name) for _, row in rows]
-        _check_one_kind(name, values, locations)
-        try:
-            columns.append(Dataset.from_dict({name: values}, features=_features(name, values)))
-        except (pa.ArrowException, OverflowError) as error:
-            raise ValueError(f"{key}: can't store the column {name!r}: {error}") from error
-    return concatenate_datasets(columns, axis=1)
-
-
-def undecoded(rows: Dataset) -> Dataset:
-    """The data set with its images as {bytes, path}, as `open_image` takes them: `datasets` itself would decode them by
-    rules of its own, by any decoder, and fail without naming the row."""
-    features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
-    return rows if features == rows.features else rows.cast(features)
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
-    if isinstance(feature, List):
-        return List(_undecoded(feature.feature), length=feature.length)
-    if isinstance(feature, LargeList):
-        return LargeList(_undecoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _undecoded(part) for name, part in feature.items()}
-    return feature
-
-
-def _features(name: str, values: list[Any]) -> Features | None:
-    """Nested values are kept as JSON: Arrow would give every message the keys of all others, as nulls."""
-    if not any(isinstance(value, list | dict) for value in values):
-        return None
-    try:
-        json.dumps(values)
-    except TypeError:
-        return None
-    return Features({name: Json()})
-
-
-def _check_one_kind(name: str, values: list[Any], locations: list[str]) -> None:
-    first: dict[str, str] = {}
-    for value, location in zip(values, locations, strict=True):
-        if value is not None:
-            first.setdefault(_kind(value), location)
-    if len(first) > 1:
-        (one, here), (other, there), *_ = first.items()
-        raise ValueError(f"the column {name!r} is {one} in {here}, and {other} in {there}; make it the same everywhere")
-
-
-def _kind(value: Any) -> str:
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "null": type(None),
-        "a boolean": bool,
-        "a number": (int, float),
-        "text": str,
-        "a list": (list, tuple),
-        "an object": dict,
-    }
-    return next((name for name, kind in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
+def _located(dataset: Dataset, origin: str, bad: BadRows) -> Dataset:
+    """With the `LOCATION` of each row; without rows that can't be read, and without nulls that nobody wrote."""
+    taken = {LOCATION, STAND_IN} & set(dataset.column_names)
+    if taken:
+        raise ValueError(f"{origin}: the column name {taken.pop()!r} is kept for the library; rename the column")
+    located = dataset.add_column(LOCATION, [f"{origin}, row {n}" for n in range(1, len(dataset) + 1)])
+    return without_added_nulls(readable(located, bad))
 
 
 def _root(error: BaseException) -> BaseException:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
-from torch.utils.data import Subset
 from torchmetrics import MeanMetric
 
-from .data import STAND_IN, Share
+from .data import Share
 from .printable import cell, printable
 from .rollout import check_sampling, derived_seed, group_statistics
+from .rows import STAND_IN, row_of
 from .teacher import Frozen
 from .trajectory import Example, Trajectories
 
@@ -220,7 +220,7 @@ class Evaluator:
             seen = list(range(len(examples)))
             if who != "student":
                 seen = [i for i in seen if self.module.teachers[who].look(dict(examples[i])) is not None]
-            shown: Any = Subset(examples, seen)
+            shown = [row_of(examples, i) for i in seen]
             mine = list(Share(shown, self.module.global_rank, self.module.trainer.world_size))
             size = data.validation_batch_size  # type: ignore[union-attr]
             for place, start in enumerate(range(0, len(mine), size)):

@@ -30,9 +30,10 @@ from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, group_statistics
+from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
-from .teacher import Frozen, Policy, Said, Teacher, View, evaluating
+from .teacher import Frozen, Policy, Said, Teacher, View, evaluating, shown_by
 from .trajectory import Example, OptimiserStep, Trajectories
 
 
@@ -96,6 +97,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     headline: ClassVar[str] = "accuracy"
     """What is printed before training: the metrics with this in their names."""
+    columns: ClassVar[tuple[str, ...]] = ("prompt",)
+    """Those without which no policy can act on an example."""
     served: ClassVar[frozenset[str]] = frozenset()
     """What it offers to parts of the objective (`Part.needs`); ``reward``: `score` has rewards without a verifier."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
@@ -177,6 +180,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
         return {}
 
+    @blames_rows
     def evaluate(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
         """Measures one batch of held-out examples; ``stage`` is "val", "test", or "val/<teacher>" before training."""
         self.evaluator.step(stage, who, examples, batch_idx)
@@ -234,7 +238,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def required_columns(self) -> dict[str, str]:
         """Canonical column → who needs it."""
-        needed: dict[str, str] = {"prompt": "the rollout"}
+        needed = dict.fromkeys(self.columns, "the rollout")
 
         def need(column: str, who: str) -> None:
             needed[column] = f"{needed[column]}, {who}" if column in needed else who
@@ -303,6 +307,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     # -- acting -------------------------------------------------------------------------------------------------
 
+    @blames_rows
     @torch.no_grad()
     def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
         """Trajectories of one behaviour policy; a teacher acts on what its view shows it.
@@ -317,7 +322,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def shown(self, examples: list[Example]) -> list[Example]:
         """The examples as the student sees them."""
-        return examples if self.student_view is None else [self.student_view(e) or e for e in examples]
+        return examples if self.student_view is None else [shown_by(self.student_view, e) or e for e in examples]
 
     def _act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout) -> Trajectories:
         policy, mine = self.policies[who], self.shown(examples)
@@ -352,6 +357,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """What `score` says, checked: ``[B]`` on the CPU, NaN where a reward abstains (None: no rewards), and rows."""
         return check_scores(self, self.score(trajectories), trajectories)
 
+    @blames_rows
     def judge(self, trajectories: Trajectories) -> Trajectories:
         """The same with rewards and their group statistics, if there are any."""
         if not self.has_rewards:
@@ -412,6 +418,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     # -- training -----------------------------------------------------------------------------------------------
 
+    @blames_rows
     def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
         whole = batch.optimiser_step
         assert whole is not None
@@ -669,6 +676,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if table is not None and self.trainer.is_global_zero:
             Console().print(table)
 
+    @blames_rows
     def predict_step(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         return self.evaluator.predict(examples, batch_idx)
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .rows import row_of
 from .sharding import mesh_of
 from .trajectory import Example, OptimiserStep, Trajectories
 from .worker import RolloutWorker
@@ -252,7 +253,7 @@ class RolloutLoader:
         draws = epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
         draws = draws.repeat_interleave(rollout.group_size)
         members = torch.arange(rollout.group_size).repeat(rollout.batch_size)
-        examples = [dict(self.dataset[int(row)]) for row in rows]
+        examples: list[Example] = [row_of(self.dataset, int(row)) for row in rows]
         seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
 
         sources = tuple(rollout.behaviour)
@@ -357,7 +358,9 @@ class RolloutLoader:
 
     def _restored(self, saved: list[dict[str, Any]], pieces: int) -> Trajectories:
         """This rank's share of a generation batch; each of its pieces is dealt anew to another number of ranks."""
-        parts = [Trajectories.from_state_dict(s, [dict(self.dataset[row]) for row in s["row"].tolist()]) for s in saved]
+        parts = [
+            Trajectories.from_state_dict(s, [row_of(self.dataset, row) for row in s["row"].tolist()]) for s in saved
+        ]
         if len(parts) == self.world_size:
             return parts[self.rank]
         everyone = Trajectories.concatenate(parts, self.module.padding)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
 from .distribution import Distribution
 from .pretrained import Pretrained
+from .rows import reason_of
 from .sharding import put_away, slice_of
 from .trajectory import Example
 
@@ -215,10 +216,27 @@ class Teacher:
     own_template: bool = False
 
     def look(self, example: Example) -> Example | None:
-        """The example as this teacher sees it, or None where it has nothing to say."""
+        """The example as this teacher sees it, or None where it has nothing to say.
+
+        Raises:
+            ValueError: as in `shown_by`.
+        """
         if any(example.get(column) != value for column, value in self.where.items()):
             return None
-        return example if self.view is None else self.view(example)
+        return example if self.view is None else shown_by(self.view, example)
+
+
+def shown_by(view: View, example: Example) -> Example | None:
+    """What a view shows of an example, or None.
+
+    Raises:
+        ValueError: whatever the view raised; the message names the view and the columns that it reads.
+    """
+    try:
+        return view(example)
+    except Exception as error:
+        read = f" from {', '.join(view.columns)}" if view.columns else ""
+        raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error
 
 
 @dataclass

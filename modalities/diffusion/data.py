@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+
+from ...data_source import json_lines, local_path
+from ...rows import BadRows
+from ...table import kind, tabulate
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 16
@@ -74,7 +77,9 @@ def _picture(pixels: np.ndarray, inverted: bool) -> Image.Image:
     return Image.fromarray(255 - enlarged if inverted else enlarged).convert("RGB")
 
 
-def image_folder(folder: str, captions: str = "metadata.jsonl") -> Dataset:
+def image_folder(
+    folder: str, captions: str = "metadata.jsonl", on_bad_row: Literal["refuse", "skip"] = "refuse"
+) -> Dataset:
     """Images of a local folder with their captions.
 
     Columns: ``prompt``, ``image``, and whatever else the rows have.
@@ -82,20 +87,38 @@ def image_folder(folder: str, captions: str = "metadata.jsonl") -> Dataset:
     Args:
         folder: holds the images.
         captions: a JSONL file in it whose rows have ``file_name`` and ``prompt`` (or ``text``).
+        on_bad_row: what becomes of a row without them, or whose image is not there. Default in a configuration:
+            ``data.on_bad_row``.
 
     Raises:
-        ValueError: a row without them, or whose image is not there; the message names the row.
+        ValueError: a bad row where these are refused; the message names it.
     """
-    root, rows = Path(folder).expanduser(), []
+    root = local_path(folder)
     table = root / captions
     if not table.exists():
         raise ValueError(f"{root}: there is no {captions}, whose rows say file_name and prompt of each image")
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        name, prompt = row.pop("file_name", None), row.pop("prompt", None) or row.pop("text", None)
-        if not name or not prompt:
-            raise ValueError(f"{table}, row {number}: it needs file_name and prompt")
-        if not (root / name).exists():
-            raise ValueError(f"{table}, row {number}: there is no image {root / name}")
-        rows.append({"prompt": prompt, "image": str(root / name), **row})
-    return Dataset.from_list(rows).cast_column("image", ImageFeature())
+    bad, rows = BadRows(str(table), on_bad_row), []
+    for number, row in json_lines(table, bad):
+        with bad.at(f"{table}, row {number}"):
+            rows.append((f"{table}, row {number}", _captioned(row, root)))
+    found = tabulate(rows, str(table), bad)
+    bad.warn()
+    if not len(found):
+        raise ValueError(f"{table}: no row is left" + (f"; the first was left out: {bad.first}" if bad.first else ""))
+    return found.cast_column("image", ImageFeature())
+
+
+def _captioned(row: Any, root: Path) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object but {kind(row)}: it needs file_name and prompt")
+    rest = {column: value for column, value in row.items() if column != "image"}
+    name = rest.pop("file_name", None)
+    prompt = rest.pop("prompt", None) or rest.pop("text", None)
+    if not name or not prompt:
+        raise ValueError("it needs file_name and prompt")
+    for column, value in (("file_name", name), ("prompt", prompt)):
+        if not isinstance(value, str):
+            raise ValueError(f"{column} is {kind(value)}; it must be text")
+    if not (root / name).is_file():
+        raise ValueError(f"there is no image {root / name}")
+    return {"prompt": prompt, "image": str(root / name), **rest}

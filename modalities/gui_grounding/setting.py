@@ -35,6 +35,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         **kwargs: as in `VisionLanguageDistillation`.
     """
 
+    columns: ClassVar[tuple[str, ...]] = ("prompt", "image", "box")
     served: ClassVar[frozenset[str]] = frozenset({"categorical", "digits"})
 
     def __init__(self, answer: AnswerFormat | None = None, **kwargs: Any) -> None:
@@ -55,7 +56,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     def required_columns(self) -> dict[str, str]:
         needed = super().required_columns()
         needed.pop("completion", None)
-        return needed | {"image": "GUI grounding", "box": "GUI grounding"}
+        return needed
 
     # -- coordinates --------------------------------------------------------------------------------------------
 
