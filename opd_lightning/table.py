@@ -48,14 +48,20 @@ with warnings.catch_warnings():  # registering is called experimental
     register_feature(Written, "Written")
 
 
-def tabulate(rows: list[tuple[str, Any]], key: str, bad: BadRows) -> Dataset:
+def tabulate(rows: list[tuple[str, Any]], key: str, bad: BadRows | None = None) -> Dataset:
     """A data set of (location, row) pairs; its columns are all that occur, empty where a row lacks one.
 
     A row is bad that is no object, that holds what can't be stored, or a value of another kind than most of its column.
 
+    Args:
+        rows: their locations and what was read there.
+        key: the setting that holds their source, for the messages.
+        bad: what becomes of bad rows. Default: they are refused.
+
     Raises:
         ValueError: a bad row where these are refused; a column that Arrow can't store.
     """
+    bad = bad or BadRows(key, "refuse")
     kept = []
     for location, row in rows:
         with bad.at(location):
