@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset, Features, Json, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
+
+from .printable import quoted
+from .table import Written
 
 Message = dict[str, Any]
 Chat = list[Message]
+
+
+def problem_with_prompt(prompt: Any) -> str | None:
+    """What is wrong with the form of a prompt that is to be text or a chat, or None."""
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, list):
+        return f"prompt is neither text nor a list of messages: {quoted(prompt)}"
+    return problem_with_chat(prompt, "prompt")
 
 
 def problem_with_chat(chat: Chat, column: str) -> str | None:
@@ -32,6 +44,8 @@ def without_answers(rows: Dataset, keep: bool) -> Dataset:
     """
     if keep and "completion" in rows.column_names:
         raise ValueError("data.last_answer is completion, but there is a column 'completion' already")
+    if "prompt" not in rows.column_names:
+        return rows
     prompts = rows["prompt"][:]
     answered = [isinstance(prompt, list) and bool(prompt) and _is_answer(prompt[-1]) for prompt in prompts]
     if not any(answered):
@@ -39,7 +53,7 @@ def without_answers(rows: Dataset, keep: bool) -> Dataset:
     made = {"prompt": [prompt[:-1] if ends else prompt for prompt, ends in zip(prompts, answered, strict=True)]}
     if keep:
         made["completion"] = [prompt[-1:] if ends else None for prompt, ends in zip(prompts, answered, strict=True)]
-    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: Json()})) for name in made]
+    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: Written()})) for name in made]
     return concatenate_datasets([rows.remove_columns("prompt"), *columns], axis=1)
 
 

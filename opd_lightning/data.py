@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .chat import problem_with_chat, without_answers
+from .chat import problem_with_prompt, without_answers
 from .data_source import is_remote, read_source
 from .rows import LOCATION, STAND_IN, BadRows, row_of
 from .table import undecoded
@@ -258,6 +258,7 @@ class PromptData(LightningDataModule):
         needed = dict.fromkeys(getattr(module, "columns", ("prompt",)), "the rollout")
         if module is not None and split != "predict":
             needed |= module.required_columns()
+        refusal = module.refusal if module is not None else lambda example: problem_with_prompt(example["prompt"])
         examples = rows.remove_columns(LOCATION)
         for column, who in needed.items():
             if column not in examples.column_names:
@@ -272,7 +273,7 @@ class PromptData(LightningDataModule):
         for index, location in enumerate(locations):
             with bad.at(location):
                 example = examples[index]
-                reason = problem(example, needed) or (module.refusal(example) if module is not None else None)
+                reason = problem(example, needed) or refusal(example)
                 if reason is not None:
                     raise ValueError(reason)
                 kept.append(index)
@@ -340,14 +341,9 @@ def rename(dataset: Dataset, columns: Mapping[str, str], key: str) -> Dataset:
 
 
 def problem(example: Example, needed: Mapping[str, str]) -> str | None:
-    """What is wrong with the values of an example, or None."""
+    """The column of an example that is needed and empty, or None."""
     for column in _NEVER_EMPTY:
         value = example.get(column)
         if column in needed and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
             return f"{column} is {'null' if value is None else 'empty'}"
-    prompt = example.get("prompt", "")
-    if isinstance(prompt, str):
-        return None
-    if not isinstance(prompt, list):
-        return f"prompt is neither text nor a list of messages: {prompt!r}"
-    return problem_with_chat(prompt, "prompt")
+    return None
