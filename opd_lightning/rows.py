@@ -36,15 +36,25 @@ class Row(dict[str, Any]):
         """Itself: Lightning moves what it hands over to the device, and would make new mappings without locations."""
         return self
 
+    def __or__(self, more: Any) -> Row:  # type: ignore[override]
+        """With further columns."""
+        row = Row({**self, **more})
+        row.location = self.location
+        return row
+
 
 def row_of(examples: Sequence[Example], index: int) -> Row:
     """A copy of one of the examples, with its location: its own, that which ``examples.locations`` has for it, or its
     number."""
     found = examples[index]
-    row = Row(found)
-    located = getattr(examples, "locations", None)
+    row, located = Row(found), getattr(examples, "locations", None)
     row.location = getattr(found, "location", "") or (located[index] if located else f"row {index + 1}")
     return row
+
+
+def location_of(example: Example) -> str:
+    """Where an example was read; empty where it does not know."""
+    return getattr(example, "location", "")
 
 
 def reason_of(error: BaseException) -> str:
@@ -123,8 +133,8 @@ def blames_rows(method: Method) -> Method:
             examples = next((a if isinstance(a, list) else a.examples for a in args if not isinstance(a, str)), [])
             for example in examples:
                 if (reason := _refusal(self, example)) is not None:
-                    where = getattr(example, "location", "a row")
-                    raise LostRow(f"{where} was fine when the run began, and is no longer: {reason}") from error
+                    lost = f"{location_of(example) or 'a row'} was fine when the run began, and is no longer: {reason}"
+                    raise LostRow(printable(lost)) from error
             raise
 
     return cast(Method, blaming)

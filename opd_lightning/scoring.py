@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .data_source import LOCATION
 from .printable import printable, quoted
+from .rows import location_of
 from .trajectory import Example
 
 LARGEST = torch.finfo(torch.float32).max
@@ -72,7 +72,8 @@ class Scoring:
             what = f"took more than {self.timeout:g} s (model.scoring.timeout)"
         except Exception as error:
             what, cause = f"raised {type(error).__name__}: {printable(error)}", error
-        place = f"{printable(example[LOCATION])}, whose" if LOCATION in example else "the row whose"
+        where = printable(location_of(example))
+        place = f"{where}, whose" if where else "the row whose"
         message = (
             f"the reward {name_of(reward)} {what}, for the completion {quoted(completion)} of {place} prompt is "
             f"{quoted(example.get('prompt'))}. A reward is a finite number, or None where it abstains"

@@ -33,6 +33,7 @@ from opd_lightning.objective import (
 from opd_lightning.report import read_curves
 from opd_lightning.reward import CallableReward, Reward
 from opd_lightning.rollout import Rollout, group_statistics
+from opd_lightning.rows import Row
 from opd_lightning.scoring import RewardError, Scoring
 from opd_lightning.trajectory import OptimiserStep
 from tests.callbacks import toy
@@ -131,8 +132,10 @@ def test_the_function_of_a_callable_reward_is_named():
     reward = CallableReward(f"{__name__}.careless")
     with pytest.raises(RewardError, match=rf"the reward CallableReward \({__name__}\.careless\) raised KeyError"):
         Scoring()(reward, "x", ROW)
+    row = Row(ROW)
+    row.location = "rows.jsonl, row 3"
     with pytest.raises(RewardError, match=r"of rows\.jsonl, row 3, whose prompt is '1\+1=\\x1b"):
-        Scoring()(reward, "x", {**ROW, "__location__": "rows.jsonl, row 3"})
+        Scoring()(reward, "x", row | {"prediction": None})
 
 
 def test_a_limit_leaves_no_alarm_and_keeps_that_of_others():

@@ -282,7 +282,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             facts = self.grade(text, example)
             shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
-                shown[-1]["reward"] = self.rate(text, {**example, **facts})
+                shown[-1]["reward"] = self.rate(text, example | facts)
         return None if self.reward is None else [row["reward"] for row in shown], shown
 
     def written_as(self, tokens: list[int]) -> str:
