@@ -9,6 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .chat import problem_with_prompt, without_answers
