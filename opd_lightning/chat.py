@@ -13,7 +13,7 @@ Message = dict[str, Any]
 Chat = list[Message]
 
 
-def problem_with_prompt(prompt: Any) -> str | None:
+def problem_with_form(prompt: Any) -> str | None:
     """What is wrong with the form of a prompt that is to be text or a chat, or None."""
     if isinstance(prompt, str):
         return None

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .chat import problem_with_prompt, without_answers
+from .chat import problem_with_form, without_answers
 from .data_source import is_remote, read_source
 from .rows import LOCATION, STAND_IN, BadRows, row_of
 from .table import undecoded
@@ -259,7 +259,7 @@ class PromptData(LightningDataModule):
         needed = dict.fromkeys(getattr(module, "columns", ("prompt",)), "the rollout")
         if module is not None and split != "predict":
             needed |= module.required_columns()
-        refusal = module.refusal if module is not None else lambda example: problem_with_prompt(example["prompt"])
+        refusal = module.refusal if module is not None else lambda example: problem_with_form(example["prompt"])
         examples = rows.remove_columns(LOCATION)
         for column, who in needed.items():
             if column not in examples.column_names:

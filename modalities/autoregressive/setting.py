@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ...adapters import SWITCHED
-from ...chat import problem_with_prompt
+from ...chat import problem_with_form
 from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
@@ -335,7 +335,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def refusal(self, example: Example) -> str | None:
         self.configure_model()
         try:
-            return problem_with_prompt(example["prompt"]) or self._refusal(example)
+            return problem_with_form(example["prompt"]) or self._refusal(example)
         except ValueError as error:  # a view or the setting itself could not read the example
             return str(error)
 
