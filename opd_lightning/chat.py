@@ -13,6 +13,11 @@ Message = dict[str, Any]
 Chat = list[Message]
 
 
+def is_chat(value: Any) -> bool:
+    """Whether a column's value is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
 def problem_with_form(prompt: Any) -> str | None:
     """What is wrong with the form of a prompt that is to be text or a chat, or None."""
     if isinstance(prompt, str):
@@ -27,7 +32,8 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
     for number, message in enumerate(chat, start=1):
         where = f"message {number} of the {column}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"{where} has no role: write {{role: …, content: …}}"
+            found = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
+            return f"{where} has no role: write {{role: …, content: …}}{found}"
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return f"{where} has no content: it must be text or a list of parts"

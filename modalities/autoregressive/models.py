@@ -33,8 +33,12 @@ def known_ids(policy: Policy) -> int:
 def eos_ids(policy: Policy) -> list[int]:
     """Stop ids of the tokenizer and of the checkpoint's generation settings (chat models have several)."""
     configured = getattr(bare(policy.model).generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in (*listed, tokenizer_of(policy.processor).eos_token_id) if i is not None})
+    return sorted({*listed(configured), *listed(tokenizer_of(policy.processor).eos_token_id)})
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """One id, several or none, as configurations hold them."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def context_length(policy: Policy) -> int:

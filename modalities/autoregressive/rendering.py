@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from ...chat import Chat, Message, problem_with_chat
@@ -94,6 +95,15 @@ class Renderer:
         starts = (i for i in range(len(closed)) if closed[i : i + len(plain)] == plain)
         return closed[: next(starts, len(closed)) + len(plain)]
 
+    def rendered_already(self, example: Example, stops: list[int]) -> str | None:
+        """The end of a turn that a text within the prompt holds, as if it had been through a template; or None."""
+        prompt = example["prompt"]
+        if self._is_raw(prompt):
+            return None
+        said = [_shown(message) for message in self._chat(prompt)]
+        ends = [self.tokenizer.decode([i]) for i in stops]
+        return next((end for end in ends if end.strip() and any(end in text for text in said)), None)
+
     # -- completions --------------------------------------------------------------------------------------------
 
     def completion(self, example: Example, stops: list[int]) -> tuple[list[int], list[bool]]:
@@ -147,10 +157,14 @@ class Renderer:
             asked_again = self._behind_answer(chat, row, {"role": "user", "content": "?"})
         except Exception:  # a template may refuse any chat, and then rows say it better
             return None
-        ids, tokens = self._ids(behind), {*self.tokenizer.get_added_vocab().values()}
-        own = [i for i in ids if i in stops] or [i for i in reversed(ids) if i in tokens]
+        last, between = self._ids(behind), self._ids(asked_again)
+        both = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))]
+        added = {i for token, i in self.tokenizer.get_added_vocab().items() if token.strip()}
+        for place in (both, last):  # the last turn may close the conversation, too
+            if own := [i for i in place if i in stops] or [i for i in reversed(place) if i in added]:
+                return own[0]
         # some templates leave the end to the next turn's beginning
-        return next(iter(own or [i for i in self._ids(asked_again) if i in stops]), None)
+        return next((i for i in between if i in stops), None)
 
     def _turns(self, prompt: str, example: Example) -> list[str]:
         """The text behind the prompt, cut where the assistant begins to write."""
@@ -213,7 +227,7 @@ class Renderer:
         for name in self.options:
             if name in _OURS:
                 raise ValueError(f"{key}: {name} is set by the setting itself")
-            if not self._reads(name, self.options.get("tools")):
+            if not self._reads(name):
                 raise ValueError(f"{key}: the chat template of {self.tokenizer.name_or_path} reads no {name!r}")
 
     def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
@@ -221,7 +235,7 @@ class Renderer:
         if tools := tools_of(example):
             options["tools"] = tools
         for name, there in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in chat))):
-            if there and not self._reads(name, tools):
+            if there and not self._reads(name):
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
@@ -233,7 +247,7 @@ class Renderer:
         )
         return str(text)
 
-    def _reads(self, name: str, tools: Any) -> bool:
+    def _reads(self, name: str) -> bool:
         template: Any = self.processor.chat_template
         if isinstance(template, dict):  # several by name, of which the one for tools is taken where there are any
             template = " ".join(template.values())

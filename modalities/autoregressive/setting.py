@@ -32,7 +32,7 @@ from .audit import audit_rows, problem_with_prompt, readings
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
 from .generation import make_savable
-from .models import bare, context_length, eos_ids, known_ids, output_embeddings, tokenizer_of
+from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, tokenizer_of
 from .rendering import COLUMNS, Renderer, transcript
 from .sampler import until_stop
 
@@ -311,12 +311,16 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return said.float().log_softmax(-1).flatten(0, 1).cpu()
 
     def save_student(self, model: nn.Module, folder: Path) -> None:
-        """The ids that can be no action here (padding of the head, placeholders) are none in `generate` either."""
+        """What can be no action here (padding of the head, placeholders) is none in `generate` either, and what ends a
+        turn here ends it there."""
+        settings = bare(model).generation_config
         rows = bare(model).get_output_embeddings().weight.shape[0]
         impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
         if impossible:
-            bare(model).generation_config.suppress_tokens = impossible
-        make_savable(bare(model).generation_config)
+            settings.suppress_tokens = impossible
+        if not {*self.eos} <= {*listed(settings.eos_token_id)}:
+            settings.eos_token_id = self.eos
+        make_savable(settings)
         super().save_student(model, folder)
 
     # -- checks -------------------------------------------------------------------------------------------------
@@ -353,6 +357,11 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
         if problem := problem_with_prompt(self, own, "student"):
             return problem
+        if end := self.renderer().rendered_already(self.asked(seen), self.eos):
+            return (
+                f"the prompt holds {end!r}, the end of a turn, and would be put into a turn itself: was it rendered "
+                "already? Give messages; text models read text as it is with model.raw_prompts"
+            )
         for name, teacher in self.teachers.items():
             view = teacher.look(example)
             if view is None:

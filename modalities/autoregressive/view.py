@@ -7,8 +7,10 @@ from typing import Any
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ...chat import is_chat
 from ...teacher import View
 from ...trajectory import Example
+from .rendering import transcript
 
 _jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
 
@@ -21,13 +23,22 @@ class PromptView(View):
             list of chat messages whose contents are such templates. ``prompt`` is the student's own prompt; where
             that is a chat, the template sees the last user message's text and the messages before it stay. Images
             among the parts of a message stay too; where messages replace the chat, its first user message gets them.
+            Another column that holds a chat, such as a ``completion``, is written as its text.
 
     An example in which one of the named columns is empty has no view.
+
+    Raises:
+        ValueError: the last of several messages is the assistant's.
     """
 
     def __init__(self, prompt: str | list[dict[str, str]]) -> None:
         self._templates = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         self._roles = None if isinstance(prompt, str) else [message["role"] for message in prompt]
+        if self._roles and self._roles[-1] == "assistant":
+            raise ValueError(
+                "PromptView.prompt: the last message is the assistant's: that answer would be read, and a second one "
+                "asked for. End with a message of the user"
+            )
         found = set().union(*(meta.find_undeclared_variables(_jinja.parse(text)) for text in self._templates))
         self.columns = tuple(sorted(found))
         self._compiled = [_jinja.from_string(text) for text in self._templates]
@@ -36,7 +47,8 @@ class PromptView(View):
         if any(example.get(column) in (None, "") for column in self.columns):
             return None
         own = example["prompt"]
-        texts = [template.render({**example, "prompt": last_text(own)}) for template in self._compiled]
+        shown = {column: _Chat(value) if is_chat(value) else value for column, value in example.items()}
+        texts = [template.render({**shown, "prompt": last_text(own)}) for template in self._compiled]
         prompt: Any
         if self._roles is not None:
             prompt = [{"role": role, "content": text} for role, text in zip(self._roles, texts, strict=True)]
@@ -48,6 +60,13 @@ class PromptView(View):
         else:
             prompt = [*own[:-1], with_text(own[-1], texts[0])]
         return {**example, "prompt": prompt}
+
+
+class _Chat(list[dict[str, Any]]):
+    """Messages, to be gone through or written as text."""
+
+    def __str__(self) -> str:
+        return transcript(self)
 
 
 def with_text(message: dict[str, Any], text: str) -> dict[str, Any]:

@@ -74,14 +74,14 @@ def image_parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part for part in parts if part.get("type") == "image"]
 
 
-def split_at_markers(text: str, own: str | None = None) -> list[dict[str, Any]]:
+def split_at_markers(text: str, own: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """A text as the parts of a content: text, and an image or video wherever a marker stands for one.
 
     Args:
         text: with `MARKERS` in it, or without.
-        own: another marker: how a model itself writes an image.
+        own: other markers: how a model itself writes an image.
     """
-    marker = re.compile("|".join((MARKERS.pattern, "<video>", *([re.escape(own)] if own else []))))
+    marker = re.compile("|".join((MARKERS.pattern, "<video>", *map(re.escape, own))))
     parts: list[dict[str, Any]] = []
     end = 0
     for found in marker.finditer(text):

@@ -142,8 +142,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         processor = (policy or self.policies["student"]).processor
         if processor.chat_template is None:
             raise ValueError(f"{processor.tokenizer.name_or_path} has no chat template to place images with")
-        placed = partial(placed_images, own=getattr(processor, "image_token", None))
-        return Renderer(processor, self.chat_template_kwargs, prepare=placed)
+        own = tuple(token for name in ("image_token", "boi_token") if (token := getattr(processor, name, None)))
+        return Renderer(processor, self.chat_template_kwargs, prepare=partial(placed_images, own=own))
 
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
         inputs = super().continued(prompts, trajectories, device)
@@ -260,7 +260,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return taken.view_as(mask)
 
 
-def placed_images(chat: Chat, example: Example, own: str | None = None) -> Chat:
+def placed_images(chat: Chat, example: Example, own: tuple[str, ...] = ()) -> Chat:
     """The chat with contents that are lists of parts, one image part for each image of the row.
 
     Where the texts hold `MARKERS`, an image's place is there; a chat that says no places has them at the beginning of
@@ -269,7 +269,7 @@ def placed_images(chat: Chat, example: Example, own: str | None = None) -> Chat:
     Args:
         chat: of the row.
         example: the row.
-        own: how the reader itself writes an image; as good as a marker.
+        own: how the reader itself writes an image; as good as markers.
 
     Raises:
         ValueError: the chat has another number of places than the row has images, or a place for a video.
@@ -288,7 +288,7 @@ def placed_images(chat: Chat, example: Example, own: str | None = None) -> Chat:
     return placed
 
 
-def _parts(content: str | list[Any], own: str | None) -> list[dict[str, Any]]:
+def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return split_at_markers(content, own)
     parts: list[dict[str, Any]] = []

@@ -132,3 +132,17 @@ def test_the_module_names_who_needs_a_column(tiny_student):
         "solution": "model.teachers.teacher",
         "task": "model.teachers.teacher",
     }
+
+
+def test_a_column_that_holds_a_chat_is_written_as_its_text():
+    said = [{"role": "assistant", "content": "it is 2"}]
+    row = {"prompt": "1+1=", "completion": said}
+    assert PromptView("{{ completion }}! {{ prompt }}")(row)["prompt"] == "it is 2! 1+1="
+    each = PromptView("{% for message in completion %}{{ message.role }}, {% endfor %}")
+    assert each(row)["prompt"] == "assistant, "
+
+
+def test_messages_that_end_with_the_assistant_s_are_refused():
+    answered = [{"role": "user", "content": "{{ prompt }}"}, {"role": "assistant", "content": "{{ answer }}"}]
+    with pytest.raises(ValueError, match=r"PromptView\.prompt: the last message is the assistant's"):
+        PromptView(answered)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from tokenizers import processors
 
+from opd_lightning.data import PromptData
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.teacher import Frozen, Teacher
-from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, fit, make_module, no_teacher, save_model, teacher_forced
+from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import Frozen, Live, Teacher
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    act,
+    chat_tokenizer,
+    fit,
+    make_module,
+    make_trainer,
+    no_teacher,
+    save_model,
+    teacher_forced,
+)
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
 USER = "<s><|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
@@ -151,6 +164,87 @@ def test_given_turns_are_cut_at_the_horizon_and_train_what_the_assistant_writes(
             plain = module.student(input_ids=ids).logits[:, -given.actions.shape[1] - 1 : -1, : module.vocabulary]
         expected = plain.log_softmax(-1).gather(-1, given.actions[..., None]).squeeze(-1)
         assert (teacher_forced(module, "student", given) - expected)[given.mask].abs().max() < 1e-4
+
+
+# -- rows, as data and setting read them together ---------------------------------------------------------------------
+
+
+def checked(module, folder, rows, **settings) -> PromptData:
+    """The data after the checks that come before training."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = PromptData(train=str(path), **settings)
+    module.trainer = data.trainer = make_trainer(folder)
+    data.trainer.strategy._lightning_module = module
+    data.setup("fit")
+    return data
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "x", "parameters": {"type": "object"}}}
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}! {% endfor %}" + CHAT_TEMPLATE
+CALLING = WITH_TOOLS.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+
+
+@pytest.fixture(scope="session")
+def tool_student(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("tools"), tokenizer=chat_tokenizer(CALLING), rows=104)
+
+
+def test_tools_of_a_row_are_shown_to_student_and_teacher(tool_student, tmp_path):
+    view = PromptView("{{ answer }}, {{ prompt }}")
+    module = make_module(tool_student, {"teacher": Teacher(Live(), view)})
+    rows = [{"prompt": "1+1=", "answer": "2", "tools": [TOOL]}, {"prompt": "1+1=", "answer": "2", "tools": None}]
+    data = checked(module, tmp_path, rows)
+    for look, said in ((dict, "1+1="), (view, "2, 1+1=")):
+        with_tools, without = (module.prompt_ids(look(dict(row))) for row in data.train)
+        assert module.tokenizer().decode(with_tools) == "add! " + module.tokenizer().decode(without)
+        assert said in module.tokenizer().decode(without)
+
+
+def test_a_call_without_text_is_a_message(tool_student, tmp_path):
+    chat = [{"role": "user", "content": "1+1="}, CALL, {"role": "tool", "content": "2"}]
+    data = checked(make_module(tool_student, {}, no_teacher()), tmp_path, [{"prompt": chat}] * 3)
+    assert len(data.train) == 3
+
+
+ASKED = {"role": "user", "content": "1+1="}
+ANSWERED = {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": [ASKED, ANSWERED]}, "the prompt's last message is the assistant's"),
+        ({"prompt": "1", "tools": [TOOL]}, "the row has tools, which the chat template of .* does not write"),
+        ({"prompt": [ASKED, {**ANSWERED, "content": None}, ASKED]}, "message 2 of the prompt has no content"),
+        ({"prompt": [{"from": "human", "value": "1"}]}, "message 1 of the prompt has no role: .*it has from, value"),
+        ({"prompt": "<|im_start|>user\n1+1=<|im_end|>\n"}, "the prompt holds '<|im_end|>'.* model.raw_prompts"),
+        ({"prompt": "1", "completion": [ASKED]}, "the completion's first and last message must be the assistant's"),
+        ({"prompt": "1", "completion": ["2"]}, "message 1 of the completion has no role"),
+        ({"prompt": "1", "completion": "2<|im_end|>3"}, "goes on behind the stop token '<|im_end|>'"),
+    ],
+)
+def test_a_row_that_can_t_be_rendered_is_named_or_skipped(chat_student, tmp_path, row, reason):
+    half = Rollout(batch_size=8, horizon=10, behaviour={"student": 0.5, "dataset": 0.5})
+    good = {"prompt": "1", "completion": "2"}
+    for column, other in (("prompt", [ASKED]), ("completion", [ANSWERED])):  # a column holds values of one kind
+        if isinstance(row.get(column), list):
+            good[column] = other
+    rows = [good, good, good | row]
+    module = make_module(chat_student, {}, no_teacher(), rollout=half)
+    with pytest.raises(ValueError, match=f"row 3: .*{reason.replace('|', '[|]')}"):
+        checked(module, tmp_path, rows)
+    assert len(checked(module, tmp_path, rows, on_bad_row="skip").train) == 2
+
+
+def test_an_answer_at_the_end_can_be_dropped_or_trained(chat_student, tmp_path):
+    given = Rollout(batch_size=8, horizon=10, behaviour={"dataset": 1.0})
+    module = make_module(chat_student, {}, no_teacher(), rollout=given)
+    rows, columns = [{"messages": [ASKED, ANSWERED]}] * 3, {"prompt": "messages"}
+    data = checked(module, tmp_path, rows, columns=columns, last_answer="completion")
+    assert module.tokenizer().decode(module.prompt_ids(dict(data.train[0]))) == shown(module, "1+1=")
+    assert module.tokenizer().decode(module.act("dataset", [dict(data.train[0])], [0]).actions[0]) == "2<|im_end|>"
 
 
 # -- ids ------------------------------------------------------------------------------------------------------------
