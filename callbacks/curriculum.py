@@ -195,8 +195,9 @@ class Curriculum(KnobCallback):
 
     A knob is turned after an optimiser step and before the next rollout, and logged as ``knob/<path>``; the number of
     the stage as ``curriculum/stage``. Rollouts that are pending then (several optimiser steps per generation,
-    ``rollout.max_staleness``) are trained as they are. Weights of EMA teachers and the optimiser's moments are carried
-    over from stage to stage. Evaluation goes by its own settings; of knobs, only ``student_view`` reaches it.
+    ``rollout.max_staleness``) are trained as they are, on what the student saw when it acted. Weights of EMA teachers
+    and the optimiser's moments are carried over from stage to stage. Evaluation goes by its own settings; of knobs,
+    only ``student_view`` reaches it.
 
     Args:
         schedules: path of a knob → schedule.

@@ -33,7 +33,8 @@ from .rollout import EndOfRollouts, Rollout, group_statistics
 from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
-from .teacher import Frozen, Policy, Said, Teacher, View, evaluating, shown_by
+from .student_view import settings_of, shown
+from .teacher import Frozen, Policy, Said, Teacher, View, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
 
@@ -315,14 +316,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         The observation is the student's in every case: that is what the loss conditions on.
         """
         if who == "dataset":
-            return check_acted(self, self.replay(examples, seeds), examples, "replay")
-        # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
-        with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
-            return self._act(who, examples, seeds, rollout or self.rollout)
+            acted = check_acted(self, self.replay(examples, seeds), examples, "replay")
+        else:
+            # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
+            with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
+                acted = self._act(who, examples, seeds, rollout or self.rollout)
+        return dataclasses.replace(acted, student_view=settings_of(self.student_view))
 
-    def shown(self, examples: list[Example]) -> list[Example]:
-        """The examples as the student sees them."""
-        return examples if self.student_view is None else [shown_by(self.student_view, e) or e for e in examples]
+    def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
+        """The examples as the student sees them; ``settings``: as it saw them when its view had these."""
+        return shown(self.student_view, examples, settings)
 
     def _act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout) -> Trajectories:
         policy, mine = self.policies[who], self.shown(examples)
@@ -330,18 +333,18 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if who == "student":
             acted = check_acted(self, self.sample(policy, prompts, mine, rollout, seeds), mine)
             return dataclasses.replace(acted, examples=examples)
-        shown = [own if view is None else view for own, view in zip(mine, self._look(who, examples), strict=True)]
-        theirs = self.collate(shown, policy if self.teachers[who].own_template else None)
-        acted = check_acted(self, self.sample(policy, theirs, shown, rollout, seeds), shown)
+        seeing = [own if view is None else view for own, view in zip(mine, self._look(who, examples), strict=True)]
+        theirs = self.collate(seeing, policy if self.teachers[who].own_template else None)
+        acted = check_acted(self, self.sample(policy, theirs, seeing, rollout, seeds), seeing)
         return dataclasses.replace(acted, observation=acted.observation | prompts, examples=examples)
 
-    def _look(self, name: str, examples: list[Example]) -> list[Example | None]:
+    def _look(self, name: str, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example | None]:
         """What a teacher is shown of each example; without a view of its own, what the student sees."""
         teacher = self.teachers[name]
         seen = [teacher.look(example) for example in examples]
         if teacher.view is not None or self.student_view is None:
             return seen
-        return [None if look is None else own for look, own in zip(seen, self.shown(examples), strict=True)]
+        return [None if look is None else own for look, own in zip(seen, self.shown(examples, settings), strict=True)]
 
     @property
     def has_rewards(self) -> bool:
@@ -374,12 +377,12 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if teacher.view is None and not teacher.where and not teacher.own_template:
                 return self.steps(policy, trajectories), None
-            seen = self._look(name, trajectories.examples)
+            seen = self._look(name, trajectories.examples, trajectories.student_view)
             available = torch.tensor([view is not None for view in seen], device=trajectories.mask.device)
             # where there is no view the student's own prompt keeps the shapes; the term is off there
-            mine = self.shown(trajectories.examples)
-            shown = [own if view is None else view for own, view in zip(mine, seen, strict=True)]
-            return self.steps(policy, trajectories, shown), available
+            mine = self.shown(trajectories.examples, trajectories.student_view)
+            seeing = [own if view is None else view for own, view in zip(mine, seen, strict=True)]
+            return self.steps(policy, trajectories, seeing), available
 
     @torch.no_grad()
     def per_step(
@@ -498,7 +501,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     def _ask_once(self, name: str, batch: Trajectories, known: dict[str, Said]) -> tuple[Distribution, Tensor | None]:
         # where weights are cut all ranks must ask or none, but views may have changed for the examples of some
         lasts = self.rollout.epochs > 1 and self.teachers[name].weights.stands_still and mesh_of(self._trainer) is None
-        seen = self._look(name, batch.examples) if lasts else None
+        seen = self._look(name, batch.examples, batch.student_view) if lasts else None
         before = known.pop(name, None)
         if before is not None and (before.step == self.global_step or (lasts and before.seen == seen)):
             if lasts:

@@ -361,6 +361,7 @@ class RolloutLoader:
         parts = [
             Trajectories.from_state_dict(s, [row_of(self.dataset, row) for row in s["row"].tolist()]) for s in saved
         ]
+        self.module.shown([], parts[0].student_view)  # refuses a checkpoint of another view now, not when it is trained
         if len(parts) == self.world_size:
             return parts[self.rank]
         everyone = Trajectories.concatenate(parts, self.module.padding)

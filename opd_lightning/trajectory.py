@@ -41,6 +41,8 @@ class Trajectories:
             that abstain; NaN where all do.
         weight: ``[B]`` how much each trajectory counts in every term, a constant ≥ 0 (see `weigh`); None: 1.
         channels: ``[B, T]`` each, what a setting knows of every step, by name, for parts that need it.
+        student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
+            again; None: nobody noted them.
         optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.
 
     A setting's `sample` fills what the actor knows; ``row``, ``group``, ``source``, ``weights_version`` and the rewards
@@ -63,6 +65,7 @@ class Trajectories:
     group_std: Tensor | None = None
     weight: Tensor | None = None
     channels: dict[str, Tensor] = field(default_factory=dict)
+    student_view: dict[str, Any] | None = None
     optimiser_step: OptimiserStep | None = field(default=None, repr=False)
     micro_batch: int = 0
 
@@ -146,7 +149,8 @@ class Trajectories:
 
     def state_dict(self) -> dict[str, Any]:
         """Only tensors, strings, lists and dicts, so that a checkpoint loads with ``weights_only=True``."""
-        return {**self._map(lambda tensor: tensor.cpu()), "sources": list(self.sources)}
+        plain = {"sources": list(self.sources), "student_view": self.student_view}
+        return {**self._map(lambda tensor: tensor.cpu()), **plain}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], examples: list[Example]) -> Trajectories:
@@ -184,6 +188,7 @@ class Trajectories:
             channels={name: join([part.channels[name] for part in parts], width=steps) for name in first.channels},
             examples=[example for part in parts for example in part.examples],
             sources=first.sources,
+            student_view=first.student_view,
             **flat,
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from .student_view import as_it_was, settings_of
 from .teacher import Policy, frozen_copy
 from .trajectory import Trajectories
 
@@ -74,13 +75,15 @@ class RolloutWorker:
 
     def submit(self, job: Callable[[Any], Trajectories]) -> Future[Trajectories]:
         """Runs ``job(actor)`` in the thread; what it raises reaches whoever asks for the result, with its traceback."""
-        rollout = copy.deepcopy(self._module.rollout)  # knobs may be turned before the job begins
+        # knobs may be turned before the job begins
+        rollout, view = copy.deepcopy(self._module.rollout), self._module.student_view
+        view = as_it_was(view, settings_of(view))
 
         def run() -> Trajectories:
             stream: AbstractContextManager[Any] = (
                 nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
             )
-            self._actor.rollout = rollout
+            self._actor.rollout, self._actor.student_view = rollout, view
             with stream:
                 return job(self._actor)
 

@@ -213,7 +213,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         model = bare(policy.model)
         device = next(model.parameters()).device
         if view is None:
-            prompts, seen = trajectories.observation, self.shown(trajectories.examples)
+            prompts = trajectories.observation
+            seen = self.shown(trajectories.examples, trajectories.student_view)
         else:
             own = policy.name in self.teachers and self.teachers[policy.name].own_template
             prompts, seen = self.collate(view, policy if own else None), view
@@ -279,7 +280,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         texts = [self.written_as(row) for row in tokens]
         shown: list[dict[str, Any]] = []
         for text, example in zip(texts, trajectories.examples, strict=True):
-            facts = self.grade(text, example)
+            facts = self.grade(text, example, trajectories.student_view)
             shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
                 shown[-1]["reward"] = self.rate(text, example | facts)
@@ -293,9 +294,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         rows = zip(trajectories.actions, trajectories.mask, strict=True)
         return [[str(self.tokenizer().decode([token])) for token in row[keep].tolist()] for row, keep in rows]
 
-    def grade(self, completion: str, example: Example) -> dict[str, Any]:
+    def grade(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
         """What only the setting can find out about a completion: rewards read it as further columns, samples show it,
-        and validation averages the numbers in its entry ``metrics``."""
+        and validation averages the numbers in its entry ``metrics``. ``student_view``: as `Trajectories` has it."""
         return {}
 
     # -- export -------------------------------------------------------------------------------------------------

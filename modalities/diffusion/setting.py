@@ -282,7 +282,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
         is_student = policy.name == "student"
         answer = SameStep() if is_student else self._answer(policy.name)
-        own = self.shown(trajectories.examples)
+        own = self.shown(trajectories.examples, trajectories.student_view)
         examples = own if view is None else view
         asking = self._asking(policy, examples, answer.guidance)
         width, device = trajectories.mask.shape[1], trajectories.mask.device
@@ -431,7 +431,8 @@ class DiffusionDistillation(OnPolicyDistillation):
         mine = mine.select(acted.nonzero().squeeze(-1))
         if not len(mine):
             return None  # a stage in which the student does not act
-        asking = AskHere(self._asking(self.policies[name], self.shown(mine.examples)), torch.arange(len(mine)))
+        seen = self.shown(mine.examples, mine.student_view)
+        asking = AskHere(self._asking(self.policies[name], seen), torch.arange(len(mine)))
 
         def average(gradient: Tensor) -> Tensor:
             if self.trainer.world_size == 1:

@@ -80,13 +80,20 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
             model_size = (1, 1)
         return self.answer.write(tuple(example["box"]), images_of(example)[0].size, model_size)
 
-    def predicted(self, completion: str, example: Example) -> tuple[float, ...] | None:
-        """The point or box that a completion names, in pixels of the original screenshot; None: it is malformed."""
+    def predicted(
+        self, completion: str, example: Example, student_view: dict[str, Any] | None = None
+    ) -> tuple[float, ...] | None:
+        """The point or box that a completion names, in pixels of the original screenshot; None: it is malformed.
+
+        ``student_view``: its settings when the completion was written (`Trajectories`); None: those of now.
+        """
         parsed = self.answer.parse(completion)
         if parsed is None:
             return None
-        size = images_of(example)[0].size
-        model_size = self.model_size(images_of(self.shown([example])[0])[0].size) if self.answer.absolute else size
+        size = model_size = images_of(example)[0].size
+        if self.answer.absolute:
+            (seen,) = self.shown([example], student_view)
+            model_size = self.model_size(images_of(seen)[0].size)
         return self.answer.to_pixels(parsed, size, model_size)
 
     # -- the methods of a setting -------------------------------------------------------------------------------
@@ -118,8 +125,8 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         ends = {*self.eos, self.padding_id}
         return str(self.tokenizer().decode([token for token in tokens if token not in ends], skip_special_tokens=False))
 
-    def grade(self, completion: str, example: Example) -> dict[str, Any]:
-        box, prediction = tuple(example["box"]), self.predicted(completion, example)
+    def grade(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
+        box, prediction = tuple(example["box"]), self.predicted(completion, example, student_view)
         metrics = grade(prediction, box, images_of(example)[0].size)
         return {"box": list(box), "prediction": prediction, "metrics": metrics}
 

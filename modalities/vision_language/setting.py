@@ -174,7 +174,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return said
 
     def _sees(self, trajectories: Trajectories) -> bool:
-        return any(images_of(example) for example in self.shown(trajectories.examples))
+        seen = self.shown(trajectories.examples, trajectories.student_view)
+        return any(images_of(example) for example in seen)
 
     def _eyes(self) -> list[Tensor]:
         """Trained parameters outside of the language model."""
@@ -230,11 +231,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         """
         gaps = {}
         for name, policy in self.policies.items():
-            seen: list[Example | None] = (
-                list(self.shown(trajectories.examples))
-                if name == "student"
-                else self._look(name, trajectories.examples)
-            )
+            shown = trajectories.examples, trajectories.student_view
+            seen: list[Example | None] = list(self.shown(*shown)) if name == "student" else self._look(name, *shown)
             kept = [i for i, e in enumerate(seen) if e is not None and images_of(e) and trajectories.mask[i].any()]
             # other ranks may have some, and wait for this one where the weights are cut
             asked = kept if kept or not is_sharded(bare(policy.model)) else [0]
