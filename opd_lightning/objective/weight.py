@@ -5,6 +5,7 @@ Shape legend: n steps of a chunk, N of a micro-batch, M of the optimiser step on
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -116,8 +117,27 @@ class ImportanceRatio(Weight):
         return log_ratio.exp().clamp(max=self.cap)
 
 
+EQUAL = 1e-5
+"""How far apart, in nats or as a share of the larger, two computations of the same entropy may be: a state is computed
+in another company in another micro-batch."""
+
+
+def at_least(values: Tensor, share: float) -> Tensor:
+    """The value that the highest ``share`` of ``values [M]`` reach, a scalar.
+
+    That is the value at the (1 − share) quantile, or the next higher one where it lies between two, lowered by as much
+    as equal values may differ: whatever equals it is in.
+    """
+    # a whole rank that is not quite whole in floating point is that rank
+    rank = math.ceil((1 - share) * (len(values) - 1) - 1e-6)
+    reached = values.float().kthvalue(rank + 1).values
+    return reached - EQUAL * reached.abs().clamp(min=1)
+
+
 class TopEntropy(Weight):
     """1 for the ``share`` of steps with the highest entropy, 0 elsewhere.
+
+    States whose entropies are equal are in or out together (see `at_least`), so that no rounding chooses among them.
 
     Args:
         share: default 0.5 (the entropy-only ratio in TIP, 2604.14084; TIP itself ranks by a two-axis score).
@@ -144,11 +164,11 @@ class TopEntropy(Weight):
             everywhere = steps.over_batch(f"{self.of}_entropy")
             if not len(everywhere):
                 return entropy
-            return (entropy >= everywhere.float().quantile(1 - self.share)).float()
+            return (entropy >= at_least(everywhere, self.share)).float()
         chosen = torch.zeros_like(entropy)
         for row in steps.trajectory.unique():
             mine = steps.trajectory == row
-            chosen[mine] = (entropy[mine] >= entropy[mine].quantile(1 - self.share)).float()
+            chosen[mine] = (entropy[mine] >= at_least(entropy[mine], self.share)).float()
         return chosen
 
 

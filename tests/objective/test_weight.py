@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_lightning.objective import (
@@ -26,9 +29,11 @@ from opd_lightning.objective import (
     Weight,
     Window,
 )
+from opd_lightning.objective.weight import at_least
+from opd_lightning.rollout import Rollout
 from tests.callbacks import toy
 from tests.objective.reference import Policy, batch, close, dense, kl
-from tests.tiny import act
+from tests.tiny import act, fit, make_module
 
 V = 6
 MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
@@ -112,6 +117,35 @@ def test_weights_multiply_and_each_is_counted(world):
     close(loss, expected, 1e-6)
     means = averages.compute()
     assert {"clipped/ReverseKL/Window", "clipped/ReverseKL/Entropy", "clipped/ReverseKL/TopEntropy"} <= set(means)
+
+
+@given(
+    values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 2.0]), min_size=1, max_size=40),
+    share=st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),
+    noise=st.integers(0, 2**32 - 1),
+)
+def test_equal_states_are_in_or_out_together(values, share, noise):
+    """Whatever their rounding is, and whatever that of the share's rank."""
+    exact = torch.tensor(values, dtype=torch.float64)
+    rank = math.ceil((1 - Fraction(str(share))) * (len(values) - 1))
+    wanted = exact >= exact.sort().values[rank]
+    rounded = exact * (1 + 1e-6 * torch.randn(len(values), generator=torch.Generator().manual_seed(noise)))
+    assert torch.equal(rounded.float() >= at_least(rounded.float(), share), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_a_share_of_equal_states_is_all_of_them_however_the_batch_is_cut(size, tiny_student, tiny_teacher, tmp_path):
+    """Their entropies differ by a rounding, for each is computed in other company."""
+    objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.3)], normaliser="weights")])
+    rollout = Rollout(batch_size=6, micro_batch_size=size, horizon=1)
+    module = make_module(tiny_student, tiny_teacher, objective, rollout=rollout)
+    trainer = fit(module, tmp_path, [{"prompt": "11+11="}] * 6, accumulate_grad_batches=6 // size)
+    assert trainer.callback_metrics["train/clipped/ReverseKL/TopEntropy"] == 0
+
+
+def test_a_share_of_more_states_than_torch_takes_quantiles_of():
+    many = torch.arange(2**24 + 3.0)
+    assert int((many >= at_least(many, 0.5)).sum()) == pytest.approx(len(many) / 2, rel=1e-3)
 
 
 def test_a_weight_has_no_gradient(world):
