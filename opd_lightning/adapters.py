@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,27 @@ class CopiedAdapter(AnotherAdapter):
         super().__init__(model, name)
         for mine, theirs in self.pairs().values():
             mine.copy_(theirs)
+
+
+def merged(model: PeftModel) -> nn.Module:
+    """The base with the student's adapter folded into it, in place.
+
+    A weight that an adapter changes in one of several places, such as a head that is also the embedding, becomes one of
+    its own there.
+    """
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base: Any = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is not None and places[id(weight)] > 1:
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            _say_untied(model.get_base_model())
+    return model.merge_and_unload()
+
+
+def _say_untied(model: Any) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def _is_factor(parameter: str) -> bool:

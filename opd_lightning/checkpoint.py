@@ -28,14 +28,10 @@ def kept_names(module: OnPolicyDistillation) -> set[str]:
     student, everything = module.student, set(module.state_dict())
     if module._student_spec.lora is None or module._student_spec.random_init:  # nobody else has the drawn base
         return everything
-    # a tied head is the same parameter under a second name, and just as frozen
-    parameters = student.named_parameters(remove_duplicate=False)
-    adapters = adapter_parameters(student)
-    frozen = {name for name, p in parameters if not p.requires_grad and name not in adapters}
-    frozen |= {name for name, _ in student.named_buffers()}
-    # the scales and maps that bitsandbytes keeps beside each weight
-    frozen |= {name for name in student.state_dict() if any(name.startswith(f"{base}.") for base in frozen)}
-    return everything - {f"student.{name}" for name in frozen}
+    # a tied head is the same parameter under a second name
+    trained = {name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept = {f"student.{name}" for name in trained | adapter_parameters(student).keys()}
+    return {name for name in everything if name in kept or not name.startswith("student.")}
 
 
 def plain_rng_states() -> dict[str, Any]:
@@ -51,6 +47,10 @@ class AtomicIO(TorchCheckpointIO):
     Lightning's own writes to the system's temporary folder first; from another disk a move is a copy, which a kill can
     cut short.
     """
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Tensors, numbers and text, wherever they come from; Lightning would unpickle anything that a URL gives."""
+        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """

@@ -1,93 +1,259 @@
-"""`opd export CKPT DIR`: from a checkpoint to a folder that transformers loads."""
+"""`opd export CKPT DIR`: from a checkpoint to a folder that transformers or diffusers loads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse._util import import_object
 from peft import PeftModel
+from torch import Tensor
 
+from .adapters import merged
+from .checkpoint import check_whole, newest_whole
+from .likeness import TOLERANCE, distance, tolerance
+from .model_card import model_card
 from .module import OnPolicyDistillation
+from .objective import Objective
+from .pretrained import quantised_as
 
-
-def load_module(checkpoint: str | Path) -> tuple[OnPolicyDistillation, dict[str, Any], int]:
-    """The module of a checkpoint with its trained weights, its configuration, and the optimiser steps it has seen.
-
-    Raises:
-        ValueError: the checkpoint was not written by ``opd fit``.
-    """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if not state.get("opd_config"):
-        raise ValueError(f"{checkpoint}: no configuration inside; only checkpoints of `opd fit` can be exported")
-    config = yaml.safe_load(state["opd_config"])
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(OnPolicyDistillation, "model")
-    module = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
-    module.configure_model()
-    module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"], strict=False)
-    return module, config, state["global_step"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Parses and runs ``opd export CKPT DIR [--merge BOOL]``."""
+    """Parses and runs ``opd export CKPT DIR [--merge BOOL] [--dtype NAME] [--trust_remote_code BOOL]``."""
     parser = ArgumentParser(prog="opd export", description="Write the student as a Hugging Face folder.")
-    parser.add_argument("checkpoint", type=str, help="a checkpoint of `opd fit`")
+    parser.add_argument("checkpoint", type=str, help="a checkpoint of `opd fit`, or a run's folder: its newest one")
     parser.add_argument("folder", type=str, help="where to write; must not exist or be empty")
     parser.add_argument("--merge", type=bool, default=True, help="fold LoRA into the base (false: adapter only)")
+    parser.add_argument("--dtype", type=DType, default="auto", help="of the weights; auto: that of the base")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="run code that the checkpoint names: a setting of one's own, code that comes with its base",
+    )
     options = parser.parse_args(list(arguments))
-    write(options.checkpoint, options.folder, options.merge)
+    write(options.checkpoint, options.folder, options.merge, options.dtype, options.trust_remote_code)
 
 
-def write(checkpoint: str | Path, folder: str | Path, merge: bool = True) -> None:
-    """
+def write(
+    checkpoint: str | Path,
+    folder: str | Path,
+    merge: bool = True,
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes the student, reads it as others do, and compares the two; a folder that differs is never there.
+
+    Args:
+        checkpoint: a file of `opd fit`, or the folder of a run, whose newest one is meant.
+        folder: must not exist, or be empty.
+        merge: fold adapters into the base; otherwise they are written alone.
+        dtype: of the written weights; ``auto``: that of the base.
+        trust_remote_code: run code that the checkpoint names.
+
     Raises:
         FileExistsError: the folder holds something already.
-        ValueError: adapters over a quantised base are to be merged.
+        ValueError: adapters can't be merged or written; what was written says something else than the student.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; export into a new folder")
-    module, config, steps = load_module(checkpoint)
+    state = read(checkpoint)
+    config = yaml.safe_load(state["opd_config"])
+    module = student_alone(config["model"], trust_remote_code)
+    student = module.policies["student"]
+    _check_mergeable(module, merge)
+    before = module.probe(student)
+    restore(module, state)
+    live, rough = module.probe(student), tolerance(student.model)
+    with beside(folder) as part:
+        model = merged(student.model) if merge and isinstance(student.model, PeftModel) else student.model
+        _to_dtype(module, model, dtype)
+        module.save_student(model, part)
+        found = _compare(module, part, live, before, rough)
+        card = model_card(config, state["global_step"], module.library)
+        (part / "README.md").write_text(card, encoding="utf-8")
+    print(f"wrote {folder}: {found}")
+
+
+def read(checkpoint: str | Path) -> dict[str, Any]:
+    """What is in a checkpoint: tensors, numbers and text; nothing else is unpickled.
+
+    Raises:
+        ValueError: it comes from elsewhere, holds anything else, was cut short, or was not written by ``opd fit``.
+        FileNotFoundError: there is none.
+    """
+    if "://" in str(checkpoint):
+        raise ValueError(f"{checkpoint}: checkpoints are read from files only; download it first")
+    path = Path(checkpoint)
+    if path.is_dir():
+        inside = path / "checkpoints"
+        newest = newest_whole(inside if inside.is_dir() else path)
+        if newest is None:
+            raise FileNotFoundError(f"{path} holds no checkpoint, and neither does {inside}")
+        print(f"{path}: its newest checkpoint is {newest.name}")
+        path = newest
+    check_whole(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds something else than tensors, numbers and text, which could run code; it is not loaded "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if not state.get("opd_config"):
+        raise ValueError(f"{path}: no configuration inside; only checkpoints of `opd fit` can be exported")
+    return dict(state)
+
+
+class Nothing(Objective):
+    """The objective of a module that is not trained."""
+
+    def __init__(self) -> None:
+        self.terms, self.chunk_mib, self.chunk_steps = [], 1, None
+
+
+def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> OnPolicyDistillation:
+    """The setting of a configuration with its student and nothing else: no teachers, reward, data or callbacks.
+
+    Args:
+        config: ``class_path`` and ``init_args``, as in ``model`` of a run.
+        trust_remote_code: import what it names. Otherwise only classes of this package are.
+
+    Raises:
+        ValueError: the checkpoint names code to be run, and is not trusted.
+        FileNotFoundError: the student's base is not where it was.
+    """
+    path, arguments = config["class_path"], config["init_args"]
+    ours = path.startswith("opd_lightning.")
+    if not trust_remote_code and (not ours or arguments["student"].get("trust_remote_code")):
+        code = "Python code that comes with its base" if ours else f"the setting {path}"
+        raise ValueError(
+            f"the checkpoint asks for {code} to be run; if you know who wrote it, export with --trust_remote_code=true"
+        )
+    setting: Any = import_object(path)
+    if not (inspect.isclass(setting) and issubclass(setting, OnPolicyDistillation)):
+        raise ValueError(f"the checkpoint was written by {path}, which is no setting")
+    core = inspect.signature(OnPolicyDistillation.__init__).parameters.keys() - {"self", "student"}
+    own = setting.exported_with if ours else arguments.keys() - core
+    kept = {name: arguments[name] for name in {*own, "student"} if name in arguments}
+    if ours and "class_path" in yaml.safe_dump(kept):
+        raise ValueError("the checkpoint names classes where plain values belong; it is not exported")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(setting, skip=set(core))
+    built = parser.instantiate_classes(parser.parse_object(kept))
+    module = setting(objective=Nothing(), **{name: built[name] for name in kept})
+    try:
+        module.configure_model()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the checkpoint needs the base that it was trained from, whose {error}") from None
+    return module
+
+
+def restore(module: OnPolicyDistillation, state: dict[str, Any]) -> None:
+    """The trained weights of a checkpoint."""
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"], strict=False)
+
+
+def load_module(checkpoint: str | Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any], int]:
+    """The trained student of a checkpoint in its setting, its configuration, and the optimiser steps it has seen.
+
+    Raises:
+        ValueError: as in `read` and `student_alone`.
+    """
+    state = read(checkpoint)
+    config = yaml.safe_load(state["opd_config"])
+    module = student_alone(config["model"], trust_remote_code)
+    restore(module, state)
+    return module, config, state["global_step"]
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` if all goes well, and is gone otherwise."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _check_mergeable(module: OnPolicyDistillation, merge: bool) -> None:
     spec, model = module._student_spec, module.policies["student"].model
+    if not isinstance(model, PeftModel):
+        return
+    quantised = quantised_as(getattr(model.get_base_model().config, "quantization_config", None)) or spec.quantization
+    if merge and quantised:
+        raise ValueError(
+            f"the base is quantised ({quantised}); to merge would round the adapter away. Export with --merge=false, "
+            "and load the adapter on the base"
+        )
+    if not merge and spec.random_init:
+        raise ValueError("the adapter's base was drawn (random_init), so nobody else has it; export with --merge=true")
+
+
+def _to_dtype(module: OnPolicyDistillation, model: Any, dtype: str) -> None:
+    """Casts a model in place, but for adapters alone, which stay as they are."""
+    spec = module._student_spec
     if isinstance(model, PeftModel):
-        for name in [name for name in model.peft_config if name != "default"]:
-            model.delete_adapter(name)
-        if merge and spec.quantization:
-            raise ValueError(
-                f"the base is loaded in {spec.quantization}; merging would round the adapter away. "
-                "Export it with --merge=false and load it on the base."
-            )
-        if merge:
-            model = model.merge_and_unload()
-    module.save_student(model, folder)
-    (folder / "README.md").write_text(model_card(module, config, steps), encoding="utf-8")
-    print(f"wrote {folder}")
+        if dtype != "auto":
+            raise ValueError(f"dtype={dtype} means nothing to adapters without their base; leave it out, or merge them")
+        return
+    named = dtype if dtype != "auto" else spec.dtype
+    found = module.stored_dtype(spec) if named == "auto" else getattr(torch, named)
+    if found is not None and hasattr(model, "to"):
+        model.to(found)
 
 
-def model_card(module: OnPolicyDistillation, config: dict[str, Any], steps: int) -> str:
-    """What was trained from what, with the configuration that reruns it."""
-    teachers = "".join(
-        f"* teacher `{name}`: {type(teacher.weights).__name__}, {module.policies[name].path}"
-        f"{', with a ' + type(teacher.view).__name__ if teacher.view else ''}\n"
-        for name, teacher in module.teachers.items()
-    )
-    terms = "".join(
-        f"* {term.coefficient:g} × {type(term.signal).__name__}"
-        f"{f' to `{term.teacher}`' if term.teachers else ''}"
-        f"{''.join(' × ' + type(weight).__name__ for weight in term.weights)}\n"
-        for term in module.objective.terms
-    )
-    behaviour = ", ".join(f"{name} {share:g}" for name, share in module.rollout.behaviour.items())
+def _compare(
+    module: OnPolicyDistillation, folder: Path, live: Tensor | None, before: Tensor | None, rough: float
+) -> str:
+    """How far what is in the folder is from the trained student, in words.
+
+    Args:
+        module: its setting; its own student is given up.
+        folder: where it was written.
+        live, before: what the student says, and what it said before it was trained.
+        rough: how exactly it said that.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    if live is None or before is None:
+        return f"not compared with the student, since {type(module).__name__} has no method probe"
+    student = module.student
+    if not getattr(student, "is_quantized", False):
+        student.to("meta")  # the memory of one model is enough
+    written = module.read_student(folder)
+    apart = distance(module.probe(written), live)  # type: ignore[arg-type]
+    own = tolerance(written.model)
+    allowed = max(own, rough)
+    if apart > allowed:
+        raise ValueError(
+            f"what was written differs from the trained student by {apart:.2g} of the spread of what it says, and "
+            f"{allowed:g} is allowed: nothing is exported. Try --merge=false, or --dtype=float32, which rounds nothing"
+        )
+    moved = distance(before, live)
+    if own == TOLERANCE[torch.float32] or not apart or not moved:
+        return "loaded again, it says what the trained student says"
     return (
-        f"---\nlibrary_name: {module.library}\ntags: [on-policy-distillation]\n"
-        f"base_model: {module._student_spec.path}\n---\n\n"
-        f"# Student of an on-policy distillation\n\n"
-        f"Trained with opd-lightning for {steps} optimiser steps from `{module._student_spec.path}`.\n\n"
-        f"## Objective\n\n{terms}{teachers}* who acts: {behaviour}; horizon {module.rollout.horizon}\n\n"
-        f"## Configuration\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n"
+        f"loaded again, it says what the trained student says, but for {apart / moved:.2g} of what training changed "
+        f"({apart / moved:.0%}), which is rounded away"
     )

@@ -58,10 +58,9 @@ class Portable:
     def read_student(self, folder: Path) -> Policy:
         """What `save_student` wrote, as other programs read it."""
         spec = self._student_spec
-        processor = self.load_processor(dataclasses.replace(spec, path=str(folder), revision=None))
         if (folder / "adapter_config.json").exists():
             adapter = Lora(adapter=str(folder))
             spec = dataclasses.replace(spec, lora=adapter, freeze=None, gradient_checkpointing=False)
-            return Policy(spec.load(self.model_class, trained=False), processor)
+            return Policy(spec.load(self.model_class, trained=True), self.load_processor(spec))
         model = self.model_class.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-        return Policy(model.eval(), processor)
+        return Policy(model.eval(), self.load_processor(dataclasses.replace(spec, path=str(folder), revision=None)))

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from importlib.util import find_spec
+
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from opd_lightning import export
 from opd_lightning.cli import run
+from opd_lightning.modalities.text import TextDistillation
+from opd_lightning.portable import Portable
 from opd_lightning.rollout import Rollout
+from tests.exported import exportable
 from tests.processes import last
 from tests.test_resume import PLAIN, configuration
-from tests.tiny import make_module, no_teacher
+from tests.test_self_teachers import ADAPTERS, save_adapter
+from tests.tiny import make_module, no_teacher, save_model
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
 def fit(config, *extra):
@@ -50,8 +63,9 @@ def test_exported_student_generates_as_in_validation(trained, world, tmp_path):
 def test_model_card_says_what_was_trained_from_what(trained, tmp_path, world):
     export.write(trained, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "ReverseKL" in card
-    assert str(world.teacher) in card
+    assert "1 × ReverseKL to `teacher`" in card
+    assert f"* teacher `teacher`: Frozen, {world.teacher.name}\n" in card
+    assert str(world.teacher.parent) not in card
     assert "for 3 optimiser steps" in card
     assert "max_steps: 3" in card
 
@@ -75,6 +89,196 @@ def test_lora_merged_and_as_adapter(tmp_path, world):
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, adapter(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(merged(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-5)
+
+
+def said(folder, base=None) -> torch.Tensor:
+    """Log-probs of what plain transformers (and peft) load."""
+    model = AutoModelForCausalLM.from_pretrained(base or folder)
+    model = PeftModel.from_pretrained(model, folder) if base else model
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 17)[None]).logits.float().log_softmax(-1)
+
+
+def live(checkpoint) -> torch.Tensor:
+    module, _, _ = export.load_module(checkpoint)
+    with torch.no_grad():
+        return module.eval().student(input_ids=torch.arange(3, 17)[None]).logits.float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+def test_adapters_on_heads_and_embeddings_are_exported_as_they_were_trained(targets, tied, tmp_path):
+    """A head that is the embedding becomes one of its own: merged into both it would be another model."""
+    base = save_model(tmp_path / "base", architecture="llama", tie_word_embeddings=tied)
+    checkpoint = exportable(tmp_path / "x.ckpt", base, lora={"r": 4, "target_modules": targets})
+    export.write(checkpoint, tmp_path / "merged")
+    export.write(checkpoint, tmp_path / "adapter", merge=False)
+    expected = live(checkpoint)
+    assert (expected - said(base)).abs().max() > 0.1
+    torch.testing.assert_close(said(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(said(tmp_path / "adapter", base), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", sorted(ADAPTERS))
+def test_whatever_an_adapter_trains_is_exported(kind, tied, tmp_path):
+    base = save_model(tmp_path / "base", architecture="llama", tie_word_embeddings=tied, attention_bias=True)
+    adapter = save_adapter(base, tmp_path / "start", **ADAPTERS[kind])
+    checkpoint = exportable(tmp_path / "x.ckpt", base, lora={"adapter": str(adapter)})
+    expected = live(checkpoint)
+    assert (expected - said(adapter, base)).abs().max() > 0.1, "trained further"
+    export.write(checkpoint, tmp_path / "merged")
+    torch.testing.assert_close(said(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
+    export.write(checkpoint, tmp_path / "adapter", merge=False)
+    torch.testing.assert_close(said(tmp_path / "adapter", base), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_over_drawn_weights_are_exported_over_those_that_were_trained(tiny_student, tmp_path):
+    """Nobody else has them: they are in the checkpoint, and an adapter alone would be worth nothing."""
+    torch.manual_seed(5)
+    drawn = {"random_init": True, "lora": {"r": 2}}
+    checkpoint = exportable(tmp_path / "x.ckpt", tiny_student, **drawn)
+    torch.manual_seed(99)
+    expected = live(checkpoint)
+    torch.manual_seed(5)
+    assert torch.equal(expected, live(checkpoint))
+    export.write(checkpoint, tmp_path / "out")
+    torch.testing.assert_close(said(tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"base was drawn \(random_init\), so nobody else has it; export with --merge=true"
+    ):
+        export.write(checkpoint, tmp_path / "adapter", merge=False)
+
+
+# -- what else belongs to a model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shipped", "kept", "gone"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9, "do_sample": True}, ()),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}, ("temperature",)),
+        ({"length_penalty": 2.0, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}, ("length_penalty",)),
+        ({"early_stopping": True, "output_scores": True}, {}, ("early_stopping", "output_scores")),
+    ],
+    ids=["sampling", "greedy", "beams", "outputs"],
+)
+def test_generation_settings_that_cannot_be_saved_are_repaired_and_told(shipped, kept, gone, tmp_path, caplog):
+    base = save_model(tmp_path / "base", generation=shipped)
+    with caplog.at_level("INFO"):
+        export.write(exportable(tmp_path / "x.ckpt", base), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept.items() <= found.items()
+    assert not set(gone) & found.keys()
+    for name in (*gone, *(["do_sample"] if "do_sample" in kept and "do_sample" not in shipped else [])):
+        assert f"{name}" in caplog.text
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [True, False], ids=["pad", "no pad"])
+def test_the_tokenizer_is_the_bases(side, pad, tmp_path):
+    base = save_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side=side)
+    if not pad:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    export.write(exportable(tmp_path / "x.ckpt", base), tmp_path / "out")
+    found, was = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", base))
+    assert (found.padding_side, found.pad_token) == (was.padding_side, was.pad_token)
+    assert was.padding_side == side
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
+@pytest.mark.parametrize(("dtype", "written"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_weights_are_of_the_bases_dtype_and_what_rounding_costs_is_told(dtype, written, student, tmp_path, capsys):
+    base = save_model(tmp_path / "base", dtype=torch.bfloat16)
+    checkpoint = exportable(tmp_path / "x.ckpt", base, **student)
+    export.write(checkpoint, tmp_path / "out", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{written}"}
+    told = re.search(r"but for \S+ of what training changed \((\d+)%\), which is rounded away", capsys.readouterr().out)
+    if written == "bfloat16":
+        assert told is not None
+        assert int(told[1]) < 50
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(tiny_student, tmp_path, monkeypatch):
+    checkpoint = exportable(tmp_path / "x.ckpt", tiny_student, lora={"r": 4})
+    with monkeypatch.context() as broken:
+        broken.setattr(export, "merged", lambda model: model.unload())  # the adapter is lost
+        with pytest.raises(
+            ValueError, match=r"differs from the trained student by \S+ of the spread .* nothing is expor"
+        ):
+            export.write(checkpoint, tmp_path / "out")
+    with monkeypatch.context() as broken:
+        broken.setattr(export, "model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export.write(checkpoint, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+    (tmp_path / ".out.part").mkdir()  # of one that was killed
+    (tmp_path / "out").mkdir()
+    export.write(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / ".out.part").exists()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_into_a_base_that_is_stored_quantised_is_refused(bits, tmp_path):
+    base = save_model(tmp_path / "base", hidden=64)
+    how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=how).save_pretrained(tmp_path / "stored")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "stored")
+    checkpoint = exportable(tmp_path / "x.ckpt", tmp_path / "stored", lora={"r": 4})
+    with pytest.raises(ValueError, match=rf"quantised \(bitsandbytes, {bits} bit\); to merge would .* --merge=false"):
+        export.write(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.write(checkpoint, tmp_path / "out", merge=False)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(tiny_student, tmp_path, capsys):
+    run = tmp_path / "run"
+    for number, name in enumerate(["last.ckpt", "step-1.ckpt"]):
+        os.utime(exportable(run / "checkpoints" / name, tiny_student, seed=number), (number, number))
+    for i, folder in enumerate((run, run / "checkpoints")):
+        export.write(folder, tmp_path / f"out{i}")
+        assert "its newest checkpoint is step-1.ckpt" in capsys.readouterr().out
+        torch.testing.assert_close(said(tmp_path / f"out{i}"), live(run / "checkpoints" / "step-1.ckpt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no checkpoint"):
+        export.write(tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_base_that_is_gone_is_one_sentence(tmp_path):
+    base = save_model(tmp_path / "base")
+    checkpoint = exportable(tmp_path / "x.ckpt", base)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"needs the base that it was trained from, .* there is no folder .*/base;"
+    ):
+        export.write(checkpoint, tmp_path / "out")
+
+
+class Written(TextDistillation):
+    """A setting of one's own, whose models are no transformers."""
+
+    def save_student(self, model, folder):
+        Portable.save_student(self, nn.Linear(2, 2), folder)
+
+
+def test_a_setting_of_ones_own_is_imported_when_trusted_and_asked_how_it_is_written(tiny_student, tmp_path):
+    checkpoint = exportable(tmp_path / "x.ckpt", tiny_student, setting=f"{__name__}.Written")
+    with pytest.raises(ValueError, match=r"asks for the setting \S+\.Written to be run; .* --trust_remote_code=true"):
+        export.write(checkpoint, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"Written: a Linear has no save_pretrained, so its setting must say how it is wr"
+    ):
+        export.write(checkpoint, tmp_path / "out", trust_remote_code=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_a_full_folder_and_a_foreign_checkpoint(trained, tmp_path):

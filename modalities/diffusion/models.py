@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 
 from ...shipped import shipped
@@ -49,11 +52,50 @@ class Transformer:
         return kind.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **settings)
 
     @staticmethod
+    def stored_dtype(path: str, revision: str | None = None) -> torch.dtype | None:
+        """What its weights are stored in; None where they are not on this machine as safetensors."""
+        folder = Path(shipped(path)) / "transformer"
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  (it can't be iterated over)
+                    return weights.get_tensor(name).dtype
+        return None
+
+    @staticmethod
     def config(path: str, revision: str | None = None) -> dict[str, Any]:
         """Its configuration alone."""
         path = shipped(path)
         kind = getattr(diffusers(), pipeline_index(path, revision)["transformer"][1])
         return dict(kind.load_config(path, subfolder="transformer", revision=revision))
+
+
+def save_adapter(pipe: Any, model: PeftModel, folder: Path) -> None:
+    """Writes the adapter of a transformer as ``load_lora_weights`` of its pipeline reads it.
+
+    Raises:
+        ValueError: the pipeline loads no adapters, or none of this kind.
+    """
+    config = model.peft_config["default"]
+    kinds = {"use_dora": "DoRA", "modules_to_save": "whole modules", "lora_bias": "biases"}
+    for setting, kind in kinds.items():
+        if getattr(config, setting):
+            raise ValueError(f"adapters with {kind} are nothing that diffusers loads; export with --merge=true")
+    if not hasattr(pipe, "save_lora_weights"):
+        raise ValueError(f"a {type(pipe).__name__} of diffusers loads no adapters; export with --merge=true")
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    settings["base_model_name_or_path"] = None  # a folder of this machine, often
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata=settings,
+    )
+
+
+def with_adapter(path: str, revision: str | None, folder: Path) -> nn.Module:
+    """The transformer of a pipeline with an adapter that `save_adapter` wrote, as diffusers loads it."""
+    pipe = diffusers().DiffusionPipeline.from_pretrained(shipped(path), revision=revision)
+    pipe.load_lora_weights(folder)
+    return pipe.transformer.eval()
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:

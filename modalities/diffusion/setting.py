@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ...distribution import Lazy
@@ -27,7 +28,7 @@ from .answer import Answer, AskHere, Moment, SameStep
 from .fake import LearntScore
 from .families import Condition, Family, load_family
 from .images import opened, picture
-from .models import Transformer
+from .models import Transformer, diffusers, save_adapter, with_adapter
 from .quality import SampleQuality
 from .sampler import Ask, Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
 from .signal import FlowMatching, VelocityMatching
@@ -61,6 +62,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     headline: ClassVar[str] = "fid"
     served: ClassVar[frozenset[str]] = frozenset({"latents"})
     reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image", REFERENCE})
+    exported_with: ClassVar[tuple[str, ...]] = ("height", "width", "max_sequence_length", "shift", "flow_map")
 
     def __init__(
         self,
@@ -466,15 +468,28 @@ class DiffusionDistillation(OnPolicyDistillation):
         self.network_evaluations = evaluations
         return said.float().cpu()
 
-    def save_student(self, model: nn.Module, folder: Path) -> None:
-        """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads."""
+    def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
+        return Transformer.stored_dtype(spec.path, spec.revision)
+
+    def save_student(self, model: Any, folder: Path) -> None:
+        """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads, or an adapter for
+        ``load_lora_weights``."""
         pipe = self.family.pipe
+        if isinstance(model, PeftModel):
+            save_adapter(pipe, model, folder)
+            return
         kind, parts = type(pipe), {**pipe.components, "transformer": model}
         kind(**parts).save_pretrained(folder)
         for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
             config = json.loads(file.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def read_student(self, folder: Path) -> Policy:
+        if not (folder / "model_index.json").exists():
+            return Policy(with_adapter(self._student_spec.path, self._student_spec.revision, folder), self.family)
+        pipe = diffusers().DiffusionPipeline.from_pretrained(folder)
+        return Policy(pipe.transformer, self.load_processor(Pretrained(str(folder))))
 
 
 def _to(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
