@@ -84,9 +84,10 @@ def save_adapter(pipe: Any, model: PeftModel, folder: Path) -> None:
         raise ValueError(f"a {type(pipe).__name__} of diffusers loads no adapters; export with --merge=true")
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     settings["base_model_name_or_path"] = None  # a folder of this machine, often
+    layers = get_peft_model_state_dict(model)
     pipe.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_layers={name.removeprefix("base_model.model."): layer for name, layer in layers.items()},
         transformer_lora_adapter_metadata=settings,
     )
 
