@@ -7,7 +7,6 @@ from typing import Any
 from datasets import Dataset, Features, concatenate_datasets
 
 from .printable import quoted
-from .table import Written
 
 Message = dict[str, Any]
 Chat = list[Message]
@@ -53,15 +52,14 @@ def without_answers(rows: Dataset, keep: bool) -> Dataset:
     if "prompt" not in rows.column_names:
         return rows
     prompts = rows["prompt"][:]
-    answered = [isinstance(prompt, list) and bool(prompt) and _is_answer(prompt[-1]) for prompt in prompts]
-    if not any(answered):
-        return rows
-    made = {"prompt": [prompt[:-1] if ends else prompt for prompt, ends in zip(prompts, answered, strict=True)]}
+    ends = [len(prompt) - 1 if is_chat(prompt) and _is_answer(prompt[-1]) else None for prompt in prompts]
+    made = {"prompt": [prompt if end is None else prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]}
     if keep:
-        made["completion"] = [prompt[-1:] if ends else None for prompt, ends in zip(prompts, answered, strict=True)]
-    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: Written()})) for name in made]
+        made["completion"] = [None if end is None else prompt[end:] for prompt, end in zip(prompts, ends, strict=True)]
+    kind = rows.features["prompt"]
+    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: kind})) for name in made]
     return concatenate_datasets([rows.remove_columns("prompt"), *columns], axis=1)
 
 
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
+def _is_answer(message: Message) -> bool:
+    return bool(message["role"] == "assistant")

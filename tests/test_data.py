@@ -294,6 +294,16 @@ def test_a_last_answer_is_dropped_or_becomes_the_completion(tmp_path: Path, prom
     assert ready(**read).train[0] == {"prompt": prompt}
 
 
+def test_answers_are_dropped_from_chats_that_hold_images(tmp_path: Path) -> None:
+    part = {"type": "image", "image": {"bytes": b"pixels", "path": None}}
+    chats = [[{"role": "user", "content": [part]}, {"role": "assistant", "content": []}]]
+    path = str(tmp_path / "chats.parquet")
+    datasets.Dataset.from_dict({"prompt": chats}).to_parquet(path)
+    (message,) = ready(train=path, last_answer="drop").train[0]["prompt"]
+    assert message["role"] == "user"
+    assert message["content"][0]["image"]["bytes"] == b"pixels"
+
+
 def test_a_last_answer_does_not_replace_a_completion(tmp_path: Path) -> None:
     source = write(tmp_path / "chats.jsonl", [{"prompt": ANSWERED, "completion": "3"}])
     with pytest.raises(ValueError, match="there is a column 'completion' already"):

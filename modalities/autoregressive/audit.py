@@ -13,7 +13,7 @@ from ...printable import quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
-from .models import bare, context_length, eos_ids, output_embeddings
+from .models import bare, context_length, output_embeddings
 
 if TYPE_CHECKING:
     from .setting import AutoregressiveDistillation
@@ -38,7 +38,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
         _check_head(module, name, policy)
-    differ = {name: eos_ids(policy) != module.eos for name, policy in roles}
+    stops = {name: module.stop_ids(policy) for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
     actors = {"student", *module.rollout.sources}
@@ -60,7 +60,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
         ("ids compared", {name: str(module.vocabulary) for name, _ in roles}),
         (
             "stop ids",
-            {n: f"{eos_ids(p)}{' (differs: the student stops rollouts)' if differ[n] else ''}" for n, p in roles},
+            {n: f"{i}{'' if i == module.eos else ' (differs: the student stops rollouts)'}" for n, i in stops.items()},
         ),
         ("rollouts by", {name: _engine(module, policy) for name, policy in roles if name in actors}),
         ("chat template", {name: _template(module, name, policy) for name, policy in roles}),

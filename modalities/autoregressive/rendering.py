@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -191,7 +192,7 @@ class Renderer:
         ]
         if len(turns) == len(places) and all(map(_holds, turns, (answer[i] for i in places))):
             return turns
-        (first, *others) = map(_without_nulls, answer)
+        (first, *others) = map(_plain, answer)
         if others or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
             raise ValueError("the chat template does not write the whole completion behind the prompt")
         # such as reasoning that the template leaves out of answers, or begins itself
@@ -240,7 +241,7 @@ class Renderer:
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
         text = self.processor.apply_chat_template(
-            self.prepare([_without_nulls(message) for message in chat], example),
+            self.prepare([_plain(message) for message in chat], example),
             tokenize=False,
             add_generation_prompt=to_be_continued,
             **options,
@@ -275,9 +276,10 @@ def tools_of(example: Example) -> list[Any]:
     """The row's tools; none where it has none.
 
     Raises:
-        ValueError: they are no list.
+        ValueError: they are no list, or no JSON.
     """
-    return [_without_nulls(tool) for tool in _read(example, "tools", list) or []]
+    tools = _read(example, "tools", list) or []
+    return [_without_nulls(_parsed("tools", tool)) for tool in tools]
 
 
 def transcript(prompt: str | Chat) -> str:
@@ -299,26 +301,48 @@ def _shown(message: Message) -> str:
 
 def _read(example: Example, column: str, kind: type) -> Any:
     """A column that holds a list or an object, or the same as JSON text."""
-    value = example.get(column)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{column} is text, but no JSON: {error}") from error
+    value = _parsed(column, example.get(column))
     if value not in (None, "") and not isinstance(value, kind):
         raise ValueError(f"{column} is {quoted(value)}; it must be {'a list' if kind is list else 'an object'}")
     return value
 
 
+def _parsed(column: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{column} is text, but no JSON: {error}") from error
+
+
+def _plain(message: Message) -> Message:
+    """A message as templates take it: without the keys that are null, calls with arguments instead of their JSON; a
+    content that is null is empty."""
+    kept: Message = _without_nulls(message)
+    if calls := kept.get("tool_calls"):
+        kept["tool_calls"] = [_called(call) for call in calls]
+    return {**kept, "content": kept.get("content", "")}
+
+
+def _called(call: Any) -> Any:
+    """A call whose arguments are an object, as templates write them; APIs have them as JSON."""
+    if isinstance(call, dict) and "function" in call:
+        return {**call, "function": _called(call["function"])}
+    if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+        with suppress(ValueError):
+            return {**call, "arguments": json.loads(call["arguments"])}
+    return call
+
+
 def _without_nulls(value: Any) -> Any:
-    """Without the keys that tables add to every message, or JSON has as null; a content is empty then."""
+    """Without the keys that tables add to every message and tool."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if not isinstance(value, dict):
         return value
     # what a tool is called with may be null
-    kept = {k: v if k == "arguments" else _without_nulls(v) for k, v in value.items() if v is not None}
-    return {**kept, "content": kept.get("content", "")} if "role" in value else kept
+    return {k: v if k == "arguments" else _without_nulls(v) for k, v in value.items() if v is not None}
 
 
 def _joined(content: str | list[Any], number: int) -> str:

@@ -115,10 +115,14 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     @cached_property
     def eos(self) -> list[int]:
-        """Every id that ends a completion of the student: its own, and the one with which its template ends turns."""
-        known = eos_ids(self.policies["student"])
-        own = self.renderer().turn_end(known)
-        return sorted({*known, *([] if own is None else [own])})
+        """Every id that ends a completion of the student."""
+        return self.stop_ids(self.policies["student"])
+
+    def stop_ids(self, policy: Policy) -> list[int]:
+        """Every id that ends a turn: those that a policy came with, and the one with which its template does."""
+        known = eos_ids(policy)
+        own = self.renderer(policy).turn_end(known) if policy.processor.chat_template is not None else None
+        return sorted({*known, *listed(own)})
 
     @cached_property
     def padding_id(self) -> int:

@@ -185,8 +185,10 @@ def test_without_a_template_they_are_the_text(kind, prompt, completion):
     assert given_ids[-1:] == stops(made)
     together = made.prompt_ids(row) + given_ids[:-1]
     assert together[0] == made.tokenizer.bos_token_id
-    decode = made.tokenizer.decode
-    assert decode(together[1:]) == decode(ids(made, prompt + completion)), "no space that the text has not"
+    spelled, whole = (
+        "".join(made.tokenizer.convert_ids_to_tokens(some)) for some in (together[1:], ids(made, prompt + completion))
+    )
+    assert spelled == whole, "no space that the text has not"
 
 
 def test_a_thought_that_the_template_adds_is_trained():
@@ -199,9 +201,13 @@ def test_a_thought_that_the_template_adds_is_trained():
     assert answer == "42<|im_end|>"
 
 
-def test_a_thought_that_the_template_would_leave_out_is_kept():
-    _, answer = both(renderer(R1), {"prompt": "12+30?", "completion": "it is easy</think>42"})
-    assert answer == "it is easy</think>42</s>"
+FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+
+
+@pytest.mark.parametrize(("template", "end"), [(R1, "</s>"), (FORGETFUL, "<|im_end|>")])
+def test_a_thought_that_the_template_would_leave_out_is_kept(template, end):
+    _, answer = both(renderer(template), {"prompt": "12+30?", "completion": "it is easy</think>42"}, end)
+    assert answer == f"it is easy</think>42{end}"
 
 
 # -- the end of a turn -----------------------------------------------------------------------------------------------
@@ -274,7 +280,16 @@ def test_turns_that_the_template_writes_otherwise_once_others_follow():
     )
 
 
-@pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "add"}}]'])
+def test_arguments_as_an_api_writes_them_are_read():
+    api = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}
+    row = {"prompt": QUESTION, "completion": [{**CALL, "tool_calls": [api]}]}
+    assert both(renderer(CHATML), row, "<|im_end|>")[1] == '<call>add{"a": null}</call><|im_end|>'
+
+
+ADD = '{"type": "function", "function": {"name": "add", "parameters": {"properties": {"role": {}}}}}'
+
+
+@pytest.mark.parametrize("tools", [[TOOL], f"[{ADD}]", [ADD]])
 def test_tools_of_the_row_go_before_those_of_the_run(tools):
     made = renderer(CHATML, options={"tools": [{"name": "subtract"}]})
     assert '"subtract"' in made.prompt({"prompt": QUESTION, "tools": None})
@@ -282,6 +297,7 @@ def test_tools_of_the_row_go_before_those_of_the_run(tools):
     assert '"add"' in shown
     assert "subtract" not in shown
     assert "null" not in shown, "a table adds keys to every tool"
+    assert "content" not in shown
     given_ids, _ = made.completion({"prompt": QUESTION, "tools": tools, "completion": "42"}, stops(made, "<|im_end|>"))
     assert made.tokenizer.decode(given_ids) == "42<|im_end|>"
 
