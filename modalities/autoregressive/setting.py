@@ -292,7 +292,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def written_as(self, tokens: list[int]) -> str:
         """The text of a completion, for rewards and samples."""
-        return str(self.tokenizer().decode(tokens, skip_special_tokens=True))
+        # what ends a turn need not be marked as special
+        said = [token for token in tokens if token not in self.eos]
+        return str(self.tokenizer().decode(said, skip_special_tokens=True))
 
     def spell(self, trajectories: Trajectories) -> list[list[str]]:
         rows = zip(trajectories.actions, trajectories.mask, strict=True)

@@ -122,7 +122,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     def written_as(self, tokens: list[int]) -> str:
         # the tags around a box are special tokens too
-        ends = {*self.eos, self.padding_id}
+        ends = {*self.eos, self.tokenizer().pad_token_id}
         return str(self.tokenizer().decode([token for token in tokens if token not in ends], skip_special_tokens=False))
 
     def grade(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:

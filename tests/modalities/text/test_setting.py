@@ -148,6 +148,16 @@ def test_a_given_turn_and_a_rollout_end_as_the_template_ends_turns(tmp_path, gen
     assert ends == {3, 4}
 
 
+def test_the_end_of_a_turn_is_no_part_of_what_was_said(tmp_path):
+    """Also where the tokenizer doesn't call it special, so that it would decode it."""
+    tokenizer = chat_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>", "<end>"))
+    tokenizer.add_tokens(["<end>"])
+    module = make_module(save_model(tmp_path, tokenizer=tokenizer, rows=104), {}, no_teacher())
+    given = module.act("dataset", [{"prompt": "1+1=", "completion": "2"}], [0])
+    assert module.tokenizer().decode(given.actions[0], skip_special_tokens=True) == "2<end>"
+    assert module.score(given)[1][0]["completion"] == "2"
+
+
 def test_given_turns_are_cut_at_the_horizon_and_train_what_the_assistant_writes(chat_student):
     answers = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "why?"}]
     answers.append({"role": "assistant", "content": "so"})

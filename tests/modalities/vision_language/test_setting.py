@@ -242,12 +242,14 @@ def test_a_marker_in_the_text_is_the_place_of_an_image(vlm_student, marker):
     chat = [{"role": "user", "content": parts}]
     written = f"Is {marker} left of {marker}?"
     for prompt in (written, [{"role": "user", "content": written}]):
-        row = {"prompt": prompt, "images": images, "completion": "no"}
+        row = {"prompt": prompt, "images": images}
         assert module.refusal(row) is None
         by_hand = module.collate([{**row, "prompt": chat}])["input_ids"]
         assert torch.equal(module.collate([row])["input_ids"], by_hand)
-        given = module.act("dataset", [row], [0])
-        assert module.tokenizer().decode(given.actions[0]) == "no<|im_end|>"
+        parts = [{"type": "text", "text": "no"}]
+        for said in ("no", [{"role": "assistant", "content": "no"}], [{"role": "assistant", "content": parts}]):
+            given = module.act("dataset", [{**row, "completion": said}], [0])
+            assert module.tokenizer().decode(given.actions[0]) == "no<|im_end|>"
     view = PromptView("{{ answer }}! {{ prompt }}")
     seen = view({"prompt": written, "images": images, "answer": "no"})
     assert module.refusal(seen) is None, "a view keeps the places"
