@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tempfile
-from ast import literal_eval
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +20,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from datasets.config import HF_DATASETS_CACHE
 from pyarrow.parquet import ParquetFile
 
-from .reward import import_callable, import_reasoning_gym
+from .reward import encode_metadata, import_callable, import_reasoning_gym
 from .rows import LOCATION, STAND_IN, BadRows, reason_of
 from .table import kind, readable, tabulate, without_added_nulls
 
@@ -261,20 +260,6 @@ def _from_reasoning_gym(task: str, options: dict[str, Any], key: str, bad: BadRo
         for item in items
     ]
     return tabulate([(f"reasoning_gym:{task}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
-
-
-def encode_metadata(metadata: Any) -> str:
-    """reasoning-gym metadata as text; `reward.decode_metadata` reads it.
-
-    A Python literal rather than JSON, because some scorers (arc_agi, rearc) compare tuples with tuples, which
-    JSON would turn into lists; JSON where the metadata holds what no literal can say.
-    """
-    text = repr(metadata)
-    try:
-        literal_eval(text)
-    except (ValueError, SyntaxError):
-        return json.dumps(metadata, default=str)
-    return text
 
 
 def _from_function(path: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:

@@ -5,22 +5,16 @@ import importlib.util
 import json
 import math
 import re
-import select
-import subprocess
-import sys
-import weakref
 from abc import ABC, abstractmethod
 from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from .isolated import Isolated
+
 Example = Mapping[str, Any]
-_MATH_WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class Reward(ABC):
@@ -28,7 +22,8 @@ class Reward(ABC):
 
     It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the
     details, and what becomes of rewards that fail). `columns` are canonical names; the data module refuses a data
-    set that lacks one, before training.
+    set that lacks one, before training. A method `prepare`, where there is one, comes before each call and is not
+    timed: for what takes long to start.
     """
 
     columns: tuple[str, ...] = ()
@@ -139,9 +134,8 @@ class RegexMatch(Reward):
 class MathVerify(Reward):
     """1 if math-verify finds the completion mathematically equal to the example's `answer`, else 0.
 
-    math-verify bounds its time with signals, which only work on the main thread, so each comparison runs in a
-    process of its own that is killed when it is late. Nothing that a completion contains raises: a
-    comparison that could not be made scores 0 and is counted in `failures`, by kind.
+    Each comparison runs in a process of its own that is killed when it is late (`Isolated`). Nothing that a completion
+    contains raises: a comparison that could not be made scores 0 and is counted in `failures`, by kind.
 
     Args:
         timeout: seconds for one comparison, without the worker's start.
@@ -153,73 +147,58 @@ class MathVerify(Reward):
     """
 
     columns = ("answer",)
-    start_timeout = 120.0  # importing sympy takes seconds on a busy machine
 
     def __init__(self, timeout: float = 5.0, after: str = "") -> None:
-        if timeout <= 0:
-            raise ValueError(f"MathVerify.timeout is {timeout} s; it must be greater than 0")
+        _check_timeout("MathVerify", timeout)
         if importlib.util.find_spec("math_verify") is None:
             raise ModuleNotFoundError("MathVerify needs the package math-verify: pip install math-verify")
         self.timeout, self.after = timeout, after
         self.failures: Counter[str] = Counter()
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._worker = Isolated("math_verify")
+
+    def prepare(self) -> None:
+        self._worker.start()
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("MathVerify", example, self.after)
         found = _tail(completion, self.after)
         if found is None:
             return 0.0
-        verdict = self._ask(answer, found)
-        if verdict in ("right", "wrong"):
-            return float(verdict == "right")
-        self.failures[verdict] += 1
-        return 0.0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_worker": None}  # a process can be neither copied nor pickled
-
-    def _ask(self, answer: str, completion: str) -> str:
-        """What the worker found: right, wrong, or the reason why it found nothing."""
-        try:
-            if self._worker is None:
-                # Not multiprocessing: its children import the user's script again, which need not be guarded.
-                # -P keeps the modules beside the worker's file from shadowing top-level ones.
-                self._worker = subprocess.Popen(
-                    [sys.executable, "-P", _MATH_WORKER],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-                weakref.finalize(self, _kill, self._worker)
-                _exchange(self._worker, None, self.start_timeout)
-            return _exchange(self._worker, [answer, completion, self.timeout], self.timeout)
-        except (TimeoutError, OSError) as error:
-            if self._worker is not None:
-                _kill(self._worker)
-            self._worker = None
-            return "timeout" if isinstance(error, TimeoutError) else "worker died"
+        reply = self._worker.ask([answer, found], self.timeout)
+        if "failure" in reply:
+            self.failures[reply["failure"]] += 1
+        return float(reply.get("value", 0.0))
 
 
 class ReasoningGymScore(Reward):
     """reasoning-gym's own score of the completion, in [0, 1]; partial marks are its own too.
 
-    For examples that come from `reasoning_gym:TASK`, whose `task` and `metadata` it needs. A scorer that
-    fails on a completion scores 0 and is counted in `failures`, by kind of error.
+    For examples that come from `reasoning_gym:TASK`, whose `task` and `metadata` it needs. Some of its scorers `eval`
+    completions and rows: they run in a process of its own, which evaluates expressions and executes nothing, and which
+    is killed when it is late (`Isolated`). A scorer that fails on a completion scores 0 and is counted in `failures`,
+    by kind of error.
 
     Args:
         after: hand over only what follows the last occurrence of this marker; without it the score is 0.
+        timeout: seconds for one completion, without the worker's start. Default 10: sympy simplifies for long.
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
-        ValueError: the marker is empty.
+        ValueError: the timeout is not positive; a row names no task of reasoning-gym.
     """
 
     columns = ("task", "metadata")
 
-    def __init__(self, after: str = "") -> None:
-        import_reasoning_gym("ReasoningGymScore")
-        self.after = after
+    def __init__(self, after: str = "", timeout: float = 10.0) -> None:
+        _check_timeout("ReasoningGymScore", timeout)
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise no_reasoning_gym("ReasoningGymScore")
+        self.timeout, self.after = timeout, after
         self.failures: Counter[str] = Counter()
+        self._worker = Isolated("reasoning_gym")
+
+    def prepare(self) -> None:
+        self._worker.start()
 
     def __call__(self, completion: str, example: Example) -> float:
         task = _column("ReasoningGymScore", "task", example)
@@ -227,17 +206,17 @@ class ReasoningGymScore(Reward):
         found = _tail(completion, self.after)
         if found is None:
             return 0.0
-        scorer = _reasoning_gym_scorer(task)
         entry = {
             "question": example.get("prompt"),
             "answer": example.get("answer"),
-            "metadata": decode_metadata(metadata) if isinstance(metadata, str) else metadata,
+            "metadata": metadata if isinstance(metadata, str) else encode_metadata(metadata),
         }
-        try:
-            return float(scorer(found.strip(), entry))
-        except Exception as error:
-            self.failures[type(error).__name__] += 1
-            return 0.0
+        reply = self._worker.ask([task, found.strip(), entry], self.timeout)
+        if reply.get("failure") == "unknown task":
+            raise ValueError(f"the column 'task' names {task!r}, which is no task of reasoning-gym")
+        if "failure" in reply:
+            self.failures[reply["failure"]] += 1
+        return float(reply.get("value", 0.0))
 
 
 class CallableReward(Reward):
@@ -282,26 +261,30 @@ def import_reasoning_gym(who: str) -> ModuleType:
     try:
         return importlib.import_module("reasoning_gym")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{who} needs the package reasoning-gym: pip install "opd-lightning[tasks]"'
-        ) from error
+        raise no_reasoning_gym(who) from error
 
 
-def decode_metadata(text: str) -> Any:
-    """What the column `metadata` says, written as JSON or as a Python literal. Nothing in it is executed."""
+def no_reasoning_gym(who: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f'{who} needs the package reasoning-gym: pip install "opd-lightning[tasks]"')
+
+
+def encode_metadata(metadata: Any) -> str:
+    """reasoning-gym metadata as text; `isolated_worker` reads it, and executes nothing in it.
+
+    A Python literal rather than JSON, because some scorers (arc_agi, rearc) compare tuples with tuples, which
+    JSON would turn into lists; JSON where the metadata holds what no literal can say.
+    """
+    text = repr(metadata)
     try:
-        return json.loads(text)
-    except ValueError:
-        return literal_eval(text)
+        literal_eval(text)
+    except (ValueError, SyntaxError):
+        return json.dumps(metadata, default=str)
+    return text
 
 
-@cache
-def _reasoning_gym_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    gym = import_reasoning_gym("ReasoningGymScore")
-    try:
-        return gym.get_score_answer_fn(task)
-    except ValueError as error:
-        raise ValueError(f"the column 'task' names {task!r}, which is no task of reasoning-gym") from error
+def _check_timeout(who: str, timeout: float) -> None:
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"{who}.timeout is {timeout} s; it must be greater than 0")
 
 
 def _column(who: str, name: str, example: Example) -> Any:
@@ -332,23 +315,3 @@ def _tail(text: str, marker: str) -> str | None:
         return text
     _, found, tail = text.rpartition(marker)
     return tail if found else None
-
-
-def _exchange(worker: "subprocess.Popen[bytes]", question: list[Any] | None, timeout: float) -> str:
-    """Send a line, if any, and wait for a line."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    if question is not None:
-        worker.stdin.write(json.dumps(question).encode() + b"\n")
-        worker.stdin.flush()
-    if not select.select([worker.stdout], [], [], timeout)[0]:
-        raise TimeoutError
-    line = worker.stdout.readline()
-    if not line:
-        raise BrokenPipeError
-    return line.decode().strip()
-
-
-def _kill(worker: "subprocess.Popen[bytes]") -> None:
-    with suppress(OSError), worker:
-        worker.kill()

@@ -63,6 +63,8 @@ class Scoring:
         """
         cause = None
         try:
+            if hasattr(reward, "prepare"):
+                reward.prepare()
             answer = within(self.timeout, lambda: reward(completion, example))
             value = as_number(answer)
             if answer is None or value is not None:

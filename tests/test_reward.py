@@ -2,9 +2,11 @@ import copy
 import json
 import os
 import pickle
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from opd_lightning import reward
-from opd_lightning.data_source import encode_metadata
+from opd_lightning.isolated import Isolated
+from opd_lightning.isolated_worker import decoded, evaluate
 from opd_lightning.reward import (
     CallableReward,
     ExactMatch,
@@ -21,6 +24,7 @@ from opd_lightning.reward import (
     RegexMatch,
     RelaxedMatch,
     Reward,
+    encode_metadata,
 )
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="#"), max_size=20)
@@ -160,8 +164,8 @@ def test_math_verify_survives_a_late_and_a_dead_worker() -> None:
     assert sum(verify.failures.values()) == 1
     verify.timeout = 60
     assert verify("7", {"answer": "7"}) == 1
-    assert verify._worker is not None
-    verify._worker.kill()
+    assert verify._worker.process is not None
+    verify._worker.process.kill()
     assert verify("7", {"answer": "7"}) == 0
     assert verify.failures["worker died"] >= 1
     assert verify("7", {"answer": "7"}) == 1
@@ -176,7 +180,7 @@ def test_math_verify_counts_an_answer_that_is_no_mathematics(math: MathVerify) -
 def test_math_verify_is_copied_and_pickled_without_its_process(math: MathVerify) -> None:
     math("7", {"answer": "7"})
     for twin in (copy.deepcopy(math), pickle.loads(pickle.dumps(math))):
-        assert twin._worker is None
+        assert twin._worker.process is None
         assert twin("7", {"answer": "7"}) == 1
 
 
@@ -249,40 +253,56 @@ def test_reasoning_gym_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         ReasoningGymScore()
 
 
-class FakeGym:
-    """The two functions of reasoning_gym that are called."""
+GYM = """
+def get_score_answer_fn(task):
+    if task == "unknown":
+        raise ValueError("Dataset 'unknown' not registered")
 
-    @staticmethod
-    def get_score_answer_fn(task: str) -> object:
-        if task == "unknown":
-            raise ValueError("Dataset 'unknown' not registered")
+    def score(answer, entry):
+        assert entry["question"] == "p"
+        if answer == "endless":
+            while True:
+                pass
+        if answer.startswith("run "):
+            return float(eval(answer[4:]))
+        if answer.startswith("do "):
+            exec(answer[3:], {})
+        return {"half": 0.5}.get(answer, float(answer == entry["metadata"]["grid"]))
 
-        def score(answer: str, entry: dict[str, object]) -> float:
-            assert entry["question"] == "p"
-            return {"half": 0.5}.get(answer, float(answer == entry["metadata"]["grid"]))  # type: ignore[index]
-
-        return score
+    return score
+"""
 
 
 @pytest.fixture
-def fake_gym(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym", FakeGym)
-    reward._reasoning_gym_scorer.cache_clear()
+def fake_gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one function of reasoning_gym that is called."""
+    (tmp_path / "fake" / "reasoning_gym").mkdir(parents=True)
+    (tmp_path / "fake" / "reasoning_gym" / "__init__.py").write_text(GYM)
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
 
 
 @pytest.mark.usefixtures("fake_gym")
 def test_reasoning_gym_score() -> None:
-    score = ReasoningGymScore(after="=")
+    score = ReasoningGymScore(after="=", timeout=60)
     for metadata in (encode_metadata({"grid": "1"}), '{"grid": "1"}', {"grid": "1"}):
         example = {"prompt": "p", "answer": None, "task": "any", "metadata": metadata}
         assert [score(text, example) for text in ("= 1", "= half", "2 = 3", "1")] == [1, 0.5, 0, 0]
+    assert not score.failures
 
 
 @pytest.mark.usefixtures("fake_gym")
-def test_reasoning_gym_score_counts_a_failing_scorer() -> None:
-    score = ReasoningGymScore()
-    assert score("1", {"prompt": "p", "task": "any", "metadata": "{}"}) == 0
+def test_reasoning_gym_score_counts_what_fails_or_is_late() -> None:
+    score = ReasoningGymScore(timeout=60)
+    row = {"prompt": "p", "task": "any", "metadata": "{}"}
+    assert score("1", row) == 0
     assert score.failures == {"KeyError": 1}
+    score.prepare()
+    score.timeout = 0.5
+    assert score("endless", row) == 0
+    assert score.failures == {"KeyError": 1, "timeout": 1}
+    score.timeout = 60
+    assert score("half", {**row, "metadata": '{"grid": 1}'}) == 0.5, "a new worker"
 
 
 @pytest.mark.usefixtures("fake_gym")
@@ -291,12 +311,172 @@ def test_reasoning_gym_score_refuses_foreign_rows() -> None:
         ReasoningGymScore()("1", {"prompt": "p", "answer": "1"})
     with pytest.raises(ValueError, match=r"the column 'task' names 'unknown', which is no task of reasoning-gym"):
         ReasoningGymScore()("1", {"prompt": "p", "task": "unknown", "metadata": "{}"})
+    with pytest.raises(ValueError, match=r"ReasoningGymScore\.timeout is nan s; it must be greater than 0"):
+        ReasoningGymScore(timeout=float("nan"))
+
+
+# -- what is never executed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake_gym")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "__import__('os').system('touch PATH')",
+        "open('PATH', 'w')",
+        "().__class__.__base__.__subclasses__()",
+        "[x for x in (1,)]",
+        "(lambda: 1)()",
+        "eval('1')",
+        "print('1')",
+        "f'{1}'",
+        "9**9**9**9",
+        "1 << 10**9",
+    ],
+)
+def test_scorers_that_eval_execute_nothing(code: str, tmp_path: Path) -> None:
+    score = ReasoningGymScore(timeout=60)
+    row = {"prompt": "p", "task": "any", "metadata": "{}"}
+    for completion in (f"run {code}", f"do {code}"):
+        assert score(completion.replace("PATH", str(tmp_path / "executed")), row) == 0
+    assert score.failures["ValueError"] == 2
+    assert score("run (3 + 4) * 0.5 - 2**1", row) == 1.5
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("[['_', 'Q'], ['Q', '_']]", [["_", "Q"], ["Q", "_"]]),
+        ("((0x3a + 0x1f) >> 0x2) & ~1 ^ 3", ((0x3A + 0x1F) >> 0x2) & ~1 ^ 3),
+        ("{'a': (1, -2.5), 'b': {3, 4}}", {"a": (1, -2.5), "b": {3, 4}}),
+        (" not True\n", False),
+        ("7 // 2 % 2 | 4", 5),
+    ],
+)
+def test_expressions_that_compute_are_evaluated(source: str, value: object) -> None:
+    assert evaluate(source) == value
+
+
+def test_what_verifies_mathematics_executes_nothing_and_keeps_to_itself(math: MathVerify, tmp_path: Path) -> None:
+    code = f"__import__('os').system('touch {tmp_path}/executed')"
+    for text in (code, f"${code}$", f"\\boxed{{{code}}}"):
+        assert math(text, {"answer": "7"}) == 0
+        math("7", {"answer": text})
+    assert not (tmp_path / "executed").exists()
+
+
+WORKER = """
+import os, socket, subprocess, sys
+sys.path.insert(0, FOLDER)
+import isolated_worker
+
+isolated_worker._isolate()
+done = []
+for attempt in (
+    lambda: os.system("true"), lambda: subprocess.run(["true"]), lambda: open("x", "w"), lambda: open("x", "ab"),
+    lambda: os.open("x", os.O_CREAT | os.O_WRONLY), lambda: socket.socket(), lambda: os.remove("x"), lambda: os.fork(),
+    lambda: os.mkdir("x"), lambda: os.kill(os.getpid(), 9), lambda: os.execv("/bin/true", ["true"]),
+    lambda: socket.getaddrinfo("localhost", 1), lambda: os.rename("x", "y"), lambda: os.symlink("x", "y"),
+):
+    try:
+        attempt()
+        done.append(attempt)
+    except PermissionError:
+        pass
+open(isolated_worker.__file__).read()
+print(len(done))
+"""
+
+
+def test_once_isolated_a_process_has_no_effects(tmp_path: Path) -> None:
+    """Should a scorer execute something after all."""
+    folder = repr(str(Path(reward.__file__).parent))
+    asked = [sys.executable, "-P", "-c", WORKER.replace("FOLDER", folder)]
+    out = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "0"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_worker_knows_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    worker = Isolated("math_verify")
+    worker.start()
+    assert worker.process is not None
+    environment = Path(f"/proc/{worker.process.pid}/environ")
+    if environment.exists():
+        assert b"secret" not in environment.read_bytes()
+    folder = os.readlink(f"/proc/{worker.process.pid}/cwd") if environment.exists() else ""
+    assert worker.ask(["7", "7"], 60) == {"value": True}
+    worker._close()
+    assert not folder or not Path(folder).exists(), "its folder goes with it"
+
+
+REASONING_GYM = [
+    ("countdown", "{code}", {"metadata": {"numbers": [1], "target": 3}}, 0.01),
+    ("countdown", "9**9**9**9", {"metadata": {"numbers": [9] * 4, "target": 3}}, 0.01),
+    ("countdown", "(1 + 2) * 4 - 6/2", {"metadata": {"numbers": [1, 2, 2, 4, 6], "target": 9}}, 1.0),
+    ("puzzle24", "{code}", {"metadata": {}}, 0.01),
+    ("puzzle24", "(1 + 2 + 3) * 4", {"metadata": {}}, 1.0),
+    ("string_insertion", "{code} and 'x'", {"metadata": {}}, 0.0),
+    ("string_insertion", "['A', 'B']", {"metadata": {}, "answer": "AB"}, 0.1),
+    ("spiral_matrix", "{code}", {"metadata": {}}, 0.0),
+    ("spiral_matrix", "[1, 2]", {"metadata": {}, "answer": "1 2"}, 0.1),
+    ("binary_matrix", "{code}", {"metadata": {}}, 0.0),
+    ("binary_matrix", "[[1, 0], [0, 1]]", {"metadata": {}, "answer": "1 0\n0 1"}, 0.1),
+    ("n_queens", "{code}", {"metadata": {"valid_answers": []}}, 0.0),
+    ("n_queens", "[['_', 'Q']]", {"metadata": {"valid_answers": ["_ Q"]}}, 0.5),
+    ("number_sorting", "[1]", {"metadata": {"direction": "ascending"}, "answer": "{code} or [1]"}, 0.0),
+    ("number_sorting", "[1, 2]", {"metadata": {"direction": "ascending"}, "answer": "['1', '2']"}, 1.0),
+    ("bitwise_arithmetic", "1", {"metadata": {"problem": "{code}"}}, 0.0),
+    ("bitwise_arithmetic", "0x6", {"metadata": {"problem": "((0x1 + 0x2) << 0x1)"}}, 1.0),
+    ("polynomial_multiplication", "{code}", {"metadata": {}, "answer": "{code}"}, 0.0),
+    ("polynomial_multiplication", "x**2 - 1", {"metadata": {}, "answer": "x**2 - 1"}, 1.0),
+    ("simple_integration", "{code}", {"metadata": {"variable": "x", "integrand": "{code}"}}, 0.0),
+    ("simple_integration", "x**2 + C", {"metadata": {"variable": "x", "integrand": "2*x"}}, 1.0),
+    ("intermediate_integration", "sin(x)**2/2 + sqrt(3)", {"metadata": {"variable": "x", "integrand": "sin(x)*cos(x)"}},
+     1.0),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gym() -> ReasoningGymScore:
+    pytest.importorskip("reasoning_gym")
+    return ReasoningGymScore(timeout=60)
+
+
+@pytest.mark.parametrize(("task", "completion", "row", "score"), REASONING_GYM)
+def test_reasoning_gym_scores_execute_neither_completions_nor_rows(
+    task: str, completion: str, row: dict[str, Any], score: float, gym: ReasoningGymScore, tmp_path: Path
+) -> None:
+    """Every task of reasoning-gym 0.1.25 whose scorer evaluates what it is given still scores what is right."""
+    code = f"__import__('os').system('touch {tmp_path}/executed')"
+    row = json.loads(json.dumps({"prompt": "x", "answer": "a", **row}).replace("{code}", code))
+    assert gym(completion.replace("{code}", code), {**row, "task": task}) == score
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+def test_every_task_of_reasoning_gym_scores_as_it_does_without_a_worker(gym: ReasoningGymScore) -> None:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    for task in sorted(set(DATASETS) - {"composite"}):
+        item = reasoning_gym.create_dataset(task, seed=3, size=1)[0]
+        row = {"prompt": item["question"], "answer": item["answer"], "task": task}
+        row["metadata"] = encode_metadata(item["metadata"])
+        for text in (str(item["answer"]).strip(), "x", "[1, 2]", "1+1"):
+            try:
+                expected = float(reasoning_gym.get_score_answer_fn(task)(text, item))
+            except Exception:
+                expected = 0.0
+            assert gym(text, row) == expected, (task, text)
 
 
 @given(st.recursive(st.integers() | st.text() | st.none() | st.booleans(), lambda x: st.tuples(x, x) | st.lists(x)))
 def test_metadata_survives_as_text(value: object) -> None:
-    assert reward.decode_metadata(encode_metadata({"x": value, 1: (2,)})) == {"x": value, 1: (2,)}
+    assert decoded(encode_metadata({"x": value, 1: (2,)})) == {"x": value, 1: (2,)}
 
 
 def test_metadata_that_is_no_literal_becomes_json() -> None:
-    assert reward.decode_metadata(encode_metadata({"path": Path("a")})) == {"path": "a"}
+    assert decoded(encode_metadata({"path": Path("a")})) == {"path": "a"}
