@@ -138,8 +138,10 @@ class Pretrained:
             ValueError: the base is stored quantised, and is to be trained without adapters or quantised again.
         """
         self.found()
-        try:  # loaders of other libraries know their own configurations
-            own = getattr(model_class, "config", None)
+        own = getattr(model_class, "config", None)  # loaders of other libraries know their own configurations
+        if own is None and not model_class.__module__.startswith("transformers."):
+            return  # nobody knows how a setting's own loader stores
+        try:
             config = own(self.path, self.revision) if own is not None else self.config().to_dict()
         except (OSError, ValueError):
             return  # loading it says what is wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 import signal
 import time
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from opd_lightning.callbacks import Samples, WeightExtrapolation
+from opd_lightning.cli import run
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.objective import (
     ByReward,
@@ -313,3 +316,39 @@ def test_a_reward_may_abstain_in_every_setting(every_world, tmp_path):
     )
     assert 0 < found["val/abstained"] < 0.5
     assert found["val/accuracy"] == pytest.approx(0.5, abs=0.2)
+
+
+def only_six(completion: str, example: dict[str, Any]) -> float:
+    return NAN if example["answer"] == "6" else 1.0
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "abstain"])
+def test_a_run_from_a_file_names_the_row_of_the_file(on_failure, saved, tmp_path):
+    """From the configuration to the message."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(8)))
+    outcome = {"signal": {"class_path": "ReverseKL"}, "weights": [{"class_path": "Outcome"}]}
+    config = {
+        "trainer": {"default_root_dir": str(tmp_path), "accelerator": "cpu", "max_steps": 2, "logger": False},
+        "model": {
+            "class_path": "TextDistillation",
+            "init_args": {
+                "student": {"path": str(saved())},
+                "teachers": {"teacher": {"weights": {"class_path": "Live"}}},
+                "objective": {"terms": [outcome]},
+                "rollout": {"batch_size": 8, "horizon": 4},
+                "evaluation": {"before": False},
+                "reward": {"class_path": "CallableReward", "init_args": {"function": f"{__name__}.only_six"}},
+                "scoring": {"timeout": 30.0, "on_failure": on_failure},
+            },
+        },
+        "data": {"class_path": "PromptData", "init_args": {"train": str(path)}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    named = rf"CallableReward \({__name__}\.only_six\) answered nan, for .*rows\.jsonl, row 4.* prompt is '3"
+    if on_failure == "stop":
+        with pytest.raises(RewardError, match=named):
+            run(["fit", "-c", str(tmp_path / "run.yaml")])
+    else:
+        with pytest.warns(UserWarning, match=f"{named}.* counts as abstained"):
+            run(["fit", "-c", str(tmp_path / "run.yaml")])
