@@ -209,7 +209,7 @@ def test_an_empty_completion_is_a_stop_token(tiny_student):
 
 def test_a_long_prompt_is_refused_with_its_length_and_the_limit(world):
     row = world.make_rows(1)[0]
-    length = world.alone().prompt_length(row)
+    length = len(world.alone().prompt_ids(row))
     assert world.alone(rollout=Rollout(horizon=8, max_prompt_length=length)).refusal(row) is None
     reason = world.alone(rollout=Rollout(horizon=8, max_prompt_length=length - 1)).refusal(row)
     assert reason == f"the prompt has {length} tokens, rollout.max_prompt_length is {length - 1}"
@@ -218,7 +218,7 @@ def test_a_long_prompt_is_refused_with_its_length_and_the_limit(world):
 def test_a_teachers_view_has_its_own_limit(world):
     row = world.make_rows(2)[1]
     seen = world.view(row)
-    length = world.alone().prompt_length(seen)
+    length = len(world.alone().prompt_ids(seen))
     for limit in (length, length - 1):
         module = world.module(
             frozen(world.teacher, view=world.view, max_prompt_length=limit), rollout=Rollout(horizon=8)
