@@ -198,6 +198,9 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """Teachers that no term names, but other parts of the setting ask."""
         return set()
 
+    def release(self) -> None:
+        """Gives back what it holds outside of this process; comes at the end of every stage, however it ends."""
+
     def spell(self, trajectories: Trajectories) -> list[list[str]] | None:
         """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
         return None

@@ -387,6 +387,7 @@ class EndOfRollouts(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.train_dataloader, RolloutLoader):
             trainer.train_dataloader.close()
+        pl_module.release()  # type: ignore[operator]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -75,6 +75,9 @@ class RolloutEngine(ABC):
             no filters. What stands behind a stop token is not read.
         """
 
+    def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Gives back what it holds elsewhere; it may be asked to write again afterwards."""
+
     def refusal(self, policy: Policy) -> str | None:
         """Why it hands this policy over to `Generate`, for the start-up table; None: it does not."""
         return None

@@ -290,6 +290,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
                 shown[-1]["reward"] = self.rate(text, example | facts)
         return None if self.reward is None else [row["reward"] for row in shown], shown
 
+    def release(self) -> None:
+        self.engine.close()
+
     def written_as(self, tokens: list[int]) -> str:
         """The text of a completion, for rewards and samples."""
         # what ends a turn need not be marked as special

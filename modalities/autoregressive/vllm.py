@@ -6,6 +6,7 @@ Shape legend: B trajectories, P prompt width (left padded), T horizon.
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -33,18 +35,18 @@ COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of 
 class VllmServer(RolloutEngine):
     """Writes with the student's LoRA adapter in a server that was started beforehand:
 
-        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 64
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK
 
-    Whenever the adapter has changed it is saved to ``folder`` and loaded by the server under a new name, so that no
-    key or value that was computed with the old one can be used; the old one is unloaded. Then log-probs that the server
-    returns are compared with the student's own. Teachers that act are handed to `DecodeLoop`.
+    with the student's own rank, on which the server's speed depends. Whenever the adapter has changed it is saved to
+    ``folder`` and loaded by the server under a new name, so that no key or value that was computed with the old one can
+    be used; the old one is unloaded, and at the end of the run the last one. Then log-probs that the server returns are
+    compared with the student's own. Teachers that act are handed to `DecodeLoop`.
 
     Only what a plain server documents is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter`` and
-    ``/v1/completions``. Its weight transfer for whole models needs vLLM and NCCL or CUDA IPC in the trainer, and is not
-    used. The server must return log-probs before temperature and filters (``--logprobs-mode raw_logprobs``, its
-    default). It knows nothing of rows of the head beyond the tokenizer's ids: they count in its log-probs, and one that
-    is sampled ends the run. Its draws depend on the seed of each request and, as far as its kernels do, on who shares
-    its batch.
+    ``/v1/completions``; docs/vllm.md says what else there is, and what was tried. The server must return log-probs
+    before temperature and filters (``--logprobs-mode raw_logprobs``, its default). It knows nothing of rows of the head
+    beyond the tokenizer's ids: they count in its log-probs, and one that is sampled ends the run. Its draws depend on
+    the seed of each request and, as far as its kernels do, on who shares its batch.
 
     Args:
         url: such as ``http://localhost:8000``.
@@ -173,16 +175,31 @@ class VllmServer(RolloutEngine):
             return False
         old, self._number = self.adapter, self._number + 1
         place = self.folder / self.adapter
-        config.save_pretrained(place)
-        save_file(weights, place / "adapter_model.safetensors")
-        self._post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(place.absolute())})
+        try:
+            config.save_pretrained(place)
+            save_file(weights, place / "adapter_model.safetensors")
+            self._post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(place.absolute())})
+        except BaseException:  # the server has the old one yet, if any
+            shutil.rmtree(place, ignore_errors=True)
+            self._number -= 1
+            raise
         if self._loaded:
-            self._post("/v1/unload_lora_adapter", {"lora_name": old})
-            for file in (self.folder / old).iterdir():
-                file.unlink()
-            (self.folder / old).rmdir()
+            self._unload(old)
         self._loaded = weights
         return True
+
+    def _unload(self, adapter: str) -> None:
+        shutil.rmtree(self.folder / adapter, ignore_errors=True)
+        self._post("/v1/unload_lora_adapter", {"lora_name": adapter})
+
+    def close(self) -> None:
+        """The server and ``folder`` lose the adapter; a server that is gone has lost it already."""
+        if self._loaded:
+            self._loaded = {}
+            try:
+                self._unload(self.adapter)
+            except ConnectionError as error:
+                rank_zero_warn(f"{error}; if it is still there, it keeps the adapter {self.adapter}")
 
     @torch.no_grad()
     def _compare(

@@ -94,6 +94,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer.encode())
 
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": name} for name in ADAPTERS]}).encode())
+
     def log_message(self, *_: Any) -> None:
         pass
 

@@ -1,13 +1,15 @@
 """Rollouts by a server: what it writes is what the student would, before and after the adapter moves.
 
-The server is a fake that speaks the documented protocol; a real one was never tried.
+The server is a fake that speaks the documented protocol; docs/vllm.md says what was tried with a real one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,50 @@ def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path):
     )
 
 
-def test_it_trains(text, url, tmp_path):
+def adapters(url: str) -> list[str]:
+    """What the server has loaded."""
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        return [model["id"] for model in json.load(answer)["data"] if model["id"] != "first"]
+
+
+def test_it_trains_and_leaves_nothing_behind(text, url, tmp_path):
+    before = adapters(url)
     server = VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
-    trainer = text.fit(text.module(lora=Lora(r=4), engine=server), tmp_path, steps=2)
+    module = text.module(lora=Lora(r=4), engine=server)
+    trainer = text.fit(module, tmp_path, steps=2)
     assert trainer.global_step == 2
+    assert adapters(url) == before
+    assert not list((tmp_path / "adapters").iterdir())
+    act(module, text.make_rows(2), horizon=4)
+    assert adapters(url) == [*before, server.adapter], "another stage loads it again"
+    server.close()
+    server.close()
+    assert adapters(url) == before
+
+
+def test_a_run_that_fails_leaves_nothing_behind_either(text, url, tmp_path):
+    class Fails(text.setting):
+        def training_step(self, batch, batch_idx):
+            assert adapters(url) == [*before, server.adapter]
+            raise KeyError("here")
+
+    before, server = adapters(url), VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
+    with pytest.raises(KeyError, match="here"):
+        text.fit(text.module(lora=Lora(r=4), engine=server, setting=Fails), tmp_path)
+    assert adapters(url) == before
+    assert not list((tmp_path / "adapters").iterdir())
+
+
+def test_a_server_that_is_gone_hides_no_error(text, url, tmp_path):
+    class Fails(text.setting):
+        def training_step(self, batch, batch_idx):
+            server.url = "http://127.0.0.1:1"
+            raise KeyError("here")
+
+    server = VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
+    with pytest.raises(KeyError, match="here"), pytest.warns(UserWarning, match="it keeps the adapter opd-"):
+        text.fit(text.module(lora=Lora(r=4), engine=server, setting=Fails), tmp_path)
+    assert not list((tmp_path / "adapters").iterdir())
 
 
 def test_a_server_that_did_not_take_the_weights_is_found_out(text, url, tmp_path):
@@ -94,6 +136,7 @@ def test_what_can_go_wrong_is_named(text, url, tmp_path):
     use(f"{url}/static")
     with pytest.raises(ConnectionError, match=r"answered 404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         act(module, rows)
+    assert not list(tmp_path.iterdir()), "an adapter that was not taken is not kept"
     use(f"{url}/short")
     with pytest.raises(RuntimeError, match=r"ended after \d of \d tokens without one of the stop tokens"):
         act(module, rows, horizon=3, temperature=3.0)
