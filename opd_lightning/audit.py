@@ -21,7 +21,7 @@ def audit(module: OnPolicyDistillation) -> None:
     """Prints what each role is, and what is made of the first row; `audit_rows` raises what cannot work."""
     rows = module.audit_rows()
     if rows:
-        _show(list(module.policies), rows)
+        show("audit", list(module.policies), rows)
     _show_first_row(module)
 
 
@@ -39,8 +39,9 @@ def _show_first_row(module: OnPolicyDistillation) -> None:
 
 
 @rank_zero_only
-def _show(roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
-    table = Table(title="audit", title_justify="left")
+def show(title: str, roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
+    """Prints a table with a column for each role."""
+    table = Table(title=title, title_justify="left")
     for heading in ("", *roles):
         table.add_column(cell(heading), overflow="fold")
     for what, values in rows:

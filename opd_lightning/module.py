@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from .agreement import Agreement, check_agreement
 from .audit import audit
 from .checkpoint import kept_names, plain_rng_states
 from .contract import check_acted, check_methods, check_prompts, check_scores
@@ -90,6 +91,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         on_nonfinite: what to do about a gradient with NaN or infinity in it: "stop" with an error that names the step,
             or "skip" the optimiser step, whose weights and moments then stay as they are, and count it
             (``train/skipped_steps``, the share of the steps since the last logged one).
+        agreement: how rollouts and their replay are compared before the first step.
 
     Raises:
         TypeError: the setting lacks one of its four methods.
@@ -119,6 +121,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         optimizer: OptimizerCallable = default_optimizer,
         schedule: Schedule | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        agreement: Agreement | None = None,
     ) -> None:
         super().__init__()
         check_methods(self, OnPolicyDistillation)
@@ -127,7 +130,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self.scoring = scoring or Scoring()
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or Schedule()
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite, self.agreement = on_nonfinite, agreement or Agreement()
         self.strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the rest
         self.policies: dict[str, Policy] = {}
         self.teacher_state = nn.ModuleDict()
@@ -211,6 +214,15 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def readings(self, example: Example) -> list[tuple[str, str]]:
         """What is made of a row, for people to look at before training: whose reading, and what it is."""
+        return []
+
+    @property
+    def acting_tolerance(self) -> float:
+        """How far log-probs of acting may be from those of a replay, in nats, beyond what rounding does."""
+        return 0.0
+
+    def suspects(self, policy: Policy) -> list[str]:
+        """What may make a policy disagree with itself, for the message of the comparison before training."""
         return []
 
     # -- building -----------------------------------------------------------------------------------------------
@@ -654,6 +666,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._place_teachers()
 
     def on_train_start(self) -> None:
+        check_agreement(self)
         if self._rng is not None:
             _set_rng_states(self._rng)
             self._rng = None

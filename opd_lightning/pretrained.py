@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .noise import set_adapter_dropout, silence
 from .shipped import shipped
 
 
@@ -21,7 +22,7 @@ class Lora:
     Args:
         r: rank. Default 32 (ESR, 2605.27028).
         alpha: scaling numerator. Default 64 (ESR).
-        dropout: default 0: a rollout and its replay must agree.
+        dropout: default 0: a rollout and its replay must agree. Of a saved adapter, too, whatever it was saved with.
         target_modules: names or a regular expression; default: every linear layer but the head.
         adapter: start from this saved adapter instead of from zero; it brings its own rank, alpha and layers.
 
@@ -56,6 +57,8 @@ class Pretrained:
         freeze: a regular expression; parameters whose names it is found in are not trained and get no adapter, such as
             ``visual`` for the eyes of a Qwen3-VL.
         random_init: take only the architecture from ``path`` and draw the weights (seeded by ``seed_everything``).
+        dropout: train with the dropout, layer drop and router noise that the checkpoint brings. Off unless asked for: a
+            rollout has none, so a replay with it would train on other log-probs than were sampled.
         gradient_checkpointing: recompute activations in the backward pass.
         attn_implementation: passed to transformers; None lets it choose.
         revision: branch, tag or commit on the hub.
@@ -74,6 +77,7 @@ class Pretrained:
     lora: Lora | None = None
     freeze: str | None = None
     random_init: bool = False
+    dropout: bool = False
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     revision: str | None = None
@@ -82,6 +86,11 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.random_init and self.quantization:
             raise ValueError(f"random_init draws new weights: quantization={self.quantization} has nothing to quantise")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether noise in training mode was asked for."""
+        return self.dropout or (self.lora is not None and self.lora.dropout > 0)
 
     def load(self, model_class: Any, trained: bool) -> nn.Module:
         """The model; frozen and in evaluation mode unless ``trained``, and then with adapters if ``lora`` is set."""
@@ -94,6 +103,8 @@ class Pretrained:
             raise ValueError("a teacher's lora needs `adapter`: fresh adapters would change nothing")
         if not trained and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing: a teacher has no backward pass to recompute anything in")
+        if not trained and self.dropout:
+            raise ValueError("dropout: a teacher is always asked in evaluation mode, where there is none")
         try:
             model = self._base(model_class, trained)
         except OSError as error:  # transformers chains what the hub said, a hundred lines of it
@@ -102,6 +113,8 @@ class Pretrained:
             raise OSError(f"{self.path} can't be loaded: {str(error).strip().splitlines()[0]}") from None
         if trained:
             _never_repack(model)
+        if trained and not self.dropout:
+            silence(model)
         model.requires_grad_(trained and self.lora is None)
         if self.freeze is not None:
             self._freeze(model, trained)
@@ -210,7 +223,9 @@ class Pretrained:
         if self.lora.adapter is not None:
             from .saved_adapter import load_saved
 
-            return load_saved(model, shipped(self.lora.adapter), trained)
+            model = load_saved(model, shipped(self.lora.adapter), trained)
+            set_adapter_dropout(model, self.lora.dropout)
+            return model
         config = LoraConfig(
             r=self.lora.r,
             lora_alpha=self.lora.alpha,

@@ -40,7 +40,9 @@ class Trajectories:
         group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards, without those
             that abstain; NaN where all do.
         weight: ``[B]`` how much each trajectory counts in every term, a constant ≥ 0 (see `weigh`); None: 1.
-        channels: ``[B, T]`` each, what a setting knows of every step, by name, for parts that need it.
+        channels: ``[B, T, ...]`` each, what a setting knows of every step, by name, for parts that need it; also where
+            a simulator that can't be run again keeps the states that it visited. (What is kept in ``observation`` is
+            not cut when a micro-batch is narrower.)
         student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
             again; None: nobody noted them.
         optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.

@@ -7,13 +7,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ...noise import noise
 from ...printable import quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
+from .apart import rope_kinds
 from .models import bare, context_length, output_embeddings
+from .trial import Trial, check_causal
 
 if TYPE_CHECKING:
     from .setting import AutoregressiveDistillation
@@ -38,6 +42,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
         _check_head(module, name, policy)
+        check_causal(policy, module.vocabulary)
     stops = {name: module.stop_ids(policy) for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
@@ -53,6 +58,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
             "dtype",
             {name: str(next(policy.model.parameters()).dtype).removeprefix("torch.") for name, policy in roles},
         ),
+        ("dropout", {name: _dropout(policy) for name, policy in roles}),
         (
             "tokens known / head rows",
             {n: f"{len(module.tokenizer(p))} / {output_embeddings(p).weight.shape[0]}" for n, p in roles},
@@ -125,9 +131,33 @@ def _weights(module: AutoregressiveDistillation, name: str) -> str:
     return type(teacher.weights).__name__ + (f", view {type(teacher.view).__name__}" if teacher.view else "")
 
 
+def _dropout(policy: Policy) -> str:
+    on = noise(policy.model) if policy.name == "student" else 0.0
+    return f"up to {on:g} in training, as asked for" if on else "off"
+
+
 def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
-    why = module.engine.refusal(policy)
-    return type(module.engine).__name__ if why is None else f"generate ({why})"
+    """What the policy is let write with; a warning where it is not the engine that was asked for."""
+    engine, why = module.engine, module.engine.refusal(policy)
+    own = type(engine).__name__ if why is None else f"generate ({why})"
+    if engine.runs_the_model:
+        trial = Trial(engine, policy, module.head(policy), module.padding_id)
+        module.trials[policy.name] = trial
+        own = own if trial.reason is None else f"{own}; {trial.reason}"
+    if own != type(engine).__name__:
+        rank_zero_warn(f"{policy.path}: {type(engine).__name__} is not used as it is, which may take longer: {own}")
+    return own
+
+
+def suspects(module: AutoregressiveDistillation, policy: Policy) -> list[str]:
+    """What may make a policy disagree with itself."""
+    model = bare(policy.model)
+    found = [f"rope_type {rope}, which depends on the longest row" for rope in rope_kinds(model)]
+    if policy.name == "student" and (rate := noise(policy.model)):
+        found.append(f"dropout or router noise of up to {rate:g} in training mode: set student.dropout to false")
+    found.append(f"rollouts by {type(module.engine).__name__}: try model.engine: Generate")
+    found.append(f"{type(model).__name__} reads padding, caches or positions in a way of its own")
+    return found
 
 
 def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> str:
@@ -160,7 +190,13 @@ def _compare_tokenizers(module: AutoregressiveDistillation, name: str, policy: P
 @torch.no_grad()
 def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:
     """Hidden states times head must be the model's own logits, or the objective would train something else."""
-    model, head = bare(policy.model), module.head(policy)
+    model = bare(policy.model)
+    if model.base_model is model:
+        raise ValueError(
+            f"{policy.path} ({name}): {type(model).__name__} has no body apart from its head (its `base_model` is the "
+            "model itself), from which hidden states could be taken; this architecture is not supported yet"
+        )
+    head = module.head(policy)
     device = next(model.parameters()).device
     ids = torch.arange(min(8, module.vocabulary), device=device)[None]
     with policy.active(), evaluating(model):

@@ -24,9 +24,9 @@ from .cache import RowCache
 from .draw import draw, uniforms
 from .engine import Generate, Prompts, RolloutEngine
 from .layers import PackedDecoder, packed_linear
-from .models import bare
+from .models import bare, cache_name
 
-READS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+READS = {"input_ids", "attention_mask", "position_ids"}
 
 
 class DecodeLoop(RolloutEngine):
@@ -40,6 +40,8 @@ class DecodeLoop(RolloutEngine):
             instead of the model's own forward pass, with prompts kept once for all trajectories that begin with them.
     """
 
+    runs_the_model = True
+
     def __init__(self, packed: bool = True) -> None:
         self.packed = packed
 
@@ -49,7 +51,7 @@ class DecodeLoop(RolloutEngine):
             return "an encoder and a decoder"
         if is_sharded(model):
             return "sharded weights"  # ranks would have to end together
-        if not inspect.signature(model.base_model.forward).parameters.keys() >= READS:
+        if not inspect.signature(model.base_model.forward).parameters.keys() >= READS or cache_name(model) is None:
             return "a forward pass without position ids or cache"
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         if kinds != {DynamicLayer} or getattr(model, "_is_stateful", False):
@@ -76,18 +78,19 @@ def _write(
     position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
     read = DynamicCache(config=model.config)
     seen = inputs["attention_mask"].bool()
-    hidden = model.base_model(**inputs, position_ids=position, past_key_values=read, use_cache=True)[0][:, -1]
+    cached = {str(cache_name(model)): read}
+    hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
 
     row = torch.tensor(prompt_of, device=device)
     body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
     cache = RowCache(read, row, seen, rollout.horizon, share=packed and len(seen) < len(row))
-    del read, inputs
+    del read, inputs, cached
     project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
     position = position[..., -1:].expand(*position.shape[:-2], len(seen), 1)[..., row, :] + 1
 
     stop = torch.tensor(eos, device=device)
-    uniform = uniforms(seeds, rollout.horizon).to(device)
+    uniform = uniforms(seeds, prompts.written + rollout.horizon)[:, prompts.written :].to(device)
     tokens = torch.full((len(seeds), rollout.horizon), pad, device=device)
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     live = torch.arange(len(seeds), device=device)
@@ -113,8 +116,8 @@ def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -
         input_ids=tokens[:, None],
         attention_mask=cache.attention_mask(),
         position_ids=position,
-        past_key_values=cache,
         use_cache=True,
+        **{str(cache_name(model)): cache},
     )[0]
     return hidden[:, -1]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,12 +31,33 @@ class Prompts:
         examples: the B examples, as whoever acts is shown them.
         media: from examples to the model inputs that belong to no token, such as pixels.
         beside: from an example to what tells it from another with the same tokens, such as its images.
+        written: how many of the tokens are not of the prompt but were written before, and drawn with the same seeds.
     """
 
     tokens: dict[str, Tensor]
     examples: Sequence[Example]
     media: Callable[[list[Example]], dict[str, Tensor]]
     beside: Callable[[Example], Hashable]
+    written: int = 0
+
+    @property
+    def length(self) -> Tensor:
+        """``[B]`` tokens without padding."""
+        return self.tokens["attention_mask"].sum(1)
+
+    def only(self, rows: Sequence[int]) -> Prompts:
+        """Some of the trajectories, without the padding that only the others need."""
+        index = torch.tensor(rows)
+        padding = self.tokens["input_ids"].shape[1] - int(self.length[index].max())
+        tokens = {name: tensor[index, padding:] for name, tensor in self.tokens.items()}
+        return replace(self, tokens=tokens, examples=[self.examples[i] for i in rows])
+
+    def continued(self, tokens: Tensor) -> Prompts:
+        """The same with further tokens ``[B, T]``, whose places beside ``input_ids`` are 1 in the mask and else 0."""
+        more = {name: torch.zeros(tokens.shape, dtype=tensor.dtype) for name, tensor in self.tokens.items()}
+        more |= {"input_ids": tokens.cpu(), "attention_mask": torch.ones_like(more["attention_mask"])}
+        grown = {name: torch.cat([tensor.cpu(), more[name]], 1) for name, tensor in self.tokens.items()}
+        return replace(self, tokens=grown, written=self.written + tokens.shape[1])
 
     def inputs(self, rows: Sequence[int], device: Any) -> dict[str, Tensor]:
         """Model inputs for these trajectories."""
@@ -58,6 +79,9 @@ class Prompts:
 
 class RolloutEngine(ABC):
     """Writes completions. A backend is a subclass with this one method; its own settings are its arguments."""
+
+    runs_the_model: ClassVar[bool] = False
+    """Whether it runs the policy's own model, several rows in a pass: rows that can't share one come apart then."""
 
     @abstractmethod
     def write(
@@ -86,9 +110,11 @@ class RolloutEngine(ABC):
 class Generate(RolloutEngine):
     """transformers' own `generate`, for every model that it serves: the reference for all others."""
 
+    runs_the_model = True
+
     def write(
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> tuple[Tensor, Tensor]:
         model = bare(policy.model)
         inputs = prompts.inputs(range(len(seeds)), next(model.parameters()).device)
-        return generate(model, head, inputs, rollout, seeds, eos, pad)
+        return generate(model, head, inputs, rollout, seeds, eos, pad, prompts.written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from peft import PeftModel
@@ -28,6 +29,12 @@ def known_ids(policy: Policy) -> int:
     """Ids below it have a row of their own, both in the embeddings and in the head."""
     read = bare(policy.model).get_input_embeddings()
     return int(min(read.weight.shape[0], output_embeddings(policy).weight.shape[0]))
+
+
+def cache_name(model: Any) -> str | None:
+    """What the body's forward pass calls the cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    names = inspect.signature(model.base_model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def eos_ids(policy: Policy) -> list[int]:

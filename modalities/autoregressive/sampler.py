@@ -28,11 +28,14 @@ class Sampler(LogitsProcessor):
     Each trajectory has a generator of its own, from which one uniform number per step is drawn: what is sampled
     depends on its seed and its prompt, not on the order of calls or on who shares its batch.
 
+    Args:
+        written: steps that were drawn before, with the same seeds.
+
     Attributes:
         log_probs: per step ``[B]``, at temperature 1 and before the filters.
     """
 
-    def __init__(self, head: Head, rollout: Rollout, seeds: list[int]) -> None:
+    def __init__(self, head: Head, rollout: Rollout, seeds: list[int], written: int = 0) -> None:
         self._head, self._temperature = head, rollout.temperature
         self._filters = LogitsProcessorList()
         if rollout.top_k is not None:
@@ -41,7 +44,7 @@ class Sampler(LogitsProcessor):
             self._filters.append(TopPLogitsWarper(top_p=rollout.top_p))
         if rollout.min_p is not None:
             self._filters.append(MinPLogitsWarper(min_p=rollout.min_p))
-        self._uniform = uniforms(seeds, rollout.horizon)
+        self._uniform = uniforms(seeds, written + rollout.horizon)[:, written:]
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -82,9 +85,10 @@ def generate(
     seeds: list[int],
     eos: list[int],
     pad: int,
+    written: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """New tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped go on with padding."""
-    sampler = Sampler(head, rollout, seeds)
+    sampler = Sampler(head, rollout, seeds, written)
     config = GenerationConfig(
         max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
     )

@@ -24,17 +24,19 @@ from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
 from ...pretrained import Pretrained
 from ...rollout import Rollout
-from ...sharding import as_forward, is_sharded
+from ...sharding import is_sharded
 from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows, problem_with_prompt, readings
+from .apart import SwitchingRope, check_dynamic, read, rope_switch
+from .audit import audit_rows, problem_with_prompt, readings, suspects
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
 from .generation import make_savable
 from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, tokenizer_of
 from .rendering import COLUMNS, Renderer, transcript
 from .sampler import until_stop
+from .trial import Trial
 
 # Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
 # it could do some thousand tokens
@@ -78,6 +80,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._heads: dict[str, nn.Module] = {}
+        self.trials: dict[str, Trial] = {}
 
     def _shard(self, mesh: Any) -> None:
         if self.pass_tokens is not None:
@@ -169,8 +172,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     ) -> Trajectories:
         pad = self.padding_id
         begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.beside)
+        check_dynamic(policy, bare(policy.model), int(begun.length.max()) + rollout.horizon)
         with policy.active():
-            tokens, log_probs = self.engine.write(policy, self.head(policy), begun, rollout, seeds, self.eos, pad)
+            engine = self.engine_of(policy)
+            tokens, log_probs = engine.write(policy, self.head(policy), begun, rollout, seeds, self.eos, pad)
         mask, stopped = until_stop(tokens, self.eos)
         return Trajectories(
             observation=prompts,
@@ -180,6 +185,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             stopped=stopped.cpu(),
             behaviour_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
         )
+
+    def engine_of(self, policy: Policy) -> RolloutEngine:
+        """What lets a policy write: ``model.engine``, with rows apart that this policy must not read together."""
+        trial = self.trials.get(policy.name)
+        engine = self.engine if trial is None or trial.reason is None else trial.engine
+        switch = rope_switch(bare(policy.model)) if engine.runs_the_model else None
+        return engine if switch is None else SwitchingRope(engine, switch)
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
         """The column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
@@ -224,6 +236,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             prompts, seen = self.collate(view, policy if own else None), view
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
         length = prompts["attention_mask"].sum(1).cpu() + _reach(trajectories).cpu()
+        check_dynamic(policy, model, int(length.max()))
         # media belong to the batch as a whole; ranks that share weights must make equally many passes
         whole = bool(media) or is_sharded(model)
         rows = [torch.arange(len(length))] if whole else passes(length, *self._pass_limits(device))
@@ -235,7 +248,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             if inputs.keys() == TEXT:
                 # no token sees those behind it, so padding needs no mask, with which attention would be slower
                 del inputs["attention_mask"]
-            hidden = as_forward(model, lambda: model.base_model(**inputs, use_cache=False)[0])
+            hidden = read(model, inputs)
             # a step is said by the token before it; what is said behind a row's end is never read
             place = own["attention_mask"].sum(1, keepdim=True) - 1 + torch.arange(part.mask.shape[1], device=device)
             place = place.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
@@ -334,6 +347,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         super().save_student(model, folder)
 
     # -- checks -------------------------------------------------------------------------------------------------
+
+    @property
+    def acting_tolerance(self) -> float:
+        return float(getattr(self.engine, "tolerance", 0.0))
+
+    def suspects(self, policy: Policy) -> list[str]:
+        return suspects(self, policy)
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         return audit_rows(self)

@@ -13,6 +13,11 @@ from torch import Tensor
 class Distribution(ABC):
     """A policy's distributions over the next step at N states (or at B × T of them, before `at`)."""
 
+    @property
+    def states(self) -> tuple[int, ...] | None:
+        """B and T, before `at`; None where they are made only when they are opened."""
+        return None
+
     @abstractmethod
     def at(self, index: Tensor) -> Distribution:
         """The N states at ``index [N]`` of the flattened B × T."""

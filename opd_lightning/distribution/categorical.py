@@ -38,6 +38,10 @@ class Categorical(Distribution):
         self._prepared = slice(0, 0)
         self._raw: Tensor | None = None
 
+    @property
+    def states(self) -> tuple[int, ...]:
+        return tuple(self.hidden.shape[:-1])
+
     def at(self, index: Tensor) -> Categorical:
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 

@@ -17,6 +17,10 @@ class Gaussian(Distribution):
     mean: Tensor
     scale: Tensor
 
+    @property
+    def states(self) -> tuple[int, ...]:
+        return tuple(self.mean.shape[:2])
+
     def at(self, index: Tensor) -> Gaussian:
         if self.scale.dim() == 0:
             return Gaussian(self.mean.flatten(0, 1)[index], self.scale)

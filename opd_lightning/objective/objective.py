@@ -214,6 +214,7 @@ class Objective:
         Returns:
             A scalar connected to ``student``; where nothing is left to train, a zero that still is.
         """
+        _check_states(student, teachers, trajectories)
         steps = Steps.of(trajectories, available)
         whole = trajectories.optimiser_step or self._alone(trajectories, student, teachers, available)
         steps.everywhere = whole.over_batch
@@ -293,6 +294,7 @@ class Objective:
             read: from the n steps of an open chunk to ``[n]``.
             teacher: which of the streams ``steps.teacher`` stands for; NaN where it has nothing to say.
         """
+        _check_states(student, streams, steps.trajectories)
         values = torch.full(steps.trajectories.mask.shape, torch.nan, device=steps.index.device)
         student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
         for _, chunk in self._opened(student, streams, steps):
@@ -454,6 +456,22 @@ def _evenly(states: slice, size: int) -> Iterator[slice]:
         return iter(())
     size = math.ceil(count / math.ceil(count / size))
     return (slice(start, min(start + size, states.stop)) for start in range(states.start, states.stop, size))
+
+
+def _check_states(student: Distribution, teachers: dict[str, Distribution], trajectories: Trajectories) -> None:
+    """
+    Raises:
+        ValueError: a distribution is not that of one state for every step of the mask.
+    """
+    for name, said in {"student": student, **teachers}.items():
+        if said.states not in (None, tuple(trajectories.mask.shape)):
+            raise ValueError(
+                f"`steps` returned for the {'student' if name == 'student' else f'teacher {name!r}'} distributions at "
+                f"{' × '.join(map(str, said.states or ()))} states; the trajectories have "
+                f"{' × '.join(map(str, trajectories.mask.shape))} (their mask): the state that action t was taken in "
+                "belongs at t, none behind the last action; what is kept for each step belongs in "
+                "Trajectories.channels, which are cut with the mask, and not in the observation"
+            )
 
 
 def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:

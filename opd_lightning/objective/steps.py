@@ -95,8 +95,8 @@ class Steps:
         return self.trajectories.behaviour_log_probs.flatten()[self.index]
 
     def channel(self, name: str) -> Tensor:
-        """``[N]`` what the setting knows of each step, such as the ``digits`` that a token writes."""
-        return self.trajectories.channels[name].flatten()[self.index]
+        """``[N, ...]`` what the setting knows of each step, such as the ``digits`` that a token writes."""
+        return self.trajectories.channels[name].flatten(0, 1)[self.index]
 
     def per_trajectory(self, values: Tensor) -> Tensor:
         """``[B]`` → ``[N]``: each step takes its trajectory's value."""

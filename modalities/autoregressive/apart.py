@@ -1,0 +1,162 @@
+"""Rows that must not share a forward pass: of models that can't bear padding, or whose rotary embeddings depend on the
+longest row of the pass.
+
+Shape legend: B trajectories, n rows of a pass, W its columns, T horizon, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...distribution import Head
+from ...rollout import Rollout
+from ...sharding import as_forward, is_sharded
+from ...teacher import Policy
+from .engine import Prompts, RolloutEngine
+from .models import context_length
+
+Written = tuple[Tensor, Tensor]
+
+
+def rope_switch(model: Any) -> int | None:
+    """Tokens beyond which all of a row are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
+
+    transformers asks this of the longest row of a pass.
+    """
+    found = [int(rope["original_max_position_embeddings"]) for rope in _ropes(model) if rope["rope_type"] == "longrope"]
+    return min(found, default=None)
+
+
+def rope_kinds(model: Any) -> list[str]:
+    """Kinds of its rotary embeddings that depend on the longest row of a pass."""
+    kinds = {str(rope["rope_type"]) for rope in _ropes(model)}
+    return sorted(kind for kind in kinds if kind == "longrope" or "dynamic" in kind)
+
+
+def is_dynamic(model: Any) -> bool:
+    """Whether beyond its context every further token changes how all are rotated (dynamic NTK)."""
+    return any("dynamic" in kind for kind in rope_kinds(model))
+
+
+def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
+    """
+    Raises:
+        ValueError: a row of so many tokens would be rotated otherwise at each of its lengths.
+    """
+    room = context_length(policy)
+    if longest > room and is_dynamic(model):
+        raise ValueError(
+            f"{policy.path}: a row of {longest} tokens is beyond the context of {room}, where dynamic NTK rotates all "
+            "tokens anew for each further one: a rollout then has no replay. Lower rollout.horizon or "
+            "rollout.max_prompt_length, or choose another rope_type (yarn, linear)"
+        )
+
+
+def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Hidden states ``[n, W, H]`` of rows that all begin in the first column; each token is rotated as if it was the
+    last of its row, which it was when the row was written.
+
+    Raises:
+        ValueError: rows with images, which can't be cut, beyond the switch of longrope.
+    """
+
+    def once(part: dict[str, Tensor]) -> Tensor:
+        hidden: Tensor = as_forward(model, lambda: model.base_model(**part, use_cache=False)[0])
+        return hidden
+
+    switch, width = rope_switch(model), inputs["input_ids"].shape[1]
+    # ranks that share weights must make equally many passes, whatever the length of their rows
+    if switch is None or (width <= switch and not is_sharded(model)):
+        return once(inputs)
+    if other := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
+        raise ValueError(
+            f"rows of {width} tokens with {', '.join(sorted(other))}: longrope switches at {switch} tokens, and a row "
+            "with images can't be read in two parts; lower rollout.horizon or the size of images"
+        )
+    early = once({name: tensor[:, :switch] for name, tensor in inputs.items()})
+    return torch.cat([early, once(inputs)[:, switch:]], 1)
+
+
+class EqualLengths(RolloutEngine):
+    """Lets another engine write rows of equal length together, for models that can't bear padding."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+
+    def write(
+        self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    ) -> Written:
+        def some(rows: list[int]) -> Written:
+            mine = [seeds[i] for i in rows]
+            return self.engine.write(policy, head, prompts.only(rows), rollout, mine, eos, pad)
+
+        return joined([(rows, some(rows)) for rows in _of_equal_length(prompts)], pad)
+
+
+class SwitchingRope(RolloutEngine):
+    """Lets another engine write for a model with longrope: no pass holds rows of both kinds, and a row that passes the
+    switch is read anew and goes on from there."""
+
+    def __init__(self, engine: RolloutEngine, switch: int) -> None:
+        self.engine, self.switch = engine, switch
+
+    def write(
+        self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    ) -> Written:
+        def some(part: Prompts, rows: list[int], horizon: int) -> Written:
+            mine = [seeds[i] for i in rows]
+            return self.engine.write(policy, head, part, replace(rollout, horizon=horizon), mine, eos, pad)
+
+        def across(rows: list[int], steps: int) -> Written:
+            """Rows of equal length, of which ``steps`` are still written before the switch."""
+            part = prompts.only(rows)
+            tokens, log_probs = some(part, rows, steps)
+            going = (~torch.isin(tokens, torch.tensor(eos, device=tokens.device)).any(1)).nonzero().squeeze(1).tolist()
+            if not going:
+                return tokens, log_probs
+            late = some(part.only(going).continued(tokens[going]), [rows[i] for i in going], rollout.horizon - steps)
+            (more, more_log_probs), width = joined([(going, late)], pad, len(rows)), tokens.shape[1]
+            assert width == steps
+            return torch.cat([tokens, more], 1), torch.cat([log_probs, more_log_probs], 1)
+
+        found, length = [], prompts.length
+        early = length + rollout.horizon - 1 <= self.switch
+        for kind in (early, length > self.switch):
+            if rows := kind.nonzero().squeeze(1).tolist():
+                found.append((rows, some(prompts.only(rows), rows, rollout.horizon)))
+        between = (~early & (length <= self.switch)).nonzero().squeeze(1).tolist()
+        for some_of in _of_equal_length(prompts.only(between)) if between else ():
+            rows = [between[i] for i in some_of]
+            found.append((rows, across(rows, self.switch - int(length[rows[0]]) + 1)))
+        return joined(found, pad)
+
+
+def joined(parts: list[tuple[list[int], Written]], pad: int, count: int | None = None) -> Written:
+    """Tokens and log-probs ``[B, T']`` of all rows, from those of some rows each; ``count`` of them (default: as many
+    as there are). Rows that are not there are padding."""
+    count = sum(len(rows) for rows, _ in parts) if count is None else count
+    width = max(tokens.shape[1] for _, (tokens, _) in parts)
+    first, log_probs = parts[0][1]
+    all_tokens, all_log_probs = first.new_full((count, width), pad), log_probs.new_zeros(count, width)
+    for rows, (tokens, own) in parts:
+        all_tokens[rows, : tokens.shape[1]] = tokens
+        all_log_probs[rows, : own.shape[1]] = own
+    return all_tokens, all_log_probs
+
+
+def _of_equal_length(prompts: Prompts) -> Iterator[list[int]]:
+    length = prompts.length
+    for one in length.unique():
+        yield (length == one).nonzero().squeeze(1).tolist()
+
+
+def _ropes(model: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of the text: one, or one for each kind of layer."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    several = [part for part in given.values() if isinstance(part, dict)]
+    return [rope for rope in several or [given] if "rope_type" in rope]

@@ -1,0 +1,206 @@
+"""The comparison before the first step: what a policy says of a step depends neither on who else is in its batch, nor
+on the mode of its model, nor on whether it acts or is asked.
+
+Shape legend: B trajectories, T steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from .audit import show
+from .diagnostics import Stopwatch
+from .distribution import Distribution, Gaussian
+from .objective import Steps
+from .rollout import RolloutLoader, derived_seed
+from .teacher import Policy, evaluating
+from .trajectory import Example, Trajectories
+
+if TYPE_CHECKING:
+    from .module import OnPolicyDistillation
+
+AGREEMENT_DRAWS = 2**33  # keeps the seeds apart from those of rollouts and of evaluation
+# Nats, over the steps of a row on average. Where nothing was wrong 1e-4 was the most that was seen in float32, and 0.02
+# in bfloat16; dropout of 0.1 makes 0.1 to 0.3
+EXACT, ROUNDED = 1e-3, 5e-2
+
+TOGETHER, ACTED, TRAINING = "alone / beside others", "acted / replayed", "evaluation / training mode"
+MEANING = {
+    TOGETHER: "what it says of a row depends on the rows beside it",
+    ACTED: "the log-probs that it acts with are not those of its replay, which is what is trained",
+    TRAINING: "in training mode it says something else than when it acts",
+}
+
+
+@dataclass
+class Agreement:
+    """Before training some rows are acted on and replayed, alone, together and in training mode; where these differ
+    the run does not start.
+
+    Args:
+        rows: how many, spread over the training data; every policy that acts is let act on them once.
+        tolerance: how far the log-probs of a row's actions may be apart, in nats, on average over its steps (and, where
+            an action is made of several numbers, over those). Default: 0.001 in float32, 0.05 for models that are
+            computed in half precision or quantised, or the tolerance of a rollout engine that has one of its own.
+
+    Raises:
+        ValueError: fewer than 2 rows, which could not influence each other, or a tolerance that is not positive.
+    """
+
+    rows: int = 4
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 2:
+            raise ValueError(f"agreement.rows={self.rows}: it takes 2 or more to see that rows influence each other")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"agreement.tolerance must be > 0, got {self.tolerance}")
+
+
+def check_agreement(module: OnPolicyDistillation) -> None:
+    """Compares, and prints the table. Neither random numbers nor what is recorded of the run are touched by it.
+
+    Raises:
+        RuntimeError: a policy disagrees with itself; the message says which, how far, and what may be the cause.
+    """
+    loader = module.trainer.train_dataloader
+    if not isinstance(loader, RolloutLoader):
+        return
+    with isolate_rng():
+        comparison = Comparison(module, loader)
+        comparison.run()
+    show("agreement (nats)", list(module.policies), comparison.rows())
+    complaints = comparison.complaints()
+    # ranks may round differently, and one that goes on would wait for the others for ever
+    if module.total(float(bool(complaints))):
+        raise RuntimeError("\n".join(complaints) or "a policy disagrees with itself on another rank")
+
+
+class Comparison:
+    """How far what each policy says of the same steps is apart, by policy and by what was compared."""
+
+    def __init__(self, module: OnPolicyDistillation, loader: RolloutLoader) -> None:
+        # shares everything with the module but what asking counts
+        self._module = copy.copy(module)
+        self._module._trainer, self._module.stopwatch = module._trainer, Stopwatch()
+        self._size = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)[0]
+        count = min(module.agreement.rows, len(loader.dataset))
+        places = torch.linspace(0, len(loader.dataset) - 1, count).long().tolist()
+        self._examples: list[Example] = [dict(loader.dataset[place]) for place in places]
+        self._seeds = [derived_seed(loader.seed, AGREEMENT_DRAWS, place) for place in places]
+        self.apart: dict[str, dict[str, float]] = {name: {} for name in module.policies}
+
+    def run(self) -> None:
+        """Lets every source act, and everyone be asked of what it did; all ranks do the same."""
+        module = self._module
+        for source in sorted(module.rollout.sources):
+            acted = module.act(source, self._examples, self._seeds)
+            with module.trainer.precision_plugin.forward_context():
+                for name in module.policies:
+                    together = self._ask(name, acted)
+                    self._note(name, TOGETHER, together, self._ask(name, acted, size=1))
+                    if name == source:
+                        self._note(name, ACTED, together, acted.behaviour_log_probs / _width(acted))
+                    if name == "student":
+                        self._note(name, TRAINING, together, self._ask(name, acted, self._size, training=True))
+
+    @torch.no_grad()
+    def _ask(self, name: str, acted: Trajectories, size: int | None = None, training: bool = False) -> Tensor:
+        """``[B, T]`` what one policy says of the actions, in batches of ``size`` rows; NaN where it says nothing."""
+        values = torch.full(acted.mask.shape, torch.nan)
+        done = 0
+        for part in acted.split(size or len(acted)):
+            part = part.to(self._module.device)
+            said, available = self._said(name, part, training)
+            mine = self._module.objective.per_step(said, {}, Steps.of(part), _of_action).cpu()
+            if available is not None:
+                mine[~available.cpu()] = torch.nan
+            values[done : done + len(part), : mine.shape[1]] = mine
+            done += len(part)
+        return values
+
+    def _said(self, name: str, part: Trajectories, training: bool) -> tuple[Distribution, Tensor | None]:
+        if name != "student":
+            return self._module.ask(name, part)
+        policy = self._module.policies["student"]
+        with _training(policy.model) if training else evaluating(policy.model):
+            return self._module.steps(policy, part), None
+
+    def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
+        apart = (one - other).abs().nanmean(1)
+        known = apart[~apart.isnan()]
+        if len(known):
+            before = self.apart[name].get(what, 0.0)
+            self.apart[name][what] = max(before, float(known.max()))
+
+    def rows(self) -> list[tuple[str, dict[str, str]]]:
+        """Of the table: what was compared, and how far each policy is apart."""
+        found = [(w, {name: f"{apart[w]:.1e}" for name, apart in self.apart.items() if w in apart}) for w in MEANING]
+        return [*found, ("tolerance", {name: f"{self.tolerance(name):g}" for name in self.apart})]
+
+    def tolerance(self, name: str) -> float:
+        """In nats."""
+        module = self._module
+        if module.agreement.tolerance is not None:
+            return module.agreement.tolerance
+        own = ROUNDED if is_rounded(module, module.policies[name]) else EXACT
+        return max(own, module.acting_tolerance)
+
+    def complaints(self) -> list[str]:
+        """A sentence for every policy and comparison beyond the tolerance."""
+        asked_for = self._module._student_spec.is_noisy
+        return [
+            self._complaint(name, what, value)
+            for name, apart in self.apart.items()
+            for what, value in apart.items()
+            if not value <= self.tolerance(name) and not (what == TRAINING and asked_for)
+        ]
+
+    def _complaint(self, name: str, what: str, value: float) -> str:
+        policy = self._module.policies[name]
+        who = "model.student" if name == "student" else f"model.teachers.{name}"
+        causes = "; ".join(self._module.suspects(policy))
+        return (
+            f"{who} ({policy.path}) disagrees with itself: {MEANING[what]} ({what}: {value:.3g} nats a step, "
+            f"model.agreement.tolerance is {self.tolerance(name):g}), so the run does not start. "
+            f"{'What may be the cause: ' + causes if causes else 'No cause is known'}."
+        )
+
+
+def is_rounded(module: OnPolicyDistillation, policy: Policy) -> bool:
+    """Whether a policy is computed in half precision, or its weights are quantised."""
+    weights = {p.dtype for p in policy.model.parameters() if p.is_floating_point()}
+    exact = weights <= {torch.float32, torch.float64} and not getattr(policy.model, "is_quantized", False)
+    return not exact or "16" in str(module.trainer.precision_plugin.precision)
+
+
+def _of_action(steps: Steps) -> Tensor:
+    """``[n]`` the log-prob of the actions, per number of each; where there is no density, how far it points away."""
+    said: Any = steps.student
+    if isinstance(said, Gaussian) and not bool((said.scale > 0).all()):
+        return (said.mean - steps.action).flatten(1).square().mean(1).sqrt()
+    return said.log_prob(steps.action) / _width(steps.trajectories)
+
+
+def _width(trajectories: Trajectories) -> int:
+    """Of how many numbers an action is made."""
+    return trajectories.actions[0, 0].numel()
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
