@@ -99,12 +99,13 @@ class Comparison:
         self.apart: dict[str, dict[str, float]] = {name: {} for name in module.policies}
 
     def run(self) -> None:
-        """Lets every source act, and everyone be asked of what it did; all ranks do the same."""
+        """Lets every source act, and everyone that is asked now say what it did; all ranks do the same."""
         module = self._module
+        off = set(module.teachers) - module.objective.teachers() - module.asked_by_parts() - module.rollout.sources
         for source in sorted(module.rollout.sources):
             acted = module.act(source, self._examples, self._seeds)
             with module.trainer.precision_plugin.forward_context():
-                for name in module.policies:
+                for name in sorted(set(module.policies) - off):
                     together = self._ask(name, acted)
                     self._note(name, TOGETHER, together, self._ask(name, acted, size=1))
                     if name == source:
@@ -115,7 +116,7 @@ class Comparison:
     @torch.no_grad()
     def _ask(self, name: str, acted: Trajectories, size: int | None = None, training: bool = False) -> Tensor:
         """``[B, T]`` what one policy says of the actions, in batches of ``size`` rows; NaN where it says nothing."""
-        values = torch.full(acted.mask.shape, torch.nan)
+        values = torch.full(acted.mask.shape, torch.nan, dtype=torch.float32)
         done = 0
         for part in acted.split(size or len(acted)):
             part = part.to(self._module.device)

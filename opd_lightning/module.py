@@ -414,7 +414,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         Returns:
             NaN where nothing is trained, and where the teacher has nothing to say.
         """
-        values, done = torch.full(trajectories.mask.shape, torch.nan), 0
+        values, done = torch.full(trajectories.mask.shape, torch.nan, dtype=torch.float32), 0
         size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
         for part in trajectories.split(size):
             mine = self._per_step(part.to(self.device), read, teacher)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from .student_view import as_it_was, settings_of
@@ -61,6 +62,9 @@ class RolloutWorker:
         }
         self._actor.stopwatch = copy.deepcopy(module.stopwatch)
         self._threads = ThreadPoolExecutor(1, "rollout")
+        # autocast belongs to a thread; what "true" half precision sets belongs to all of them, and weights have it anyway
+        plugin = module.trainer.precision_plugin
+        self._precision = plugin.forward_context if isinstance(plugin, MixedPrecision) else nullcontext
         self._stream = torch.cuda.Stream(module.device) if module.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -84,7 +88,7 @@ class RolloutWorker:
                 nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
             )
             self._actor.rollout, self._actor.student_view = rollout, view
-            with stream:
+            with stream, self._precision():
                 return job(self._actor)
 
         return self._threads.submit(run)

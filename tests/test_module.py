@@ -262,6 +262,10 @@ def trained(world, folder, weights, objective=None, anew=False, turn=None, **rol
             asked.append(name)
             return super().ask(name, batch)
 
+        def on_train_start(self):
+            super().on_train_start()
+            asked.clear()  # by the comparison before the first step
+
         def ask_all(self, batch, known=None):
             return super().ask_all(batch, None if anew else known)
 

@@ -83,10 +83,15 @@ def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class EqualLengths(RolloutEngine):
-    """Lets another engine write rows of equal length together, for models that can't bear padding."""
+    """Lets another engine write rows of equal length together, for models that can't bear padding.
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
+    Args:
+        engine: the other one.
+        alone: write every row alone, for models whose rows influence each other even so.
+    """
+
+    def __init__(self, engine: RolloutEngine, alone: bool = False) -> None:
+        self.engine, self.alone = engine, alone
 
     def write(
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
@@ -95,7 +100,8 @@ class EqualLengths(RolloutEngine):
             mine = [seeds[i] for i in rows]
             return self.engine.write(policy, head, prompts.only(rows), rollout, mine, eos, pad)
 
-        return joined([(rows, some(rows)) for rows in _of_equal_length(prompts)], pad)
+        groups = [[i] for i in range(len(seeds))] if self.alone else list(_of_equal_length(prompts))
+        return joined([(rows, some(rows)) for rows in groups], pad)
 
 
 class SwitchingRope(RolloutEngine):

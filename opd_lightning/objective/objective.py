@@ -295,7 +295,8 @@ class Objective:
             teacher: which of the streams ``steps.teacher`` stands for; NaN where it has nothing to say.
         """
         _check_states(student, streams, steps.trajectories)
-        values = torch.full(steps.trajectories.mask.shape, torch.nan, device=steps.index.device)
+        shape = steps.trajectories.mask.shape
+        values = torch.full(shape, torch.nan, device=steps.index.device, dtype=torch.float32)
         student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
         for _, chunk in self._opened(student, streams, steps):
             said = read(chunk.for_term(teacher, chunk.streams[teacher] if teacher is not None else None)).float()
