@@ -168,7 +168,7 @@ class Comparison:
     def _complaint(self, name: str, what: str, value: float) -> str:
         policy = self._module.policies[name]
         who = "model.student" if name == "student" else f"model.teachers.{name}"
-        causes = "; ".join(self._module.suspects(policy))
+        causes = "; ".join(self._module.suspects(policy, what))
         return (
             f"{who} ({policy.path}) disagrees with itself: {MEANING[what]} ({what}: {value:.3g} nats a step, "
             f"model.agreement.tolerance is {self.tolerance(name):g}), so the run does not start. "

@@ -221,8 +221,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """How far log-probs of acting may be from those of a replay, in nats, beyond what rounding does."""
         return 0.0
 
-    def suspects(self, policy: Policy) -> list[str]:
-        """What may make a policy disagree with itself, for the message of the comparison before training."""
+    def suspects(self, policy: Policy, what: str) -> list[str]:
+        """What may make a policy disagree with itself in one of the comparisons before training, for its message."""
         return []
 
     # -- building -----------------------------------------------------------------------------------------------

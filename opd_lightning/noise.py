@@ -9,19 +9,24 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-# What routers add in training mode. PhiMoE's `router_jitter_noise` is not among them: it is read in evaluation, too
+# What routers add in training mode
 JITTER = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
+# Of routers that draw experts in training mode, and read their rate in evaluation, too (PhiMoE)
+DRAWING = "router_jitter_noise"
 
 
 def silence(model: nn.Module) -> None:
     """Sets every dropout, layer drop and router jitter of the model to 0, in place; its ``config`` stays as it was.
 
-    Layers that read such a rate from the configuration itself (Falcon, Persimmon) get a copy of it.
+    Layers that read such a rate from the configuration itself (Falcon, Persimmon) get a copy of it; routers that draw
+    experts stay in evaluation mode.
     """
     copies: dict[int, Any] = {}
     for module in model.modules():
         for name in _rates(module):
             setattr(module, name, 0.0)
+        if hasattr(module, DRAWING):
+            module.register_forward_pre_hook(_in_evaluation)
         config = vars(module).get("config")
         if hasattr(config, "to_dict") and not hasattr(module, "save_pretrained"):
             module.config = copies.setdefault(id(config), _without_rates(config))
@@ -50,6 +55,10 @@ def _rates(module: nn.Module) -> Iterator[str]:
 
 def _is_rate(name: str, value: Any) -> bool:
     return isinstance(value, float) and value > 0 and ("drop" in name or name in JITTER)
+
+
+def _in_evaluation(module: nn.Module, inputs: Any) -> None:
+    module.training = False
 
 
 def _without_rates(config: Any) -> Any:

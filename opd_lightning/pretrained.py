@@ -111,6 +111,12 @@ class Pretrained:
             if isinstance(error, FileNotFoundError):
                 raise
             raise OSError(f"{self.path} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+        except ValueError as error:  # which goes on with the names of all that there are
+            if not str(error).startswith("Unrecognized configuration class"):
+                raise
+            kind = str(error).split(" for this kind")[0].rpartition(".")[2].rstrip(">' ")
+            name = getattr(model_class, "__name__", str(model_class))
+            raise ValueError(f"{self.path} holds a model with a {kind}, which {name} can't load") from None
         if trained:
             _never_repack(model)
         if trained and not self.dropout:

@@ -62,7 +62,7 @@ class RolloutWorker:
         }
         self._actor.stopwatch = copy.deepcopy(module.stopwatch)
         self._threads = ThreadPoolExecutor(1, "rollout")
-        # autocast belongs to a thread; what "true" half precision sets belongs to all of them, and weights have it anyway
+        # autocast belongs to a thread; what "true" half precision sets belongs to all, and weights have it anyway
         plugin = module.trainer.precision_plugin
         self._precision = plugin.forward_context if isinstance(plugin, MixedPrecision) else nullcontext
         self._stream = torch.cuda.Stream(module.device) if module.device.type == "cuda" else None

@@ -29,6 +29,7 @@ MODELS = {
     "gpt_neox": ("GPTNeoXConfig", {"attention_dropout": 0.2, "hidden_dropout": 0.2}),
     "falcon": ("FalconConfig", {"attention_dropout": 0.2, "hidden_dropout": 0.2, "multi_query": False}),
     "mixtral": ("MixtralConfig", MIXTRAL),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}),
 }
 
 

@@ -10,14 +10,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ...agreement import ACTED, TRAINING
 from ...noise import noise
 from ...printable import quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
 from .apart import rope_kinds
+from .apart import rope_kinds
 from .models import bare, context_length, output_embeddings
-from .trial import Trial, check_causal
+from .trial import Trial, check_causal, first_line
 
 if TYPE_CHECKING:
     from .setting import AutoregressiveDistillation
@@ -149,15 +151,17 @@ def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
     return own
 
 
-def suspects(module: AutoregressiveDistillation, policy: Policy) -> list[str]:
-    """What may make a policy disagree with itself."""
+def suspects(module: AutoregressiveDistillation, policy: Policy, what: str) -> list[str]:
+    """What may make a policy disagree with itself, in this comparison of `Comparison`."""
     model = bare(policy.model)
+    if what == TRAINING:
+        if rate := noise(policy.model):
+            return [f"dropout or router noise of up to {rate:g} in training mode: set student.dropout to false"]
+        return [f"{type(model).__name__} draws random numbers in training mode (as the routers of PhiMoE do)"]
     found = [f"rope_type {rope}, which depends on the longest row" for rope in rope_kinds(model)]
-    if policy.name == "student" and (rate := noise(policy.model)):
-        found.append(f"dropout or router noise of up to {rate:g} in training mode: set student.dropout to false")
-    found.append(f"rollouts by {type(module.engine).__name__}: try model.engine: Generate")
-    found.append(f"{type(model).__name__} reads padding, caches or positions in a way of its own")
-    return found
+    if what == ACTED:
+        found.append(f"rollouts by {type(module.engine).__name__}: try model.engine: Generate")
+    return [*found, f"{type(model).__name__} reads padding, caches or positions in a way of its own"]
 
 
 def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> str:
@@ -199,10 +203,18 @@ def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -
     head = module.head(policy)
     device = next(model.parameters()).device
     ids = torch.arange(min(8, module.vocabulary), device=device)[None]
-    with policy.active(), evaluating(model):
-        own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
-        hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
-    ours = head(hidden)
+    try:
+        with policy.active(), evaluating(model):
+            own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
+            hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
+        ours = head(hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of foreign code, which may raise anything
+        raise ValueError(
+            f"{policy.path} ({name}): {type(model).__name__} read {ids.shape[1]} ids and ended in "
+            f"{type(error).__name__}: {first_line(error)}; this architecture is not supported yet"
+        ) from error
     if head.suppressed is not None:
         own[:, head.suppressed] = ours[:, head.suppressed] = 0.0
     error, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)

@@ -352,8 +352,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def acting_tolerance(self) -> float:
         return float(getattr(self.engine, "tolerance", 0.0))
 
-    def suspects(self, policy: Policy) -> list[str]:
-        return suspects(self, policy)
+    def suspects(self, policy: Policy, what: str) -> list[str]:
+        return suspects(self, policy, what)
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         return audit_rows(self)

@@ -86,8 +86,13 @@ class Trial:
                     if not apart <= _tolerance(model):
                         return f"{apart:.2g} nats apart"
         except Exception as error:  # foreign code, which may raise anything where it is not made for this
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            return f"{type(error).__name__}: {first_line(error)}"
         return None
+
+
+def first_line(error: Exception) -> str:
+    """Of what foreign code said."""
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def _log_probs(model: Any, ids: Tensor, head: Head | None = None) -> Tensor:
