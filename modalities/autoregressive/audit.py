@@ -17,7 +17,6 @@ from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
 from .apart import rope_kinds
-from .apart import rope_kinds
 from .models import bare, context_length, output_embeddings
 from .trial import Trial, check_causal, first_line
 
