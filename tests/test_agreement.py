@@ -206,16 +206,6 @@ def test_values_that_can_not_be_meant(settings, said):
         Agreement(**settings)
 
 
-def test_what_a_setting_hands_over_fits_its_mask(tmp_path):
-    class Short(toy.Moves):
-        def sample(self, *args):
-            acted = super().sample(*args)
-            return replace(acted, behaviour_log_probs=acted.behaviour_log_probs[:, 1:])
-
-    with pytest.raises(ValueError, match=r"Trajectories.behaviour_log_probs has the shape \(\d+, 5\).*\(\d+, 6\)"):
-        toy.fit(toy.make_module(setting=Short), tmp_path)
-
-
 def test_an_objective_alone_refuses_other_states(tiny_student, tiny_teacher):
     module = tiny.make_module(tiny_student, tiny_teacher)
     acted = tiny.act(module, tiny.make_rows(4))

@@ -95,8 +95,8 @@ def test_dynamic_ntk_is_refused_beyond_its_context_and_right_before(tmp_path):
     module = make_module(folder, {"teacher": Teacher(Initial())})
     acted = act(module, ROWS[:1] + ROWS[2:4], horizon=10)
     torch.testing.assert_close(acted.behaviour_log_probs, by_plain_transformers(module, acted), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="a row of 43 tokens is beyond the context of 32, where dynamic NTK"):
-        act(module, ROWS[:2], horizon=20)
+    with pytest.raises(ValueError, match="a row of 35 tokens is beyond the context of 32, where dynamic NTK"):
+        act(module, ROWS[3:4], horizon=20)
 
 
 # -- models that can't bear padding ---------------------------------------------------------------------------------
