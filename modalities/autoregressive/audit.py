@@ -216,9 +216,9 @@ def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -
         ) from error
     if head.suppressed is not None:
         own[:, head.suppressed] = ours[:, head.suppressed] = 0.0
-    error, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)
-    if error > 0.02 * scale:
+    apart, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)
+    if apart > 0.02 * scale:
         raise ValueError(
             f"{policy.path} ({name}): its logits are not head(hidden states) with the scale and soft cap that its "
-            f"config names (largest difference {float(error):.3g}); this architecture is not supported yet"
+            f"config names (largest difference {float(apart):.3g}); this architecture is not supported yet"
         )

@@ -52,6 +52,9 @@ class Trial:
         ValueError: no way is right.
     """
 
+    engine: RolloutEngine
+    reason: str | None
+
     def __init__(self, engine: RolloutEngine, policy: Policy, head: Head, pad: int) -> None:
         self._policy, self._head, self._pad = policy, head, pad
         handed_over = engine.refusal(policy) is not None
