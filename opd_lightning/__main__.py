@@ -1,15 +1,51 @@
 """``python -m opd_lightning`` and the console script ``opd``."""
 
+import io
+import locale
 import logging
+import os
+import subprocess
 import sys
 
 
 def main() -> None:
+    speak_utf8()
+    from .front import ConfigError, front
+
+    try:
+        sources = front(sys.argv[1:])
+    except (ConfigError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     # its missing CPU kernel concerns nobody who has not asked for quantisation
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .cli import run
+    from .cli_errors import sentence
 
-    run(sys.argv[1:])
+    try:
+        run(sys.argv[1:])
+    except Exception as error:
+        text = None if "--traceback" in sys.argv else sentence(error, sources)
+        if text is None:
+            raise
+        sys.stderr.write(text)
+        sys.exit(1)
+
+
+def speak_utf8() -> None:
+    """Begins again in Python's UTF-8 mode where the machine's encoding is another: libraries read and write in it.
+
+    What is printed to a terminal of another encoding is printed as well as that can.
+    """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+        if os.name == "nt":  # where exec lets the shell go on
+            sys.exit(subprocess.call(command))
+        os.execv(sys.executable, command)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

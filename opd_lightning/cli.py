@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +12,24 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import set_loader
+from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
 from .checkpoint import Checkpoint, check_whole
-from .cli_errors import Parser, config_files
+from .cli_errors import Parser
+from .cli_help import print_help
+from .config_file import ConfigError, load, overlaid
+from .config_keys import Checker, Exactly
 from .export import export
+from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
-from .shipped import PREFIX, shipped
+
+set_loader("yaml", load, get_loader_exceptions("yaml"))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -58,11 +67,14 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class OPDCLI(LightningCLI):
-    """LightningCLI in subclass mode: the setting and the data are named by class in YAML."""
+    """LightningCLI in subclass mode: the setting and the data are named by class in YAML.
+
+    Raises:
+        SystemExit: with code 2, a message about key, file and line printed: the configuration can't be meant.
+    """
 
     def __init__(self, args: Sequence[str]) -> None:
-        arguments = [resolve(argument) for argument in args]
-        Parser.files = config_files(arguments)
+        arguments = understood(args)
         super().__init__(
             OnPolicyDistillation,
             L.LightningDataModule,
@@ -93,10 +105,31 @@ class OPDCLI(LightningCLI):
         """What the command line says wins: hyper-parameters of a checkpoint are never merged over it."""
 
 
-def resolve(argument: str) -> str:
-    """An argument with ``opd:…`` replaced by the path of the shipped configuration."""
-    flag, equals, value = argument.rpartition("=")
-    return f"{flag}{equals}{shipped(value)}" if value.startswith(PREFIX) and value.endswith(".yaml") else argument
+def kinds_at_the_top(command: str) -> dict[str, Any]:
+    """What may stand at the top of a configuration, with its type."""
+    classes: dict[str, Any] = {"trainer": Exactly(L.Trainer), "checkpoint": Exactly(Checkpoint)}
+    classes |= {"model": OnPolicyDistillation, "data": L.LightningDataModule}
+    return {key: classes.get(key, Any) for key in keys_of(command)}
+
+
+def understood(arguments: Sequence[str]) -> list[str]:
+    """Arguments for jsonargparse: with every key checked, and what files hold as JSON in the place of their paths."""
+    try:
+        sources = front(arguments)
+        kinds, together, found = kinds_at_the_top(arguments[0]), dict[str, Any](), [arguments[0]]
+        for source in sources:
+            values = Checker(source).settings(source.values, kinds, (), "opd", together)
+            together = overlaid(together, values)
+            if source.lines:
+                found += ["-c", json.dumps(values, ensure_ascii=False)]
+            elif source.name != "--traceback":
+                found += source.tokens
+        print_help(sources, kinds, together)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    Parser.sources = sources
+    return found
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -111,4 +144,5 @@ def run(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["render-gui"]:
         render_gui(arguments[1:])
         return
-    OPDCLI(list(arguments))
+    sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]  # for classes and functions of one's own
+    OPDCLI(arguments)

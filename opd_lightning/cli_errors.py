@@ -1,41 +1,46 @@
-"""Configuration errors for people: which key, what is wrong with it, what would be right, and which file holds it."""
+"""Errors for people: which key, what is wrong with it, what would be right, and which file holds it."""
 
 from __future__ import annotations
 
-import inspect
+import dis
 import re
 import sys
-from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, NoReturn
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentError
-from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from .config_file import Keys, Source, dotted
 
 # What jsonargparse says about how it looked, not about what is wrong
 _NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value)")
 _KEY = re.compile(r'^(?:- )?Parser key "([^"]+)":')
 _CLASS = re.compile(r"^(?:- )?Problem with given class_path '([^']+)'")
-_QUOTED = re.compile(r"'([\w.]+)'")
+_EXPECTED = re.compile(r"^Expected an? (?:typing\.|<class ')?([\w.\[\], '-]+?)'?>?(?:\. Got value: (.*))?$")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+LONGEST = 600
+"""Characters of a message; transformers lists all the models that it knows."""
+_CHECKS = (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
     """Prints the innermost problem in place of jsonargparse's account of everything that it tried."""
 
-    files: ClassVar[list[Path]] = []
+    sources: ClassVar[list[Source]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        sys.stderr.write(explain(message, self.files))
+        sys.stderr.write(explain(message, self.sources))
         sys.exit(2)
 
 
-def explain(message: str, files: list[Path]) -> str:
+def explain(message: str, sources: Sequence[Source]) -> str:
     """The short form of an error message of jsonargparse, with the file and line that hold the key."""
     path: list[str] = []
-    class_path = ""
     problems: list[str] = []
     for line in message.splitlines():
         text = line.strip()
@@ -43,39 +48,125 @@ def explain(message: str, files: list[Path]) -> str:
             if not problems:
                 path += found.group(1).split(".")
             text = text[found.end() :].strip()
-        elif found := _CLASS.match(text):
-            class_path = class_path if problems else found.group(1)
+        elif _CLASS.match(text):
             continue
         if text and not _NOISE.match(text):
             problems.append(text.removeprefix("- "))
     if not problems:
         return f"error: {message}\n"
-    named = [name for name in _QUOTED.findall(problems[0]) if not name.startswith(("int", "float", "str"))]
-    keys = [named[-1].rpartition(".")[2]] if "accept" in problems[0] and named else path[-1:]
-    lines = [f"error: {'.'.join(path)}: {problems[0]}" if path else f"error: {problems[0]}"]
-    if "not accepted" in problems[0] and class_path:
-        lines.append(f"  {class_path.rpartition('.')[2]} accepts {', '.join(_options(class_path))}")
-    lines += [f"  in {where}" for key in keys for where in _mentions(key, files)[-1:]]  # the last file wins
+    expected = list(dict.fromkeys(found.group(1) for text in problems if (found := _EXPECTED.match(text))))
+    what = problems[0]
+    if found := _EXPECTED.match(what):
+        values = message.rpartition("Given value: ")[2].splitlines() if "Given value: " in message else []
+        given = values[0] if values else found.group(2)
+        what, problems = f"expected {' or '.join(expected)}" + (f", got {given}" if given else ""), problems[:1]
+    lines = [f"error: {'.'.join(path)}: {what}" if path else f"error: {what}"]
+    lines += [f"  in {place}" for place in [place_of(path, sources)] if place]
     return "\n".join([*lines, *(f"  {problem}" for problem in problems[1:4])]) + "\n"
 
 
-def config_files(arguments: list[str]) -> list[Path]:
-    """The files given by ``-c``, ``--config``."""
-    values = [b for a, b in pairwise(arguments) if a in ("-c", "--config")]
-    values += [a.partition("=")[2] for a in arguments if a.startswith(("-c=", "--config="))]
-    return [path for path in map(Path, values) if path.is_file()]
+def sentence(error: BaseException, sources: Sequence[Source]) -> str | None:
+    """What a check has found out about a configuration, data or a model; None for what nobody foresaw: a bug.
+
+    A check raises by itself, in this package or in the constructor of a part, or the system refuses a file. What
+    arises in the middle of a computation is no check, unless a part that a configuration names is being built.
+    """
+    cause = _cause(error)
+    frames = list(_frames(cause.__traceback__))
+    selves = [type(frame.tb_frame.f_locals.get("self")).__name__ for frame in frames]
+    made = [who for who, frame in zip(selves, frames, strict=True) if _constructs(frame)]
+    key, place = _about(str(cause), made, sources)
+    what = str(cause) if len(str(cause)) < LONGEST else f"{str(cause)[:LONGEST]} …"
+    if not _checks(cause, frames, selves):
+        if not (made and place and any(_module(frame).startswith("jsonargparse") for frame in frames)):
+            return None
+        what = f"{made[0]} can't be built from this: {type(cause).__name__}: {what}"
+    text = f"error: {key}: {what}" if key and not what.startswith(key) else f"error: {what}"
+    return text + (f"\n  in {place}" if place else "") + "\n  (--traceback shows where this was raised)\n"
 
 
-def _mentions(key: str, files: list[Path]) -> list[str]:
-    pattern = re.compile(rf"(^|[\s{{,]){re.escape(key)}\+?\s*:")
-    return [
-        f"{path}, line {number}"
-        for path in files
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(line)
-    ]
+def _cause(error: BaseException) -> BaseException:
+    """What was raised first, without what jsonargparse wraps around it."""
+    while error.__cause__ is not None:
+        frames = list(_frames(error.__traceback__))
+        if not frames or not _module(frames[-1]).startswith("jsonargparse"):
+            break
+        error = error.__cause__
+    return error
 
 
-def _options(class_path: str) -> list[str]:
-    parameters = inspect.signature(import_object(class_path)).parameters.values()
-    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def _module(frame: TracebackType) -> str:
+    return str(frame.tb_frame.f_globals.get("__name__", ""))
+
+
+def _constructs(frame: TracebackType) -> bool:
+    return frame.tb_frame.f_code.co_name in ("__init__", "__post_init__") and "self" in frame.tb_frame.f_locals
+
+
+def _checks(cause: BaseException, frames: Sequence[TracebackType], selves: Sequence[str]) -> bool:
+    """Whether it was raised by a statement, where no operation has failed: ours, a constructor's, a loader's."""
+    if not isinstance(cause, _CHECKS) or not frames:
+        return False
+    if isinstance(cause, MisconfigurationException) or (isinstance(cause, OSError) and cause.filename is not None):
+        return True
+    ours = _module(frames[-1]).startswith("opd_lightning")
+    return _raises(frames[-1]) and (ours or _constructs(frames[-1]) or "Pretrained" in selves)
+
+
+def _raises(frame: TracebackType) -> bool:
+    return dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _about(message: str, made: Sequence[str], sources: Sequence[Source]) -> tuple[str, str]:
+    """The place of a key that a message names; or else the key of the part under construction, and its place."""
+    for name in _DOTTED.findall(message):
+        wanted = name.split(".")
+        for keys, place in _places(sources):
+            if plain(keys)[-len(wanted) :] == wanted:
+                return "", place
+    for who in reversed(made):
+        for keys, place in _places(sources):
+            if _class_at(keys, sources) == who or (who == "Trainer" and keys == ("trainer",)):
+                return dotted([key for key in keys if key != "class_path"]), place
+    return "", ""
+
+
+def plain(keys: Sequence[str | int]) -> list[str]:
+    """Keys as messages name them: without ``init_args`` and places in lists."""
+    return [str(key).removesuffix("+") for key in keys if isinstance(key, str) and key != "init_args"]
+
+
+def _places(sources: Sequence[Source]) -> Iterator[tuple[Keys, str]]:
+    for source in reversed(sources):  # the last one wins
+        for keys in [source.keys] if source.keys else source.lines:
+            yield keys, source.place(keys) or source.name
+
+
+def _class_at(keys: Keys, sources: Sequence[Source]) -> str:
+    """The short name of the class that is named there, if one is."""
+    for source in reversed(sources):
+        value: Any = source.values
+        try:
+            for key in keys:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            continue
+        return value.rpartition(".")[2] if isinstance(value, str) else ""
+    return ""
+
+
+def place_of(path: Sequence[str], sources: Sequence[Source]) -> str | None:
+    """Where a key is that jsonargparse names: the place whose keys are the same, lists and ``init_args`` aside."""
+    wanted = plain(path)
+    for shorter in range(len(wanted)):
+        for keys, place in _places(sources):
+            same = plain(keys)
+            if same == wanted or (len(wanted) - shorter > 1 and same[-len(wanted) + shorter :] == wanted[shorter:]):
+                return place
+    return None

@@ -14,6 +14,7 @@ from rich.table import Table
 from torchmetrics import MeanMetric
 
 from .data import Share
+from .finite import Finite
 from .printable import cell, printable
 from .rollout import check_sampling, derived_seed, group_statistics
 from .rows import STAND_IN, row_of
@@ -55,6 +56,8 @@ class Evaluation:
     before: bool = True
     show: int = 3
     by: list[str] = field(default_factory=list)
+
+    __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
         if self.samples < 1:

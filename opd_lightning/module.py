@@ -25,6 +25,7 @@ from .contract import check_acted, check_methods, check_prompts, check_scores
 from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
+from .finite import Finite, check_finite
 from .likeness import check_self_teachers
 from .objective import Objective, Steps
 from .portable import Portable
@@ -35,7 +36,7 @@ from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
 from .student_view import settings_of, shown
-from .teacher import Frozen, Policy, Said, Teacher, View, evaluating
+from .teacher import Frozen, Policy, Said, Teacher, View, check_names, evaluating
 from .trajectory import Example, OptimiserStep, Trajectories
 
 
@@ -69,6 +70,8 @@ class Schedule:
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+
+    __setattr__ = Finite.__setattr__
 
 
 class OnPolicyDistillation(Portable, L.LightningModule):
@@ -233,6 +236,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         Raises:
             ValueError: a part needs something that this run does not offer; the message names both.
         """
+        check_names(self.teachers)
+        check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
         served = set(self.served)
         if self.has_rewards:
             served.add("reward")

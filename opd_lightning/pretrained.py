@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .finite import Finite
 from .noise import set_adapter_dropout, silence
 from .shipped import shipped
 
@@ -35,6 +36,8 @@ class Lora:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     adapter: str | None = None
+
+    __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
         for name in ("r", "alpha", "target_modules") if self.adapter is not None else ():
@@ -82,6 +85,8 @@ class Pretrained:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
         if self.random_init and self.quantization:

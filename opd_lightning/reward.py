@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
+from .finite import Finite
 from .isolated import Isolated
 
 Example = Mapping[str, Any]
 
 
-class Reward(ABC):
+class Reward(Finite, ABC):
     """What a reward is: a function of a completion and its example, and the columns that it reads.
 
     It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .finite import Finite
 from .rows import row_of
 from .sharding import mesh_of
 from .trajectory import Example, OptimiserStep, Trajectories
@@ -77,6 +78,8 @@ class Rollout:
     behaviour: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     max_prompt_length: int | None = None
     max_staleness: int = 0
+
+    __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
         if self.max_staleness < 0:

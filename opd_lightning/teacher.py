@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
 from .distribution import Distribution
+from .finite import Finite
 from .pretrained import Pretrained
 from .rows import reason_of
 from .sharding import put_away, slice_of
@@ -41,7 +43,7 @@ class Policy:
     name: str = "student"
 
 
-class View(ABC):
+class View(Finite, ABC):
     """What a policy is shown instead of the example itself: a pure function of the example.
 
     ``columns`` names what it reads. Answering None says that there is nothing to show for this example: terms that
@@ -62,7 +64,7 @@ class Original(View):
         return example
 
 
-class TeacherWeights(ABC):
+class TeacherWeights(Finite, ABC):
     """Where a teacher's weights come from, and how they move."""
 
     stands_still: ClassVar[bool] = False
@@ -75,7 +77,7 @@ class TeacherWeights(ABC):
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         """Makes the policy; called once, before a checkpoint is restored."""
 
-    def update(self, step: int) -> None:  # noqa: B027  (most teachers stand still)
+    def update(self, step: int) -> None:
         """Called after every optimiser step, with the number of steps done."""
 
     @property
@@ -215,6 +217,8 @@ class Teacher:
     max_prompt_length: int | None = None
     own_template: bool = False
 
+    __setattr__ = Finite.__setattr__
+
     def look(self, example: Example) -> Example | None:
         """The example as this teacher sees it, or None where it has nothing to say.
 
@@ -237,6 +241,20 @@ def shown_by(view: View, example: Example) -> Example | None:
     except Exception as error:
         read = f" from {', '.join(view.columns)}" if view.columns else ""
         raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error
+
+
+def check_names(teachers: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a teacher is called as something else is, or so that neither log nor checkpoint can name it.
+    """
+    for name in teachers:
+        if name in ("student", "dataset"):
+            raise ValueError(f"model.teachers: {name!r} has its meaning in rollout.behaviour; take another name")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")
+        if name == "default" or hasattr(nn.ModuleDict(), name):  # of the student's adapter, and of torch
+            raise ValueError(f"model.teachers: {name!r} is taken by the libraries; take another name")
 
 
 @dataclass

@@ -31,6 +31,13 @@ def self_taught(path, made, lora=None, **settings):
     )
 
 
+@pytest.mark.parametrize("name", ["student", "dataset", "default", "a.b", "", "a b", "keys", "forward", "a/b"])
+def test_names_that_mean_something_else_are_refused(tiny_student, name):
+    term = Term(ReverseKL(), teacher=name)
+    with pytest.raises(ValueError, match=r"model\.teachers: "):
+        make_module(tiny_student, {name: Teacher(Live())}, objective=Objective([term]), load=False)
+
+
 # -- frozen -------------------------------------------------------------------------------------------------------
 
 

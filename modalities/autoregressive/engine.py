@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...distribution import Head
+from ...finite import Finite
 from ...rollout import Rollout
 from ...teacher import Policy
 from ...trajectory import Example
@@ -77,7 +78,7 @@ class Prompts:
         return list(places), [places[first[key]] for key in keys]
 
 
-class RolloutEngine(ABC):
+class RolloutEngine(Finite, ABC):
     """Writes completions. A backend is a subclass with this one method; its own settings are its arguments."""
 
     runs_the_model: ClassVar[bool] = False
@@ -99,7 +100,7 @@ class RolloutEngine(ABC):
             no filters. What stands behind a stop token is not read.
         """
 
-    def close(self) -> None:  # noqa: B027  (most hold nothing)
+    def close(self) -> None:
         """Gives back what it holds elsewhere; it may be asked to write again afterwards."""
 
     def refusal(self, policy: Policy) -> str | None:

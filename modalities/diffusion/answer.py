@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...finite import Finite
 from . import flow
 from .sampler import Ask, generator
 
@@ -57,7 +58,7 @@ class Moment:
     ask: Callable[[str], AskHere]
 
 
-class Answer(ABC):
+class Answer(Finite, ABC):
     """A teacher's answer.
 
     Args:

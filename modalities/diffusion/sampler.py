@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...distribution import Gaussian
+from ...finite import Finite
 from ...rollout import derived_seed
 from . import flow
 
@@ -43,7 +44,7 @@ class Transition(Gaussian):
     velocity: Tensor
 
 
-class Sampler(ABC):
+class Sampler(Finite, ABC):
     """How the student gets from noise to an image."""
 
     stochastic = False

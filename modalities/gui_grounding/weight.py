@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 
@@ -40,11 +39,12 @@ class DigitSignificance(Weight):
             raise ValueError(f"weight.cap must be >= 1, got {cap}")
         if other < 0:
             raise ValueError(f"weight.other must be >= 0, got {other}")
-        self.cap, self.other = math.inf if cap is None else cap, other
+        self.cap, self.other = cap, other
 
     def __call__(self, steps: Steps) -> Tensor:
         places = steps.channel("digits")
-        return torch.where(places > 0, places.clamp(max=self.cap), self.other)
+        capped = places if self.cap is None else places.clamp(max=self.cap)
+        return torch.where(places > 0, capped, self.other)
 
 
 def digit_places(tokens: list[int], decode: Callable[[list[int]], str]) -> list[int]:

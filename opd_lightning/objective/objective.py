@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..diagnostics import Averages, chunk_diagnostics
 from ..distribution import Distribution
+from ..finite import Finite
 from ..trajectory import OptimiserStep, Trajectories
 from .policy_gradient import Advantage, PolicyGradient
 from .signal import Part, Signal
@@ -50,6 +51,8 @@ class Term:
     coefficient: float = 1.0
     normaliser: Literal["steps", "weights"] = "steps"
     name: str | None = None
+
+    __setattr__ = Finite.__setattr__
 
     def parts(self) -> list[Part]:
         extra = [self.signal.advantage] if isinstance(self.signal, PolicyGradient) else []
@@ -85,6 +88,8 @@ class Objective:
     terms: list[Term]
     chunk_mib: int = 192
     chunk_steps: int | None = None
+
+    __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
         if not self.terms:

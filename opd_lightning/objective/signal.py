@@ -7,12 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..finite import Finite
 from .steps import Steps
 
 Scope = Literal["data", "step", "row", "batch"]
 
 
-class Part:
+class Part(Finite):
     """Something a term is made of, and what it asks of those who serve it.
 
     Attributes:

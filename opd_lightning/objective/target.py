@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..distribution import IMPOSSIBLE, CategoricalChunk, Gaussian
+from ..finite import Finite
 
 
-class Target(ABC):
+class Target(Finite, ABC):
     """A function of named streams. ``streams`` lists the teachers it reads beside the term's own ("teacher")."""
 
     streams: tuple[str, ...] = ()

@@ -1,0 +1,236 @@
+"""Configuration files and what the command line says, read strictly: what YAML takes without a word is refused.
+
+Imports nothing heavy: whatever can be said about a configuration before the libraries are there is said at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
+
+Keys = tuple[str | int, ...]
+
+MOST_VALUES = 100_000
+"""A configuration that unfolds into more is none: aliases of aliases grow without end."""
+NO_NUMBERS = ("nan", "inf", "infinity")
+
+
+class ConfigError(ValueError):
+    """What a configuration says can't be meant. The message is for whoever wrote it and names key, file and line."""
+
+
+@dataclass
+class Source:
+    """One file, or one argument of the command line.
+
+    Attributes:
+        name: its path, or the argument.
+        values: what it says.
+        lines: of a file, where each key is.
+        keys: of an argument, what it sets; empty for one that asks something, such as ``--print_config``.
+        tokens: how it was written on the command line.
+    """
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[Keys, int] = field(default_factory=dict)
+    keys: Keys = ()
+    tokens: tuple[str, ...] = ()
+
+    def place(self, keys: Keys) -> str | None:
+        """Where it says something about a key; None: nowhere."""
+        if self.keys:
+            return f"what the command line says: {self.name}" if keys[: len(self.keys)] == self.keys else None
+        return f"{self.name}, line {self.lines[keys]}" if keys in self.lines else None
+
+
+def dotted(keys: Sequence[str | int]) -> str:
+    """``model.init_args.objective.terms[0].signal``"""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A question about the nearest name, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read(path: str) -> Source:
+    """A configuration file.
+
+    Raises:
+        ConfigError: it can't be read, is no YAML, has a key twice, holds itself, a value that is no number or nothing.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}, line {line}: this is not UTF-8 ({error.reason}); save it in that encoding"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    loader = get_yaml_default_loader()(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: a configuration is keys and values, and this holds {_kind(node)}")
+        lines = _Walk(path).lines_of(node)
+        return Source(path, loader.construct_document(node), lines)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: this is no YAML: {error.problem or error}{_advice(text, mark)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: this is no YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its values are nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _kind(node: yaml.Node | None) -> str:
+    if node is None:
+        return "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else f"one value: {node.value[:40]!r}"
+
+
+def _advice(text: str, mark: yaml.Mark | None) -> str:
+    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+    return "; a value that begins with {{ must be quoted" if ": {{" in line else ""
+
+
+class _Walk:
+    """Through the nodes of a file, before they are values: only nodes know lines, keys that come twice, and aliases."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.lines = path, dict[Keys, int]()
+        self.count, self.above = 0, set[int]()
+
+    def lines_of(self, node: yaml.Node) -> dict[Keys, int]:
+        self._visit(node, ())
+        return self.lines
+
+    def _fail(self, node: yaml.Node, what: str) -> NoReturn:
+        raise ConfigError(f"{self.path}, line {node.start_mark.line + 1}: {what}")
+
+    def _visit(self, node: yaml.Node, keys: Keys) -> None:
+        self.count += 1
+        if self.count > MOST_VALUES:
+            self._fail(node, f"its aliases unfold into more than {MOST_VALUES:,} values")
+        if id(node) in self.above:
+            self._fail(node, f"{dotted(keys)} is an alias of what holds it")
+        self.above.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            self._mapping(node, keys)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, item in enumerate(node.value):
+                self.lines.setdefault((*keys, place), item.start_mark.line + 1)
+                self._visit(item, (*keys, place))
+        elif node.tag.endswith(":float") and not _finite(node.value):
+            self._fail(node, f"{dotted(keys)} is {node.value}, which is no number that a setting can have")
+        self.above.remove(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, keys: Keys) -> None:
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                self._fail(
+                    key, f"{dotted(keys)} has a key that is no text; a value that begins with {{{{ must be quoted"
+                )
+            if key.tag.endswith(":merge"):
+                self._visit(value, keys)
+                continue
+            if key.value in seen:
+                self._fail(key, f"{dotted((*keys, key.value))} is there twice, first in line {seen[key.value]}")
+            seen[key.value] = line
+            self.lines[(*keys, key.value)] = line
+            self._visit(value, (*keys, key.value))
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text.replace("_", "").lower().replace(".nan", "nan").replace(".inf", "inf")))
+    except ValueError:  # 1:30.5 is YAML's ninety seconds and a half
+        return True
+
+
+def is_no_number(value: Any) -> bool:
+    """Whether it is NaN or infinite, as a float or in words that a float may be read from."""
+    if isinstance(value, str):
+        return value.strip().lower().lstrip("+-.") in NO_NUMBERS
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def load(text: str) -> Any:
+    """A value of the command line, or a whole configuration as JSON.
+
+    YAML would read nothing in ``# {{ prompt }}``, a comment, nor in ``&a``: such a value is the text itself.
+    """
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    value = yaml_load(text)
+    return text if value is None and text.strip() not in ("", "null", "~") else value
+
+
+def said(arguments: Sequence[str]) -> list[Source]:
+    """What files and arguments say, in their order.
+
+    Raises:
+        ConfigError: a file can't be read, or something is neither file nor argument.
+    """
+    found, rest = [], list(arguments)
+    while rest:
+        first = rest.pop(0)
+        name, equals, value = first.partition("=")
+        if not name.startswith("-"):
+            raise ConfigError(f"{first}: what is this? Files are given as `-c FILE`, values as `--key=value`")
+        tokens: tuple[str, ...] = (first,)
+        if not equals and rest and not rest[0].startswith("--") and name != "--traceback":
+            value = rest.pop(0)
+            tokens = (first, value)
+        if name in ("-c", "--config"):
+            found.append(dataclasses.replace(read(value), tokens=tokens))
+        else:
+            found.append(_argument(name, value, tokens))
+    return found
+
+
+def _argument(name: str, value: str, tokens: tuple[str, ...]) -> Source:
+    """What ``--a.b=value`` says."""
+    keys = tuple(name.removeprefix("--").split("."))
+    if keys[-1] == "help" or keys[0] in ("print_config", "traceback"):
+        return Source(name, {}, tokens=tokens)
+    try:
+        values = load(value)
+    except yaml.YAMLError:
+        values = value
+    for key in reversed(keys):
+        values = {key: values}
+    return Source(" ".join(tokens), values, keys=keys, tokens=tokens)
+
+
+def overlaid(before: Any, values: Any) -> Any:
+    """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
+    if not isinstance(before, dict) or not isinstance(values, dict):
+        return values
+    if "class_path" in values and _short(values) != _short(before):
+        return values
+    return {**before, **{key: overlaid(before.get(key), value) for key, value in values.items()}}
+
+
+def _short(values: dict[str, Any]) -> str:
+    return str(values.get("class_path", "")).rpartition(".")[2]

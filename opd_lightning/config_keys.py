@@ -1,0 +1,248 @@
+"""Which keys a configuration may have, at every depth: the classes that it names say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections import abc
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, Union
+
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse._typehints import get_all_subclass_paths
+from jsonargparse._util import import_object
+
+from .config_file import ConfigError, Keys, Source, did_you_mean, dotted, is_no_number, overlaid
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection, abc.MutableSequence)
+PLAIN = (str, int, float, bool, bytes, complex, object, type(None), Any)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactly:
+    """Stands for one class whose arguments are given without ``class_path``, as the trainer's are."""
+
+    cls: type
+
+
+@cache
+def accepted(cls: Any) -> dict[str, Any]:
+    """Arguments of a class or function by name with their types, those that it passes on through ``**kwargs`` too."""
+    parameters = get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None)
+    return {p.name: Any if p.annotation is inspect.Parameter.empty else p.annotation for p in parameters}
+
+
+def members(kind: Any) -> list[Any]:
+    """The types of a union, with those of unions inside it."""
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return [member for part in typing.get_args(kind) for member in members(part)]
+    return [kind]
+
+
+def is_closed(kind: Any) -> bool:
+    """Whether its arguments are given without ``class_path``."""
+    return isinstance(kind, Exactly) or (inspect.isclass(kind) and dataclasses.is_dataclass(kind))
+
+
+def base_of(kind: Any) -> type | None:
+    """The class of which a part is one, for a type that takes ``class_path``; None for other types."""
+    if inspect.isclass(kind) and kind not in PLAIN and not is_closed(kind) and typing.get_origin(kind) is None:
+        return None if issubclass(kind, (str, int, float, bytes, dict, *LISTS[:3], Path)) or kind in LISTS else kind
+    if typing.get_origin(kind) is abc.Callable and len(typing.get_args(kind)) == 2:
+        made = typing.get_args(kind)[1]
+        return base_of(members(made)[0])
+    return None
+
+
+def is_part(kind: Any) -> bool:
+    return any(is_closed(member) or base_of(member) is not None for member in members(kind))
+
+
+class Checker:
+    """Walks through the values of a source beside the types that take them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.arguments = bool(source.keys)  # on the command line ``init_args`` may be left out
+
+    def fail(self, keys: Keys, what: str) -> NoReturn:
+        raise ConfigError(f"{dotted(keys)}: {what}\n  in {self.source.place(keys) or self.source.name}")
+
+    def settings(self, values: Mapping[str, Any], kinds: Mapping[str, Any], keys: Keys, who: str, before: Any) -> Any:
+        """Values by key, each checked.
+
+        Raises:
+            ConfigError: nobody takes a key; the message names who refused it and all that it accepts.
+        """
+        found = {}
+        for key, value in values.items():
+            name = str(key).removesuffix("+")
+            if name not in kinds:
+                self.fail((*keys, key), f"{who} has no {name!r}{did_you_mean(name, kinds)}{self._accepts(who, kinds)}")
+            if name != key and isinstance(value, dict) and not is_list(kinds[name]):
+                self.fail((*keys, key), f"only lists are appended to with +; write {name}: (it is merged by name)")
+            earlier = before.get(name) if isinstance(before, dict) else None
+            found[key] = self.value(value, kinds[name], (*keys, key), earlier)
+        return found
+
+    def _accepts(self, who: str, kinds: Mapping[str, Any]) -> str:
+        return f"\n  {who} accepts {', '.join(kinds)}" if kinds else f"\n  {who} accepts nothing"
+
+    def value(self, value: Any, kind: Any, keys: Keys, before: Any = None) -> Any:
+        """A value, checked beside its type; mappings of parts are merged by name into what was there before."""
+        kinds = members(kind)
+        of_last = self.arguments and isinstance(value, Mapping) and is_list(kind) and not isinstance(before, Mapping)
+        if value is None or of_last:  # on the command line `--trainer.callbacks.patience` is of the last in the list
+            return value
+        problem = None
+        if is_no_number(value) and float in kinds and (str not in kinds or isinstance(value, float)):
+            self.fail(keys, f"{value} is no number that a setting can have")
+        for member in kinds:
+            try:
+                if isinstance(value, Mapping) and is_closed(member):
+                    return self._closed(value, member, keys, before)
+                if isinstance(value, Mapping) and typing.get_origin(member) in (dict, abc.Mapping):
+                    return self._mapping(value, typing.get_args(member)[1], keys, before)
+                if isinstance(value, Mapping | str) and (base := base_of(member)) is not None:
+                    return self._part(value, base, member, keys, before)
+                if isinstance(value, list) and is_list(member):
+                    item = (*typing.get_args(member), Any)[0]
+                    return [self.value(v, item, (*keys, place)) for place, v in enumerate(value)]
+            except ConfigError as error:
+                if str in kinds and isinstance(value, str):
+                    return value
+                problem = problem or error
+        if problem is not None:
+            raise problem
+        self._shape(value, kinds, keys)
+        return value
+
+    def _shape(self, value: Any, kinds: list[Any], keys: Keys) -> None:
+        """What is neither keys nor a list where nothing else will do."""
+        known = [member for member in kinds if member is not type(None)]
+        if isinstance(value, Mapping) and known and all(is_list(member) for member in known):
+            self.fail(keys, f"keys where a list belongs, each of whose entries begins with '- ': {', '.join(value)}")
+        if not known or not all(is_closed(m) or base_of(m) or typing.get_origin(m) is dict for m in known):
+            return
+        if (isinstance(value, str) and Path(value).is_file()) or (isinstance(value, Mapping) and self.arguments):
+            return
+        wanted = " or ".join(getattr(getattr(m, "cls", m), "__name__", "a mapping") for m in known)
+        kind = next((m for m in known if is_closed(m)), None)
+        more = self._accepts(wanted, accepted(getattr(kind, "cls", kind))) if kind else ""
+        what = "a list" if isinstance(value, list) else repr(value)
+        self.fail(keys, f"{what} where the keys of {wanted} belong{more}")
+
+    def _closed(self, value: Mapping[str, Any], kind: Any, keys: Keys, before: Any) -> Any:
+        cls = getattr(kind, "cls", kind)
+        if str(value.get("class_path", "")).rpartition(".")[2] == cls.__name__:
+            value = value.get("init_args", {})
+        return self.settings(value, accepted(cls), keys, cls.__name__, before)
+
+    def _mapping(self, value: Mapping[str, Any], kind: Any, keys: Keys, before: Any) -> Any:
+        if not is_part(kind):
+            return {name: self.value(v, kind, (*keys, name)) for name, v in value.items()}
+        found = dict(before or {})
+        for name, entry in value.items():
+            if entry is not None:
+                found[name] = self.value(overlaid(found.get(name), entry), kind, (*keys, name), found.get(name))
+            elif found.pop(name, None) is None:
+                self.fail((*keys, name), f"null removes nothing, there are {sorted(before or {})}")
+        return found
+
+    def _part(self, value: Mapping[str, Any] | str, base: type, kind: Any, keys: Keys, before: Any) -> Any:
+        if isinstance(value, str):
+            if not Path(value).is_file():
+                self._class(value, base, keys)
+            return value
+        if self.arguments:
+            extra = {key: v for key, v in value.items() if key not in CLASS_KEYS}
+            value = {k: v for k, v in value.items() if k in CLASS_KEYS}
+            value = {**value, "init_args": {**value.get("init_args", {}), **extra}} if extra else value
+        earlier = before if isinstance(before, Mapping) else {"class_path": before}
+        path = value.get("class_path") or earlier.get("class_path")
+        stray = [key for key in value if key not in CLASS_KEYS]
+        if len(stray) == len(value) > 0 and not path and not is_abstract(base) and accepted(base):
+            return self.settings(value, accepted(base), keys, base.__name__, None)
+        if stray:
+            cls = self._class(path, base, keys) if path else base
+            hint = f"; {stray[0]} belongs into {dotted(keys)}.init_args" if stray[0] in accepted(cls) else ""
+            near = hint or did_you_mean(stray[0], CLASS_KEYS)
+            self.fail((*keys, stray[0]), f"what is a {base.__name__} takes class_path and init_args{near}")
+        if not path:
+            self.fail(keys, f"it names no class: add class_path{choices(base)}")
+        cls = self._class(path, base, (*keys, "class_path") if "class_path" in value else keys)
+        inside = value.get("init_args", {})
+        if inside is None or isinstance(inside, str | list | int | float):
+            self.fail((*keys, "init_args"), f"{inside!r} where the arguments of {cls.__name__} belong")
+        if cls.__name__ != str(earlier.get("class_path")).rpartition(".")[2]:
+            earlier = {}
+        kinds = accepted(cls)
+        if typing.get_origin(kind) is abc.Callable:
+            given = typing.get_args(kind)[0]
+            kinds = dict(list(kinds.items())[len(given) if isinstance(given, list) else 0 :])
+        if value.get("dict_kwargs"):
+            return value
+        inside = self.settings(inside, kinds, (*keys, "init_args"), cls.__name__, earlier.get("init_args"))
+        return {**value, "init_args": inside} if "init_args" in value else dict(value)
+
+    def _class(self, path: Any, base: type, keys: Keys) -> Any:
+        try:
+            return find_class(path, base)
+        except ConfigError as error:
+            self.fail(keys, str(error))
+
+
+def find_class(path: Any, base: type) -> Any:
+    """The class or function of that name, short or dotted.
+
+    Raises:
+        ConfigError: there is none, or it is of another kind.
+    """
+    if not isinstance(path, str):
+        raise ConfigError(f"{path!r} where the name of a {base.__name__} belongs{choices(base)}")
+    if "." not in path:
+        named = {name.rpartition(".")[2]: name for name in reversed(get_all_subclass_paths(base))}
+        if path not in named:
+            raise ConfigError(f"there is no {base.__name__} {path!r}{did_you_mean(path, named)}{choices(base)}")
+        path = named[path]
+    try:
+        found = import_object(path)
+    except Exception as error:  # importing somebody's module may raise anything
+        raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}") from None
+    if not inspect.isclass(found):
+        wrapper = f"Callable{base.__name__}"
+        if any(name.endswith(f".{wrapper}") for name in get_all_subclass_paths(base)):
+            raise ConfigError(f"{path} is a function; write {{class_path: {wrapper}, init_args: {{function: {path}}}}}")
+        return found
+    if not issubclass(found, base):
+        raise ConfigError(f"{path} is no {base.__name__}{choices(base)}")
+    if is_abstract(found):
+        raise ConfigError(f"{path} is what others are kinds of{choices(found)}")
+    return found
+
+
+def is_abstract(cls: Any) -> bool:
+    """Whether something is left to its subclasses, also where Python does not see to it (Lightning's modules)."""
+    return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
+
+
+def kinds_of(base: type) -> list[str]:
+    """Dotted names of the classes of a kind that can be built."""
+    return sorted(name for name in get_all_subclass_paths(base) if not is_abstract(import_object(name)))
+
+
+def choices(base: type) -> str:
+    """A line with the short names of all classes of a kind."""
+    names = sorted({name.rpartition(".")[2] for name in kinds_of(base)})
+    return f"\n  there are {', '.join(names)}" if names else ""
+
+
+def is_list(kind: Any) -> bool:
+    return any(typing.get_origin(member) in LISTS or member in LISTS for member in members(kind))

@@ -1,0 +1,35 @@
+"""Settings that are numbers: NaN and infinity are refused wherever one is set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_finite(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: it is a float that is NaN or infinite, or holds one; the message names which.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, got {value}")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_finite(f"{name}.{key}", inner)
+    if isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            check_finite(f"{name}[{place}]", inner)
+
+
+class Finite:
+    """A part whose attributes are settings, checked when it is built and when a callback turns one of them.
+
+    Comparisons with NaN are all false, so that checks of ranges let it pass. Names that begin with an underscore are
+    the part's own affair. A dataclass takes ``__setattr__`` alone: with a base class its YAML would need class_path.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            check_finite(f"{type(self).__name__}.{name}", value)
+        object.__setattr__(self, name, value)

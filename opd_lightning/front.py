@@ -1,0 +1,113 @@
+"""What `opd` answers before the libraries are loaded: help, the version, and what is wrong with commands and files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from .config_file import ConfigError, Source, did_you_mean, said
+from .shipped import PREFIX, shipped
+
+COMMANDS = {
+    "fit": "train a student",
+    "validate": "measure the student on held-out examples",
+    "test": "the same on the test examples, as a table",
+    "predict": "write what the student answers, one JSON line per example",
+    "export": "write the student of a checkpoint as a Hugging Face folder",
+    "render-gui": "render real web pages as training data for GUI grounding",
+}
+RUNS = ("fit", "validate", "test", "predict")
+KEYS = {
+    "model": "the setting: student, teachers, objective, rollout, reward, …",
+    "data": "prompts, for training and held out",
+    "trainer": "Lightning's Trainer: steps, devices, precision, callbacks, logger, default_root_dir, …",
+    "checkpoint": "when checkpoints are written",
+    "seed_everything": "decides everything that is drawn (default: 0)",
+    "ckpt_path": "the checkpoint to go on from: a path, or last",
+    "weights_only": "how Lightning loads it",
+}
+ONLY_IN = {
+    "verbose": ("validate", "test"),
+    "return_predictions": ("predict",),
+}
+
+
+def keys_of(command: str) -> list[str]:
+    """What may stand at the top of its configuration."""
+    return [*KEYS, *(key for key, commands in ONLY_IN.items() if command in commands)]
+
+
+def overview() -> str:
+    commands = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
+    return (
+        f"usage: opd COMMAND …\n\nOn-policy distillation.\n\n{commands}\n\n"
+        "  -h, --help  this; `opd COMMAND --help` says more\n"
+        "  --version   of opd-lightning and the libraries that it runs on\n"
+    )
+
+
+def page(command: str) -> str:
+    keys = "\n".join(f"  --{key:<19}{KEYS.get(key, 'as in Lightning')}" for key in keys_of(command))
+    return (
+        f"usage: opd {command} -c FILE [-c FILE …] [--key=value …]\n\n{COMMANDS[command].capitalize()}.\n\n"
+        "Files are YAML; later ones replace what they name (teachers are merged by name, null removes one), `key+:`\n"
+        "appends to a list, and the command line wins over every file. opd:text/quickstart.yaml is one that ships.\n\n"
+        f"{keys}\n\n"
+        "  --print_config       everything that can be set, as it is set, and exit\n"
+        "  --traceback          where an error was raised, not only what is wrong\n"
+        "  --KEY.help [CLASS]   what a key takes: --trainer.help, --model.help TextDistillation,\n"
+        "                       --model.evaluation.help, --model.objective.terms.signal.help ReverseKL, …\n"
+    )
+
+
+def versions() -> str:
+    found = []
+    for name in ("opd-lightning", "lightning", "torch", "transformers", "peft", "diffusers"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} (not installed)")
+    return f"{found[0]}\n{', '.join(found[1:])}, Python {sys.version.split()[0]}\n"
+
+
+def resolve(argument: str) -> str:
+    """An argument with ``opd:…`` replaced by the path of the shipped configuration."""
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{shipped(value)}" if value.startswith(PREFIX) and value.endswith(".yaml") else argument
+
+
+def front(arguments: Sequence[str]) -> list[Source]:
+    """Answers what it can, and exits; otherwise what files and arguments say, in their order.
+
+    Raises:
+        ConfigError: there is no such command, file or key at the top.
+        FileNotFoundError: nothing of that name is shipped.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _exit_with(overview())
+    if arguments[0] == "--version":
+        _exit_with(versions())
+    command = arguments[0]
+    if command not in COMMANDS:
+        raise ConfigError(
+            f"there is no command {command!r}{did_you_mean(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
+        )
+    if command not in RUNS:
+        return []
+    if {"-h", "--help"} & set(arguments):
+        _exit_with(page(command))
+    sources = said([resolve(argument) for argument in arguments[1:]])
+    known = keys_of(command)
+    for source in sources:
+        for key in source.values:
+            if key.removesuffix("+") not in known:
+                what = f"{key}: opd {command} has no such key{did_you_mean(key, known)}\n  it has {', '.join(known)}"
+                raise ConfigError(f"{what}\n  in {source.place((key,)) or source.place(source.keys)}")
+    return sources
+
+
+def _exit_with(text: str) -> NoReturn:
+    sys.stdout.write(text)
+    sys.exit(0)

@@ -1,0 +1,86 @@
+"""Errors of construction in a sentence, with key, file and line; bugs keep their traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from opd_lightning.cli import OPDCLI
+from opd_lightning.cli_errors import Parser, explain, sentence
+
+PROBLEMS = [
+    ("objective: {terms: [{signal: ReverseKL, teacher: nobody}]}", "no teacher 'nobody' in model.teachers"),
+    ("teachers: {big: {weights: Live}}", "model.teachers: nobody asks ['big']"),
+    ("rollout: {temperature: -1}", "rollout.temperature must be >= 0"),
+    ("rollout: {behaviour: {student: 0.3, teacher: 0.3}}", "rollout.behaviour: shares must be >= 0 and sum to 1"),
+    (
+        "reward: {class_path: CallableReward, init_args: {function: no.thing}}",
+        "reward: CallableReward.function: 'no.th",
+    ),
+    ("evaluation: {samples: 3}", "evaluation.samples=3 greedy samples"),
+    ("teachers: {student: {weights: Live}}", "model.teachers: 'student' has its meaning"),
+    ("objective: {terms: [{signal: {class_path: JSD, init_args: {beta: 2}}}]}", "signal.beta must be in"),
+]
+
+
+@pytest.fixture
+def problem(tmp_path, monkeypatch):
+    """What is raised over a file that is laid over the quickstart."""
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+
+    def find(text: str, *arguments: str) -> BaseException:
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(Exception, match=r".") as caught:
+            OPDCLI(["fit", "-c", "opd:text/quickstart.yaml", "-c", str(tmp_path / "c.yaml"), *arguments])
+        return caught.value
+
+    return find
+
+
+@pytest.mark.parametrize(("inner", "message"), PROBLEMS)
+def test_what_a_check_finds_is_a_sentence(problem, inner, message):
+    text = sentence(problem(f"model:\n  init_args:\n    {inner}\n"), Parser.sources)
+    assert text is not None
+    assert message in text
+    assert "c.yaml, line 3" in text
+    assert "--traceback" in text
+    assert len(text.splitlines()) < 6
+    assert "Traceback" not in text
+
+
+def test_parts_of_other_libraries_check_too(problem):
+    text = sentence(problem("trainer:\n  logger: WandbLogger\n"), Parser.sources)
+    assert text is not None
+    assert text.startswith("error: trainer.logger: Requirement 'wandb")
+    assert "c.yaml, line 2" in text
+
+
+def test_arguments_are_places_as_well(problem):
+    text = sentence(problem("seed_everything: 1\n", "--model.init_args.rollout.horizon=0"), Parser.sources)
+    assert text is not None
+    assert "what the command line says: --model.init_args.rollout.horizon=0" in text
+
+
+def test_bugs_keep_their_traceback():
+    def raised(call) -> BaseException:
+        with pytest.raises(Exception, match=r".") as caught:
+            call()
+        return caught.value
+
+    assert sentence(raised(lambda: {}["x"]), []) is None
+    assert sentence(raised(lambda: int("x")), []) is None
+    assert sentence(raised(lambda: [1, 2].index(3)), []) is None
+
+
+def test_files_that_the_system_refuses_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "gone").read_text(encoding="utf-8")
+    text = sentence(caught.value, [])
+    assert text is not None
+    assert str(tmp_path / "gone") in text
+
+
+def test_types_are_said_once():
+    message = (
+        "Parser key \"seed_everything\":\n  Errors:\n  - Expected a <class 'bool'>\n  - Expected a <class 'int'>\n"
+    )
+    assert explain(f"{message}  Given value: abc\n", []) == "error: seed_everything: expected bool or int, got abc\n"

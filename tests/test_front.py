@@ -1,0 +1,113 @@
+"""What `opd` answers before it imports a library: help, the version, wrong commands, files and keys at the top."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from jsonargparse import Namespace
+
+from opd_lightning.cli import OPDCLI, understood
+from opd_lightning.config_file import ConfigError
+from opd_lightning.front import COMMANDS, RUNS, front, keys_of
+
+
+def answer(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        front(arguments)
+    assert not caught.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_names_every_command(capsys, arguments):
+    text = answer(capsys, *arguments)
+    assert all(f"  {command} " in text for command in ("fit", "validate", "test", "predict", "export", "render-gui"))
+
+
+def test_the_version_names_the_libraries_too(capsys):
+    text = answer(capsys, "--version")
+    assert text.startswith("opd-lightning ")
+    assert "torch " in text
+    assert "transformers " in text
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_help_of_a_command_names_its_keys(capsys, command):
+    text = answer(capsys, command, "-c", "nowhere.yaml", "--help")
+    assert COMMANDS[command].capitalize() in text
+    assert all(f"--{key} " in text for key in (*keys_of(command), "print_config", "traceback", "KEY.help"))
+
+
+def test_the_keys_are_those_that_the_parser_takes(monkeypatch):
+    parsers = {}
+    monkeypatch.setattr(OPDCLI, "parse_arguments", lambda self, *_: parsers.update(self._subcommand_parsers))
+    monkeypatch.setattr(OPDCLI, "_parse_ckpt_path", lambda self: setattr(self, "config", Namespace(subcommand=None)))
+    monkeypatch.setattr(OPDCLI, "_set_seed", lambda self: None)
+    monkeypatch.setattr(OPDCLI, "instantiate_classes", lambda self: None)
+    OPDCLI(["fit"])
+    for command in RUNS:
+        known = {action.dest.split(".")[0] for action in parsers[command]._actions}
+        assert known - {"help", "config", "print_config"} == set(keys_of(command)), command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], r"there is no command 'fitt'; did you mean fit\?"),
+        (["-c", "x.yaml", "fit"], r"there is no command '-c'"),
+        (["fit", "-c", "nope.yaml"], r"nope\.yaml: No such file"),
+        (["fit", "--modl.x=1"], r"modl: opd fit has no such key; did you mean model\?"),
+        (["fit", "--verbose=true"], r"verbose: opd fit has no such key"),
+        (["fit", "mine.yaml"], r"mine\.yaml: what is this\? Files are given as `-c FILE`"),
+    ],
+)
+def test_what_is_wrong_at_the_top_is_said_at_once(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        front(arguments)
+
+
+def test_none_of_it_imports_a_library():
+    script = (
+        "import sys\nfrom opd_lightning.front import front\n"
+        "for arguments in (['-h'], ['--version'], ['fit', '--help'], ['fit', '-c', 'nope.yaml'], ['fit', '--x=1']):\n"
+        "    try:\n        front(arguments)\n    except (SystemExit, ValueError):\n        pass\n"
+        "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'diffusers', 'peft'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--model.evaluation.help"], ["model.evaluation: Evaluation", "temperature: float = 0.0", "pass@k"]),
+        (["--model.help"], ["kinds of OnPolicyDistillation", "TextDistillation"]),
+        (["--model.help", "TextDistillation"], ["raw_prompts: bool = False", "student: Pretrained"]),
+        (["--model.help=DiffusionDistillation"], ["DiffusionDistillation", "sampler"]),
+        (["--model.init_args.teachers.any.weights.help"], ["kinds of TeacherWeights", "EMA", "Frozen"]),
+        (["--model.objective.terms.signal.help", "JSD"], ["JSD", "beta: float"]),
+        (["--model.optimizer.help", "torch.optim.SGD"], ["SGD", "momentum"]),
+        (["--trainer.help"], ["Trainer", "max_steps"]),
+        (["--trainer.callbacks.help"], ["CollapseAlarm", "Curriculum"]),
+        (["--checkpoint.help"], ["every_n_train_steps"]),
+        (["--model.rollout.horizon.help"], ["model.rollout.horizon: int"]),
+        (["-c", "opd:text/quickstart.yaml", "--model.reward.help"], ["model.reward: ExactMatch", "after"]),
+        (["-c", "opd:text/quickstart.yaml", "--model.evaluation.help"], ["model.evaluation: Evaluation"]),
+        (["-c", "opd:diffusion/quickstart.yaml", "--model.sampler.help"], ["kinds of Sampler", "Shortcuts"]),
+    ],
+)
+def test_every_key_has_a_help(capsys, arguments, texts):
+    with pytest.raises(SystemExit) as caught:
+        understood(["fit", *arguments])
+    found = capsys.readouterr()
+    assert not caught.value.code, found.err
+    assert all(text in found.out for text in texts), found.out
+
+
+def test_help_of_a_key_that_is_none(capsys):
+    with pytest.raises(SystemExit) as caught:
+        understood(["fit", "--model.evaluatoin.help"])
+    assert caught.value.code == 2
+    assert "model.evaluatoin: no such key; did you mean evaluation?" in capsys.readouterr().err
