@@ -43,7 +43,7 @@ SIGNS = (
     Sign(
         "entropy",
         "student_entropy",
-        lambda value, start, limit: value < limit * start,
+        lambda value, start, limit: start > 0 and value < limit * start,
         "prompts may be too much alike: mix in others (2604.13016); if the term's support is the student's top k, its "
         "tail must count (a truncated KL(student‖teacher) collapses: 2605.11182)",
     ),
@@ -88,9 +88,9 @@ class CollapseAlarm(L.Callback):
 
     It looks at the optimiser steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
     ``baseline`` looks. What has been wrong for ``patience`` looks on end is told once, with advice, and again only
-    after it was well in between. Loss terms that are no longer finite are told at once. Entropy, first-step KL and
-    overlap are known for distributions over a vocabulary. Logged: ``train/repetition`` and ``train/alarms``, how many
-    things are wrong.
+    after it was well in between. Loss terms that are no longer finite are told at once. Overlap is known for
+    distributions over a vocabulary; the entropy of a density may be negative, of which there is no share. Logged:
+    ``train/repetition`` and ``train/alarms``, how many things are wrong.
 
     The limits are ours, except for the repetition's; None turns one off. A horizon that a curriculum raises looks like
     length inflation.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distribution import CategoricalChunk
+from .distribution import CategoricalChunk, Gaussian, gaussian_kl
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -78,20 +78,21 @@ class Averages:
 def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     """Of the open chunk, at temperature 1: entropies, both KLs, first-step KL, top-k overlap, privileged gap.
 
-    The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights.
+    The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights. Of
+    Gaussians the first three alone (`_of_gaussians`).
     """
     student = chunk.student
-    if not isinstance(student, CategoricalChunk):
+    if isinstance(student, Gaussian):
+        _of_gaussians(chunk, student, averages)
         return
+    assert student is not None
     averages.add("student_entropy", student.entropy())
     log_p, p = student.known()
     for name, teacher in chunk.streams.items():
         assert isinstance(teacher, CategoricalChunk)
         if name.endswith(WITHOUT_VIEW):
             continue
-        here = torch.ones(len(chunk), device=log_p.device)
-        if name in chunk.available:
-            here = chunk.per_trajectory(chunk.available[name]).float()
+        here = _where(chunk, name)
         log_q, q = teacher.known()
         if name + WITHOUT_VIEW in chunk.streams:
             blind = chunk.streams[name + WITHOUT_VIEW].log_prob(chunk.action)
@@ -108,6 +109,32 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
         shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
         averages.add(f"{name}/overlap_top{k}", shared.float().mean(-1) * here, here)
         averages.add(f"{name}/overlap_mass", (p.gather(-1, mine) * shared).sum(-1) * here, here)
+
+
+def _of_gaussians(chunk: Steps, student: Gaussian, averages: Averages) -> None:
+    """Exact, in nats **per dimension** of the event, so that latents of any size compare; densities may have a negative
+    entropy. Steps without a density (of a sampler without noise) count in no mean."""
+    dimensions = student.mean[0].numel()
+    noisy = (student.scale > 0).expand_as(student.mean).flatten(1).all(1)
+
+    def add(name: str, values: Tensor, here: Tensor) -> None:
+        averages.add(name, (values / dimensions).masked_fill(here == 0, 0.0), here)
+
+    add("student_entropy", student.entropy(), noisy.float())
+    for name, teacher in chunk.streams.items():
+        assert isinstance(teacher, Gaussian)
+        here = _where(chunk, name) * noisy
+        add(f"{name}/kl_student_teacher", gaussian_kl(student, teacher), here)
+        add(f"{name}/kl_teacher_student", gaussian_kl(teacher, student), here)
+        add(f"{name}/entropy", teacher.entropy(), here)
+        add(f"{name}/kl_first_step", gaussian_kl(student, teacher), here * (chunk.position == 0))
+
+
+def _where(chunk: Steps, teacher: str) -> Tensor:
+    """``[n]`` 1 at the steps of trajectories of which this teacher has something to say, else 0."""
+    if teacher in chunk.available:
+        return chunk.per_trajectory(chunk.available[teacher]).float()
+    return torch.ones(len(chunk), device=chunk.index.device)
 
 
 class Stopwatch:

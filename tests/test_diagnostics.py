@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from opd_lightning import diagnostics
 from opd_lightning.diagnostics import WITHOUT_VIEW, Averages, Stopwatch
+from opd_lightning.distribution import Gaussian
 from opd_lightning.objective import Constant, Objective, ReverseKL, Term
 from tests.objective.reference import Policy, batch, examples
 
@@ -111,6 +112,49 @@ def test_the_first_step_is_logged_by_itself(said):
     found = objective.diagnose(student.distribution, streams, trajectories, {}).compute()
     # trajectory 1 trains nothing at its first position
     assert found["teacher/kl_first_step"] == pytest.approx(float(reverse[[0, 6]].mean()), rel=1e-5)
+
+
+def gaussians(scales: list[float]) -> tuple[Gaussian, Gaussian]:
+    """Of an event of 2 × 5, with a scale for each of four steps."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor(scales, dtype=torch.float64)[None, :, None, None]
+    means = (torch.randn(3, 4, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, teacher = (Gaussian(mean, scale * factor) for mean, factor in zip(means, (1.0, 1.5), strict=True))
+    return student, teacher
+
+
+@pytest.mark.parametrize("chunk_steps", [1, 3, None])
+@pytest.mark.parametrize("here", [[True, True, True], [True, False, True]])
+@pytest.mark.parametrize("scales", [[0.3, 2.0, 0.05, 1.0], [0.3, 2.0, 0.05, 0.0]])
+def test_gaussians_are_told_per_dimension(scales, here, chunk_steps):
+    student, teacher = gaussians(scales)
+    trajectories = batch(MASK, V, actions=torch.zeros(3, 4, 2, 5, dtype=torch.float64))
+    row, step = trajectories.mask.nonzero().T
+    dense = torch.tensor(scales)[step] > 0  # the last of some samplers has no density
+    on = torch.tensor(here)[row] & dense
+
+    def normals(said: Gaussian, keep: torch.Tensor) -> torch.distributions.Normal:
+        scale = said.scale.expand_as(said.mean)[row, step][keep]
+        return torch.distributions.Normal(said.mean[row, step][keep], scale)
+
+    p, q, mine = normals(student, on), normals(teacher, on), normals(student, dense)
+    kl = torch.distributions.kl_divergence
+    expected = {
+        "student_entropy": mine.entropy().mean(),
+        "teacher/entropy": q.entropy().mean(),
+        "teacher/kl_student_teacher": kl(p, q).mean(),
+        "teacher/kl_teacher_student": kl(q, p).mean(),
+        "teacher/kl_first_step": kl(p, q)[step[on] == 0].mean(),
+    }
+    objective = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)
+    found = objective.diagnose(student, {"teacher": teacher}, trajectories, {"teacher": torch.tensor(here)}).compute()
+    assert found == {name: pytest.approx(float(value), rel=1e-6) for name, value in expected.items()}
+
+
+def test_of_a_sampler_without_noise_there_is_nothing_to_tell():
+    student, teacher = gaussians([0.0] * 4)
+    trajectories = batch(MASK, V, actions=torch.zeros(3, 4, 2, 5, dtype=torch.float64))
+    assert Objective([Term(ReverseKL())]).diagnose(student, {"teacher": teacher}, trajectories, {}).compute() == {}
 
 
 def test_a_stopwatch_reports_shares_and_speeds_and_starts_anew(monkeypatch):

@@ -3,7 +3,7 @@
 from .base import Distribution, GradientAccumulator
 from .categorical import Categorical
 from .chunk import CategoricalChunk
-from .gaussian import Gaussian
+from .gaussian import Gaussian, gaussian_kl
 from .head import IMPOSSIBLE, Head
 from .lazy import Lazy
 
@@ -16,4 +16,5 @@ __all__ = [
     "GradientAccumulator",
     "Head",
     "Lazy",
+    "gaussian_kl",
 ]

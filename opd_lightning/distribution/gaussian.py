@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +46,16 @@ class Gaussian(Distribution):
         return torch.distributions.Normal(self.mean, self.scale).log_prob(action).flatten(1).sum(1)
 
     def entropy(self) -> Tensor:
-        """``[n]`` in nats, without gradient."""
-        normal = torch.distributions.Normal(self.mean.detach(), self.scale.detach())
-        return normal.entropy().expand_as(self.mean).flatten(1).sum(1)
+        """``[n]`` in nats, summed over the event, without gradient; of a density, so it may be negative."""
+        each = self.scale.detach().log() + 0.5 * math.log(2 * math.pi * math.e)
+        return each.expand_as(self.mean).flatten(1).sum(1)
+
+
+def gaussian_kl(a: Gaussian, b: Gaussian) -> Tensor:
+    """``[n]`` KL(a‖b) of independent normals, summed over the event."""
+    ratio = a.scale / b.scale
+    terms = 0.5 * (ratio.square() + ((a.mean - b.mean) / b.scale).square() - 1) - ratio.log()
+    return terms.flatten(1).sum(1)
 
 
 class _GaussianGradient(GradientAccumulator):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distribution import CategoricalChunk, Gaussian
+from ..distribution import CategoricalChunk, Gaussian, gaussian_kl
 from .signal import Signal
 from .steps import Steps
 from .support import Support
@@ -79,13 +79,6 @@ def alpha_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 def total_variation_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½|p − q|."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs()
-
-
-def gaussian_kl(a: Gaussian, b: Gaussian) -> Tensor:
-    """``[n]`` KL(a‖b) of independent normals, summed over the event."""
-    ratio = a.scale / b.scale
-    terms = 0.5 * (ratio.square() + ((a.mean - b.mean) / b.scale).square() - 1) - ratio.log()
-    return terms.flatten(1).sum(1)
 
 
 def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
