@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from .finite import Finite
 from .isolated import Isolated
+from .time_limit import TooLate, within
 
 Example = Mapping[str, Any]
 
@@ -95,20 +96,25 @@ class RelaxedMatch(Reward):
 class RegexMatch(Reward):
     """1 if what a regular expression extracts from the completion is the example's `answer`, else 0.
 
-    White space around both is ignored. A completion in which the pattern is not found scores 0.
+    White space around both is ignored. A completion in which the pattern is not found scores 0, and so does one over
+    which the search takes too long, as it may where repetitions are nested; that is counted in `failures`.
 
     Args:
         pattern: a Python regular expression.
         group: number or name of the group that holds the answer; 0 is the whole match.
         which: which of several matches counts.
+        timeout: seconds for one search.
 
     Raises:
-        ValueError: the pattern is invalid, or it has no such group.
+        ValueError: the pattern is invalid, or it has no such group; the timeout is not positive.
     """
 
     columns = ("answer",)
 
-    def __init__(self, pattern: str, group: int | str = 1, which: Literal["first", "last"] = "last") -> None:
+    def __init__(
+        self, pattern: str, group: int | str = 1, which: Literal["first", "last"] = "last", timeout: float = 2.0
+    ) -> None:
+        _check_timeout("RegexMatch", timeout)
         try:
             self.pattern = re.compile(pattern)
         except re.error as error:
@@ -121,11 +127,16 @@ class RegexMatch(Reward):
             )
         if which not in ("first", "last"):
             raise ValueError(f"RegexMatch.which is {which!r}; it must be 'first' or 'last'")
-        self.group, self.which = group, which
+        self.group, self.which, self.timeout = group, which, timeout
+        self.failures: Counter[str] = Counter()
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("RegexMatch", example)
-        found = [match[self.group] for match in self.pattern.finditer(completion)]
+        try:
+            found = within(self.timeout, lambda: [match[self.group] for match in self.pattern.finditer(completion)])
+        except TooLate:
+            self.failures["timeout"] += 1
+            return 0.0
         if not found:
             return 0.0
         extracted = found[-1 if self.which == "last" else 0]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from .printable import printable, quoted
 from .rows import location_of
+from .time_limit import TooLate, within
 from .trajectory import Example
 
 LARGEST = torch.finfo(torch.float32).max
@@ -116,37 +114,3 @@ def described(answer: Any) -> str:
     return (
         quoted(answer) if isinstance(answer, Real | Decimal) else f"{quoted(answer)}, of type {type(answer).__name__}"
     )
-
-
-class TooLate(BaseException):
-    """The time is over; no `Exception`, so that a reward's own handlers let it pass."""
-
-
-def within(seconds: float | None, call: Callable[[], Any]) -> Any:
-    """What a call returns, ended after so many seconds in the main thread of a system that has alarms.
-
-    Raises:
-        TooLate: it was ended, or came to an end later.
-    """
-    if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        return call()
-    running, late, start = True, False, time.monotonic()
-
-    def over(*_: Any) -> None:
-        nonlocal late
-        late = True
-        if running:
-            raise TooLate
-
-    handler = signal.signal(signal.SIGALRM, over)
-    alarm, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second: one may be swallowed
-    try:
-        result = call()
-    finally:
-        running = False
-        left = max(alarm - (time.monotonic() - start), 1e-3) if alarm else 0.0
-        signal.setitimer(signal.ITIMER_REAL, left, every)
-        signal.signal(signal.SIGALRM, handler)
-    if late:
-        raise TooLate
-    return result

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
@@ -110,6 +110,30 @@ def test_regex_match_refuses_what_can_never_match() -> None:
         RegexMatch("(?P<a>x)", group="b")
     with pytest.raises(ValueError, match=r"RegexMatch.which is 'all'; it must be 'first' or 'last'"):
         RegexMatch("(x)", which="all")  # type: ignore[arg-type]
+
+
+def test_regex_match_ends_a_search_that_would_not() -> None:
+    verify = RegexMatch(r"((a+)+)b", timeout=0.2)
+    assert verify("a" * 60, {"answer": "a"}) == 0
+    assert verify.failures == {"timeout": 1}
+    assert verify("aab", {"answer": "aa"}) == 1
+    with pytest.raises(ValueError, match=r"RegexMatch\.timeout is 0 s; it must be greater than 0"):
+        RegexMatch("(x)", timeout=0)
+
+
+anything = st.text() | st.text("0123456789.,-+e%_ #=/()[]{}\\\n\x00\u0664\u2212\ud800", max_size=12)
+
+
+@given(completion=anything, answer=anything | st.integers() | st.floats() | st.booleans() | st.lists(st.text()))
+@example(completion="1e999", answer="1e-999")
+@example(completion="nan", answer="nan")
+@example(completion="9" * 5000, answer="9" * 5000)
+def test_no_completion_and_no_answer_makes_a_verifier_raise(completion: str, answer: object) -> None:
+    for verify in (
+        *[ExactMatch(), ExactMatch(after="="), ExactMatch(strip=False, ignore_case=True)],
+        *[RelaxedMatch(), RelaxedMatch(after="#"), RegexMatch(r"(\d+)"), RegexMatch(r"x?(y)?", which="first")],
+    ):
+        assert verify(completion, {"answer": answer}) in (0, 1)
 
 
 @pytest.mark.parametrize("verify", [ExactMatch(), RelaxedMatch(), RegexMatch("(x)"), MathVerify()])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +20,8 @@ from opd_lightning.modalities.gui_grounding.formats import (
     PyAutoGUI,
     ToolCall,
 )
+from opd_lightning.modalities.gui_grounding.metrics import grade
+from opd_lightning.modalities.gui_grounding.reward import Overlap, PointInBox
 
 Size = tuple[int, int]
 FORMATS: list[AnswerFormat] = [
@@ -99,6 +103,34 @@ class TestEveryFormat:
         at, length = data.draw(st.integers(0, len(right))), data.draw(st.integers(0, 3))
         found = answer.parse(right[:at] + text + right[at + length :])
         assert found is None or (len(found) in (2, 4) and all(0 <= value < 1e5 for value in found))
+
+    @given(st.data())
+    def test_whatever_is_read_is_graded_with_finite_numbers(self, answer, data):
+        """From tokens of the format in any order to the rewards."""
+        parts = re.findall(r"\w+|\W", answer.write((3, 4, 50, 60), (80, 90), (84, 84)))
+        numbers = [
+            "0",
+            "1",
+            "999",
+            "1000",
+            "99999",
+            "-1",
+            "1e400",
+            "NaN",
+            "Infinity",
+            "true",
+            "null",
+            "9" * 5000,
+            "\u0664",
+        ]
+        mixed = st.lists(st.sampled_from([*parts, *numbers]), max_size=3).map("".join)
+        text = "".join(part if data.draw(st.booleans()) or not part.isdigit() else data.draw(mixed) for part in parts)
+        size, parsed = data.draw(sizes), answer.parse(text)
+        place = None if parsed is None else answer.to_pixels(parsed, size, data.draw(sizes))
+        metrics = grade(place, (0.0, 0.0, float(size[0]), float(size[1])), size)
+        assert all(math.isfinite(value) for value in metrics.values())
+        for reward in (PointInBox(), Overlap()):
+            assert 0 <= reward(text, {"metrics": metrics}) <= 1
 
     def test_white_space_around_an_answer_is_allowed_and_nothing_else(self, answer):
         text = answer.write((3, 4, 50, 60), (80, 90), (84, 84))
