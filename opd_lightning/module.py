@@ -372,8 +372,14 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         return self.reward is not None or "reward" in self.served
 
     def rate(self, completion: Any, example: Example) -> float | None:
-        """What the verifier says of a completion, for `score`; None where it abstains."""
+        """What the verifier says of a completion, for `score`; None where it abstains.
+
+        Rows that are predicted need not have the columns that it reads: it abstains there.
+        """
         assert self.reward is not None
+        missing = any(example.get(column) is None for column in getattr(self.reward, "columns", ()))
+        if missing and self._trainer is not None and self.trainer.predicting:
+            return None
         return self.scoring(self.reward, completion, example)
 
     def rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ import torch
 from opd_lightning.callbacks import Curriculum, Linear
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
+from opd_lightning.scoring import Scoring
 from opd_lightning.teacher import Frozen, Teacher
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter, act, fit, make_module, sgd, teacher_forced
@@ -38,6 +39,13 @@ def test_add_a_view():
     assert shown.getpixel((5, 2)) == (0, 0, 0)
     assert shown.getpixel((5, 10)) == row["images"][0].getpixel((5, 10))
     assert view({**row, "box": None}) is None
+
+
+def test_rewards():
+    _, defined = example("rewards.md")
+    answers = [("it is 4", "4"), ("it is 5", "4"), ("", "4"), ("5", "")]
+    scored = [Scoring()(defined["judge"], completion, {"answer": answer}) for completion, answer in answers]
+    assert scored == [1, 0, 0, None]
 
 
 def test_add_a_setting(tmp_path):

@@ -106,6 +106,14 @@ def test_test_and_predict(world, held_out, tmp_path):
     assert {"prompt", "completion", "reward"} <= rows[0].keys()
 
 
+def test_predicted_rows_need_no_answer(world, held_out, tmp_path):
+    unanswered = [{name: value for name, value in row.items() if name != "task"} for row in held_out]
+    module = world.alone(reward=IsEven())
+    rows = [row for batch in make_trainer(tmp_path).predict(module, datamodule=Rows([], unanswered)) for row in batch]
+    assert len(rows) == len(held_out)
+    assert {row["reward"] for row in rows} == {None}
+
+
 def test_samples_are_kept(world, held_out, tmp_path):
     module = world.alone(reward=IsEven(), evaluation=Evaluation(show=2, samples=3, temperature=1.0))
     validate(module, tmp_path, held_out)

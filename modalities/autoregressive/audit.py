@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...agreement import ACTED, TRAINING
 from ...noise import noise
-from ...printable import quoted
+from ...printable import printable, quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
@@ -146,7 +146,9 @@ def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
         module.trials[policy.name] = trial
         own = own if trial.reason is None else f"{own}; {trial.reason}"
     if own != type(engine).__name__:
-        rank_zero_warn(f"{policy.path}: {type(engine).__name__} is not used as it is, which may take longer: {own}")
+        rank_zero_warn(
+            f"{printable(policy.path)}: {type(engine).__name__} is not used as it is, which may take longer: {own}"
+        )
     return own
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...distribution import Head
+from ...printable import printable, quoted
 from ...rollout import Rollout
 from ...teacher import Policy, evaluating
 from .decode import DecodeLoop
@@ -142,7 +143,9 @@ class VllmServer(RolloutEngine):
         (choice,) = json.loads(self._post("/v1/completions", request))["choices"]
         tokens, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not tokens or log_probs is None or len(tokens) != len(log_probs):
-            raise RuntimeError(f"{self.url}: a completion without token ids and as many log-probs: {str(choice)[:200]}")
+            raise RuntimeError(
+                f"{self.url}: a completion without token ids and as many log-probs: {quoted(choice, 200)}"
+            )
         stopped = tokens[-1] in request["stop_token_ids"]
         if not stopped and len(tokens) < request["max_tokens"]:
             raise RuntimeError(
@@ -163,7 +166,7 @@ class VllmServer(RolloutEngine):
             hint = ""
             if path.endswith("lora_adapter") and error.code == 404:
                 hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
-            said = error.read().decode(errors="replace")[:500]
+            said = printable(error.read().decode(errors="replace")[:500])
             raise ConnectionError(f"{self.url}{path} answered {error.code}: {said}{hint}") from error
         except OSError as error:
             raise ConnectionError(f"no vLLM server answers at {self.url}{path}: {error}") from error
@@ -199,7 +202,7 @@ class VllmServer(RolloutEngine):
             try:
                 self._unload(self.adapter)
             except ConnectionError as error:
-                rank_zero_warn(f"{error}; if it is still there, it keeps the adapter {self.adapter}")
+                rank_zero_warn(f"{printable(error)}; if it is still there, it keeps the adapter {self.adapter}")
 
     @torch.no_grad()
     def _compare(

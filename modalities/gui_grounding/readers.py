@@ -171,7 +171,8 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
     located = list(_json_rows([file]))
     with_target = [(path, number, row) for path, number, row in located if row.get("box_type") != "refusal"]
     if len(with_target) < len(located):
-        rank_zero_warn(f"{file}: {len(located) - len(with_target)} rows of the type 'refusal' have no target; left out")
+        refusals = len(located) - len(with_target)
+        rank_zero_warn(printable(f"{file}: {refusals} rows of the type 'refusal' have no target; left out"))
     return _rows(with_target, convert, on_bad_row)
 
 

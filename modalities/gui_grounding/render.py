@@ -30,6 +30,8 @@ import numpy as np
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from ...printable import printable
+
 SCALE = 2
 AREA = (0, 50, 160, 160)
 """Left, top, width and height of a page's work area, in CSS pixels; above it is the instruction."""
@@ -411,7 +413,8 @@ def render_gui(arguments: Sequence[str]) -> None:
         (folder / "README.md").write_text(
             readme(pages, seeds, options.elements, kinds, browser.version), encoding="utf-8"
         )
-    print(f"wrote {folder}: {', '.join(f'{count} {kind} rows' for kind, count in kinds.items()) or 'no rows'}")
+    rows = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items()) or "no rows"
+    print(printable(f"wrote {folder}: {rows}"))
 
 
 def readme(pages: Sequence[str], seeds: range, elements: int, kinds: Counter[str], chromium: str) -> str:
