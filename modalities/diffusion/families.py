@@ -6,6 +6,7 @@ A new family is one class. Shape legend: B rows; latents ``[B, ...]`` in the fam
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -207,8 +208,7 @@ class Family(ABC):
                 for key, made in zip(part, make([missing[key] for key in part]), strict=True):
                     self._known[key] = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
                     if self.cache is not None:
-                        self.cache.mkdir(parents=True, exist_ok=True)
-                        save_file(self._known[key], self.cache / f"{key}.safetensors")
+                        _keep(self._known[key], self.cache / f"{key}.safetensors")
             return [self._known[key] for key in keys]
 
 
@@ -364,6 +364,14 @@ def load_family(path: str, config: Any, revision: str | None = None, **settings:
     pipe = diffusers().DiffusionPipeline.from_pretrained(path, transformer=None, revision=revision)
     pipe.set_progress_bar_config(disable=True)
     return kind(pipe, config, **settings)
+
+
+def _keep(tensors: dict[str, Tensor], file: Path) -> None:
+    """All of it or nothing, whoever is killed, also where several processes write the same file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, part)
+    part.replace(file)
 
 
 def _key(*parts: str) -> str:

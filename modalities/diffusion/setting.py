@@ -90,7 +90,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             "shift": shift,
             "cache": cache,
         }
-        self._families: dict[str, Family] = {}
+        self._families: dict[tuple[str, str | None], Family] = {}
         super().__init__(student=student, objective=objective, **kwargs)
 
     # -- building -------------------------------------------------------------------------------------------------
@@ -154,10 +154,11 @@ class DiffusionDistillation(OnPolicyDistillation):
         return needed
 
     def load_processor(self, spec: Pretrained) -> Family:
-        if spec.path not in self._families:
-            config = dict(Transformer.config(spec.path, spec.revision))
-            self._families[spec.path] = load_family(spec.path, config, spec.revision, **self._family_settings)
-        return self._families[spec.path]
+        key = spec.path, spec.revision
+        if key not in self._families:
+            config = dict(Transformer.config(*key))
+            self._families[key] = load_family(spec.path, config, spec.revision, **self._family_settings)
+        return self._families[key]
 
     def _place_teachers(self) -> None:
         super()._place_teachers()

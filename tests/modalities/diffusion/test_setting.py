@@ -597,6 +597,59 @@ def test_schedules_that_stand_still_are_refused(make):
         on_policy(module)
 
 
+# -- exactness ----------------------------------------------------------------------------------------------------
+
+
+def replayed(module: Any, rolled: Any) -> torch.Tensor:
+    """``[n, ...]`` where the student's steps lead as they are trained: with gradient, in training mode."""
+    module.student.train()
+    index = rolled.mask.flatten().nonzero().squeeze(-1)
+    with torch.enable_grad():
+        said = module.steps(module.policies["student"], rolled).at(index)
+        return said.chunk(slice(0, len(index))).mean.detach()
+
+
+def test_a_rollout_and_its_replay_agree_alone_and_together(make, kind):
+    """Prompts of mixed length, and a row of them beside any others."""
+    module = make(kind)
+    rolled = on_policy(module, 5)
+    wanted = rolled.actions.flatten(0, 1)[rolled.mask.flatten()]
+    torch.testing.assert_close(replayed(module, rolled), wanted, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([replayed(module, rolled.select(torch.tensor([row]))) for row in range(5)])
+    torch.testing.assert_close(alone, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("done", [[1], [2, 3, 5]])
+def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make, pipeline, done, tmp_path):
+    """AnyFlow's form: a learnt score, and images of the dataset that another run has not seen yet."""
+
+    def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
+        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=3, behaviour={"student": 0.5, "dataset": 0.5})
+        terms = [
+            Term(VelocityMatching(), source="student", weights=[NoiseLevel()]),
+            Term(FlowMatching(), teacher=None, source="dataset"),
+        ]
+        module = matched(make, pipeline, fake_seed=3, rollout=rollout, objective=Objective(terms))
+        module._optimizer = lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+        trainer = make_trainer(tmp_path, steps=steps)
+        trainer.fit(module, datamodule=Rows(make_rows(24)), ckpt_path=checkpoint, weights_only=True)
+        return trainer, module
+
+    _, unbroken = run(6)
+    checkpoint = None
+    for steps in done:
+        trainer, _ = run(steps, checkpoint)
+        checkpoint = tmp_path / f"{steps}.ckpt"
+        trainer.save_checkpoint(checkpoint)
+    _, resumed = run(6, checkpoint)
+    for name, value in unbroken.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(resumed.state_dict()[name], value), name
+    ours, theirs = (m.teachers["fake"].weights.state.optimizer.state_dict()["state"] for m in (unbroken, resumed))
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(a[k], theirs[i][k]) for i, a in ours.items() for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
 # -- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -667,6 +720,7 @@ def test_what_was_encoded_is_kept_on_disk_by_content(make, tmp_path):
     made = one.family.conditions([r["prompt"] for r in rows], [None] * 3)
     latents = one.family.latents([r["image"] for r in rows])
     assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert not list(tmp_path.glob("*.part"))
     two.family._encode = two.family._to_latents = None  # nothing is encoded again
     again = two.family.conditions([r["prompt"] for r in rows], [None] * 3)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, again, strict=True) for name in a)
