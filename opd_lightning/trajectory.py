@@ -163,7 +163,13 @@ class Trajectories:
         """One batch out of several of different widths.
 
         ``pad`` names the observation tensors that must be widened first: value, and the side ("left" or "right").
+
+        Raises:
+            ValueError: they have not the same channels.
         """
+        if len(names := {tuple(sorted(part.channels)) for part in parts}) > 1:
+            listed = " and ".join(f"[{', '.join(some)}]" for some in sorted(names))
+            raise ValueError(f"trajectories of one generation batch have different channels: {listed}")
         steps = max(part.mask.shape[1] for part in parts)
 
         def join(tensors: list[Tensor], value: float = 0, side: str = "right", width: int | None = None) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd_lightning.objective import Steps
 from opd_lightning.trajectory import OptimiserStep, Trajectories
 from tests.objective.reference import examples
 
@@ -123,6 +125,38 @@ def test_joining_pads_prompts_on_their_side_and_steps_on_the_right(widths, seed)
         assert torch.equal(whole.row[rows], part.row)
     assert whole.length.tolist() == [n for part in parts for n in part.length.tolist()]
     assert len(whole.examples) == len(whole)
+
+
+def with_channels(lengths: list[int]) -> Trajectories:
+    """A number, a vector, a picture and a flag of every step, each of which says whose and which it is."""
+    batch = make(lengths)
+    number = batch.row[:, None] + torch.arange(batch.mask.shape[1]) / 10
+    shapes = {"number": (), "vector": (3,), "picture": (2, 4, 1)}
+    channels = {
+        name: number.view(*number.shape, *(1 for _ in s)).expand(*number.shape, *s) for name, s in shapes.items()
+    }
+    return dataclasses.replace(batch, channels={**channels, "flag": batch.row[:, None] % 2 == batch.mask})
+
+
+def test_channels_of_any_shape_go_with_their_steps():
+    batch = with_channels([1, 4, 2])
+    parts = [part for size in (1, 2) for part in batch.split(size)] + [batch.truncate(2)]
+    parts += [Trajectories.concatenate([with_channels([2, 1]), batch], PAD), batch.select(torch.tensor([2, 0]))]
+    parts += [Trajectories.from_state_dict(batch.state_dict(), batch.examples)]
+    for part in parts:
+        for name, values in part.channels.items():
+            assert values.shape[:2] == part.mask.shape
+            steps = Steps.of(part)
+            row = part.row[steps.trajectory]
+            said = steps.channel(name)
+            assert said.shape == (len(steps), *values.shape[2:])
+            expected = row % 2 == 1 if name == "flag" else row + steps.position / 10
+            assert torch.equal(said.flatten(1)[:, 0] if said.dim() > 1 else said, expected), name
+
+
+def test_sources_with_different_channels_are_refused():
+    with pytest.raises(ValueError, match=r"different channels: \[\] and \[flag, number, picture, vector\]"):
+        Trajectories.concatenate([with_channels([2, 1]), make([1])], PAD)
 
 
 def test_the_state_passes_through_a_weights_only_checkpoint():
