@@ -102,8 +102,8 @@ class Renderer:
         if self._is_raw(prompt):
             return None
         said = [_shown(message) for message in self._chat(prompt)]
-        ends = [self.tokenizer.decode([i]) for i in stops]
-        return next((end for end in ends if end.strip() and any(end in text for text in said)), None)
+        ends = [token for token, i in self.tokenizer.get_added_vocab().items() if i in stops]
+        return next((end for end in ends if any(end in text for text in said)), None)
 
     # -- completions --------------------------------------------------------------------------------------------
 
@@ -184,10 +184,11 @@ class Renderer:
             raise ValueError("the completion's first and last message must be the assistant's")
         chat = self._chat(example["prompt"])
         whole = self._render(chat + answer, example)
-        starts = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places]
+        later = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
+        starts = [prompt, *later]
         turns = [
             whole[len(start) : len(stop)]
-            for start, stop in zip(starts, [*starts[1:], whole], strict=True)
+            for start, stop in zip(starts, [*later, whole], strict=True)
             if whole.startswith(start)
         ]
         if len(turns) == len(places) and all(map(_holds, turns, (answer[i] for i in places))):
@@ -229,7 +230,10 @@ class Renderer:
             if name in _OURS:
                 raise ValueError(f"{key}: {name} is set by the setting itself")
             if not self._reads(name):
-                raise ValueError(f"{key}: the chat template of {self.tokenizer.name_or_path} reads no {name!r}")
+                model = self.tokenizer.name_or_path
+                has_none = self.processor.chat_template is None
+                whose = f"{model} has no chat template that" if has_none else f"the chat template of {model}"
+                raise ValueError(f"{key}: {whose} reads {'' if has_none else 'no '}{name!r}")
 
     def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
         options = {**self.options, **(_read(example, "chat_template_kwargs", dict) or {})}

@@ -169,9 +169,11 @@ def test_a_prompt_that_ends_with_a_stop_token_is_refused(tmp_path):
         ({"add_generation_prompt": False}, "add_generation_prompt is set by the setting itself"),
     ],
 )
-def test_options_that_the_template_does_not_read_are_refused(chat_student, options, reason):
+def test_options_that_the_template_does_not_read_are_refused(chat_student, tiny_student, options, reason):
     with pytest.raises(ValueError, match=reason):
         table(make_module(chat_student, {}, no_teacher(), chat_template_kwargs=options))
+    with pytest.raises(ValueError, match=r"has no chat template that reads|is set by the setting itself"):
+        table(make_module(tiny_student, {}, no_teacher(), chat_template_kwargs=options))
 
 
 # -- vocabularies (rule 4) ----------------------------------------------------------------------------------------

@@ -219,6 +219,18 @@ def test_a_four_bit_teacher_sees_and_teaches(tmp_path):
 # -- prompts ----------------------------------------------------------------------------------------------------
 
 
+def test_padding_needs_no_row_of_its_own(tmp_path, vlm):
+    folder = save_vlm(tmp_path, vlm, padding=0)
+    whole = make(folder)
+    processor = whole.load_processor(Pretrained(str(folder)))
+    processor.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    processor.save_pretrained(folder)
+    module = make(folder)
+    assert module.tokenizer().pad_token_id == whole.student.get_input_embeddings().weight.shape[0]
+    rows = vlm_rows(4)
+    assert torch.equal(act(module, rows).actions, act(whole, rows).actions)
+
+
 def kinds(message) -> list[str]:
     return [part["type"] for part in message["content"]]
 
