@@ -24,6 +24,7 @@ from .model_card import model_card
 from .module import OnPolicyDistillation
 from .objective import Objective
 from .pretrained import quantised_as
+from .printable import printable
 
 EXACT = 1e-4
 """What sums in another order may change, in units of the spread."""
@@ -87,7 +88,7 @@ def write(
         found = _compare(module, part, live)
         card = model_card(config, state["global_step"], module.library)
         (part / "README.md").write_text(card, encoding="utf-8")
-    print(f"wrote {folder}: {found}")
+    print(printable(f"wrote {folder}: {found}"))
 
 
 def read(checkpoint: str | Path) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
         newest = newest_whole(inside if inside.is_dir() else path)
         if newest is None:
             raise FileNotFoundError(f"{path} holds no checkpoint, and neither does {inside}")
-        print(f"{path}: its newest checkpoint is {newest.name}")
+        print(printable(f"{path}: its newest checkpoint is {newest.name}"))
         path = newest
     check_whole(path)
     try:
@@ -141,13 +142,13 @@ def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> On
     path, arguments = config["class_path"], config["init_args"]
     ours = path.startswith("opd_lightning.")
     if not trust_remote_code and (not ours or arguments["student"].get("trust_remote_code")):
-        code = "Python code that comes with its base" if ours else f"the setting {path}"
+        code = "Python code that comes with its base" if ours else f"the setting {printable(path)}"
         raise ValueError(
             f"the checkpoint asks for {code} to be run; if you know who wrote it, export with --trust_remote_code=true"
         )
     setting: Any = import_object(path)
     if not (inspect.isclass(setting) and issubclass(setting, OnPolicyDistillation)):
-        raise ValueError(f"the checkpoint was written by {path}, which is no setting")
+        raise ValueError(f"the checkpoint was written by {printable(path)}, which is no setting")
     core = inspect.signature(OnPolicyDistillation.__init__).parameters.keys() - {"self", "student"}
     own = setting.exported_with if ours else arguments.keys() - core
     kept = {name: arguments[name] for name in {*own, "student"} if name in arguments}
@@ -165,9 +166,19 @@ def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> On
 
 
 def restore(module: OnPolicyDistillation, state: dict[str, Any]) -> None:
-    """The trained weights of a checkpoint."""
+    """Loads the trained weights of a checkpoint.
+
+    Raises:
+        ValueError: the base is not the one that was trained.
+    """
     module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"], strict=False)
+    try:
+        module.load_state_dict(state["state_dict"], strict=False)
+    except RuntimeError as error:
+        found = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise ValueError(
+            f"{module._student_spec.path} is another model now than the one that was trained: {found}"
+        ) from None
 
 
 def load_module(checkpoint: str | Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any], int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,32 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def tolerance(*models: nn.Module) -> float:
-    """That of the coarsest numbers that any of the models computes with."""
-    dtypes = {p.dtype for model in models for p in model.parameters()} & TOLERANCE.keys()
-    return max(TOLERANCE[dtype] for dtype in dtypes | {torch.float32})
+    """That of the coarsest numbers that any of the models computes with; quantised ones do in 16 bits."""
+    dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for model in models for p in model.parameters()}
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes | {torch.float32})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights that are not trained: the beginning of each in 16 bits, so that another base with the same shapes
+    has another one; what is quantised is left out, since other machines may round it in another way."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the adapters in the checkpoint were trained on other weights than those that are there.
+    """
+    spec, kept = module._student_spec, checkpoint.get("base")
+    if spec.lora is not None and not spec.random_init and kept not in (None, module._base):
+        raise ValueError(
+            f"{spec.path} holds other weights now than those that the adapter in the checkpoint was trained on"
+        )
 
 
 def check_self_teachers(module: OnPolicyDistillation) -> None:

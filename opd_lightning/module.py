@@ -26,7 +26,7 @@ from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
 from .finite import Finite, check_finite
-from .likeness import check_self_teachers
+from .likeness import check_base, check_self_teachers, fingerprint
 from .objective import Objective, Steps
 from .portable import Portable
 from .pretrained import Pretrained
@@ -282,7 +282,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if self.policies:
             return
         model = self._student_spec.load(self.model_class, trained=True)
-        self.student = model
+        self.student, self._base = model, fingerprint(model)
         student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
         self.policies["student"] = student
         for name, teacher in self.teachers.items():
@@ -719,7 +719,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         # at a logged step what was recorded is logged, if it was not yet, after this
         since = Averages() if self.is_logged(self.global_step) else self._averages.over_ranks(self.trainer)
         checkpoint["recorded"] = since.state_dict()
-        checkpoint["opd_config"] = self.config_yaml
+        checkpoint["opd_config"], checkpoint["base"] = self.config_yaml, self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         missing = sorted(kept_names(self) - set(checkpoint["state_dict"]))
@@ -728,6 +728,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
                 f"the checkpoint lacks {len(missing)} of the weights that this configuration trains, among them "
                 f"{missing[0]}: was it written with another model.student or model.teachers?"
             )
+        check_base(self, checkpoint)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
 
     @property

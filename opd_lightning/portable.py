@@ -14,7 +14,7 @@ from .teacher import Policy
 
 
 class Portable:
-    """What a setting may say of its models for export; the defaults are those of transformers."""
+    """What a setting may say of its models, for export (docs/export.md); the defaults are those of transformers."""
 
     model_class: ClassVar[Any]
     library: ClassVar[str] = "transformers"

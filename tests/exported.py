@@ -42,5 +42,6 @@ def exportable(
                 parameter.add_(noise * (0.1 if student.get("lora") else 0.02))
     state = {name: tensor for name, tensor in module.state_dict().items() if name in kept_names(module)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state, "opd_config": yaml.safe_dump(config), "global_step": 3}, path)
+    written = {"state_dict": state, "opd_config": yaml.safe_dump(config), "base": module._base, "global_step": 3}
+    torch.save(written, path)
     return path

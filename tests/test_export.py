@@ -18,11 +18,15 @@ from opd_lightning.cli import run
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.portable import Portable
 from opd_lightning.rollout import Rollout
+from opd_lightning.teacher import Policy
 from tests.exported import exportable
 from tests.processes import last
 from tests.test_resume import PLAIN, configuration
 from tests.test_self_teachers import ADAPTERS, save_adapter
 from tests.tiny import make_module, no_teacher, save_model
+from tests.tiny_vlm import VLMS, save_vlm
+
+SEEING = "opd_lightning.modalities.vision_language.VisionLanguageDistillation"
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
@@ -89,6 +93,35 @@ def test_lora_merged_and_as_adapter(tmp_path, world):
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, adapter(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(merged(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "student", [{}, {"lora": {"r": 4, "target_modules": ["q_proj", "qkv", "fc1"]}}], ids=["full", "lora"]
+)
+@pytest.mark.parametrize("architecture", VLMS)
+def test_models_that_see_are_compared_with_an_image(architecture, student, tmp_path, capsys):
+    base = save_vlm(tmp_path / "base", architecture)
+    checkpoint = exportable(tmp_path / "x.ckpt", base, SEEING, **student)
+    export.write(checkpoint, tmp_path / "out")
+    assert "loaded again, it says what the trained student says" in capsys.readouterr().out
+    if student:
+        export.write(checkpoint, tmp_path / "adapter", merge=False)
+    module, _, _ = export.load_module(checkpoint)
+    other = module.model_class.from_pretrained(base)
+    apart = module.probe(module.policies["student"]) - module.probe(Policy(other, module.policies["student"].processor))
+    assert apart[36:].abs().max() > 0.01, "behind the image"
+
+
+def test_a_student_beside_an_averaged_teacher_is_exported_alone(tmp_path, make_world):
+    world = make_world("text")
+    config = configuration(tmp_path / "run", world, {**PLAIN, "teacher": "ema"})
+    fit(config, "--model.init_args.student.lora.r=4")
+    assert any(".teacher." in name for name in last(config)["state_dict"])
+    export.write(tmp_path / "run", tmp_path / "adapter", merge=False)
+    assert not any("teacher" in file.name for file in (tmp_path / "adapter").rglob("*"))
+    torch.testing.assert_close(
+        said(tmp_path / "adapter", world.student), live(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    )
 
 
 def said(folder, base=None) -> torch.Tensor:
@@ -261,6 +294,21 @@ def test_a_base_that_is_gone_is_one_sentence(tmp_path):
         FileNotFoundError, match=r"needs the base that it was trained from, .* there is no folder .*/base;"
     ):
         export.write(checkpoint, tmp_path / "out")
+
+
+def test_another_model_in_the_place_of_the_base_is_refused(tmp_path):
+    """Adapters over other weights would be exported as if they were those that were trained."""
+    base = save_model(tmp_path / "base")
+    adapters = exportable(tmp_path / "adapters.ckpt", base, lora={"r": 4})
+    weights = exportable(tmp_path / "weights.ckpt", base)
+    save_model(base, seed=7)
+    with pytest.raises(ValueError, match=r"base holds other weights now than those that the adapter in the checkp"):
+        export.write(adapters, tmp_path / "out")
+    export.write(weights, tmp_path / "out")  # has all of them
+    save_model(base, hidden=48)
+    for checkpoint in (adapters, weights):
+        with pytest.raises(ValueError, match=r"base (holds other weights|is another model) now"):
+            export.write(checkpoint, tmp_path / "again")
 
 
 class Written(TextDistillation):

@@ -5,6 +5,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -95,8 +96,12 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         text = policy.processor.tokenizer.decode(range(min(8, self.vocabulary)), skip_special_tokens=True)
         device = next(policy.model.parameters()).device
         inputs = self._process([{"prompt": text, "image": image}], policy)
+        model = bare(policy.model)
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            given["logits_to_keep"] = 8  # an image may be thousands of tokens
         with evaluating(policy.model), policy.active():
-            said = bare(policy.model)(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+            said = model(**given).logits
         return torch.cat([of_ids, said[..., : self.vocabulary].float().log_softmax(-1).flatten(0, 1).cpu()])
 
     # -- inputs -------------------------------------------------------------------------------------------------

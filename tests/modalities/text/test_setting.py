@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from tokenizers import processors
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from opd_lightning.data import PromptData
 from opd_lightning.modalities.autoregressive import PromptView
-from opd_lightning.pretrained import Pretrained
+from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import Frozen, Live, Teacher
 from tests.tiny import (
@@ -279,3 +281,32 @@ def test_padding_needs_no_row_of_its_own(tmp_path):
     module = make_module(folder, {}, no_teacher())
     assert module.tokenizer().pad_token_id == rows
     fit(module, tmp_path / "run", [{"prompt": "1+" * i + "1=", "completion": "2"} for i in range(16)])
+
+
+# -- models that read more than text --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gemma_with_eyes(tmp_path_factory):
+    """AutoModelForCausalLM loads it with its vision tower."""
+    folder, tokenizer = tmp_path_factory.mktemp("gemma"), chat_tokenizer()
+    text = {
+        "vocab_size": 110, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3,
+    }  # fmt: skip
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=109)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
+def test_eyes_that_no_text_reaches_are_refused_with_what_freezes_them(lora, gemma_with_eyes, tmp_path):
+    advice = "multi_modal_projector|vision_tower" if lora is None else "vision_tower"
+    module = make_module(Pretrained(str(gemma_with_eyes), lora=lora), {}, no_teacher())
+    with pytest.raises(ValueError, match=rf"parameters, such as \S+: set student\.freeze to '{re.escape(advice)}'"):
+        fit(module, tmp_path, steps=1)
+    spec = Pretrained(str(gemma_with_eyes), lora=lora, freeze=advice)
+    assert fit(make_module(spec, {}, no_teacher()), tmp_path, steps=1).global_step == 1
