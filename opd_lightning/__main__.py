@@ -6,16 +6,20 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
+from types import TracebackType
 
 
 def main() -> None:
     speak_utf8()
+    sys.excepthook = _show_error
     from .front import ConfigError, front
+    from .printable import printable
 
     try:
         sources = front(sys.argv[1:])
     except (ConfigError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
     # its missing CPU kernel concerns nobody who has not asked for quantisation
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -28,8 +32,15 @@ def main() -> None:
         text = None if "--traceback" in sys.argv else sentence(error, sources)
         if text is None:
             raise
-        sys.stderr.write(text)
+        sys.stderr.write(printable(text))
         sys.exit(1)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints it as Python does, but what it quotes of rows and paths as text."""
+    from .printable import printable
+
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
 def speak_utf8() -> None:

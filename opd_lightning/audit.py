@@ -21,7 +21,7 @@ def audit(module: OnPolicyDistillation) -> None:
     """Prints what each role is, and what is made of the first row; `audit_rows` raises what cannot work."""
     rows = module.audit_rows()
     if rows:
-        show("audit", list(module.policies), rows)
+        _show(list(module.policies), rows)
     _show_first_row(module)
 
 
@@ -36,6 +36,10 @@ def _show_first_row(module: OnPolicyDistillation) -> None:
     for who, what in readings:
         table.add_row(cell(who), cell(what))
     Console().print(table)
+
+
+def _show(roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
+    show("audit", roles, rows)
 
 
 @rank_zero_only

@@ -27,6 +27,7 @@ from .export import export
 from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
+from .printable import printable
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
@@ -126,7 +127,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
                 found += source.tokens
         print_help(sources, kinds, together)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
     Parser.sources = sources
     return found

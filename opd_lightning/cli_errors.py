@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .config_file import Keys, Source, dotted
+from .printable import printable
 
 # What jsonargparse says about how it looked, not about what is wrong
 _NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value)")
@@ -34,7 +35,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        sys.stderr.write(explain(message, self.sources))
+        sys.stderr.write(printable(explain(message, self.sources)))
         sys.exit(2)
 
 

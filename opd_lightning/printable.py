@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import unicodedata
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.text import Text
 
 # Controls, invisible formats (bidirectional overrides among them), lone halves of pairs, line and paragraph separators
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -38,6 +39,8 @@ def quoted(value: Any, length: int = 80) -> str:
 
 def cell(value: Any, style: str = "") -> Text:
     """For rich's tables and consoles, without a meaning of its brackets."""
+    from rich.text import Text  # not to be waited for where nothing is drawn
+
     return Text(printable(value), style)
 
 

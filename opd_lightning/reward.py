@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
-from .finite import Finite
 from .isolated import Isolated
 from .time_limit import TooLate, within
 
 Example = Mapping[str, Any]
 
 
-class Reward(Finite, ABC):
+class Reward(ABC):
     """What a reward is: a function of a completion and its example, and the columns that it reads.
 
     It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the
@@ -78,8 +77,8 @@ class RelaxedMatch(Reward):
     columns = ("answer",)
 
     def __init__(self, tolerance: float = 0.05, after: str = "") -> None:
-        if tolerance < 0:
-            raise ValueError(f"RelaxedMatch.tolerance is {tolerance}; it must be at least 0")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"RelaxedMatch.tolerance is {tolerance}; it must be a number of at least 0")
         self.tolerance, self.after = tolerance, after
 
     def __call__(self, completion: str, example: Example) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from opd_lightning import audit
+from opd_lightning.__main__ import _show_error
 from opd_lightning.callbacks.samples import COLUMNS, markdown, render
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.printable import cell, in_markdown, printable, quoted
@@ -74,6 +77,25 @@ def test_markup_in_a_path_a_row_or_a_name_is_text(path, console):
     row = {"prompt": path, "completion": path, "steps": None, "signals": [], "reward": 1.0, "length": 1, "signal": 1.0}
     console.print(render([row], "t"))
     assert console.shown().count(path) == 5
+
+
+def test_errors_of_the_command_line_are_text():
+    asked = [sys.executable, "-m", "opd_lightning", "fit", "-c", f"no{CLEAR}[b].yaml"]
+    done = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert r"no\x1b[2J[b].yaml" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_a_traceback_is_text(capsys):
+    try:
+        raise KeyError(CLEAR) from ValueError(f"a row says {CLIPBOARD}\n\tand {OVERRIDE}")
+    except KeyError as error:
+        _show_error(type(error), error, error.__traceback__)
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last):\n" in shown
+    assert not set("\x1b\u202e") & set(shown)
+    assert r"a row says \x1b]52" in shown
 
 
 def test_markdown_reads_as_it_was_written():

@@ -87,7 +87,7 @@ def test_relaxed_match_looks_at_the_relative_difference(answer: float, off: floa
 
 def test_relaxed_match_after_marker_and_wrong_settings() -> None:
     assert [RelaxedMatch(after="=")(text, {"answer": "1=10"}) for text in ("x = 10.2", "10", "10 = 9")] == [1, 0, 0]
-    with pytest.raises(ValueError, match=r"RelaxedMatch.tolerance is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match=r"RelaxedMatch.tolerance is -1; it must be a number of at least 0"):
         RelaxedMatch(tolerance=-1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...finite import check_finite
 from ...reward import Reward
 from ...trajectory import Example
 
@@ -19,6 +20,7 @@ class Brightness(Reward):
     """
 
     def __init__(self, at_least: float = 0.5) -> None:
+        check_finite("Brightness.at_least", at_least)
         self.at_least = at_least
 
     def __call__(self, completion: Any, example: Example) -> float:  # type: ignore[override]
