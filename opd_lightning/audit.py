@@ -33,6 +33,8 @@ def _show_first_row(module: OnPolicyDistillation) -> None:
     if not examples or not (readings := module.readings(dict(examples[0]))):
         return
     table = Table(title=f"the first row of data.{split}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for who, what in readings:
         table.add_row(cell(who), cell(what))
     Console().print(table)

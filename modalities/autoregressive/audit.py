@@ -85,7 +85,8 @@ def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple
         found.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
         ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
-        found.append(("written, trained", f"up to and including {ends}, at most {module.rollout.horizon} tokens"))
+        said = f"trained up to and including {ends}, at most {module.rollout.horizon} tokens"
+        found.append(("rollouts", said))
     for name, teacher in module.teachers.items():
         view = teacher.look(example)
         same = teacher.view is None and not teacher.own_template

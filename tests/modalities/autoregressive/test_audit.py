@@ -110,10 +110,17 @@ def test_the_first_row_is_shown_as_everybody_reads_it(chat_student, tmp_path, ca
     turns = r"<s><|im_start|>system\n[bold]Brief<|im_end|>\n<|im_start|>user\n"
     assert rf"student reads │ '{turns}1+1=<|im_end|>\n<|im_start|>assistant\n', 45 tokens" in table
     assert "given, trained │ '2<|im_end|>', 2 tokens = [24, 3]" in table
-    assert "written, trained │ up to and including '<|im_end|>' = 3 or '<|end|>' = 4, at most 10 tokens" in table
+    assert "rollouts │ trained up to and including '<|im_end|>' = 3 or '<|end|>' = 4, at most 10 tokens" in table
     assert rf"told reads │ '{turns}It is 2. 1+1=<|im_end|>" in table
     assert "plain reads │ the same" in table
     assert "other reads │ nothing of this row" in table
+
+
+def test_nothing_of_the_first_row_is_lost_on_a_narrow_terminal(chat_student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = printed(make_module(chat_student, {}, no_teacher()), [{"prompt": "xz" * 30}] * 16, tmp_path, capsys)
+    assert "…" not in table
+    assert table.count("z") == 30
 
 
 def test_the_first_row_shows_an_image_s_tokens_once(tmp_path, capsys):
