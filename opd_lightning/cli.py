@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader_exceptions
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
@@ -28,6 +27,7 @@ from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
 from .printable import printable
+from .predictions import PredictionWriter
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
@@ -49,22 +49,6 @@ class SaveConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
-
-
-class PredictionWriter(BasePredictionWriter):
-    """`opd predict` writes one JSON line per example to ``<default_root_dir>/predictions-<rank>.jsonl``."""
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._path = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("", encoding="utf-8")
-
-    def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in prediction)
 
 
 class OPDCLI(LightningCLI):

@@ -268,7 +268,7 @@ class PromptData(LightningDataModule):
                     f"{', '.join(examples.column_names)}. data.columns maps a column to another name"
                 )
         if module is not None and split != "validation":
-            say_unread(f"data.{split}", examples.column_names, {*needed, *module.reads})
+            say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
         locations, kept = rows[LOCATION][:], []
         for index, location in enumerate(locations):

@@ -21,7 +21,7 @@ from datasets.config import HF_DATASETS_CACHE
 from pyarrow.parquet import ParquetFile
 
 from .reward import encode_metadata, import_callable, import_reasoning_gym
-from .rows import LOCATION, STAND_IN, BadRows, reason_of
+from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
 from .table import kind, readable, tabulate, without_added_nulls
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -280,7 +280,7 @@ def _from_function(path: str, options: dict[str, Any], key: str, bad: BadRows) -
         return rows if LOCATION in rows.column_names else _located(rows, f"python:{path}", bad)
     if not isinstance(rows, list):
         raise ValueError(f"{key}: {path} must return a list of dicts, one a row; it returned {kind(rows)}")
-    return tabulate([(f"python:{path}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
+    return tabulate([(location_of(row) or f"python:{path}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
 
 
 def _from_hub(name: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:

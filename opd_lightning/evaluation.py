@@ -17,7 +17,7 @@ from .data import Share
 from .finite import Finite
 from .printable import cell, printable
 from .rollout import check_sampling, derived_seed, group_statistics
-from .rows import STAND_IN, row_of
+from .rows import STAND_IN, identified, row_of
 from .teacher import Frozen
 from .trajectory import Example, Trajectories
 
@@ -245,10 +245,10 @@ class Evaluator:
 
     @torch.no_grad()
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
-        """The student's completions of a batch of examples."""
+        """The student's completions of a batch of examples, each with the number, place and answer of its example."""
         trajectories = self.act("student", examples, batch_idx)
-        rows = self.module.rewards(trajectories)[1]
-        return [row for row, e in zip(rows, trajectories.examples, strict=True) if STAND_IN not in e]
+        rows = zip(self.module.rewards(trajectories)[1], trajectories.examples, strict=True)
+        return [identified(example) | row for row, example in rows if STAND_IN not in example]
 
 
 def _named(value: Any) -> str:

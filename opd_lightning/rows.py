@@ -28,9 +28,10 @@ _NOT_OF_A_ROW = (MemoryError, torch.OutOfMemoryError, ImportError, KeyboardInter
 
 
 class Row(dict[str, Any]):
-    """An example that knows where it was read."""
+    """An example that knows where it was read, and its number in its data set, from 0."""
 
     location: str = ""
+    index: int | None = None
 
     def to(self, *_: Any, **__: Any) -> Row:
         """Itself: Lightning moves what it hands over to the device, and would make new mappings without locations."""
@@ -39,7 +40,7 @@ class Row(dict[str, Any]):
     def __or__(self, more: Any) -> Row:  # type: ignore[override]
         """With further columns."""
         row = Row({**self, **more})
-        row.location = self.location
+        row.location, row.index = self.location, self.index
         return row
 
 
@@ -47,9 +48,17 @@ def row_of(examples: Sequence[Example], index: int) -> Row:
     """A copy of one of the examples, with its location: its own, that which ``examples.locations`` has for it, or its
     number."""
     found = examples[index]
+    if isinstance(found, Row):
+        return found | {}
     row, located = Row(found), getattr(examples, "locations", None)
-    row.location = getattr(found, "location", "") or (located[index] if located else f"row {index + 1}")
+    row.location, row.index = located[index] if located else f"row {index + 1}", index
     return row
+
+
+def identified(example: Example) -> dict[str, Any]:
+    """What tells an example from others in what is written of it: number, location and answer, where it has them."""
+    known = {"index": getattr(example, "index", None), "location": location_of(example) or None}
+    return {name: value for name, value in (known | {"answer": example.get("answer")}).items() if value is not None}
 
 
 def location_of(example: Example) -> str:

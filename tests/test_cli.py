@@ -109,11 +109,31 @@ def test_the_command_line_wins_over_the_checkpoint(config, which):
     assert yaml.safe_load(state["opd_config"])["model"]["init_args"]["rollout"]["horizon"] == 5
 
 
-def test_predict_writes_one_line_per_example(config, tiny_data):
-    run(["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", "--model.init_args.rollout.horizon=4"])
-    lines = (config.parent / "predictions-0.jsonl").read_text().splitlines()
-    assert len(lines) == len(tiny_data.read_text().splitlines())
-    assert {"prompt", "completion"} <= json.loads(lines[0]).keys()
+def test_predict_writes_one_line_per_example_and_says_where(config, tiny_data, capsys):
+    short = "--model.init_args.rollout.horizon=4"
+    run(["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", short])
+    path = config.parent / "predictions-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    given = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
+    assert f"wrote {len(lines)} predictions to {path}" in capsys.readouterr().out
+    assert [line["index"] for line in lines] == list(range(len(given)))
+    assert [line["location"] for line in lines[:2]] == [f"{tiny_data}, row 1", f"{tiny_data}, row 2"]
+    for name in ("prompt", "answer"):
+        assert [line[name] for line in lines] == [row[name] for row in given]
+    assert "completion" in lines[0]
+
+
+def test_predictions_need_no_answer_and_show_the_system_turn(config, chat_student, tmp_path):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
+    models = [f"--model.init_args.student.path={chat_student}", "--model.init_args.reward.class_path=ExactMatch"]
+    models += [f"--model.init_args.teachers.teacher.weights.init_args.pretrained.path={chat_student}"]
+    short = "--model.init_args.rollout.horizon=4"
+    run(["predict", "-c", str(config), f"--data.init_args.predict={rows}", short, *models])
+    line = json.loads((config.parent / "predictions-0.jsonl").read_text(encoding="utf-8"))
+    assert "be brief" in line["prompt"]
+    assert (line["index"], line["reward"]) == (0, None)
 
 
 def test_validate_and_test_report_accuracy(config, tiny_data, capsys):

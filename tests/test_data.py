@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning import data_source
 from opd_lightning.data import STAND_IN, PromptData, Share, hold_out
@@ -448,6 +449,8 @@ def test_a_share_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
         ("validate", "data.validation is not set"),
         ("test", "data.test is not set"),
         ("predict", "data.predict and data.validation are not set"),
+        (TrainerFn.TESTING, r"^data\.test is not set"),  # as Lightning itself says it
+        (TrainerFn.VALIDATING, r"^data\.validation is not set"),
     ],
 )
 def test_a_stage_without_its_source_says_so(stage: str, message: str) -> None:
@@ -491,6 +494,21 @@ def test_prediction_needs_prompts_only(tmp_path: Path) -> None:
     data = attach(PromptData(predict=path), {"answer": "model.reward"})
     data.setup("predict")
     assert next(iter(data.predict_dataloader())) == [{"prompt": "a"}]
+
+
+def test_a_setting_names_the_columns_that_it_acts_on(tmp_path: Path) -> None:
+    """And judges their form: nothing in the core knows of text."""
+    path = write(tmp_path / "a.jsonl", [{"start": 0.5, "prompt": 3}])
+    data = attach(PromptData(train=path, predict=path), {"goal": "the view"})
+    data.trainer.lightning_module.columns = ("start",)  # type: ignore[union-attr]
+    data.trainer.lightning_module.refusal = lambda _: None  # type: ignore[union-attr]
+    data.setup("predict")
+    assert list(data.predict) == [{"start": 0.5, "prompt": 3}]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no column 'goal', which the view needs"):
+        data.setup("fit")
+    data.trainer.lightning_module.columns = ("place",)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"no column 'place', which the rollout needs; it has start, prompt"):
+        data.setup("fit")
 
 
 # -- loaders ------------------------------------------------------------------------------------------------------

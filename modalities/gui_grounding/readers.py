@@ -10,7 +10,7 @@ in the `…_options` of the split) and returns rows of
 
 A row is bad that lacks a key, an instruction or its image, or whose box has no area, is out of the image or in another
 convention. `on_bad_row` is "refuse", which raises a ValueError with the file and the row, or "skip", which leaves such
-rows out and warns once with their number.
+rows out and warns once with their number. In a configuration it is by default what `data.on_bad_row` says.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ...data_source import json_lines
 from ...images import open_image
-from ...printable import printable
+from ...printable import printable, quoted
+from ...rows import BadRows, reason_of
+from ...rows import Row as LocatedRow
 from ...shipped import shipped
+from ...table import kind
 from ..vision_language.boxes import problem_with_box
 
 Row = dict[str, Any]
@@ -76,7 +80,8 @@ def _screenspot(folder: str, pattern: str, images: str, on_bad_row: OnBadRow) ->
             "application": row["data_source"],
         }
 
-    return _rows(_json_rows(files), convert, on_bad_row)
+    bad = _bad(root, on_bad_row)
+    return _rows(_json_rows(files, bad), convert, bad)
 
 
 def screenspot_pro(
@@ -116,7 +121,8 @@ def screenspot_pro(
             "size": row["img_size"],
         }
 
-    return _rows(_json_rows(files), convert, on_bad_row)
+    bad = _bad(root, on_bad_row)
+    return _rows(_json_rows(files, bad), convert, bad)
 
 
 def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad_row: OnBadRow = "refuse") -> list[Row]:
@@ -143,10 +149,7 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
     _present(root, [file])
     _present(root, [classes])
     pictures = _pictures(root, images)
-    groups: dict[str, list[str]] = {}
-    for group, members in _load(classes)["classified"].items():
-        for member in members:
-            groups.setdefault(member["id"], []).append(group)
+    groups, bad = _groups(classes), _bad(root, on_bad_row)
 
     def convert(file: Path, row: Row) -> Row:
         numbers = row["box_coordinates"]
@@ -157,7 +160,7 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
         elif row["box_type"] == "bbox":
             box = _from_width_and_height(numbers)
         else:
-            raise _BadRow(f"box_type is {row['box_type']!r}, none of bbox, polygon, refusal")
+            raise ValueError(f"box_type is {row['box_type']!r}, none of bbox, polygon, refusal")
         return {
             "prompt": row["instruction"],
             "image": pictures / row["image_path"],
@@ -168,12 +171,24 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
             "size": row["image_size"],
         }
 
-    located = list(_json_rows([file]))
+    located = list(_json_rows([file], bad))
     with_target = [(path, number, row) for path, number, row in located if row.get("box_type") != "refusal"]
     if len(with_target) < len(located):
         refusals = len(located) - len(with_target)
         rank_zero_warn(printable(f"{file}: {refusals} rows of the type 'refusal' have no target; left out"))
-    return _rows(with_target, convert, on_bad_row)
+    return _rows(with_target, convert, bad)
+
+
+def _groups(file: Path) -> dict[str, list[str]]:
+    """The abilities that a row counts for, by its id."""
+    groups: dict[str, list[str]] = {}
+    try:
+        for group, members in _load(file)["classified"].items():
+            for member in members:
+                groups.setdefault(member["id"], []).append(group)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold the rows of each ability: {reason_of(error)}") from error
+    return groups
 
 
 def rendered(
@@ -203,20 +218,22 @@ def rendered(
     """
     root = _root(shipped(folder))
     (file,) = _present(root, [root / "annotations.jsonl"])
-    located = list(_json_lines(file))
-    known = {row.get("page") for _, _, row in located}
+    bad = _bad(root, on_bad_row)
+    located = [(file, number, row) for number, row in json_lines(file, bad) if _is_object(file, number, row, bad)]
+    known = {str(row.get("page")) for _, _, row in located}
     if unknown := (set(pages or ()) | set(except_pages)) - known:
-        raise ValueError(
-            f"{file} has no page {', '.join(sorted(unknown))}; it has {', '.join(sorted(map(str, known)))}"
-        )
+        raise ValueError(f"{file} has no page {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
     wanted = (known if pages is None else set(pages)) - set(except_pages)
     first, last = _seed_range(seeds)
-    chosen = [
-        (path, number, row)
-        for path, number, row in located
-        if row.get("page") in wanted and row.get("kind") in kinds and first <= row.get("seed", first) <= last
-    ]
-
+    chosen = []
+    for path, number, row in located:
+        with bad.at(f"{path}, row {number}"):
+            seed = row.get("seed", 0)
+            if not isinstance(seed, int):
+                raise ValueError(f"its seed is no whole number: {quoted(seed)}")
+            in_range = "seed" not in row or first <= seed <= last
+            if str(row.get("page")) in wanted and row.get("kind") in kinds and in_range:
+                chosen.append((path, number, row))
     chosen.sort(key=lambda item: item[2].get("seed", 0))
 
     def convert(file: Path, row: Row) -> Row:
@@ -228,7 +245,7 @@ def rendered(
             "group": row["page"],
         }
 
-    return _rows(chosen, convert, on_bad_row)
+    return _rows(chosen, convert, bad)
 
 
 def _seed_range(seeds: str | None) -> tuple[float, float]:
@@ -244,52 +261,54 @@ def _seed_range(seeds: str | None) -> tuple[float, float]:
 # -- reading and checking ---------------------------------------------------------------------------------------------
 
 
-class _BadRow(Exception):
-    """Why a row can't be used."""
-
-
-def _rows(located: Iterable[Located], convert: Callable[[Path, Row], Row], on_bad_row: OnBadRow) -> list[Row]:
+def _bad(root: Path, on_bad_row: OnBadRow) -> BadRows:
     if on_bad_row not in ("refuse", "skip"):
         raise ValueError(f"on_bad_row is 'refuse' or 'skip', not {on_bad_row!r}")
+    return BadRows(str(root), on_bad_row)
+
+
+def _rows(located: Iterable[Located], convert: Callable[[Path, Row], Row], bad: BadRows) -> list[Row]:
     rows: list[Row] = []
-    bad: list[str] = []
     sizes: dict[Path, tuple[int, int]] = {}
     for file, number, row in located:
-        try:
-            rows.append(_checked(convert(file, row), sizes))
-        except (_BadRow, KeyError, TypeError, ValueError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            bad.append(f"{file}, row {number}: {reason}")
-            if on_bad_row == "refuse":
-                raise ValueError(f"{bad[0]}. Correct the row, or leave such rows out: on_bad_row: skip") from error
-    if bad:
-        rank_zero_warn(printable(f"{len(bad)} rows are skipped; the first is {bad[0]}"))
+        with bad.at(f"{file}, row {number}"):
+            rows.append(LocatedRow(_checked(_converted(convert, file, row), sizes)))
+            rows[-1].location = f"{file}, row {number}"  # type: ignore[attr-defined]
+    bad.warn()
     if not rows:
-        raise ValueError("no row is left" + (f"; all {len(bad)} were skipped, the first is {bad[0]}" if bad else ""))
+        count = bad.kinds.total()
+        raise ValueError("no row is left" + (f"; all {count} were skipped, the first is {bad.first}" if count else ""))
     return rows
+
+
+def _converted(convert: Callable[[Path, Row], Row], file: Path, row: Row) -> Row:
+    try:
+        return convert(file, row)
+    except KeyError as error:
+        raise ValueError(f"there is no {error}") from error
 
 
 def _checked(row: Row, sizes: dict[Path, tuple[int, int]]) -> Row:
     stated, path = row.pop("size", None), row["image"]
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise _BadRow("the instruction is empty")
+        raise ValueError("the instruction is empty")
     if path not in sizes:
         sizes[path] = _size(path)
     if stated is not None and tuple(stated) != sizes[path]:
-        raise _BadRow(f"{path} has {sizes[path]} pixels, its annotation says {tuple(stated)}")
+        raise ValueError(f"{path} has {sizes[path]} pixels, its annotation says {tuple(stated)}")
     if problem := problem_with_box(row["box"], sizes[path]):
-        raise _BadRow(problem)
+        raise ValueError(problem)
     return {**row, "image": str(path)}
 
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height as it is shown, which is what boxes are in: upright, whatever the camera noted."""
     if not path.is_file():
-        raise _BadRow(f"there is no image {path}")
+        raise ValueError(f"there is no image {path}")
     try:
         return open_image(path).size
     except ValueError as error:
-        raise _BadRow(f"{path} is no image that can be read: {error}") from None
+        raise ValueError(f"{path} is no image that can be read: {error}") from None
 
 
 def _from_width_and_height(box: Any) -> Any:
@@ -329,21 +348,15 @@ def _load(file: Path) -> Any:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
 
 
-def _json_rows(files: Iterable[Path]) -> Iterator[Located]:
+def _json_rows(files: Iterable[Path], bad: BadRows) -> Iterator[Located]:
     for file in files:
         rows = _load(file)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        if not isinstance(rows, list):
             raise ValueError(f"{file} does not hold a list of objects, one an instruction")
-        yield from ((file, number, row) for number, row in enumerate(rows, start=1))
+        yield from ((file, n, row) for n, row in enumerate(rows, start=1) if _is_object(file, n, row, bad))
 
 
-def _json_lines(file: Path) -> Iterator[Located]:
-    # not splitlines, which would also break a row at the line separators that JSON allows within text
-    for number, line in enumerate(file.read_text(encoding="utf-8").strip("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, row {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, row {number} is not an object")
-        yield file, number, row
+def _is_object(file: Path, number: int, row: Any, bad: BadRows) -> bool:
+    if not isinstance(row, dict):
+        bad(f"{file}, row {number}", f"not an object but {kind(row)}")
+    return isinstance(row, dict)
