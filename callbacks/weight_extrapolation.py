@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..module import OnPolicyDistillation
 from ..rollout import RolloutLoader, derived_seed
+from ..rows import row_of
 from ..trajectory import Example, Trajectories
 
 Weights = dict[str, Tensor]
@@ -101,7 +102,7 @@ class WeightExtrapolation(L.Callback):
         assert isinstance(loader, RolloutLoader)
         draws = torch.Generator().manual_seed(derived_seed(loader.seed, DRAWS, trainer.global_step))
         chosen = torch.randperm(len(loader.dataset), generator=draws)[: self.examples].tolist()
-        return [dict(loader.dataset[row]) for row in chosen[trainer.global_rank :: trainer.world_size]]
+        return [row_of(loader.dataset, row) for row in chosen[trainer.global_rank :: trainer.world_size]]
 
     @staticmethod
     def _reward(module: OnPolicyDistillation, examples: list[Example]) -> float:

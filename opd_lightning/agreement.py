@@ -21,6 +21,7 @@ from .diagnostics import Stopwatch
 from .distribution import Distribution, Gaussian
 from .objective import Steps
 from .rollout import RolloutLoader, derived_seed
+from .rows import row_of
 from .teacher import Policy, evaluating
 from .trajectory import Example, Trajectories
 
@@ -94,7 +95,7 @@ class Comparison:
         self._size = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)[0]
         count = min(module.agreement.rows, len(loader.dataset))
         places = torch.linspace(0, len(loader.dataset) - 1, count).long().tolist()
-        self._examples: list[Example] = [dict(loader.dataset[place]) for place in places]
+        self._examples: list[Example] = [row_of(loader.dataset, place) for place in places]
         self._seeds = [derived_seed(loader.seed, AGREEMENT_DRAWS, place) for place in places]
         self.apart: dict[str, dict[str, float]] = {name: {} for name in module.policies}
 

@@ -17,6 +17,8 @@ from .rows import LOCATION, STAND_IN, BadRows
 
 # What a column of its own type in Arrow holds without changing it; numbers are whole or not, never both
 _PLAIN: set[type] = {str, int, float, bool}
+# What walks through values, here and in templates, is recursive
+DEEPEST = 100
 
 
 @dataclass
@@ -141,12 +143,13 @@ def _check(row: Any) -> None:
             _check_value(value)
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ValueError("too large a number for 64 bits; write it as text")
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"can't store the column {name!r}: {reason}") from None
+        except ValueError as error:
+            raise ValueError(f"can't store the column {name!r}: {error}") from None
 
 
-def _check_value(value: Any) -> None:
+def _check_value(value: Any, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("half a character (a lone surrogate), as of an emoji that was cut in two")
@@ -155,10 +158,10 @@ def _check_value(value: Any) -> None:
             if not isinstance(name, str):
                 raise ValueError(f"a key that is no text: {name!r}")
             _check_value(name)
-            _check_value(one)
+            _check_value(one, depth + 1)
     elif isinstance(value, list | tuple):
         for one in value:
-            _check_value(one)
+            _check_value(one, depth + 1)
     elif isinstance(value, set | frozenset):
         raise ValueError("a set, which has no order; make it a list")
 

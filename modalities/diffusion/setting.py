@@ -197,6 +197,8 @@ class DiffusionDistillation(OnPolicyDistillation):
             length, limit = self.family.tokens(prompt), self.family.max_sequence_length
             if length > limit:
                 return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
+        if "dataset" in self.rollout.sources and example.get("image") is None:
+            return "image is null, and rollout.behaviour.dataset needs one"
         for column, seen in (("image", example), *((REFERENCE, seen) for seen in shown)):
             if seen.get(column) is not None:
                 try:

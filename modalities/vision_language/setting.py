@@ -19,6 +19,7 @@ from ...chat import Chat
 from ...distribution import Categorical
 from ...pretrained import Pretrained
 from ...printable import quoted
+from ...rows import row_of
 from ...sharding import is_sharded
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
@@ -211,7 +212,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         """
         data = getattr(self.trainer, "datamodule", None)
         rows = getattr(data, "validation", None) or getattr(data, "train", None) or []
-        examples = [dict(rows[i]) for i in range(min(len(rows), CHECKED_EXAMPLES))]
+        examples: list[Example] = [row_of(rows, i) for i in range(min(len(rows), CHECKED_EXAMPLES))]
         examples = [example for example in examples if images_of(example)]
         if not examples:
             return
