@@ -26,8 +26,8 @@ from .export import export
 from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
-from .printable import printable
 from .predictions import PredictionWriter
+from .printable import printable
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
