@@ -14,6 +14,7 @@ from PIL import Image
 from opd_lightning.modalities.gui_grounding.formats import Normalised1000
 from opd_lightning.modalities.gui_grounding.view import BoxOnly, CoordinatesAsText, CropZoom, Spotlight
 from opd_lightning.modalities.vision_language.images import images_of
+from tests.test_images import encoded
 
 SIZE = (160, 90)
 BOX = (60, 30, 90, 42)
@@ -53,6 +54,30 @@ def gaussian(box, size, sigma):
             nearest = min(max(x + 0.5, x1), x2), min(max(y + 0.5, y1), y2)
             alpha[y, x] = math.exp(-(math.dist(nearest, (x + 0.5, y + 0.5)) ** 2) / (2 * sigma**2))
     return alpha
+
+
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@each_view
+@pytest.mark.parametrize("orientation", STORED)
+def test_boxes_stay_where_they_are_whichever_way_the_screenshot_is_stored(view, orientation):
+    note, stored = Image.Exif(), screenshot()
+    note[0x0112] = orientation
+    if STORED[orientation] is not None:
+        stored = stored.transpose(STORED[orientation])
+    seen, plain = view(example(image=encoded(stored, exif=note))), view(example())
+    assert seen["box"] == plain["box"]
+    assert [image.tobytes() for image in images_of(seen)] == [image.tobytes() for image in images_of(plain)]
 
 
 @each_view
