@@ -619,8 +619,7 @@ def test_a_rollout_and_its_replay_agree_alone_and_together(make, kind):
     torch.testing.assert_close(alone, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("done", [[1], [2, 3, 5]])
-def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make, pipeline, done, tmp_path):
+def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make, pipeline, tmp_path):
     """AnyFlow's form: a learnt score, and images of the dataset that another run has not seen yet."""
 
     def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
@@ -637,7 +636,7 @@ def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make,
 
     _, unbroken = run(6)
     checkpoint = None
-    for steps in done:
+    for steps in (1, 3, 4):
         trainer, _ = run(steps, checkpoint)
         checkpoint = tmp_path / f"{steps}.ckpt"
         trainer.save_checkpoint(checkpoint)
@@ -705,10 +704,13 @@ def test_two_palettes_are_two_images(make):
 
 @pytest.mark.parametrize("kind", sorted(PIPELINES))
 def test_latents_of_an_image_do_not_depend_on_its_neighbours(make, kind):
-    images = [row["image"] for row in make_rows(16)]
-    together = make(kind).family.latents(images)
-    alone = torch.cat([make(kind).family.latents([image]) for image in images])
-    assert torch.equal(together, alone)
+    family, images = make(kind).family, [row["image"] for row in make_rows(16)]
+    together = family.latents(images)
+    alone = []
+    for image in images:
+        family._known.clear()  # as in a run that goes on from a checkpoint
+        alone.append(family.latents([image]))
+    assert torch.equal(together, torch.cat(alone))
 
 
 # -- caches -------------------------------------------------------------------------------------------------------
