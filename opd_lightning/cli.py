@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import set_loader
+from jsonargparse import set_dumper, set_loader
 from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -20,7 +20,7 @@ from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F
 from .checkpoint import Checkpoint, check_whole
 from .cli_errors import Parser
 from .cli_help import print_help
-from .config_file import ConfigError, load, overlaid
+from .config_file import ConfigError, Text, dump, leaves, load, overlaid
 from .config_keys import Checker, Exactly
 from .export import export
 from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
@@ -31,6 +31,7 @@ from .printable import printable
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
+set_dumper("yaml", dump)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -93,28 +94,34 @@ class OPDCLI(LightningCLI):
 def kinds_at_the_top(command: str) -> dict[str, Any]:
     """What may stand at the top of a configuration, with its type."""
     classes: dict[str, Any] = {"trainer": Exactly(L.Trainer), "checkpoint": Exactly(Checkpoint)}
+    classes |= {"ckpt_path": str | None, "seed_everything": bool | int}
     classes |= {"model": OnPolicyDistillation, "data": L.LightningDataModule}
     return {key: classes.get(key, Any) for key in keys_of(command)}
 
 
 def understood(arguments: Sequence[str]) -> list[str]:
-    """Arguments for jsonargparse: with every key checked, and what files hold as JSON in the place of their paths."""
+    """Arguments for jsonargparse: every key checked, and what files and arguments say as JSON in their places."""
     try:
         sources = front(arguments)
-        kinds, together, found = kinds_at_the_top(arguments[0]), dict[str, Any](), [arguments[0]]
+        kinds, together, found = kinds_at_the_top(arguments[0]), dict[str, Any](), list[Any](arguments[:1])
+        follows = False
         for source in sources:
             values = Checker(source).settings(source.values, kinds, (), "opd", together)
             together = overlaid(together, values)
-            if source.lines:
-                found += ["-c", json.dumps(values, ensure_ascii=False)]
-            elif source.name != "--traceback":
-                found += source.tokens
+            if any(isinstance(value, Text) for value in leaves(values)) or not values:
+                found += source.tokens  # of the last part in a list; or it asks something
+            elif follows and source.keys and not str(source.keys[-1]).endswith("+"):
+                found[-1] = overlaid(found[-1], values)  # one overlay for all arguments in a row
+            else:
+                found += ["-c", values]
+            follows = bool(source.keys) and isinstance(found[-1], dict)
         print_help(sources, kinds, together)
     except ConfigError as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
     Parser.sources = sources
-    return found
+    written = [part if isinstance(part, str) else json.dumps(part) for part in found]
+    return [part for part in written if part != "--traceback"]
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def explain(message: str, sources: Sequence[Source]) -> str:
     what = problems[0]
     if found := _EXPECTED.match(what):
         values = message.rpartition("Given value: ")[2].splitlines() if "Given value: " in message else []
-        given = values[0] if values else found.group(2)
+        given = values[0] if values and len(values[0]) < 80 else found.group(2)
         what, problems = f"expected {' or '.join(expected)}" + (f", got {given}" if given else ""), problems[:1]
     lines = [f"error: {'.'.join(path)}: {what}" if path else f"error: {what}"]
     lines += [f"  in {place}" for place in [place_of(path, sources)] if place]
@@ -79,7 +79,7 @@ def sentence(error: BaseException, sources: Sequence[Source]) -> str | None:
     key, place = _about(str(cause), made, sources)
     what = str(cause) if len(str(cause)) < LONGEST else f"{str(cause)[:LONGEST]} …"
     if not _checks(cause, frames, selves):
-        if not (made and place and any(_module(frame).startswith("jsonargparse") for frame in frames)):
+        if not (made and place and any(_builds(frame) for frame in frames)):
             return None
         what = f"{made[0]} can't be built from this: {type(cause).__name__}: {what}"
     text = f"error: {key}: {what}" if key and not what.startswith(key) else f"error: {what}"
@@ -104,6 +104,10 @@ def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 def _module(frame: TracebackType) -> str:
     return str(frame.tb_frame.f_globals.get("__name__", ""))
+
+
+def _builds(frame: TracebackType) -> bool:
+    return _module(frame).startswith("jsonargparse") or frame.tb_frame.f_code.co_name == "_instantiate_trainer"
 
 
 def _constructs(frame: TracebackType) -> bool:
@@ -163,11 +167,13 @@ def _class_at(keys: Keys, sources: Sequence[Source]) -> str:
 
 
 def place_of(path: Sequence[str], sources: Sequence[Source]) -> str | None:
-    """Where a key is that jsonargparse names: the place whose keys are the same, lists and ``init_args`` aside."""
+    """Where a key is that jsonargparse names, or what holds it: it leaves out places in lists and names of teachers."""
     wanted = plain(path)
-    for shorter in range(len(wanted)):
+    while wanted:
         for keys, place in _places(sources):
             same = plain(keys)
-            if same == wanted or (len(wanted) - shorter > 1 and same[-len(wanted) + shorter :] == wanted[shorter:]):
+            rest = iter(same)
+            if same[-1:] == wanted[-1:] and all(key in rest for key in wanted):
                 return place
+        wanted.pop()
     return None

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
-from jsonargparse._typehints import type_to_str
 from jsonargparse._util import import_object
 
 from .config_file import ConfigError, Source, did_you_mean, dotted
-from .config_keys import accepted, base_of, find_class, is_abstract, is_closed, is_list, kinds_of, members
+from .config_keys import accepted, base_of, find_class, is_abstract, is_closed, is_list, kinds_of, members, name_of
 
 
 def print_help(sources: Sequence[Source], kinds: Mapping[str, Any], together: Mapping[str, Any]) -> None:
@@ -84,21 +83,17 @@ def _explained(keys: list[str], kind: Any, named: str, values: Any) -> str:
             text = "" if is_abstract(cls) and choices else _arguments(keys, cls)
             more = _list_of(keys, base, choices) if base is not None and not named else ""
             return f"{text}{more}".lstrip("\n")
-    return f"{dotted(keys)}: {_name(kind)}\n"
+    return f"{dotted(keys)}: {name_of(kind)}\n"
 
 
 def _arguments(keys: list[str], cls: Any) -> str:
     lines = [f"{dotted(keys)}: {cls.__name__}", *(f"  {line}" for line in _summary(cls).splitlines()), ""]
     for parameter in get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None):
         kind, default = parameter.annotation, parameter.default
-        line = parameter.name if kind is inspect.Parameter.empty else f"{parameter.name}: {_name(kind)}"
+        line = parameter.name if kind is inspect.Parameter.empty else f"{parameter.name}: {name_of(kind)}"
         lines.append(f"  {line}" if default is inspect.Parameter.empty else f"  {line} = {_default(default)}")
         lines += [f"      {line.strip()}" for line in (parameter.doc or "").splitlines()]
     return "\n".join(lines) + "\n"
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if inspect.isclass(kind) else type_to_str(kind)
 
 
 def _default(value: Any) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,14 @@ NO_NUMBERS = ("nan", "inf", "infinity")
 
 class ConfigError(ValueError):
     """What a configuration says can't be meant. The message is for whoever wrote it and names key, file and line."""
+
+
+class Text(str):
+    """A value as it was typed on the command line: only its key knows whether it is text, a number or a list."""
+
+
+class Whole(dict[str, Any]):
+    """A mapping of parts by name that was merged already: what it lacks was removed."""
 
 
 @dataclass
@@ -182,8 +190,23 @@ def load(text: str) -> Any:
             return json.loads(text)
         except ValueError:
             pass
-    value = yaml_load(text)
+    try:
+        value = yaml_load(text)
+    except yaml.YAMLError:
+        return text
     return text if value is None and text.strip() not in ("", "null", "~") else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `load` would take for a number, such as 1e3, which YAML 1.1 takes for text."""
+
+
+_Dumper.yaml_implicit_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
+
+
+def dump(values: Any) -> str:
+    """A configuration as YAML that `read` gives back."""
+    return yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def said(arguments: Sequence[str]) -> list[Source]:
@@ -214,18 +237,21 @@ def _argument(name: str, value: str, tokens: tuple[str, ...]) -> Source:
     keys = tuple(name.removeprefix("--").split("."))
     if keys[-1] == "help" or keys[0] in ("print_config", "traceback"):
         return Source(name, {}, tokens=tokens)
-    try:
-        values = load(value)
-    except yaml.YAMLError:
-        values = value
+    values: Any = Text(value)
     for key in reversed(keys):
         values = {key: values}
     return Source(" ".join(tokens), values, keys=keys, tokens=tokens)
 
 
+def leaves(values: Any) -> Iterator[Any]:
+    """The values that are neither keys nor lists."""
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else None
+    yield from [values] if inner is None else (leaf for value in inner for leaf in leaves(value))
+
+
 def overlaid(before: Any, values: Any) -> Any:
     """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
-    if not isinstance(before, dict) or not isinstance(values, dict):
+    if not isinstance(before, dict) or not isinstance(values, dict) or isinstance(values, Whole):
         return values
     if "class_path" in values and _short(values) != _short(before):
         return values

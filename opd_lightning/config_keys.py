@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Union
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
-from jsonargparse._typehints import get_all_subclass_paths
+from jsonargparse._typehints import get_all_subclass_paths, type_to_str
 from jsonargparse._util import import_object
 
-from .config_file import ConfigError, Keys, Source, did_you_mean, dotted, is_no_number, overlaid
+from .config_file import ConfigError, Keys, Source, Text, Whole, did_you_mean, dotted, is_no_number, load, overlaid
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection, abc.MutableSequence)
@@ -34,7 +34,13 @@ class Exactly:
 def accepted(cls: Any) -> dict[str, Any]:
     """Arguments of a class or function by name with their types, those that it passes on through ``**kwargs`` too."""
     parameters = get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None)
-    return {p.name: Any if p.annotation is inspect.Parameter.empty else p.annotation for p in parameters}
+    return {parameter.name: _kind(parameter) for parameter in parameters}
+
+
+def _kind(parameter: Any) -> Any:
+    if parameter.annotation is inspect.Parameter.empty:
+        return Any
+    return parameter.annotation | None if parameter.default is None else parameter.annotation
 
 
 def members(kind: Any) -> list[Any]:
@@ -98,8 +104,14 @@ class Checker:
     def value(self, value: Any, kind: Any, keys: Keys, before: Any = None) -> Any:
         """A value, checked beside its type; mappings of parts are merged by name into what was there before."""
         kinds = members(kind)
+        if isinstance(value, Text):
+            value = self._typed(value, kinds, keys, before)
         of_last = self.arguments and isinstance(value, Mapping) and is_list(kind) and not isinstance(before, Mapping)
-        if value is None or of_last:  # on the command line `--trainer.callbacks.patience` is of the last in the list
+        if of_last:  # on the command line `--trainer.callbacks.patience` is a key of the last in the list
+            return value
+        if value is None:
+            if not {type(None), Any, object} & set(kinds):
+                self.fail(keys, f"null where {' or '.join(map(name_of, kinds))} belongs")
             return value
         problem = None
         if is_no_number(value) and float in kinds and (str not in kinds or isinstance(value, float)):
@@ -124,6 +136,24 @@ class Checker:
         self._shape(value, kinds, keys)
         return value
 
+    def _typed(self, text: Text, kinds: list[Any], keys: Keys, before: Any) -> Any:
+        """What was meant by a value of the command line: where text is taken, the text, unless it fits another type."""
+        plain = str(text)
+        found = load(plain)
+        words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+        if plain in words or not (str in kinds or Path in kinds):
+            return plain if plain in words else found
+        if isinstance(found, Mapping | list):
+            keyed = [kind for kind in kinds if is_part(kind) or typing.get_origin(kind) is dict]
+            others = keyed if isinstance(found, Mapping) else [kind for kind in kinds if is_list(kind)]
+            try:
+                return self.value(found, Union[tuple(others)], keys, before) if others else plain  # noqa: UP007
+            except ConfigError:
+                return plain
+        meant = {"null": type(None), "true": bool, "false": bool}.get(plain, type(found))
+        numbers = meant is int and float in kinds
+        return found if meant is not str and plain not in ("on", "yes") and (meant in kinds or numbers) else plain
+
     def _shape(self, value: Any, kinds: list[Any], keys: Keys) -> None:
         """What is neither keys nor a list where nothing else will do."""
         known = [member for member in kinds if member is not type(None)]
@@ -133,7 +163,7 @@ class Checker:
             return
         if (isinstance(value, str) and Path(value).is_file()) or (isinstance(value, Mapping) and self.arguments):
             return
-        wanted = " or ".join(getattr(getattr(m, "cls", m), "__name__", "a mapping") for m in known)
+        wanted = " or ".join(map(name_of, known))
         kind = next((m for m in known if is_closed(m)), None)
         more = self._accepts(wanted, accepted(getattr(kind, "cls", kind))) if kind else ""
         what = "a list" if isinstance(value, list) else repr(value)
@@ -148,9 +178,9 @@ class Checker:
     def _mapping(self, value: Mapping[str, Any], kind: Any, keys: Keys, before: Any) -> Any:
         if not is_part(kind):
             return {name: self.value(v, kind, (*keys, name)) for name, v in value.items()}
-        found = dict(before or {})
+        found = Whole(before or {})
         for name, entry in value.items():
-            if entry is not None:
+            if entry is not None and entry != Text("null"):
                 found[name] = self.value(overlaid(found.get(name), entry), kind, (*keys, name), found.get(name))
             elif found.pop(name, None) is None:
                 self.fail((*keys, name), f"null removes nothing, there are {sorted(before or {})}")
@@ -242,6 +272,12 @@ def choices(base: type) -> str:
     """A line with the short names of all classes of a kind."""
     names = sorted({name.rpartition(".")[2] for name in kinds_of(base)})
     return f"\n  there are {', '.join(names)}" if names else ""
+
+
+def name_of(kind: Any) -> str:
+    """A type as people write it."""
+    kind = getattr(kind, "cls", kind)
+    return kind.__name__ if inspect.isclass(kind) and not typing.get_args(kind) else type_to_str(kind)
 
 
 def is_list(kind: Any) -> bool:

@@ -146,7 +146,7 @@ def test_validate_and_test_report_accuracy(config, tiny_data, capsys):
 
 def test_module_and_console_script_are_the_same_program():
     output = subprocess.run(
-        [sys.executable, "-m", "opd_lightning", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "opd_lightning", "--help"], capture_output=True, encoding="utf-8", check=True
     )
     assert "fit" in output.stdout
     assert "validate" in output.stdout

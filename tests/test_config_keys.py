@@ -63,6 +63,9 @@ TERMS = "objective: {{terms: [{{signal: {}}}]}}"
         (within("objective: {terms+: {signal: JSD}}"), ["keys where a list belongs"]),
         (within("rollout: [1]"), ["a list where the keys of Rollout belong", "batch_size"]),
         (within("teachers: {teacher: Frozen}"), ["'Frozen' where the keys of Teacher belong"]),
+        (within("rollout: {horizon: null}"), ["rollout.horizon: null where int belongs", "line 3"]),
+        (within("teachers: {teacher: {weights: null}}"), ["weights: null where TeacherWeights belongs"]),
+        ("trainer: {max_steps: null}\n", ["trainer.max_steps: null where int belongs"]),
         (within("foo: {}"), ["TextDistillation has no 'foo'"]),
         (within("rollout: {temperature: nan}"), ["rollout.temperature: nan is no number"]),
         (within("rollout: {behaviour: {student: Infinity}}"), ["behaviour.student: Infinity is no number"]),
@@ -127,6 +130,9 @@ def test_teachers_are_merged_by_name(tmp_path):
     assert list(laid_over(tmp_path, big, within("teachers: {big: null}"))["model"]["init_args"]["teachers"]) == [
         "teacher"
     ]
+    back = within("teachers: {other: {weights: {class_path: Live}}}")
+    teachers = laid_over(tmp_path, big, within("teachers: {big: null}"), back)["model"]["init_args"]["teachers"]
+    assert list(teachers) == ["teacher", "other"], "what was removed stays away"
     shares = within("rollout: {behaviour: {dataset: 1.0}}")
     assert laid_over(tmp_path, shares)["model"]["init_args"]["rollout"]["behaviour"] == {"dataset": 1.0}
 
