@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 
+from ...printable import printable
 from ...shipped import shipped
 
 
@@ -52,10 +54,15 @@ class Transformer:
         return kind.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **settings)
 
     @staticmethod
-    def stored_dtype(path: str, revision: str | None = None) -> torch.dtype | None:
-        """What its weights are stored in; None where they are not on this machine as safetensors."""
-        folder = Path(shipped(path)) / "transformer"
-        for file in sorted(folder.glob("*.safetensors")):
+    def stored_dtype(path: str, revision: str | None = None, part: str = "transformer") -> torch.dtype | None:
+        """What its weights, or those of another part, are stored in; None where they are not here as safetensors."""
+        folder = Path(shipped(path))
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            except (OSError, ValueError):
+                return None
+        for file in sorted((folder / part).glob("*.safetensors")):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  (it can't be iterated over)
                     return weights.get_tensor(name).dtype
@@ -103,9 +110,14 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
     """``model_index.json``: the pipeline's class and its parts.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it names other code than that of diffusers and transformers, which loading it
+            would import.
     """
     try:
-        return dict(diffusers().DiffusionPipeline.load_config(path, revision=revision))
+        index = dict(diffusers().DiffusionPipeline.load_config(path, revision=revision))
     except OSError as error:
         raise ValueError(f"{path} is no folder of a diffusers pipeline (model_index.json): {error}") from error
+    for name, part in index.items():
+        if isinstance(part, list | tuple) and part[0] not in (None, "diffusers", "transformers"):
+            raise ValueError(f"{path}: its {name} is code of {printable(part[0])}, which is not imported")
+    return index

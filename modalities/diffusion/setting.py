@@ -481,6 +481,10 @@ class DiffusionDistillation(OnPolicyDistillation):
         if isinstance(model, PeftModel):
             save_adapter(pipe, model, folder)
             return
+        for name, part in pipe.components.items():
+            dtype = Transformer.stored_dtype(self._student_spec.path, self._student_spec.revision, name)
+            if isinstance(part, nn.Module) and dtype is not None:
+                part.to(dtype)  # diffusers loads all of them in float32
         kind, parts = type(pipe), {**pipe.components, "transformer": model}
         kind(**parts).save_pretrained(folder)
         for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine

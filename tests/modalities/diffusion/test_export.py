@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,24 @@ def test_other_adapters_are_loaded_too_or_refused_by_name(settings, message, tmp
 
 
 @pytest.mark.parametrize("student", [{}, {"lora": QUERIES}], ids=["full", "lora"])
-def test_the_transformer_is_of_the_bases_dtype(student, tmp_path, capsys):
+def test_every_part_is_of_the_bases_dtype(student, tmp_path, capsys):
     base = save_pipeline(tmp_path / "base", "stable_diffusion_3")
     pipe = DiffusionPipeline.from_pretrained(base)
-    pipe.transformer.to(torch.bfloat16).save_pretrained(base / "transformer")
+    for part in ("transformer", "text_encoder_3"):
+        getattr(pipe, part).to(torch.bfloat16).save_pretrained(base / part)
     export.write(exportable(tmp_path / "x.ckpt", base, SETTING, own=OWN, **student), tmp_path / "out")
-    assert Transformer.stored_dtype(str(tmp_path / "out")) == torch.bfloat16
+    for part, dtype in {"transformer": "bfloat16", "text_encoder_3": "bfloat16", "vae": "float32"}.items():
+        assert str(Transformer.stored_dtype(str(tmp_path / "out"), part=part)) == f"torch.{dtype}"
     assert "of what training changed" in capsys.readouterr().out
+
+
+def test_a_pipeline_imports_nothing_that_its_index_names(tmp_path, monkeypatch):
+    base = save_pipeline(tmp_path / "base", "stable_diffusion_3")
+    checkpoint = exportable(tmp_path / "x.ckpt", base, SETTING, own=OWN)
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["stranger", "Thing"]}))
+    with pytest.raises(ValueError, match="base: its scheduler is code of stranger, which is not imported"):
+        export.write(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
