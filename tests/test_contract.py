@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opd_lightning.callbacks import TeacherSync, WeightExtrapolation, WhenConsolidated
+from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.diffusion import Euler, VelocityMatching
 from opd_lightning.module import OnPolicyDistillation
@@ -118,6 +119,28 @@ def test_what_a_method_returns_is_checked_and_named(method, change, message, tmp
     )
     with pytest.raises((TypeError, ValueError), match=message):
         toy.fit(module, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: None, r"`steps` returned None, of type NoneType; it has to return a Distribution"),
+        (lambda p: p.mean, r"`steps` returned tensor\(.* of type Tensor; it has to return a Distribution"),
+        (
+            lambda p: Gaussian(p.mean[1:], p.scale),
+            r"`steps` returned .* at \d × 6 states; the trajectories have \d × 6",
+        ),
+        (
+            lambda p: Gaussian(p.mean.flatten(0, 1), p.scale),
+            r"`steps` returned .* states; the trajectories have \d × 6",
+        ),
+    ],
+)
+def test_what_steps_returns_is_checked_and_named(change, message, tmp_path):
+    setting = returning("steps", change)
+    setting._log_probs = lambda self, policy, acted: torch.zeros(acted.mask.shape)
+    with pytest.raises((TypeError, ValueError), match=message):
+        toy.fit(toy.make_module(setting=setting), tmp_path)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int64, torch.bool])

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..diagnostics import Averages, chunk_diagnostics
 from ..distribution import Distribution
 from ..finite import Finite
+from ..printable import quoted
 from ..trajectory import OptimiserStep, Trajectories
 from .policy_gradient import Advantage, PolicyGradient
 from .signal import Part, Signal
@@ -467,9 +468,15 @@ def _evenly(states: slice, size: int) -> Iterator[slice]:
 def _check_states(student: Distribution, teachers: dict[str, Distribution], trajectories: Trajectories) -> None:
     """
     Raises:
+        TypeError: it is none.
         ValueError: a distribution is not that of one state for every step of the mask.
     """
     for name, said in {"student": student, **teachers}.items():
+        if not isinstance(said, Distribution):
+            raise TypeError(
+                f"`steps` returned {quoted(said)}, of type {type(said).__name__}; it has to return a Distribution, "
+                "such as a Categorical or a Gaussian, at every state of the trajectories"
+            )
         if said.states not in (None, tuple(trajectories.mask.shape)):
             raise ValueError(
                 f"`steps` returned for the {'student' if name == 'student' else f'teacher {name!r}'} distributions at "
