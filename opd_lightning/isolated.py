@@ -37,7 +37,7 @@ class Isolated:
     def start(self) -> None:
         """
         Raises:
-            TimeoutError, OSError: it did not come up.
+            OSError: it does not come up.
         """
         if self.process is not None:
             return
@@ -57,7 +57,11 @@ class Isolated:
             start_new_session=True,
         )
         self._close = weakref.finalize(self, _end, self.process, folder)
-        self._exchange(None, START_TIMEOUT)
+        try:
+            self._exchange(None, START_TIMEOUT)
+        except OSError as error:
+            asked = f"{sys.executable} -P {WORKER} {self.kind}"
+            raise OSError(f"the process that scores with {self.kind} does not come up; to see why: {asked}") from error
 
     def ask(self, arguments: list[Any], timeout: float) -> dict[str, Any]:
         """``{"value": …}``, or ``{"failure": why}``: "timeout", "worker died", or what the scorer raised."""

@@ -26,6 +26,7 @@ from opd_lightning.reward import (
     Reward,
     encode_metadata,
 )
+from opd_lightning.scoring import RewardError, Scoring
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="#"), max_size=20)
 
@@ -337,6 +338,18 @@ def test_reasoning_gym_score_refuses_foreign_rows() -> None:
         ReasoningGymScore()("1", {"prompt": "p", "task": "unknown", "metadata": "{}"})
     with pytest.raises(ValueError, match=r"ReasoningGymScore\.timeout is nan s; it must be greater than 0"):
         ReasoningGymScore(timeout=float("nan"))
+
+
+def test_a_worker_that_does_not_come_up_is_no_wrong_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reasoning_gym.py").write_text("raise ImportError('half installed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
+    score, row = ReasoningGymScore(), {"prompt": "p", "task": "any", "metadata": "{}"}
+    for _ in range(2):
+        with pytest.raises(
+            RewardError, match=r"process that scores with reasoning_gym does not come up; to see why: .*py"
+        ):
+            Scoring()(score, "1", row)
 
 
 # -- what is never executed -------------------------------------------------------------------------------------------
