@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,9 +16,12 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from .adapters import adapter_parameters
+from .ending import Ending
+from .folder import RunLock, forget_samples_after, set_aside
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
@@ -61,16 +65,17 @@ class AtomicIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps what the disk said
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder became read-only
+                part.unlink(missing_ok=True)
             before = f"; the one before it is whole: {whole}" if (whole := newest_whole(target.parent)) else ""
             raise OSError(f"the checkpoint {target} could not be written ({error}){before}") from error
 
@@ -84,14 +89,36 @@ def newest_whole(folder: Path) -> Path | None:
 def check_whole(checkpoint: Path) -> None:
     """
     Raises:
-        ValueError: the file was cut short; the message names the newest one beside it that was not.
+        ValueError: there is no such file, or it was cut short; the message names the newest one beside it that was not.
     """
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        whole = newest_whole(checkpoint.parent)
-        advice = (
-            f"resume from the newest whole one: --ckpt_path={whole}" if whole else "there is no whole one beside it"
-        )
+    if checkpoint.is_dir():
+        return  # a sharded one of another strategy
+    whole = newest_whole(checkpoint.parent)
+    advice = f"the newest whole one beside it is --ckpt_path={whole}" if whole else "there is no whole one beside it"
+    if not checkpoint.exists():
+        raise ValueError(f"there is no checkpoint {checkpoint}; {advice}")
+    if not os.access(checkpoint, os.R_OK):
+        raise ValueError(f"{checkpoint} can't be read: it is another user's")
+    if not zipfile.is_zipfile(checkpoint):
         raise ValueError(f"{checkpoint} is cut short or no checkpoint at all; {advice}")
+
+
+def check_ours(checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: as in `check_whole`; it is a run's folder, or none of `opd fit`'s checkpoints.
+    """
+    check_whole(checkpoint)
+    if checkpoint.is_dir():
+        if (last := next(checkpoint.rglob("last.ckpt"), None)) is not None:
+            raise ValueError(f"{checkpoint} is a folder; its last checkpoint is {last}")
+        return
+    try:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not {"state_dict", "loops", "made_with"} <= found.keys():
+        raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`, or one of an earlier version")
 
 
 class Checkpoint(ModelCheckpoint):
@@ -100,8 +127,12 @@ class Checkpoint(ModelCheckpoint):
     At a step that is validated it is written after the validation, which callbacks may go by: a resumed run does not do
     that one again.
 
-    After a SIGTERM the optimiser step is finished on every rank, ``last.ckpt`` is written, and the run ends as if it
-    were done, with exit code 0: a queue may start it again with ``--ckpt_path=last``.
+    After a SIGTERM (or SIGHUP) the optimiser step is finished on every rank, ``last.ckpt`` is written, and the run ends
+    as if it were done, with exit code 0: a queue may start it again with ``--ckpt_path=last``. After a SIGINT (Ctrl-C)
+    likewise, with exit code 1. A second signal ends the run at once, as does an optimizer step that hangs (`Ending`).
+
+    One run at a time writes into a folder (`RunLock`), and its last checkpoint is ``last.ckpt``: what an earlier run
+    left there is moved into ``earlier-<n>`` beside it, unless this one goes on from it.
 
     Args:
         every_n_train_steps: optimiser steps between checkpoints.
@@ -129,27 +160,76 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
-        self._terminated = False
+        # within a run a name is a step; those of other runs are set aside
+        self._enable_version_counter = False
+        self._ending = Ending()
+        self._locks: list[RunLock] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._settle(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicIO()
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._lock(trainer)
+
+    def _lock(self, trainer: L.Trainer) -> None:
+        """Takes the run's folders on rank 0; all ranks raise what it raised."""
+        refusal: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                for folder in sorted({str(self.dirpath), str(trainer.default_root_dir)}):
+                    if "://" not in folder:
+                        self._locks.append(RunLock(folder))
+                        self._locks[-1].acquire()
+            except (OSError, RuntimeError) as error:
+                refusal = error
+        refusal = trainer.strategy.broadcast(refusal)
+        if refusal is not None:
+            raise refusal
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        # in place of Lightning's handlers, which end a run between any two batches, in the middle of an optimiser step
+        # too, and do not end an evaluation at all
+        launcher: Any = trainer.strategy.launcher
+        forward = (lambda _: None) if launcher is None else launcher.kill
+        self._ending = Ending(forward, waits=trainer.state.fn == TrainerFn.FITTING)
+        self._ending.listen()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._listen(trainer)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._listen(trainer)
+        assert self.dirpath is not None
+        here, root = Path(self.dirpath), Path(trainer.default_root_dir)
+        self.last_model_path = str(here / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        if trainer.is_global_zero and "://" not in str(here):
+            if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == here.resolve():
+                forget_samples_after(trainer.global_step, root)
+            elif apart := set_aside(here, root):
+                rank_zero_info(f"What an earlier run left in {here} is now in {apart}")
+        trainer.strategy.barrier("set aside")
 
-        def terminate(number: int, _: Any) -> None:
-            launcher: Any = trainer.strategy.launcher
-            if launcher is not None and not self._terminated:
-                launcher.kill(number)  # the ranks that this process started
-            self._terminated = True
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end()
 
-        # in place of Lightning's, which ends the run between any two batches, in the middle of an optimiser step too;
-        # its own handlers are put back when the trainer is torn down
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._end()
+
+    def _end(self) -> None:
+        self._ending.over()
+        for lock in self._locks:
+            lock.release()
+        self._locks = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,10 +240,14 @@ class Checkpoint(ModelCheckpoint):
             self._defer_save_until_validation = True
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+        self._ending.step_done()
+        if trainer.strategy.reduce_boolean_decision(self._ending.number is not None, all=False):
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            rank_zero_info(f"SIGTERM: stopped after optimiser step {trainer.global_step}; go on with --ckpt_path=last")
+            name = "SIGTERM" if self._ending.number is None else signal.Signals(self._ending.number).name
+            rank_zero_info(f"{name}: stopped after optimiser step {trainer.global_step}; go on with --ckpt_path=last")
+            if self._ending.number == signal.SIGINT:
+                raise KeyboardInterrupt
             trainer.should_stop = True
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:

@@ -17,17 +17,19 @@ from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
-from .checkpoint import Checkpoint, check_whole
+from .checkpoint import Checkpoint, check_ours
 from .cli_errors import Parser
 from .cli_help import print_help
 from .config_file import ConfigError, Text, dump, leaves, load, overlaid
 from .config_keys import Checker, Exactly
 from .export import export
+from .folder import check_folder
 from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
 from .predictions import PredictionWriter
 from .printable import printable
+from .resume import told
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
@@ -46,10 +48,13 @@ class SaveConfig(SaveConfigCallback):
         pl_module.config_yaml = self.parser.dump(self.config, skip_none=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+        """Not yet: a resume may be refused, and what is there would then be the record of nothing."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        if trainer.is_global_zero:
+            text = "".join(f"# {line}\n" for line in told(pl_module.changes)) + pl_module.config_yaml
+            (check_folder(trainer.default_root_dir) / "config.yaml").write_text(text, encoding="utf-8")
 
 
 class OPDCLI(LightningCLI):
@@ -78,14 +83,35 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
 
     def before_fit(self) -> None:
-        """A checkpoint that was cut short is refused before anything is loaded."""
-        path = self.config.fit.ckpt_path
+        """A checkpoint or a folder that can't be used is refused before anything is loaded."""
+        check_folder(self.trainer.default_root_dir)
+        self._check_checkpoint(self.config.fit.ckpt_path)
+
+    def before_validate(self) -> None:
+        self._check_checkpoint(self.config.validate.ckpt_path, evaluates=True)
+
+    def before_test(self) -> None:
+        self._check_checkpoint(self.config.test.ckpt_path, evaluates=True)
+
+    def before_predict(self) -> None:
+        check_folder(self.trainer.default_root_dir)
+        self._check_checkpoint(self.config.predict.ckpt_path, evaluates=True)
+
+    def _check_checkpoint(self, path: str | None, evaluates: bool = False) -> None:
+        if path == "best":
+            raise ValueError("--ckpt_path=best: only the run itself knows which is; name its file, or last")
         if path == "last":
             saved = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
-            for file in (file for callback in saved for file in callback._find_last_checkpoints(self.trainer)):
-                check_whole(Path(file))
-        elif path is not None:
-            check_whole(Path(path))
+            files = [Path(file) for callback in saved for file in callback._find_last_checkpoints(self.trainer)]
+            if evaluates and not files:
+                raise ValueError(
+                    f"--ckpt_path=last: there is no last.ckpt in {' or '.join(str(c.dirpath) for c in saved)}; without "
+                    "--ckpt_path the student is evaluated as it is before training"
+                )
+            for file in files:
+                check_ours(file)
+        elif path is not None and "://" not in path and path != "hpc":
+            check_ours(Path(path))
 
     def _parse_ckpt_path(self) -> None:
         """What the command line says wins: hyper-parameters of a checkpoint are never merged over it."""
@@ -129,6 +155,8 @@ def run(arguments: Sequence[str]) -> None:
     # Lightning's own use of a deprecated torch helper, and its doubt about arguments that do come from the command line
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+    # what was there is gone on from or set aside, which is said
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     torch.set_float32_matmul_precision("high")
     if arguments[:1] == ["export"]:
         export(arguments[1:])

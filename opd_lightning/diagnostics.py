@@ -74,6 +74,13 @@ class Averages:
         return made
 
 
+def forget_logged(trainer: Trainer) -> None:
+    """What was logged of a step is not logged of later ones, as Lightning would until the epoch ends."""
+    for result in (trainer._results or {}).values():
+        if not result.meta.on_epoch:
+            result.reset()
+
+
 @torch.no_grad()
 def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     """Of the open chunk, at temperature 1: entropies, both KLs, first-step KL, top-k overlap, privileged gap.

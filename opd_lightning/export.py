@@ -86,7 +86,7 @@ def write(
         rounded = not isinstance(model, PeftModel) and tolerance(model) > TOLERANCE[torch.float32]
         live = Live(said, untrained, max(rough, tolerance(model)), rounded)
         found = _compare(module, part, live)
-        card = model_card(config, state["global_step"], module.library)
+        card = model_card(config, state["global_step"], module.library, state.get("changes", ()))
         (part / "README.md").write_text(card, encoding="utf-8")
     print(printable(f"wrote {folder}: {found}"))
 

@@ -6,6 +6,7 @@ configuration may hold keys, addresses and folders of the machine anywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ SHOWN = {
 }
 WORDS = {"dtype", "name", "normaliser", "on_nonfinite", "precision", "quantization", "source", "support", "teacher"}
 """Keys whose values may be text."""
+PLAIN = {"None", "True", "False", "nothing"}
 
 
-def model_card(config: dict[str, Any], steps: int, library: str) -> str:
+def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequence[dict[str, Any]] = ()) -> str:
     """What was trained from what, with the settings that may be shown.
 
     Args:
         config: of the run.
         steps: optimiser steps that were done.
         library: that loads the student.
+        changes: what resumed runs did otherwise than before, as in a checkpoint.
     """
     model = config["model"]["init_args"]
     base, rollout = known_as(model["student"]["path"]), model.get("rollout") or {}
@@ -42,7 +45,7 @@ def model_card(config: dict[str, Any], steps: int, library: str) -> str:
         f"Trained with opd-lightning for {steps} optimiser steps from `{base}`.\n\n"
         "## Objective\n\n" + "\n".join(lines) + "\n\n"
         "## Configuration\n\nWithout data, texts and paths; the run's own `config.yaml` has all of it.\n\n"
-        f"```yaml\n{shown}```\n"
+        f"```yaml\n{shown}```\n{_changed(changes)}"
     )
 
 
@@ -94,6 +97,23 @@ def _number(text: str) -> float | None:
 def _name(described: Any) -> str:
     """The class that a part of a configuration names, without its module."""
     return str(described["class_path"]).rpartition(".")[2]
+
+
+def _changed(history: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"* after optimizer step {entry['step']}: `{key}` {new} (was {old})\n"
+        for entry in history
+        for key, old, new in entry["keys"]
+        if _is_shown(key.split("."), old, new)
+    ]
+    return "\n## Changed on the way\n\n" + "".join(lines) if lines else ""
+
+
+def _is_shown(path: list[str], *values: str) -> bool:
+    place = path[2:3] if path[:2] == ["model", "init_args"] else path[1:2]
+    known: Any = SHOWN.get(path[0])
+    plain = all(path[-1] in WORDS or value in PLAIN or _number(value) is not None for value in values)
+    return plain and (known is True or (bool(known) and bool(place) and place[0] in known))
 
 
 def _term(term: dict[str, Any], teachers: dict[str, Any]) -> str:

@@ -18,11 +18,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from . import resume
 from .agreement import Agreement, check_agreement
 from .audit import audit
 from .checkpoint import kept_names, plain_rng_states
 from .contract import check_acted, check_methods, check_prompts, check_scores
-from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch
+from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch, forget_logged
 from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
 from .finite import Finite, check_finite
@@ -31,7 +32,7 @@ from .objective import Objective, Steps
 from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
-from .rollout import EndOfRollouts, Rollout, group_statistics
+from .rollout import EndOfRollouts, Rollout, RolloutLoader, group_statistics
 from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
@@ -138,6 +139,10 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self.policies: dict[str, Policy] = {}
         self.teacher_state = nn.ModuleDict()
         self.stopwatch, self.config_yaml = Stopwatch(), ""
+        self.loader: RolloutLoader | None = None
+        self.changes: list[dict[str, Any]] = []
+        self.optimizer_settings: dict[str, Any] = {}
+        self.restored: dict[str, Any] = {}
         self.evaluator = Evaluator(self)
         self._averages = Averages()
         self._recorded: dict[str, Tensor] = {}
@@ -319,11 +324,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         put_away(self.student)
-        optimizer = in_place(self._optimizer([p for p in self.student.parameters() if p.requires_grad]))
+        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        self.optimizer_settings = resume.settings_of(optimizer)
+        in_place(optimizer)
         total = self.trainer.max_steps
-        if self.schedule.name != "constant" and total < 1:
-            raise ValueError(f"model.schedule.name={self.schedule.name} needs trainer.max_steps")
-        schedule = get_scheduler(self.schedule.name, optimizer, self.schedule.warmup_steps, max(total, 1))
+        name: str = self.schedule.name
+        if name != "constant" and total < 1:
+            raise ValueError(f"model.schedule.name={name} needs trainer.max_steps")
+        if name == "constant" and self.schedule.warmup_steps:
+            name = "constant_with_warmup"  # transformers' "constant" has none
+        schedule = get_scheduler(name, optimizer, self.schedule.warmup_steps, max(total, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- acting -------------------------------------------------------------------------------------------------
@@ -630,13 +640,20 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     # -- logging ------------------------------------------------------------------------------------------------
 
+    def begin_step(self) -> resume.StepStart:
+        """To be called before the first micro-batch of an optimizer step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.global_step % every == 0:
+            forget_logged(self.trainer)
+        return resume.StepStart(self.global_step, self._averages)
+
     def _logs_now(self) -> bool:
         return self.is_logged(self.global_step + 1)
 
     def is_logged(self, step: int) -> bool:
         """Whether what was recorded is logged after that many optimiser steps."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step % every == 0 or step == 1
+        return step == 1 or (every > 0 and step % every == 0)
 
     def record(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
         """Has the mean of ``values`` since the last logged step, over ranks, logged as ``train/<name>``."""
@@ -681,6 +698,9 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if self._rng is not None:
             _set_rng_states(self._rng)
             self._rng = None
+        if self.restored:
+            resume.renew(self)
+            self.restored = {}
         if self.global_step == 0:
             check_self_teachers(self)
         if self.global_step == 0 and self.evaluation.before:
@@ -693,15 +713,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         values = self.evaluated("val")
         if not self.trainer.sanity_checking:
             shown = [name for name in ("val/accuracy", "val/length") if name in values][:1]
-            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
-            self.log_dict(values)
+            # they are those of all ranks: the largest of equal ones, so that Lightning need not doubt it
+            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True, sync_dist=True, reduce_fx="max")
+            self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def test_step(self, examples: list[Example], batch_idx: int) -> None:
         self.evaluate("test", "student", examples, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         values = self.evaluated("test")
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True, reduce_fx="max")
         table = self.evaluator.table(values)
         if table is not None and self.trainer.is_global_zero:
             Console().print(table)
@@ -717,11 +738,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
         checkpoint["rng"] = plain_rng_states()
         # at a logged step what was recorded is logged, if it was not yet, after this
-        since = Averages() if self.is_logged(self.global_step) else self._averages.over_ranks(self.trainer)
-        checkpoint["recorded"] = since.state_dict()
-        checkpoint["opd_config"], checkpoint["base"] = self.config_yaml, self._base
+        since = Averages() if self.is_logged(self.global_step) else self._averages
+        if self.loader is not None and self.loader.begun is not None and self.loader.unfinished:
+            resume.rewind(checkpoint, self.loader.unfinished)
+            checkpoint["rng"], since = self.loader.begun.rng, self.loader.begun.averages
+        checkpoint["recorded"] = since.over_ranks(self.trainer).state_dict()
+        resume.record(self, checkpoint)
+        checkpoint["base"] = self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        resume.check(self, checkpoint)
         missing = sorted(kept_names(self) - set(checkpoint["state_dict"]))
         if missing:
             raise ValueError(

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import fingerprint
 from .finite import Finite
 from .rows import row_of
 from .sharding import mesh_of
@@ -27,6 +28,7 @@ from .worker import RolloutWorker
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
+    from .resume import StepStart
     from .teacher import Said
 
 
@@ -43,12 +45,13 @@ class Rollout:
         micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimiser
             step. Smaller: a generation batch serves several micro-batches, and several optimiser steps if it is
             larger than micro_batch_size × trainer.accumulate_grad_batches.
-        epochs: how often each generation batch is trained. Default 1. From the second time on its micro-batches come in
-            an order drawn from the run's seed, and the student is no longer the one that acted: behaviour log-probs and
-            ``weights_version`` stay those of sampling. What a teacher whose weights stand still (`Frozen`, `Initial`)
-            said is kept in the machine's memory for the next time, as hidden states: the steps of a generation batch
-            (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as its view shows the
-            same; teachers that move are asked again, and so are all under fsdp2 and after a resume.
+        epochs: how often each generation batch is trained. Default 1. From the second time on its optimiser steps come
+            in an order drawn from the run's seed (each keeps its trajectories, so the order depends neither on
+            micro_batch_size nor on the number of ranks), and the student is no longer the one that acted: behaviour
+            log-probs and ``weights_version`` stay those of sampling. What a teacher whose weights stand still
+            (`Frozen`, `Initial`) said is kept in the machine's memory for the next time, as hidden states: the steps of
+            a generation batch (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as
+            its view shows the same; teachers that move are asked again, and so are all under fsdp2 and after a resume.
         horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
         temperature: 0 is greedy. Default 1.
         top_p, top_k, min_p: filters, off by default.
@@ -144,7 +147,9 @@ class RolloutLoader:
     Each generation batch sees the current weights, or those of ``rollout.max_staleness`` generations ago. Every draw is
     seeded by (seed, place of the prompt in the global order, member of the group): it depends neither on the order of
     calls nor on how many ranks share the work. Position and the trajectories of every rank that are not yet trained are
-    in the checkpoint, those made ahead too; another number of ranks goes on from there if it trains equal batches.
+    in the checkpoint, those made ahead too; another number of ranks goes on from there if it trains equal batches. The
+    position is that of the last optimiser step that was done, also in a checkpoint from the middle of one. Another
+    loader for the same trainer begins with the epoch after this one's.
 
     Args:
         dataset: examples by index.
@@ -156,7 +161,7 @@ class RolloutLoader:
     """
 
     def __init__(self, dataset: Sequence[Example], module: OnPolicyDistillation, seed: int = 0) -> None:
-        self.dataset, self.module, self.seed = dataset, module, seed
+        self.dataset, self.module, self.trainer, self.seed = dataset, module, module.trainer, seed
         self.rank, self.world_size = module.global_rank, module.trainer.world_size
         self.accumulate = module.trainer.accumulate_grad_batches
         self.size, self.per_generation = module.rollout.micro_batches(self.accumulate)
@@ -170,17 +175,28 @@ class RolloutLoader:
         self.generations = len(dataset) // self.prompts
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
+        self.begun: StepStart | None = None
         self._round: list[Trajectories] = []
         self._said: list[dict[str, Said]] = []
         self._in_step = mesh_of(module.trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
+        if module.loader is not None and module.loader.trainer is self.trainer:
+            module.loader.close()
+            self.epoch = module.loader.epoch + 1
+        module.loader = self
+
+    @cached_property
+    def fingerprints(self) -> Tensor:
+        """``[N]`` of the rows, by which a resumed run knows them again."""
+        return fingerprint.of_rows(self.dataset)
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
         return self.generations * self.rounds * self.per_generation
 
     def __iter__(self) -> Iterator[Trajectories]:
+        self._leave_behind()
         if self.generation == self.generations:
             self.epoch, self.generation = self.epoch + 1, 0
         while self.generation < self.generations:
@@ -190,15 +206,27 @@ class RolloutLoader:
             if not self._round:
                 self._round = self._cut(done)
             batch = self._round[place]
+            if place % self.accumulate == 0:
+                self.begun = self.module.begin_step()
             self.next += 1
-            # before it is handed out: the trainer does not come back for more after an epoch's last micro-batch
             if place + 1 == self.per_generation:
                 self._round = []
-                if done + 1 == self.rounds:
-                    self._hold(None)
-                    self.next = 0
-                    self.generation += 1
             yield batch
+            self._leave_behind()
+
+    @property
+    def unfinished(self) -> int:
+        """Micro-batches that were handed out for an optimiser step that is not done."""
+        if self.begun is None or self.begun.step != self.module.global_step:
+            return 0
+        return (self.next - 1) % self.accumulate + 1
+
+    def _leave_behind(self) -> None:
+        """Goes on to the next generation batch after one that was trained as often as it is to be."""
+        if self.next == self.rounds * self.per_generation:
+            self._hold(None)
+            self.begun, self.next = None, 0
+            self.generation += 1
 
     def _hold(self, trajectories: Trajectories | None) -> None:
         self.pending, self._round = trajectories, []
@@ -209,12 +237,12 @@ class RolloutLoader:
         optimiser step's totals."""
         assert self.pending is not None
         micro_batches, found = list(self.pending.split(self.size)), []
-        order = torch.arange(self.per_generation)
+        steps = torch.arange(self.per_generation).view(-1, self.accumulate)
         if done:
             number = self.epoch * self.generations + self.generation
-            order = torch.randperm(self.per_generation, generator=self._generator(2, number, done))
-        for mine in order.split(self.accumulate):
-            parts, said = zip(*((micro_batches[i], self._said[i]) for i in mine.tolist()), strict=True)
+            steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
+        for mine in steps.tolist():
+            parts, said = zip(*((micro_batches[i], self._said[i]) for i in mine), strict=True)
             found += OptimiserStep.of(list(parts), self.module.total, list(said)).micro_batches
         return found
 
@@ -293,6 +321,7 @@ class RolloutLoader:
             if not rolled.cancel():
                 rolled.result()  # the weights must not change while it acts
         self._ahead.clear()
+        self._leave_behind()
         self._hold(None)
 
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
@@ -307,13 +336,16 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, on every rank; trajectories without their examples, which ``row`` finds again."""
+        done = self.next - self.unfinished
+        over = done == self.rounds * self.per_generation
         return {
             "epoch": self.epoch,
-            "generation": self.generation,
-            "next": self.next,
-            "pending": None if self.pending is None else self._of_all_ranks(self.pending),
+            "generation": self.generation + over,
+            "next": 0 if over else done,
+            "pending": None if over or self.pending is None else self._of_all_ranks(self.pending),
             "ahead": [self._of_all_ranks(rolled.result()) for rolled in self._ahead],
-            "examples": len(self.dataset),
+            "rows": self.fingerprints,
+            "seed": self.seed,
             "cut": self._cuts,
         }
 
@@ -330,20 +362,26 @@ class RolloutLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the checkpoint was written over another dataset, or with other batches over all ranks.
+            ValueError: the checkpoint was written over other rows, by another seed, or with other batches over all
+                ranks.
         """
-        if state["examples"] != len(self.dataset):
+        self._check_rows(state)
+        if state["seed"] != self.seed:
             raise ValueError(
-                f"the checkpoint was written with {state['examples']} training examples, there are now "
-                f"{len(self.dataset)}: its position and pending rollouts mean nothing here"
+                f"seed_everything was {state['seed']} in the checkpoint and is now {self.seed}: the order of the rows "
+                "would be another one in the middle of an epoch; keep the seed"
             )
-        cuts = [*state["cut"], 1][:4]  # there was a time when every generation batch was trained once
-        if cuts != self._cuts:
+        if state["cut"] != self._cuts:
             raise ValueError(
                 "the checkpoint was written with {} prompts per generation (rollout.batch_size × ranks), cut into {} "
                 "micro-batches of {} trajectories (rollout.micro_batch_size × ranks), trained {} times (rollout.epochs)"
                 "; now these would be {}, {}, {} and {}, so its position means nothing here: with more ranks lower "
-                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*cuts, *self._cuts)
+                "rollout.batch_size and micro_batch_size, with fewer raise them".format(*state["cut"], *self._cuts)
+            )
+        if state["next"] % self.accumulate:
+            raise ValueError(
+                f"the checkpoint is from the middle of an optimizer step of trainer.accumulate_grad_batches="
+                f"{self.accumulate} micro-batches; keep the value that it was written with"
             )
         if len(state["ahead"]) > self.module.rollout.max_staleness:
             raise ValueError(
@@ -351,13 +389,33 @@ class RolloutLoader:
                 f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
-        self.next, pending = state["next"], state["pending"]
+        self.begun, self.next, pending = None, state["next"], state["pending"]
         self._hold(None if pending is None else self._restored(pending, self.per_generation))
         self._ahead.clear()
         for saved in state["ahead"]:
             rolled: Future[Trajectories] = Future()
             rolled.set_result(self._restored(saved, 1))
             self._ahead.append(rolled)
+
+    def _check_rows(self, state: dict[str, Any]) -> None:
+        if "rows" not in state:
+            raise ValueError("the checkpoint is of an earlier version, which kept no fingerprints of its rows")
+        before = state["rows"]
+        place = fingerprint.first_difference(self.fingerprints, before)
+        if place is None:
+            return
+        moved = torch.equal(self.fingerprints.sort().values, before.sort().values)
+        if place == len(self.dataset):
+            now = f"row {place + 1} is missing"
+        else:
+            row = row_of(self.dataset, place)
+            now = f"{row.location} is {'new' if place == len(before) else 'now'} {str(row)[:200]}"
+        raise ValueError(
+            f"the checkpoint was written with {len(before)} training examples, there are now {len(self.dataset)}"
+            f"{' (the same in another order)' if moved else ''}, and {now}. Its position and pending rollouts mean "
+            "nothing here: give it the rows that it was written with (data.train, columns, on_bad_row and seed), or "
+            "train its exported student in a new run"
+        )
 
     def _restored(self, saved: list[dict[str, Any]], pieces: int) -> Trajectories:
         """This rank's share of a generation batch; each of its pieces is dealt anew to another number of ranks."""

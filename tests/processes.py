@@ -78,7 +78,12 @@ def _opd(arguments: list[str], log: str, environment: dict[str, str], largest_fi
 
 
 def start(
-    config: Path, *extra: str, command: str = "fit", ranks: int | None = None, largest_file: int | None = None
+    config: Path,
+    *extra: str,
+    command: str = "fit",
+    ranks: int | None = None,
+    largest_file: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Running:
     """`opd` with a configuration.
 
@@ -86,9 +91,10 @@ def start(
         ranks: one process for each, which find one another as those of a cluster do; without it the configuration
             says how many, and Lightning starts those after the first.
         largest_file: in bytes; larger ones can't be written, as if the disk were full.
+        environment: further variables.
     """
     arguments = [command, "-c", str(config), *extra]
-    environments: list[dict[str, str]] = [{}]
+    environments: list[dict[str, str]] = [environment or {}]
     if ranks is not None:
         arguments.append(f"--trainer.devices={ranks}")
     if ranks is not None and ranks > 1:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,3 +46,19 @@ class FailsAhead(View):
         if self.calls == 10:
             raise RuntimeError("the tenth example fails")
         return example
+
+
+def sleeps(completion: str, example: dict[str, Any]) -> float:
+    """A reward that hangs, and says that it does in the file ``$HANGING``."""
+    Path(os.environ["HANGING"]).touch()
+    time.sleep(10**6)
+    return 0.0
+
+
+def never_lets_go(completion: str, example: dict[str, Any]) -> float:
+    """A reward that can't even be interrupted."""
+    while True:
+        try:
+            sleeps(completion, example)
+        except BaseException:
+            continue

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -41,21 +43,70 @@ def equal(found: dict, expected: dict) -> None:
         assert torch.equal(found[key], value), key
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_0(text, unbroken, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 0)])
+def test_a_signal_finishes_the_step_and_saves(number, code, text, unbroken, tmp_path):
     """With two micro-batches to a step, of which the first may be done."""
     config = configuration(tmp_path, text, EMA)
     process = start_until_saved(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
-    process.terminate()
-    finish(process)
+    os.kill(process.pid, number)
+    assert process.end() == code
+    assert f"{signal.Signals(number).name}: stopped after" in process.output
     assert "go on with --ckpt_path=last" in process.output
     assert 1 <= last(config)["global_step"] < 1000
 
     again = configuration(tmp_path / "again", text, EMA)
     process = start_until_saved(again)
-    process.terminate()
+    os.kill(process.pid, number)
     process.end()
     finish(start(again, "--ckpt_path=last"))
     equal(last(again)["state_dict"], unbroken)
+
+
+@pytest.mark.parametrize(("how", "signals"), [("sleeps", 1), ("sleeps", 2), ("never_lets_go", 2)])
+def test_a_run_that_hangs_ends_all_the_same(how, signals, text, tmp_path):
+    """After a while, or at the second signal; without cleaning up if it must be."""
+    config = configuration(tmp_path, text, PLAIN)
+    reward = {"class_path": "CallableReward", "init_args": {"function": f"tests.faults.breaking.{how}"}}
+    process = start(broken(config, reward=reward), environment={"HANGING": str(tmp_path / "hanging")})
+    process.wait_for(tmp_path / "hanging")
+    for _ in range(signals):
+        process.terminate()
+        time.sleep(0.2)
+    assert process.end() == 128 + signal.SIGTERM
+    assert "SIGTERM: ends at once, at the last checkpoint" in process.output
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lasts(text, tmp_path):
+    config = configuration(tmp_path, text, PLAIN)
+    first = start_until_saved(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
+    for how in ([], ["--ckpt_path=last"], ["--seed_everything=9", f"--checkpoint.dirpath={tmp_path / 'elsewhere'}"]):
+        second = start(config, *how)
+        assert second.end() != 0
+        assert f"another run writes into {tmp_path}" in second.output
+        assert f"process {first.pid} on" in second.output
+    assert "max_steps: 1000" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    first.kill()
+    finish(start(config, "--ckpt_path=last", "--trainer.max_steps=8", "--model.init_args.schedule.name=constant"))
+
+
+def test_last_is_the_last_of_the_last_run(text, tmp_path):
+    """Also in a folder that was moved in between, or where the run goes on from another of its checkpoints."""
+    config = configuration(tmp_path / "run", text, PLAIN)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    finish(start(config, "--trainer.max_steps=4"))
+    finish(start(config, "--trainer.max_steps=2", "--seed_everything=5"))
+    assert last(config)["global_step"] == 2
+    assert torch.load(checkpoints / "earlier-1" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["earlier-1", "last.ckpt", "step-2.ckpt"]
+
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    moved = tmp_path / "moved" / "checkpoints"
+    where = [f"--trainer.default_root_dir={tmp_path / 'moved'}", "--seed_everything=5"]
+    config = tmp_path / "moved" / "run.yaml"
+    finish(start(config, *where, "--ckpt_path=last", "--trainer.max_steps=3"))
+    finish(start(config, *where, f"--ckpt_path={moved / 'step-3.ckpt'}", "--trainer.max_steps=5"))
+    assert last(config)["global_step"] == 5
+    assert not list(moved.glob("*-v*.ckpt"))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(text, unbroken, tmp_path):

@@ -1,0 +1,197 @@
+"""The folder of a run: one run at a time writes into it, and what another one left there is kept apart."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+try:
+    import fcntl
+except ImportError:  # on Windows processes are told by their numbers alone
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "run.lock"
+SAMPLES = "samples.jsonl"
+# Seconds between signs of life, and without one after which a run on another machine counts as dead
+BEAT, SILENCE = 10.0, 45.0
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder, which is made if need be.
+
+    Raises:
+        OSError: nothing can be written there; the message names the key.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        what = "is a file, no folder" if path.is_file() else f"can't be written into ({error.strerror or error})"
+        raise OSError(f"trainer.default_root_dir: {path} {what}; name a folder that may be written into") from error
+    return path
+
+
+class RunLock:
+    """One run at a time in a folder: ``run.lock`` there says whose it is, and is gone when that run has ended.
+
+    A lock whose process is dead is taken over. On this machine, and wherever the file system shares locks, the system's
+    own lock on the file tells; on another machine the file's time does, which a living run renews every 10 seconds.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / LOCK
+        self._file: int | None = None
+        self._over = threading.Event()
+
+    def acquire(self) -> None:
+        """
+        Raises:
+            RuntimeError: another run writes into the folder.
+            OSError: nothing can be written there.
+        """
+        check_folder(self.path.parent)
+        while self._file is None:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            owner = self._read(file)
+            if not self._free(file, owner):
+                os.close(file)
+                self._refuse(owner)
+            if self._is_there(file):
+                self._file = file
+            else:  # its owner has just removed it
+                os.close(file)
+        note = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(note).encode(), 0)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._over.set()
+            if self._is_there(self._file):
+                self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+    def _free(self, file: int, owner: dict[str, Any]) -> bool:
+        here, process = owner.get("machine") == socket.gethostname(), owner.get("process", 0)
+        locked = _system_lock(file)
+        if locked is False:
+            if here and not _lives(process) and self._is_there(file):
+                # processes that the dead one forked hold it still: the file goes, and so does their lock
+                self.path.unlink(missing_ok=True)
+                return True
+            return False
+        if not owner or here:
+            return not owner or locked is True or process == os.getpid() or not _lives(process)
+        return self._is_silent(owner)
+
+    def _is_silent(self, owner: dict[str, Any]) -> bool:
+        """Whether a run on another machine gives no sign of life."""
+        rank_zero_info(
+            f"{self.path} is of process {owner.get('process')} on {owner.get('machine')}; waiting for "
+            f"{SILENCE:.0f} s to see whether it lives"
+        )
+        before, end = self._renewed(), time.monotonic() + SILENCE
+        while time.monotonic() < end and self._renewed() == before:
+            time.sleep(min(1.0, SILENCE))
+        return self._renewed() == before
+
+    def _renewed(self) -> int:
+        try:
+            with self.path.open("rb") as file:  # opening it makes a network file system look anew
+                return os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _refuse(self, owner: dict[str, Any]) -> None:
+        known = {"process": "?", "machine": "?", "since": "?"} | owner
+        who = "process {process} on {machine}, since {since}".format_map(known)
+        raise RuntimeError(
+            f"another run writes into {self.path.parent}: {who}. Wait for it or end it, or give this one another "
+            "trainer.default_root_dir"
+        )
+
+    def _is_there(self, file: int) -> bool:
+        try:
+            return os.fstat(file).st_ino == self.path.stat().st_ino
+        except FileNotFoundError:
+            return False
+
+    @staticmethod
+    def _read(file: int) -> dict[str, Any]:
+        try:
+            found = json.loads(os.pread(file, 4096, 0))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            try:
+                os.utime(self.path)
+            except OSError:  # the folder is gone or read-only, which whoever writes into it will say
+                continue
+
+
+def _system_lock(file: int) -> bool | None:
+    """Whether this process now has the lock; None where the file system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def set_aside(checkpoints: Path, folder: Path) -> Path | None:
+    """Moves what an earlier run left, checkpoints and samples, into ``<checkpoints>/earlier-<n>``; returns it."""
+    left = [*sorted(checkpoints.glob("*.ckpt")), *folder.glob(SAMPLES)]
+    if not left:
+        return None
+    apart = next(path for n in count(1) if not (path := checkpoints / f"earlier-{n}").exists())
+    apart.mkdir(parents=True)
+    for path in left:
+        path.rename(apart / path.name)
+    return apart
+
+
+def forget_samples_after(step: int, folder: Path) -> None:
+    """Takes out of ``samples.jsonl`` what a run wrote after the checkpoint that it goes on from."""
+    path = folder / SAMPLES
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if len(kept) < len(lines):
+        part = path.with_name(f"{path.name}.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,207 @@
+"""What a resumed run takes from its checkpoint and what from its configuration, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+
+from .adapters import STUDENT
+from .checkpoint import plain_rng_states
+from .diagnostics import Averages
+
+if TYPE_CHECKING:
+    from .module import OnPolicyDistillation
+
+ADVICE = "keep what the checkpoint was written with, or train its exported student in a new run"
+# What says where a run is read from and not what it does
+_APART = ("ckpt_path", "config", "weights_only")
+_ABSENT = "nothing"
+_SHOWN = 20
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer was made with: its class, and for each group its settings and the number of parameters."""
+    plain = (bool, int, float, str, tuple, type(None))
+    groups = [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    kind = type(optimizer)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": groups, "sizes": sizes}
+
+
+def check_settings(key: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the moments of one optimizer mean nothing to the other.
+    """
+    if then["class"] != now["class"]:
+        raise ValueError(
+            f"{key} was {then['class']} in the checkpoint and is now {now['class']}, to which its moments mean "
+            f"nothing: {ADVICE}"
+        )
+    if then["sizes"] != now["sizes"]:
+        raise ValueError(
+            f"{key} had {then['sizes']} parameters (by group) in the checkpoint and has now {now['sizes']}: something "
+            f"else is trained (student.freeze, …); {ADVICE}"
+        )
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Settings that changed take effect; whatever else a group holds stays as it was restored, as do the moments."""
+    for group, before, after in zip(optimizer.param_groups, then["groups"], now["groups"], strict=True):
+        group.update({name: value for name, value in after.items() if name not in before or before[name] != value})
+
+
+def renew(module: OnPolicyDistillation) -> None:
+    """Settings of optimizer and schedule as they are configured now, in place of those that were restored."""
+    (optimizer,), (config,) = module.trainer.optimizers, module.trainer.lr_scheduler_configs
+    schedule: Any = config.scheduler
+    apply_settings(optimizer, module.restored["optimizer"], module.optimizer_settings)
+    schedule.base_lrs = [group["lr"] for group in module.optimizer_settings["groups"]]
+    for group, base, rate in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = base, base * rate(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+# -- the checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def record(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
+    """Adds what a resumed run is compared with, and what was changed on the way."""
+    checkpoint["opd_config"] = module.config_yaml
+    checkpoint["changes"] = module.changes
+    checkpoint["made_with"] = {
+        "optimizer": module.optimizer_settings,
+        "adapter": _adapter(module.student),
+    }
+
+
+def check(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
+    """Compares a checkpoint with the configuration, before anything of it is restored.
+
+    Raises:
+        ValueError: something differs whose change could not take effect; the message says what, and both values.
+    """
+    made = checkpoint.get("made_with")
+    fits = module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
+    if made is None:
+        if fits:
+            raise ValueError("the checkpoint was written by an earlier version, whose runs can't be resumed")
+        return
+    _check_adapter(made["adapter"], _adapter(module.student))
+    module.changes = list(checkpoint["changes"])
+    if not fits:
+        return
+    if not checkpoint.get("optimizer_states"):
+        raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
+    parameters = [p for p in module.student.parameters() if p.requires_grad]
+    check_settings("model.optimizer", made["optimizer"], settings_of(module._optimizer(parameters)))
+    module.restored = made
+    changed = changes(checkpoint["opd_config"], module.config_yaml)
+    if changed:
+        module.changes.append({"step": checkpoint["global_step"], "keys": changed})
+        for line in told(module.changes[-1:])[:_SHOWN]:
+            rank_zero_info(f"Changed {line}")
+
+
+def _adapter(student: Any) -> dict[str, Any]:
+    if not isinstance(student, PeftModel):
+        return {}
+    config: Any = student.peft_config[STUDENT]
+    targets = config.target_modules
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "kind": [name for name in ("use_rslora", "use_dora", "lora_bias") if getattr(config, name, False)],
+    }
+
+
+def _check_adapter(then: dict[str, Any], now: dict[str, Any]) -> None:
+    if bool(then) != bool(now):
+        was, be = ("trained", "not set") if then else ("not set", "set")
+        raise ValueError(f"model.student.lora was {was} in the checkpoint and is now {be}: {ADVICE}")
+    for name, value in then.items():
+        if now[name] != value:
+            raise ValueError(
+                f"model.student.lora.{name} was {_short(value)} in the checkpoint and is now {_short(now[name])}, with "
+                f"which its adapter would be another one: {ADVICE}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+def changes(then: str, now: str) -> list[list[str]]:
+    """``[key, old, new]`` for each value in which two configurations (YAML) differ; empty if one is unknown."""
+    if not then or not now:
+        return []
+    old, new = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
+    keys = [key for key in {**old, **new} if key.split(".")[0] not in _APART]
+    return [
+        [key, str(old.get(key, _ABSENT)), str(new.get(key, _ABSENT))]
+        for key in keys
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
+
+
+def told(history: list[dict[str, Any]]) -> list[str]:
+    """A line for each change."""
+    return [
+        f"after optimizer step {entry['step']}: {key} {new} (was {old})"
+        for entry in history
+        for key, old, new in entry["keys"]
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, Any] = {}
+    for name, part in parts:
+        found |= _leaves(part, f"{path}.{name}" if path else str(name))
+    return found or {path: value}
+
+
+# -- in the middle of an optimizer step -------------------------------------------------------------------------------
+
+
+class StepStart:
+    """What changes while an optimizer step is on its way, as it was before its first micro-batch.
+
+    Attributes:
+        step: optimizer steps that were done then.
+        averages: what was recorded and not yet logged.
+        rng: the states of all random number generators.
+    """
+
+    def __init__(self, step: int, averages: Averages) -> None:
+        self.step, self.rng = step, plain_rng_states()
+        self.averages = Averages(averages.device)
+        self.averages.sums = dict(averages.sums)
+
+
+def rewind(checkpoint: dict[str, Any], unfinished: int) -> None:
+    """Takes Lightning's counters back by the ``unfinished`` micro-batches of an optimizer step that is not done.
+
+    Gradients are in no checkpoint: the step is trained from its beginning again, with the same weights.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counted in (progress["total"], progress["current"]):
+        done = counted["ready"] - unfinished
+        counted.update(ready=done, started=done, processed=done, completed=done)
+    progress["is_last_batch"] = False
