@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from .folder import check_folder
 from .printable import printable
 
 
@@ -25,7 +26,11 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._path = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        check_folder(self._path.parent)
+        if trainer.is_global_zero:  # of an earlier run with more ranks
+            for path in self._path.parent.glob("predictions-*.jsonl"):
+                if path.stem.rpartition("-")[2] not in map(str, range(trainer.world_size)):
+                    path.unlink()
         self._path.write_text("", encoding="utf-8")
         self._count = 0
 
