@@ -25,6 +25,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_HOLDS_IMAGES = (Image.Image, dict, list, tuple)
 _WHITES = {"I": [255, 2**16 - 1, 2**31 - 1], "F": [1, 255, 2**16 - 1]}
 
 
@@ -48,6 +49,26 @@ def open_image(value: Any) -> Image.Image:
             return _read(source, name)
         with Image.open(source, formats=FORMATS) as image:
             return _read(image, name)
+
+
+def as_stored(value: Any) -> Any:
+    """A row's value with {bytes, path} in place of the PIL images in it; `datasets` would store them without their
+    orientation, JPEGs with a second loss, and some modes not at all.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    if isinstance(value, dict):
+        return {name: as_stored(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_stored(one) for one in value] if any(isinstance(one, _HOLDS_IMAGES) for one in value) else value
+    if not isinstance(value, Image.Image):
+        return value
+    if getattr(value, "filename", "") and getattr(value, "tile", ()):  # opened and not read yet, so nobody changed it
+        return {"bytes": None, "path": os.path.abspath(value.filename)}  # type: ignore[attr-defined]
+    file = io.BytesIO()
+    open_image(value).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def is_url(text: str) -> bool:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, LargeList, List, Value, concatenate_datasets
 from datasets.features.features import register_feature
 
+from .images import as_stored
 from .rows import LOCATION, STAND_IN, BadRows
 
 # What a column of its own type in Arrow holds without changing it; numbers are whole or not, never both
@@ -68,7 +69,7 @@ def tabulate(rows: list[tuple[str, Any]], key: str, bad: BadRows | None = None) 
     for location, row in rows:
         with bad.at(location):
             _check(row)
-            kept.append((location, row))
+            kept.append((location, as_stored(row)))
     kept = _of_one_kind(kept, bad)
     columns = [Dataset.from_dict({LOCATION: [location for location, _ in kept]})]
     for name in dict.fromkeys(name for _, row in kept for name in row):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from opd_lightning.images import open_image
+from opd_lightning.images import as_stored, open_image
+from opd_lightning.table import tabulate, undecoded
 
 RED = Image.new("RGB", (4, 3), "red")
 WHITE = (255, 255, 255)
@@ -166,6 +167,45 @@ def test_values_without_a_scale_are_refused(values: list[float]) -> None:
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     file = encoded(RED, kind, save_all=True, append_images=[Image.new("RGB", RED.size, "lime")])
     assert pixels(file)[0][0] > 250
+
+
+# -- stored in a table --------------------------------------------------------------------------------------------
+
+
+def photo(kind: str) -> Image.Image:
+    return Image.open(io.BytesIO(encoded(Image.effect_noise((8, 4), 60).convert("RGB"), kind, exif=noted(6))))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        photo("JPEG"),
+        photo("PNG"),
+        photo("TIFF"),
+        *(Image.new(mode, (2, 2)) for mode in ("HSV", "La", "PA", "CMYK", "F")),
+    ],
+    ids=lambda image: f"{image.format} {image.mode}",
+)
+def test_an_image_that_a_function_gives_is_stored_as_it_is_shown(image: Image.Image) -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+    rows = tabulate([("row 1", {"image": image, "images": [RED, image], "prompt": chat})], "data.train")
+    (row,) = undecoded(rows)
+    for stored in (row["image"], row["images"][1], row["prompt"][0]["content"][0]["image"]):
+        assert same(open_image(stored), open_image(image))
+
+
+def test_an_image_that_was_not_read_yet_is_stored_as_its_path(tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+    unread, changed = (Image.open(tmp_path / "red.png") for _ in range(2))
+    changed.thumbnail((2, 2))
+    assert as_stored([unread]) == [{"bytes": None, "path": str(tmp_path / "red.png")}]
+    assert open_image(as_stored(changed)).size == (2, 2)
+
+
+def test_what_can_not_be_stored_names_its_row() -> None:
+    rows = [("row 1", {"image": RED}), ("row 2", {"image": Image.fromarray(np.array([[-1.0]], np.float32))})]
+    with pytest.raises(ValueError, match=r"row 2: .*values from -1 to -1, which have no scale"):
+        tabulate(rows, "data.train")
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
