@@ -39,7 +39,7 @@ def open_image(value: Any) -> Image.Image:
         value: a PIL image, a path, the bytes of an image file, or what `datasets` stores of one: {bytes, path}.
 
     Raises:
-        ValueError: there is no such file, it is none of `FORMATS` or a broken one, it has more pixels than
+        ValueError: there is no such file, it is none of `FORMATS` or a broken one, it has no pixels or more than
             ``PIL.Image.MAX_IMAGE_PIXELS`` (default 89 million), its values have no scale, it is a URL, or the value is
             something else.
     """
@@ -137,11 +137,14 @@ def _read(image: Image.Image, name: str) -> Image.Image:
         raise _Unusable(_too_large(name, f"{image.width} × {image.height} pixels, the limit is {limit}"))
     if image.format not in (None, "MPO", *FORMATS):  # MPO: a JPEG with further ones behind it
         raise _Unusable(f"the image is a {image.format}; save it as one of {', '.join(FORMATS)}")
+    if 0 in image.size:
+        raise _Unusable(f"the image has no pixels: {name}")
+    stored = _stored_mode(image)
     image.load()
     turn = _TURNS.get(_orientation(image))
     if image.mode == "RGB" and turn is None and not image.has_transparency_data:
         return image
-    made = _rgb(image, name)
+    made = _rgb(image, stored, name)
     if turn is not None:
         made = made.transpose(turn)
     made.info = {}  # what was applied must not be applied again
@@ -155,16 +158,26 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _stored_mode(image: Image.Image) -> str:
+    """How PIL calls the values of the file, such as "L;4" for 4 bits of grey; empty where they were read already."""
+    tiles = getattr(image, "tile", ())
+    return tiles[0][3] if image.format == "PNG" and tiles and isinstance(tiles[0][3], str) else ""
+
+
+def _rgb(image: Image.Image, stored: str, name: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _scaled(image, name)
     if not image.has_transparency_data:
         return image.convert("RGB")
     hidden = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(hidden, tuple) and max(hidden) > 255:
-        # a PNG of 16 bits, which PIL cuts to 8 where it leaves the transparent colour as it is
+    # PIL makes 8 bits of a PNG's 2, 4 or 16, and leaves the color that is transparent as it is
+    if isinstance(hidden, tuple) and (stored == "RGB;16B" or max(hidden) > 255):
+        hidden = tuple(value >> 8 for value in hidden)
+    elif isinstance(hidden, int) and stored in ("L;2", "L;4"):
+        hidden *= 85 if stored == "L;2" else 17
+    if hidden != image.info.get("transparency"):
         image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+        image.info["transparency"] = hidden
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     white = Image.new("RGBA", image.size, "white")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import random
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,17 @@ def test_a_note_that_can_not_be_read_turns_nothing() -> None:
     assert same(open_image(encoded(RED, exif=b"\xff" * 20)), RED)
 
 
+def png(depth: int, kind: int, row: bytes, transparent: bytes) -> bytes:
+    """Of one pixel, as PIL does not write it."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, depth, kind, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"tRNS", transparent) + pixels + chunk(b"IEND", b"")
+
+
 # -- colours ------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +123,11 @@ def palette(**options: Any) -> bytes:
         (encoded(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(3, 2, 1)), (1, 2, 3)),
         (encoded(Image.new("L", (1, 1), 7), transparency=7), WHITE),
         (encoded(Image.fromarray(np.array([[500]], np.uint16)), transparency=500), WHITE),
+        (png(2, 0, b"\x40", b"\0\x01"), WHITE),
+        (png(4, 0, b"\x50", b"\0\x05"), WHITE),
+        (png(4, 0, b"\x50", b"\0\x04"), (85, 85, 85)),
+        (png(16, 2, b"\3\0\4\0\5\0", b"\3\0\4\0\5\0"), WHITE),
+        (png(16, 2, b"\0\7\0\7\0\7", b"\0\7\0\7\0\7"), WHITE),
         (palette(transparency=0), WHITE),
         (palette(transparency=b"\x80\xff"), (255, 127, 127)),
         (palette(kind="GIF", transparency=0), WHITE),
@@ -228,6 +246,7 @@ HALF = encoded()[:50]
         (encoded(RED, "PPM"), r"this is no image of a known format"),
         (encoded(RED, "JPEG2000"), r"this is no image of a known format"),
         (Image.open(io.BytesIO(encoded(RED, "PPM"))), r"the image is a PPM; save it as one of PNG, "),
+        (Image.new("RGB", (0, 3)), r"the image has no pixels"),
         (HALF, r"the image is broken: \d+ bytes: "),
         ({"bytes": HALF, "path": "half.png"}, r"the image is broken: half\.png: "),
         ({"bytes": None, "path": None}, r"the image is of the wrong kind: dict"),
