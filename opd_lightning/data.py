@@ -77,10 +77,16 @@ class PromptData(LightningDataModule):
     """Prompts and their other columns, from files, tasks, functions or the hub.
 
     A source is one of
-        a local .jsonl, .json or .parquet file, or a folder of such files;
+        a local .jsonl, .json or .parquet file, or a folder of such files (of one split: hidden files and what
+            `datasets` keeps beside them are left out);
+        a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`;
         `reasoning_gym:TASK`, with the extra `tasks`; columns `prompt`, `answer`, `task`, `metadata`;
-        `python:package.module.function`, which returns a list of dicts;
+        `python:package.module.function`, which returns a list of dicts (where it has an argument `on_bad_row`, it is
+            told what the one below says);
         the name of a Hugging Face data set, downloaded with `datasets.load_dataset`.
+
+    Values come back as they were written; a row that holds what can't be stored, or a value of another kind than
+    most of its column, is a bad row. So is one that anything raises an error about: its view, the chat template, ….
 
     After `setup` the splits are the attributes `train`, `validation`, `test` and `predict`, each a
     `datasets.Dataset` of examples, or None.
@@ -93,7 +99,8 @@ class PromptData(LightningDataModule):
         predict: a source; the validation examples if none is given.
         train_options: arguments for the source of `train`: those of the reasoning-gym task (size, seed, …), of
             the function, of `load_dataset` (name, split, revision, …); `field` for the key of a .json file
-            that holds the rows. A reasoning-gym task gets a seed that differs between splits unless set here.
+            that holds the rows; `split` for a folder of `DatasetDict.save_to_disk`. A reasoning-gym task gets a
+            seed that differs between splits unless set here.
         validation_options, test_options, predict_options: the same for the other sources.
         columns: canonical column → the column of the sources that it is made from. One column may serve two.
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, LargeList, List, Value, concatena
 from datasets.features.features import register_feature
 
 from .images import as_stored
-from .rows import LOCATION, STAND_IN, BadRows
+from .rows import LOCATION, STAND_IN, BadRows, reason_of
 
 # What a column of its own type in Arrow holds without changing it; numbers are whole or not, never both
 _PLAIN: set[type] = {str, int, float, bool}
@@ -94,7 +94,7 @@ def readable(dataset: Dataset, bad: BadRows) -> Dataset:
     kept = []
     for index, location in enumerate(dataset[LOCATION]):
         with bad.at(location):
-            dataset.with_format("arrow")[index].to_pylist()
+            _check_readable(dataset.with_format("arrow")[index])
             kept.append(index)
     return dataset.select(kept)
 
@@ -146,6 +146,14 @@ def _check(row: Any) -> None:
                 raise ValueError("too large a number for 64 bits; write it as text")
         except ValueError as error:
             raise ValueError(f"can't store the column {name!r}: {error}") from None
+
+
+def _check_readable(row: pa.Table) -> None:
+    for name in row.column_names:
+        try:
+            row[name].to_pylist()
+        except Exception as error:
+            raise ValueError(f"can't read the column {name!r}: {reason_of(error)}") from error
 
 
 def _check_value(value: Any, depth: int = 0) -> None:

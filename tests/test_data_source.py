@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opd_lightning.data import PromptData
@@ -83,6 +86,18 @@ def test_an_edited_parquet_file_is_read_again(tmp_path: Path) -> None:
     write(file, [{"prompt": "2+2="}] * 3)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert ready(train=str(file)).train["prompt"][:] == ["2+2="] * 3  # type: ignore[index]
+
+
+def test_text_that_is_none_is_a_bad_row(tmp_path: Path) -> None:
+    """Arrow does not look at bytes until they are read."""
+    offsets = pa.py_buffer(struct.pack("4i", 0, 1, 2, 3))
+    prompts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffc")])
+    pq.write_table(pa.table({"id": [1, 2, 3], "prompt": prompts}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet, row 2: can't read the column 'prompt': .*codec can't decode"):
+        ready(train=str(tmp_path / "rows.parquet"))
+    with pytest.warns(UserWarning, match=r"1 × can't read the column 'prompt'"):
+        found = ready(train=str(tmp_path / "rows.parquet"), on_bad_row="skip").train
+    assert found["id"][:] == [1, 3]  # type: ignore[index]
 
 
 # -- folders ------------------------------------------------------------------------------------------------------

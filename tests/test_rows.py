@@ -82,6 +82,13 @@ def test_a_bad_row_is_named_or_skipped(name: str, chat: Path, tmp_path: Path) ->
         fit(module, PromptData(train=source, on_bad_row="skip"), tmp_path)
 
 
+@pytest.mark.parametrize("completion", [5, ["a", "b"], {"text": "a"}, [{"role": "user", "content": "a"}]], ids=repr)
+def test_a_column_of_the_wrong_kind_is_named(completion: Any, chat: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": completion}] * 6)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: .*completion"):
+        fit(told(chat, behaviour={"student": 0.5, "dataset": 0.5}), PromptData(train=source), tmp_path)
+
+
 @pytest.mark.parametrize(
     "template", ["{{ completion.a.b }}", "{{ completion }}{{ 1 / 0 }}", "{% include 'x' %}{{ prompt }}"]
 )

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opd_lightning.data import PromptData
 from opd_lightning.modalities.diffusion.data import NAMES, caption, digits, image_folder
+from opd_lightning.rows import row_of
 
 
 def test_digits_are_sklearns_in_two_parts_that_share_nothing():
@@ -49,6 +51,35 @@ def test_a_folder_with_captions(tmp_path):
     (row,) = image_folder(str(tmp_path))
     assert (row["prompt"], row["label"]) == ("a red square", 3)
     assert row["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+BAD_LINES = {
+    '{"file_name": ': "invalid JSON",
+    "[1]": "not an object but a list",
+    "null": "not an object but null",
+    '{"file_name": 5, "prompt": "a"}': "file_name is a number; it must be text",
+    '{"file_name": "a.png", "prompt": ["a"]}': "prompt is a list; it must be text",
+    '{"file_name": "a.png", "prompt": "a\\ud83d"}': "half a character",
+    '{"file_name": "a.png", "prompt": "a", "label": "x"}': "'label' is a number in .*row 1, and text in .*row 2",
+    '{"file_name": "../", "prompt": "a"}': "there is no image",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_row_of_a_folder_is_named_or_skipped_as_in_any_table(line, tmp_path):
+    """Also where the configuration says so for all sources."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    good = '{"file_name": "a.png", "prompt": "a", "label": 1}'
+    (tmp_path / "metadata.jsonl").write_text("\n".join([good, line, "", good]), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl, row 2: .*{BAD_LINES[line]}"):
+        image_folder(str(tmp_path))
+    source, options = f"python:{image_folder.__module__}.image_folder", {"folder": str(tmp_path)}
+    data = PromptData(train=source, train_options=options, on_bad_row="skip")
+    data.setup("fit")
+    assert len(data.train) == 2
+    assert row_of(data.train, 1).location.endswith("metadata.jsonl, row 4")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 2: "):
+        PromptData(train=source, train_options=options).setup("fit")
 
 
 @pytest.mark.parametrize(
