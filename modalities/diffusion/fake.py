@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...module import in_place
 from ...pretrained import Pretrained
+from ...resume import apply_settings, check_settings, settings_of
 from ...teacher import Policy, TeacherWeights
 from . import flow
 from .answer import AskHere, drawn
@@ -62,8 +63,18 @@ class LearntScore(TeacherWeights):
     def state(self) -> nn.Module | None:
         return self._learner
 
+    def has_learnt(self, step: int) -> bool:
+        """Whether it was trained for that optimizer step of the student before a resumed run began it again."""
+        return self._learner is not None and self._learner.restored_at == step
+
     def learn(
-        self, ask: AskHere, clean: Tensor, seeds: list[int], average: Callable[[Tensor], Tensor], low: float = 0.001
+        self,
+        ask: AskHere,
+        clean: Tensor,
+        seeds: list[int],
+        average: Callable[[Tensor], Tensor],
+        step: int,
+        low: float = 0.001,
     ) -> Tensor:
         """Trains it on the student's clean samples ``[n, ...]``.
 
@@ -72,12 +83,14 @@ class LearntScore(TeacherWeights):
             clean: without gradient.
             seeds: n numbers for the draws.
             average: of a tensor over all ranks.
+            step: the student's optimizer steps that are done.
             low: noise levels are uniform between it and 1.
 
         Returns:
             The mean of its losses, a scalar.
         """
         assert self._learner is not None
+        self._learner.learnt_at = step
         losses = []
         for update in range(self.updates):
             s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
@@ -101,16 +114,21 @@ class Learner(nn.Module):
     def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
         super().__init__()
         self.model = model
-        self.optimizer = in_place(optimizer(list(model.parameters())))
+        made = optimizer(list(model.parameters()))
+        self.settings, self.optimizer = settings_of(made), in_place(made)
+        self.learnt_at = self.restored_at = -1  # optimizer steps of the student that were done
 
     def training_it(self) -> Any:
         return _Training(self.model)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "made_with": self.settings, "learnt_at": self.learnt_at}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        check_settings("LearntScore.optimizer", state["made_with"], self.settings)
+        self.optimizer.load_state_dict(state["optimizer"])
+        apply_settings(self.optimizer, state["made_with"], self.settings)
+        self.learnt_at = self.restored_at = state["learnt_at"]
 
 
 class _Training:

@@ -434,8 +434,8 @@ class DiffusionDistillation(OnPolicyDistillation):
         mine = Trajectories.concatenate(whole.micro_batches, self.padding)
         acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
         mine = mine.select(acted.nonzero().squeeze(-1))
-        if not len(mine):
-            return None  # a stage in which the student does not act
+        if not len(mine) or weights.has_learnt(self.global_step):
+            return None  # a stage in which the student does not act, or a step that is begun again
         seen = self.shown(mine.examples, mine.student_view)
         asking = AskHere(self._asking(self.policies[name], seen), torch.arange(len(mine)))
 
@@ -445,7 +445,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             return self.trainer.strategy.reduce(gradient, reduce_op="mean")
 
         seeds = [derived_seed(seed, self.global_step) for seed in mine.observation["seed"].tolist()]
-        return weights.learn(asking, self.ends(mine), seeds, average)
+        return weights.learn(asking, self.ends(mine), seeds, average, self.global_step)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
