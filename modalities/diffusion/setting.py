@@ -340,11 +340,10 @@ class DiffusionDistillation(OnPolicyDistillation):
         prompts = [example["prompt"] for example in trajectories.examples]
         if self.reward is None:
             return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
-        if not prompts:
-            return [], []
+        # one at a time: what an image is decoded to must not depend on its neighbours, not by a rounding
         rewards = [
-            self.rate(picture(image), example)
-            for image, example in zip(self.images(trajectories), trajectories.examples, strict=True)
+            self.rate(picture(self.family.images(end[None])[0].cpu()), example)
+            for end, example in zip(self.ends(trajectories), trajectories.examples, strict=True)
         ]
         shown = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]
         return rewards, shown

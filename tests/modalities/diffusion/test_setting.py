@@ -37,6 +37,7 @@ from opd_lightning.modalities.diffusion.sampler import generator
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.objective.policy_gradient import LogRatio
 from opd_lightning.pretrained import Lora, Pretrained
+from opd_lightning.reward import Reward
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Live, Teacher
 from tests.test_images import encoded
@@ -647,6 +648,24 @@ def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make,
     ours, theirs = (m.teachers["fake"].weights.state.optimizer.state_dict()["state"] for m in (unbroken, resumed))
     assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(a[k], theirs[i][k]) for i, a in ours.items() for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
+class Pixels(Reward):
+    """Says an image's every bit."""
+
+    def __call__(self, completion: Any, example: Any) -> float:
+        return float(np.asarray(completion).astype(np.float64).sum())
+
+
+def test_a_reward_judges_an_image_that_does_not_depend_on_its_neighbours(make):
+    module = make("stable_diffusion_3", reward=Pixels())
+    rolled = on_policy(module, 5)
+    decoded = []
+    module.family._to_images = lambda latents, of=module.family._to_images: decoded.append(len(latents)) or of(latents)
+    together = module.score(rolled)[0]
+    assert together == [module.score(rolled.select(torch.tensor([row])))[0][0] for row in range(5)]
+    assert set(decoded) == {1}
+    assert module.score(rolled.select(torch.tensor([], dtype=torch.long))) == ([], [])
 
 
 # -- images ----------------------------------------------------------------------------------------------------------
