@@ -124,8 +124,8 @@ class Found:
     Attributes:
         kind: ``model_type``.
         model: its class.
-        verdict: ``works``, ``works with generate``, ``refused``, ``not built``; ``wrong`` and ``unreadable`` are
-            faults of this project.
+        verdict: ``works`` (with the default engine, rows together), ``works with generate`` (or with rows apart),
+            ``refused``, ``not built``; ``wrong`` and ``unreadable`` are faults of this project.
         why: how it works, or the reason.
     """
 
@@ -293,17 +293,18 @@ def page(found: list[Found]) -> str:
         f"configuration ({built} of {len(found)}), with random weights, as a student of `TextDistillation`: a run of "
         "one step was started, and its rollouts and their replay were compared with transformers' own forward pass "
         f"over each row alone. {count['works']} work with the default engine, {count['works with generate']} with "
-        f"transformers' `generate`, {len(refused)} are refused at the start; none trained on other log-probs than "
-        "were sampled. Written by `tests/modalities/autoregressive/architectures.py`, which a slow test repeats. "
-        "Faults that show only in long rows (sparse attention beyond its reach) can't be seen this way.",
+        f"transformers' `generate` or with rows apart, {len(refused)} are refused at the start; none trained on other "
+        "log-probs than were sampled. Written by `tests/modalities/autoregressive/architectures.py`, which a slow test "
+        "repeats. Faults that show only in long rows (sparse attention beyond its reach) can't be seen this way.",
         "",
         "## Works",
         "",
         ", ".join(f"`{one.kind}`" for one in found if one.verdict == "works") + ".",
         "",
-        "## Works with `generate`",
+        "## Works with `generate`, or with rows apart",
         "",
-        "Slower than the default engine, with the same tokens.",
+        "Slower than the default engine, with the same tokens; a warning at the start says so. Rows that can't bear "
+        "padding are written in groups of equal length, and where rows influence each other even so one at a time.",
         "",
         "| `model_type` | how |",
         "|---|---|",
@@ -317,7 +318,7 @@ def page(found: list[Found]) -> str:
         "",
         "## Not tried",
         "",
-        "A tiny one could not be built from the configuration alone.",
+        "A tiny one could not be built from the configuration alone; what is found out at the start of a run decides.",
         "",
         ", ".join(f"`{one.kind}`" for one in missing) + ".",
         "",
