@@ -22,7 +22,7 @@ from .distribution import Distribution, Gaussian
 from .objective import Steps
 from .rollout import RolloutLoader, derived_seed
 from .rows import row_of
-from .teacher import Policy, evaluating
+from .teacher import evaluating
 from .trajectory import Example, Trajectories
 
 if TYPE_CHECKING:
@@ -144,17 +144,27 @@ class Comparison:
             self.apart[name][what] = max(before, float(known.max()))
 
     def rows(self) -> list[tuple[str, dict[str, str]]]:
-        """Of the table: what was compared, and how far each policy is apart."""
-        found = [(w, {name: f"{apart[w]:.1e}" for name, apart in self.apart.items() if w in apart}) for w in MEANING]
-        return [*found, ("tolerance", {name: f"{self.tolerance(name):g}" for name in self.apart})]
+        """Of the table: what was compared, and how far each policy is apart of how much it may be."""
+        return [
+            (
+                what,
+                {
+                    name: f"{apart[what]:.1e} of {self.tolerance(name, what):g}"
+                    for name, apart in self.apart.items()
+                    if what in apart
+                },
+            )
+            for what in MEANING
+        ]
 
-    def tolerance(self, name: str) -> float:
+    def tolerance(self, name: str, what: str) -> float:
         """In nats."""
         module = self._module
         if module.agreement.tolerance is not None:
             return module.agreement.tolerance
-        own = ROUNDED if is_rounded(module, module.policies[name]) else EXACT
-        return max(own, module.acting_tolerance)
+        half = "16" in str(module.trainer.precision_plugin.precision)
+        own = ROUNDED if half or is_rounded(module.policies[name].model) else EXACT
+        return max(own, module.acting_tolerance) if what == ACTED else own
 
     def complaints(self) -> list[str]:
         """A sentence for every policy and comparison beyond the tolerance."""
@@ -163,7 +173,7 @@ class Comparison:
             self._complaint(name, what, value)
             for name, apart in self.apart.items()
             for what, value in apart.items()
-            if not value <= self.tolerance(name) and not (what == TRAINING and asked_for)
+            if not value <= self.tolerance(name, what) and not (what == TRAINING and asked_for)
         ]
 
     def _complaint(self, name: str, what: str, value: float) -> str:
@@ -172,16 +182,17 @@ class Comparison:
         causes = "; ".join(self._module.suspects(policy, what))
         return (
             f"{who} ({policy.path}) disagrees with itself: {MEANING[what]} ({what}: {value:.3g} nats a step, "
-            f"model.agreement.tolerance is {self.tolerance(name):g}), so the run does not start. "
+            f"model.agreement.tolerance is {self.tolerance(name, what):g}), so the run does not start. "
             f"{'What may be the cause: ' + causes if causes else 'No cause is known'}."
         )
 
 
-def is_rounded(module: OnPolicyDistillation, policy: Policy) -> bool:
-    """Whether a policy is computed in half precision, or its weights are quantised."""
-    weights = {p.dtype for p in policy.model.parameters() if p.is_floating_point()}
-    exact = weights <= {torch.float32, torch.float64} and not getattr(policy.model, "is_quantized", False)
-    return not exact or "16" in str(module.trainer.precision_plugin.precision)
+def is_rounded(model: nn.Module) -> bool:
+    """Whether a model computes in half precision or TF32, or its weights are quantised."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    exact = {p.dtype for p in weights} <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
+    tf32 = any(p.is_cuda for p in weights) and torch.get_float32_matmul_precision() != "highest"
+    return tf32 or not exact
 
 
 def _of_action(steps: Steps) -> Tensor:

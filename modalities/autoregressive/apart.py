@@ -15,32 +15,12 @@ from torch import Tensor
 
 from ...distribution import Head
 from ...rollout import Rollout
-from ...sharding import as_forward, is_sharded
+from ...sharding import as_forward
 from ...teacher import Policy
 from .engine import Prompts, RolloutEngine
-from .models import context_length
+from .models import context_length, rope_kinds, rope_switch
 
 Written = tuple[Tensor, Tensor]
-
-
-def rope_switch(model: Any) -> int | None:
-    """Tokens beyond which all of a row are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
-
-    transformers asks this of the longest row of a pass.
-    """
-    found = [int(rope["original_max_position_embeddings"]) for rope in _ropes(model) if rope["rope_type"] == "longrope"]
-    return min(found, default=None)
-
-
-def rope_kinds(model: Any) -> list[str]:
-    """Kinds of its rotary embeddings that depend on the longest row of a pass."""
-    kinds = {str(rope["rope_type"]) for rope in _ropes(model)}
-    return sorted(kind for kind in kinds if kind == "longrope" or "dynamic" in kind)
-
-
-def is_dynamic(model: Any) -> bool:
-    """Whether beyond its context every further token changes how all are rotated (dynamic NTK)."""
-    return any("dynamic" in kind for kind in rope_kinds(model))
 
 
 def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
@@ -49,7 +29,7 @@ def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
         ValueError: a row of so many tokens would be rotated otherwise at each of its lengths.
     """
     room = context_length(policy)
-    if longest > room and is_dynamic(model):
+    if longest > room and any("dynamic" in kind for kind in rope_kinds(model)):
         raise ValueError(
             f"{policy.path}: a row of {longest} tokens is beyond the context of {room}, where dynamic NTK rotates all "
             "tokens anew for each further one: a rollout then has no replay. Lower rollout.horizon or "
@@ -70,8 +50,7 @@ def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return hidden
 
     switch, width = rope_switch(model), inputs["input_ids"].shape[1]
-    # ranks that share weights must make equally many passes, whatever the length of their rows
-    if switch is None or (width <= switch and not is_sharded(model)):
+    if switch is None or width <= switch:
         return once(inputs)
     if other := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
         raise ValueError(
@@ -159,10 +138,3 @@ def _of_equal_length(prompts: Prompts) -> Iterator[list[int]]:
     length = prompts.length
     for one in length.unique():
         yield (length == one).nonzero().squeeze(1).tolist()
-
-
-def _ropes(model: Any) -> list[dict[str, Any]]:
-    """The rotary embeddings of the text: one, or one for each kind of layer."""
-    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    several = [part for part in given.values() if isinstance(part, dict)]
-    return [rope for rope in several or [given] if "rope_type" in rope]

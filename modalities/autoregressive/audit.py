@@ -16,8 +16,7 @@ from ...printable import printable, quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
-from .apart import rope_kinds
-from .models import bare, context_length, output_embeddings
+from .models import bare, context_length, output_embeddings, rope_kinds
 from .trial import Trial, check_causal, first_line
 
 if TYPE_CHECKING:

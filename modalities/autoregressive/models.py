@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ...sharding import is_sharded
 from ...teacher import Policy
 
 
@@ -49,4 +50,33 @@ def listed(ids: int | list[int] | None) -> list[int]:
 
 
 def context_length(policy: Policy) -> int:
-    return int(getattr(bare(policy.model).config.get_text_config(), "max_position_embeddings", 2**31))
+    """Tokens that a row may have.
+
+    Under fsdp2 not beyond the switch of longrope: ranks must make equally many passes, whatever their rows' lengths.
+    """
+    model = bare(policy.model)
+    length = int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+    switch = rope_switch(model) if is_sharded(model) else None
+    return length if switch is None else min(length, switch)
+
+
+def rope_switch(model: Any) -> int | None:
+    """Tokens beyond which all of a row are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
+
+    transformers asks this of the longest row of a pass.
+    """
+    found = [int(rope["original_max_position_embeddings"]) for rope in _ropes(model) if rope["rope_type"] == "longrope"]
+    return min(found, default=None)
+
+
+def rope_kinds(model: Any) -> list[str]:
+    """Kinds of its rotary embeddings that depend on the longest row of a pass."""
+    kinds = {str(rope["rope_type"]) for rope in _ropes(model)}
+    return sorted(kind for kind in kinds if kind == "longrope" or "dynamic" in kind)
+
+
+def _ropes(model: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of the text: one, or one for each kind of layer."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    several = [part for part in given.values() if isinstance(part, dict)]
+    return [rope for rope in several or [given] if "rope_type" in rope]

@@ -28,12 +28,12 @@ from ...sharding import is_sharded
 from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
-from .apart import SwitchingRope, check_dynamic, read, rope_switch
+from .apart import SwitchingRope, check_dynamic, read
 from .audit import audit_rows, problem_with_prompt, readings, suspects
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
 from .generation import make_savable
-from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, tokenizer_of
+from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
 from .rendering import COLUMNS, Renderer, transcript
 from .sampler import until_stop
 from .trial import Trial
@@ -190,7 +190,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """What lets a policy write: ``model.engine``, with rows apart that this policy must not read together."""
         trial = self.trials.get(policy.name)
         engine = self.engine if trial is None or trial.reason is None else trial.engine
-        switch = rope_switch(bare(policy.model)) if engine.runs_the_model else None
+        model = bare(policy.model)
+        switch = rope_switch(model) if engine.runs_the_model and not is_sharded(model) else None
         return engine if switch is None else SwitchingRope(engine, switch)
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:

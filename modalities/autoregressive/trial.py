@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...agreement import is_rounded
 from ...distribution import Head
 from ...rollout import Rollout
+from ...sharding import is_sharded
 from ...teacher import Policy, evaluating
 from .apart import EqualLengths
 from .engine import Generate, Prompts, RolloutEngine
@@ -58,7 +60,8 @@ class Trial:
     def __init__(self, engine: RolloutEngine, policy: Policy, head: Head, pad: int) -> None:
         self._policy, self._head, self._pad = policy, head, pad
         handed_over = engine.refusal(policy) is not None
-        ways = [*_apart_ways(engine)]
+        # ranks that share weights must make equally many passes, whatever the lengths of their rows
+        ways = _apart_ways(engine)[: 1 if is_sharded(bare(policy.model)) else None]
         if not handed_over and not isinstance(engine, Generate):
             ways += [(way, f"generate, {reason or 'whose cache it knows'}") for way, reason in _apart_ways(Generate())]
         failure = None
@@ -137,7 +140,5 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _tolerance(model: Any) -> float:
-    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    exact = weights <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
-    device = next(model.parameters()).device.type
-    return EXACT if exact and not torch.is_autocast_enabled(device) else ROUNDED
+    autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
+    return ROUNDED if autocast or is_rounded(model) else EXACT
