@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow check bench methods seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow test-newest check bench methods seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -54,6 +54,16 @@ test: check
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# what pip takes without constraints: the newest releases that pyproject.toml allows, in an environment of their own
+.venv-newest/installed: pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	touch $@
+
+NEWEST = tests
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n auto --dist loadfile $(NEWEST)
 
 # the peer that `make bench` measures against, in an environment of its own
 .venv-trl/installed: constraints.txt
