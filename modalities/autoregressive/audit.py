@@ -96,8 +96,16 @@ def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple
     return found
 
 
-def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: str) -> str | None:
-    """Why a policy can't go on from token ids ``[P]``, or None."""
+def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: str, is_raw: bool) -> str | None:
+    """Why a policy can't go on from token ids ``[P]``, or None.
+
+    Args:
+        module: whose policy it is.
+        ids: of the prompt.
+        name: of the policy.
+        is_raw: whether text was read as it is. A chat template may end a prompt with the stop token, behind which its
+            model was taught to answer.
+    """
     policy = module.policies[name]
     who = "model.student" if name == "student" else f"model.teachers.{name}"
     rows = bare(policy.model).get_input_embeddings().weight.shape[0]
@@ -105,7 +113,7 @@ def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: s
         if i not in module.filled_in(policy):
             token = module.tokenizer(policy).convert_ids_to_tokens(i)
             return f"the prompt holds {token!r} (id {i}), and {who} has embeddings for ids below {rows} only"
-    if int(ids[-1]) in module.eos:
+    if is_raw and int(ids[-1]) in module.eos:
         token = module.tokenizer().decode([int(ids[-1])])
         return f"the prompt of {who} ends with the stop token {token!r}, behind which a model writes nothing"
     return None

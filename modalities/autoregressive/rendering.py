@@ -66,7 +66,7 @@ class Renderer:
                 that the template does not write.
         """
         prompt = example["prompt"]
-        if self._is_raw(prompt):
+        if self.is_raw(prompt):
             if tools_of(example):
                 raise ValueError(f"the row has tools, which nothing shows: {self._why_raw()}")
             return str(prompt)
@@ -86,7 +86,7 @@ class Renderer:
         """
         text = self.prompt(example)
         # a rendered chat holds its own beginning-of-sequence token already
-        return self._opened(text) if self._is_raw(example["prompt"]) else self._ids(text)
+        return self._opened(text) if self.is_raw(example["prompt"]) else self._ids(text)
 
     def _opened(self, text: str) -> list[int]:
         """With what the tokenizer puts before texts, and without what it puts behind them."""
@@ -99,7 +99,7 @@ class Renderer:
     def rendered_already(self, example: Example, stops: list[int]) -> str | None:
         """The end of a turn that a text within the prompt holds, as if it had been through a template; or None."""
         prompt = example["prompt"]
-        if self._is_raw(prompt):
+        if self.is_raw(prompt):
             return None
         said = [_shown(message) for message in self._chat(prompt)]
         ends = [token for token, i in self.tokenizer.get_added_vocab().items() if i in stops]
@@ -172,7 +172,7 @@ class Renderer:
         completion = example["completion"]
         if not isinstance(completion, str | list):
             raise ValueError(f"completion is neither text nor a list of messages: {quoted(completion)}")
-        if self._is_raw(example["prompt"]):
+        if self.is_raw(example["prompt"]):
             if not isinstance(completion, str):
                 raise ValueError(f"the completion is a chat, but {self._why_raw()}; give text")
             return [completion]
@@ -215,7 +215,7 @@ class Renderer:
         return ids[:end]
 
     def _stop(self, example: Example, stops: list[int]) -> int:
-        own = None if self._is_raw(example["prompt"]) else self.turn_end(stops)
+        own = None if self.is_raw(example["prompt"]) else self.turn_end(stops)
         usual = self.tokenizer.eos_token_id
         return next(token for token in (own, usual, stops[0]) if token is not None)
 
@@ -265,7 +265,8 @@ class Renderer:
             raise ValueError(f"the prompt is a chat but {self._why_raw()}; give string prompts")
         return prompt
 
-    def _is_raw(self, prompt: str | Chat) -> bool:
+    def is_raw(self, prompt: str | Chat) -> bool:
+        """Whether a prompt is read as it is, without a template."""
         return isinstance(prompt, str) and (self.raw or self.processor.chat_template is None)
 
     def _why_raw(self) -> str:

@@ -386,7 +386,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         room = context_length(self.policies["student"])
         if len(own) + rollout.horizon > room:
             return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
-        if problem := problem_with_prompt(self, own, "student"):
+        is_raw = self.renderer().is_raw(seen["prompt"])
+        if problem := problem_with_prompt(self, own, "student", is_raw):
             return problem
         if end := self.renderer().rendered_already(self.asked(seen), self.eos):
             return (
@@ -406,7 +407,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             limit = min(teacher.max_prompt_length or room, room)
             if len(shown) > limit:
                 return f"the teacher's prompt has {len(shown)} tokens, the limit of model.teachers.{name} is {limit}"
-            if problem := problem_with_prompt(self, shown, name):
+            if problem := problem_with_prompt(self, shown, name, is_raw):
                 return problem
         return None
 

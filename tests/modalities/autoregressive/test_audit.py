@@ -164,9 +164,10 @@ def test_a_stop_token_without_a_row_stops_nothing(tmp_path):
 
 def test_a_prompt_that_ends_with_a_stop_token_is_refused(tmp_path):
     closed = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    module = make_module(save_model(tmp_path, tokenizer=chat_tokenizer(closed), rows=104), {}, no_teacher())
+    folder = save_model(tmp_path, tokenizer=chat_tokenizer(closed), rows=104)
     reason = "the prompt of model.student ends with the stop token '<|im_end|>', behind which a model writes nothing"
-    assert module.refusal({"prompt": "1+1="}) == reason
+    assert make_module(folder, {}, no_teacher(), raw_prompts=True).refusal({"prompt": "1+1=<|im_end|>"}) == reason
+    assert make_module(folder, {}, no_teacher()).refusal({"prompt": "1+1="}) is None, "as its template has it"
 
 
 @pytest.mark.parametrize(
