@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from opd_lightning.__main__ import main
 from opd_lightning.cli import resolve, run
 from opd_lightning.shipped import shipped
 from tests.test_resume import PLAIN, configuration
@@ -161,3 +162,30 @@ def test_seed_everything_decides_what_is_sampled(config, seeds, same, tmp_path):
              f"--trainer.default_root_dir={folder}"])  # fmt: skip
         found.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) is same
+
+
+def test_modules_in_the_working_folder_are_found(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_my_own.py").write_text(
+        "from opd_lightning.reward import Reward\n\nclass Short(Reward):\n"
+        "    def __call__(self, completion, example):\n        return -len(completion)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    found = printed(capsys, "fit", "-c", str(config), "--model.init_args.reward=of_my_own.Short")
+    assert found["model"]["init_args"]["reward"] == {"class_path": "of_my_own.Short"}
+
+
+def test_errors_of_construction_are_a_sentence_and_a_traceback_when_asked_for(config, monkeypatch, capsys):
+    arguments = ["fit", "-c", str(config), "--model.init_args.rollout.temperature=-1"]
+    monkeypatch.setattr(sys, "argv", ["opd", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "error: rollout.temperature must be >= 0" in error
+    assert "what the command line says: --model.init_args.rollout.temperature=-1" in error
+    assert "Traceback" not in error
+    monkeypatch.setattr(sys, "argv", ["opd", *arguments, "--traceback"])
+    with pytest.raises(ValueError, match=r"rollout\.temperature must be >= 0"):
+        main()
