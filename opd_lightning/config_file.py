@@ -33,7 +33,7 @@ class Text(str):
 
 
 class Whole(dict[str, Any]):
-    """A mapping of parts by name that was merged already: what it lacks was removed."""
+    """A mapping by name as it shall be: what it lacks, of what was there before, was removed."""
 
 
 @dataclass

@@ -140,6 +140,7 @@ class Checker:
         """What was meant by a value of the command line: where text is taken, the text, unless it fits another type."""
         plain = str(text)
         found = load(plain)
+        found = Whole(found) if isinstance(found, Mapping) else found
         words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
         if plain in words or not (str in kinds or Path in kinds):
             return plain if plain in words else found
@@ -177,7 +178,10 @@ class Checker:
 
     def _mapping(self, value: Mapping[str, Any], kind: Any, keys: Keys, before: Any) -> Any:
         if not is_part(kind):
-            return {name: self.value(v, kind, (*keys, name)) for name, v in value.items()}
+            kept = (
+                before if self.arguments and not isinstance(value, Whole) else None
+            )  # one key of --data.…options.count
+            return Whole({**(kept or {}), **{name: self.value(v, kind, (*keys, name)) for name, v in value.items()}})
         found = Whole(before or {})
         for name, entry in value.items():
             if entry is not None and entry != Text("null"):

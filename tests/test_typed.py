@@ -62,6 +62,17 @@ def test_numbers_lists_and_null_are_read(argument, path, value):
     assert type(found) is type(value)
 
 
+def test_one_key_of_a_mapping_leaves_the_others_and_a_whole_mapping_replaces_it():
+    options = said_last("--data.init_args.train_options.count=7")["data"]["init_args"]["train_options"]
+    assert options == {"count": 7, "digits": 4, "seed": 0}
+    twice = said_last("--data.init_args.train_options.count=7", "--data.init_args.train_options.seed=1")
+    assert twice["data"]["init_args"]["train_options"] == {"count": 7, "digits": 4, "seed": 1}
+    whole = said_last("--data.init_args.train_options={count: 7}")
+    assert whole["data"]["init_args"]["train_options"] == {"count": 7}
+    shares = ["--model.rollout.behaviour={dataset: 1.0}", "--model.rollout.behaviour.student=0.0"]
+    assert said_last(*shares)["model"]["init_args"]["rollout"]["behaviour"] == {"dataset": 1.0, "student": 0.0}
+
+
 def test_arguments_in_a_row_are_one_overlay_and_later_ones_win():
     found = understood([*OVERLAY, "--trainer.max_steps=3", "--model.rollout.horizon=4", "--trainer.max_steps=5"])
     assert found.count("-c") == 3
