@@ -96,7 +96,9 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, 
         ]
         if terms:
             extra.append(f"--model.init_args.objective.terms={terms}")
-        finish(start(config, *SGD, *SHORT, *extra, ranks=ranks))
+        process = start(config, *SGD, *SHORT, *extra, ranks=ranks)
+        finish(process)
+        assert "sync_dist" not in process.output, "what is logged is that of all ranks already"
         rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open()))
         results[ranks] = last(config)["state_dict"], {k: float(v) for row in rows for k, v in row.items() if v}
 
