@@ -133,5 +133,5 @@ def tiny_data(tmp_path_factory) -> Path:
         for a in range(8, 16)
         for b in (3, 14, 15, 92, 65)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

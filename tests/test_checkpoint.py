@@ -115,7 +115,7 @@ def test_what_the_disk_said_is_told_with_what_is_left(number, tmp_path, monkeypa
 
 
 def test_a_folder_that_can_not_be_made_is_told_alike(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OSError, match=r"file/last\.ckpt could not be written"):
         AtomicIO().save_checkpoint({"a": 2}, tmp_path / "file" / "last.ckpt")
 

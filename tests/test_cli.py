@@ -40,12 +40,14 @@ def test_overlays_replace_and_append(config, tmp_path, capsys):
     overlay.write_text(
         "model:\n  init_args:\n    objective:\n      terms:\n"
         "        - signal: {class_path: JSD, init_args: {beta: 0.25}}\n"
-        "          weights: [{class_path: Window, init_args: {start: 1}}]\n"
+        "          weights: [{class_path: Window, init_args: {start: 1}}]\n",
+        encoding="utf-8",
     )
     more = tmp_path / "more.yaml"
     more.write_text(
         "model:\n  init_args:\n    objective:\n      terms+:\n"
-        "        - signal: {class_path: CrossEntropy}\n          teacher: null\n"
+        "        - signal: {class_path: CrossEntropy}\n          teacher: null\n",
+        encoding="utf-8",
     )
     found = printed(capsys, "fit", "-c", str(config), "-c", str(overlay), "-c", str(more))
     terms = found["model"]["init_args"]["objective"]["terms"]
@@ -71,7 +73,7 @@ def test_a_wrong_key_or_type_is_named(config, argument, message, capsys):
 
 def test_a_wrong_key_in_a_file_names_file_and_key(config, tmp_path, capsys):
     overlay = tmp_path / "typo.yaml"
-    overlay.write_text("model:\n  init_args:\n    rollout: {horizen: 3}\n")
+    overlay.write_text("model:\n  init_args:\n    rollout: {horizen: 3}\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         run(["fit", "-c", str(config), "-c", str(overlay)])
     error = capsys.readouterr().err

@@ -366,7 +366,7 @@ def test_refused_rows_stop_the_run_by_default(tmp_path: Path) -> None:
 def test_skipped_rows_are_counted_and_warned_about_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, rows(12))
-    path.write_text(path.read_text() + "{\n" + '{"prompt": ""}\n')
+    path.write_text(path.read_text(encoding="utf-8") + "{\n" + '{"prompt": ""}\n', encoding="utf-8")
     data = attach(PromptData(train=str(path), on_bad_row="skip"), limit=4)
     with pytest.warns(UserWarning, match="rows are skipped") as warned:
         data.setup("fit")

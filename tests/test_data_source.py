@@ -144,7 +144,7 @@ def test_a_folder_that_lacks_a_part_is_named(tmp_path: Path) -> None:
 def test_what_lies_beside_the_rows_is_not_read(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "._rows.jsonl").write_bytes(b"\x00\x05\x16\x07")
-    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}', encoding="utf-8")
     assert len(ready(train=str(tmp_path)).train) == 3  # type: ignore[arg-type]
 
 

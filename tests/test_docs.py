@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def example(page: str) -> tuple[str, dict[str, Any]]:
     """The page's Python block, and what running it defines."""
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     defined: dict[str, Any] = {"__name__": "example"}
     exec(compile(code, page, "exec"), defined)
     assert len(code.splitlines()) < 60

@@ -118,7 +118,7 @@ def test_samples_are_kept(world, held_out, tmp_path):
     module = world.alone(reward=IsEven(), evaluation=Evaluation(show=2, samples=3, temperature=1.0))
     validate(module, tmp_path, held_out)
     validate(module, tmp_path, held_out)
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in held_out[:2]] * 2, "one of each prompt's three"
     assert rows[0].keys() >= {"step", "stage", "who", "prompt", "completion", "reward"}
     assert (rows[0]["step"], rows[0]["stage"], rows[0]["who"]) == (0, "val", "student")
@@ -139,7 +139,7 @@ def test_student_and_teachers_are_scored_once_before_training(world, held_out, t
     expected = validate(alone, tmp_path / "alone", held_out)
     logger = CSVLogger(tmp_path)
     world.fit(module, tmp_path, validation=held_out, logger=logger, num_sanity_val_steps=1)
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
         logged = {name: float(value) for name, value in next(csv.DictReader(file)).items() if value}
     assert logged["val/accuracy"] == pytest.approx(2 / 6)
     for name, value in expected.items():
@@ -150,7 +150,7 @@ def test_student_and_teachers_are_scored_once_before_training(world, held_out, t
     assert logged["val/teacher/accuracy"] == pytest.approx(2 / 5), "only where its view shows it something"
     assert logged["val/teacher/length"] == pytest.approx(float(rolled.length.float().mean()))
     assert "val/average/accuracy" not in logged, "just the student again"
-    who = [json.loads(line)["who"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    who = [json.loads(line)["who"] for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert who == ["teacher", "student"]
 
 

@@ -66,7 +66,7 @@ def test_exported_student_generates_as_in_validation(trained, world, tmp_path):
 
 def test_model_card_says_what_was_trained_from_what(trained, tmp_path, world):
     export.write(trained, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "1 × ReverseKL to `teacher`" in card
     assert f"* teacher `teacher`: Frozen, {world.teacher.name}\n" in card
     assert str(world.teacher.parent) not in card
@@ -200,7 +200,7 @@ def test_generation_settings_that_cannot_be_saved_are_repaired_and_told(shipped,
     base = save_model(tmp_path / "base", generation=shipped)
     with caplog.at_level("INFO"):
         export.write(exportable(tmp_path / "x.ckpt", base), tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert kept.items() <= found.items()
     assert not set(gone) & found.keys()
     for name in (*gone, *(["do_sample"] if "do_sample" in kept and "do_sample" not in shipped else [])):
@@ -331,7 +331,7 @@ def test_a_setting_of_ones_own_is_imported_when_trusted_and_asked_how_it_is_writ
 
 def test_refuses_a_full_folder_and_a_foreign_checkpoint(trained, tmp_path):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("")
+    (tmp_path / "full" / "x").write_text("", encoding="utf-8")
     with pytest.raises(FileExistsError, match="export into a new folder"):
         export.write(trained, tmp_path / "full")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")

@@ -29,7 +29,7 @@ def stranger(tmp_path, monkeypatch) -> Path:
     """A file that is there once a module of theirs, which is where Python looks, is imported."""
     executed = tmp_path / "executed"
     (tmp_path / "stranger.py").write_text(
-        f"open({str(executed)!r}, 'w')\nclass Thing: pass\ndef thing(*_): return 1.0\n"
+        f"open({str(executed)!r}, 'w')\nclass Thing: pass\ndef thing(*_): return 1.0\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield executed
@@ -83,11 +83,12 @@ def test_code_that_comes_with_a_base_is_run_with_a_flag_only(tiny_student, tmp_p
     checkpoint = exportable(tmp_path / "x.ckpt", base, trust_remote_code=True)
     executed = tmp_path / "executed"
     (base / "code.py").write_text(
-        f"open({str(executed)!r}, 'w')\nfrom transformers import Qwen3Config as C, Qwen3ForCausalLM as M\n"
+        f"open({str(executed)!r}, 'w')\nfrom transformers import Qwen3Config as C, Qwen3ForCausalLM as M\n",
+        encoding="utf-8",
     )
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     own = {"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "config.json").write_text(json.dumps(config | own), encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"asks for Python code that comes with its base to be run; .*trust_remote_code=t"
     ):

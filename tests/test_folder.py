@@ -42,7 +42,7 @@ def test_a_folder_is_one_runs_until_it_ends_or_dies(tmp_path):
     process.wait()
     mine = RunLock(tmp_path)
     mine.acquire()
-    assert json.loads((tmp_path / folder.LOCK).read_text())["process"] == os.getpid()
+    assert json.loads((tmp_path / folder.LOCK).read_text(encoding="utf-8"))["process"] == os.getpid()
     with pytest.raises(RuntimeError, match="another run"):
         RunLock(tmp_path).acquire()
     mine.release()
@@ -90,12 +90,12 @@ def test_a_living_run_gives_signs_of_life(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[]", "{}"])
 def test_a_lock_that_says_nothing_is_taken_over(content, tmp_path):
-    (tmp_path / folder.LOCK).write_text(content)
+    (tmp_path / folder.LOCK).write_text(content, encoding="utf-8")
     RunLock(tmp_path).acquire()
 
 
 def test_a_folder_that_is_a_file_or_below_one_is_named(tmp_path):
-    (tmp_path / "taken").write_text("")
+    (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(OSError, match=r"trainer\.default_root_dir: .*taken is a file, no folder; name"):
         check_folder(tmp_path / "taken")
     with pytest.raises(
@@ -110,17 +110,20 @@ def test_what_an_earlier_run_left_is_kept_apart(tmp_path):
     assert set_aside(checkpoints, tmp_path) is None
     for n in (1, 2):
         for name in ("last.ckpt", "step-3.ckpt"):
-            (checkpoints / name).write_text(str(n))
-        (tmp_path / "samples.jsonl").write_text(str(n))
+            (checkpoints / name).write_text(str(n), encoding="utf-8")
+        (tmp_path / "samples.jsonl").write_text(str(n), encoding="utf-8")
         assert set_aside(checkpoints, tmp_path) == checkpoints / f"earlier-{n}"
-    assert [path.read_text() for path in sorted(checkpoints.glob("*/*"))] == ["1"] * 3 + ["2"] * 3
+    assert [path.read_text(encoding="utf-8") for path in sorted(checkpoints.glob("*/*"))] == ["1"] * 3 + ["2"] * 3
     assert not list(checkpoints.glob("*.ckpt"))
 
 
 def test_samples_of_steps_that_are_done_again_are_forgotten(tmp_path):
     path = tmp_path / "samples.jsonl"
     forget_samples_after(3, tmp_path)
-    path.write_text("".join(json.dumps({"step": step, "prompt": "ü"}) + "\n" for step in (0, 3, 4, 9)) + '{"step": 1')
+    path.write_text(
+        "".join(json.dumps({"step": step, "prompt": "ü"}) + "\n" for step in (0, 3, 4, 9)) + '{"step": 1',
+        encoding="utf-8",
+    )
     forget_samples_after(3, tmp_path)
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()[:2]] == [0, 3]
     assert "9" not in path.read_text(encoding="utf-8")

@@ -288,7 +288,7 @@ def test_an_image_too_large_to_open_is_named(limit: int, monkeypatch: pytest.Mon
 
 def test_an_image_of_a_row_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "gs"
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\necho 10.0\n')
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\necho 10.0\n', encoding="utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)

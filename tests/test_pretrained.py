@@ -155,8 +155,8 @@ def test_what_a_path_would_ignore_is_refused(tiny_student):
 def test_a_base_that_is_stored_quantised_needs_adapters(stored, tiny_student, tmp_path):
     """Whatever wrote it, and though ``quantization`` is not set."""
     folder = shutil.copytree(tiny_student, tmp_path / "stored")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}), encoding="utf-8")
     with pytest.raises(
         ValueError, match=rf"stored is stored quantised \({stored['quant_method']}.*; set student\.lora"
     ):

@@ -122,14 +122,14 @@ def test_columns_that_accuracy_is_broken_down_by(world, tmp_path, console, capsy
 
 
 def test_the_report_of_a_run_with_mathematics_and_markup(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}), encoding="utf-8")
     logs = tmp_path / "logs" / "version_0"
     logs.mkdir(parents=True)
     (logs / "metrics.csv").write_text(
-        "epoch,step,val/accuracy,val/$x^$/accuracy,val/[/b]/accuracy\n0,0,0.25,1.0,0.5\n0,5,0.5,,\n"
+        "epoch,step,val/accuracy,val/$x^$/accuracy,val/[/b]/accuracy\n0,0,0.25,1.0,0.5\n0,5,0.5,,\n", encoding="utf-8"
     )
     row = {"step": 0, "who": "student", "prompt": "[/b]" + CLEAR, "completion": "$x^", "reward": 0.0}
-    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     report(tmp_path)
     out = capsys.readouterr().out
     assert r"[/b]\x1b[2J$x^ ✗" in out

@@ -99,7 +99,7 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, 
         process = start(config, *SGD, *SHORT, *extra, ranks=ranks)
         finish(process)
         assert "sync_dist" not in process.output, "what is logged is that of all ranks already"
-        rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open()))
+        rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").open(encoding="utf-8")))
         results[ranks] = last(config)["state_dict"], {k: float(v) for row in rows for k, v in row.items() if v}
 
     (one, metrics), (two, metrics_of_two) = results[1], results[2]
@@ -185,13 +185,17 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
     process, config = run(tmp_path, world, "auto", 1)
     finish(process)
     three, checkpoint = world.write(tmp_path / "three", 3), tmp_path / "checkpoints" / "last.ckpt"
-    prompts = sorted(json.loads(line)["prompt"] for line in three.read_text().splitlines())
+    prompts = sorted(json.loads(line)["prompt"] for line in three.read_text(encoding="utf-8").splitlines())
     settings = [f"--data.init_args.predict={three}", "--data.init_args.validation_batch_size=1"]
     for strategy in ("ddp", "fsdp2"):
         folder = tmp_path / strategy
         where = [f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={folder}", f"--ckpt_path={checkpoint}"]
         finish(start(config, *settings, *where, command="predict", ranks=2))
-        lines = [line for file in folder.glob("predictions-*.jsonl") for line in file.read_text().splitlines()]
+        lines = [
+            line
+            for file in folder.glob("predictions-*.jsonl")
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
         assert sorted(json.loads(line)["prompt"] for line in lines) == prompts
 
 

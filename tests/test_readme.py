@@ -10,7 +10,7 @@ import pytest
 from opd_lightning.cli import run
 from opd_lightning.shipped import shipped
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -26,7 +26,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 def test_the_yaml_example_overlays_the_quickstart(tmp_path, capsys):
     (overlay,) = blocks("yaml")
     path = tmp_path / "overlay.yaml"
-    path.write_text(overlay)
+    path.write_text(overlay, encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
         run(["fit", "-c", "opd:text/quickstart.yaml", "-c", str(path), "--print_config"])
     assert caught.value.code == 0

@@ -12,20 +12,21 @@ from opd_lightning.report import read_curves, report
 
 @pytest.fixture
 def run_folder(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}), encoding="utf-8")
     first, second = tmp_path / "logs" / "version_0", tmp_path / "logs" / "version_1"
     first.mkdir(parents=True)
     second.mkdir()
     (first / "metrics.csv").write_text(
-        "epoch,step,val/accuracy,val/teacher/accuracy,train/length\n0,0,0.25,1.0,\n0,4,,,8.0\n0,5,0.5,,\n"
+        "epoch,step,val/accuracy,val/teacher/accuracy,train/length\n0,0,0.25,1.0,\n0,4,,,8.0\n0,5,0.5,,\n",
+        encoding="utf-8",
     )
-    (second / "metrics.csv").write_text("epoch,step,val/accuracy\n0,10,0.75\n")
+    (second / "metrics.csv").write_text("epoch,step,val/accuracy\n0,10,0.75\n", encoding="utf-8")
     rows = [
         {"step": 0, "who": "student", "prompt": "1+1=", "completion": "3", "reward": 0.0},
         {"step": 10, "who": "student", "prompt": "1+1=", "completion": "2", "reward": 1.0},
         {"step": 0, "who": "teacher", "prompt": "1+1=", "completion": "2", "reward": 1.0},
     ]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
@@ -35,7 +36,7 @@ def test_curves_go_on_over_a_resumed_run(run_folder):
 
 def test_report_writes_result_and_picture(run_folder, capsys):
     found = report(run_folder, since=0.0)
-    assert json.loads((run_folder / "result.json").read_text()) == found
+    assert json.loads((run_folder / "result.json").read_text(encoding="utf-8")) == found
     assert {key: found[key] for key in ("before", "after", "teacher", "seed")} == {
         "before": 0.25,
         "after": 0.75,

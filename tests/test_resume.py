@@ -64,7 +64,7 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
     }
     path = folder / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
 

@@ -302,7 +302,7 @@ def get_score_answer_fn(task):
 def fake_gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one function of reasoning_gym that is called."""
     (tmp_path / "fake" / "reasoning_gym").mkdir(parents=True)
-    (tmp_path / "fake" / "reasoning_gym" / "__init__.py").write_text(GYM)
+    (tmp_path / "fake" / "reasoning_gym" / "__init__.py").write_text(GYM, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path / "fake")
     monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
 
@@ -341,7 +341,7 @@ def test_reasoning_gym_score_refuses_foreign_rows() -> None:
 
 
 def test_a_worker_that_does_not_come_up_is_no_wrong_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "reasoning_gym.py").write_text("raise ImportError('half installed')")
+    (tmp_path / "reasoning_gym.py").write_text("raise ImportError('half installed')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
     score, row = ReasoningGymScore(), {"prompt": "p", "task": "any", "metadata": "{}"}

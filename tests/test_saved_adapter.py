@@ -38,8 +38,8 @@ def test_an_adapter_of_more_or_fewer_layers_is_refused(of, on, fault, saved, tmp
 
 def test_an_adapter_on_other_layers_is_refused(saved, tmp_path):
     adapter = save_adapter(saved(), tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"among them \S*v_proj\S* of shape .* which this base has no place for"):
         load(saved(), adapter)
 
@@ -65,9 +65,9 @@ def test_what_is_no_lora_is_refused_by_name(config, message, saved, tmp_path):
 
 def test_an_adapter_imports_nothing_that_it_names(saved, tmp_path):
     adapter = save_adapter(saved(), tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     named = {"megatron_config": {"a": 1}, "megatron_core": "a_module_that_is_not_there"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config | named))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | named), encoding="utf-8")
     with pytest.raises(ValueError, match="megatron_config: it imports modules that its own configuration names"):
         load(saved(), adapter)
 

@@ -111,7 +111,7 @@ def test_numbers_and_none_are_answers(answer, value):
         (endless, "took more than 0.2 s (model.scoring.timeout)"),
         (swallowing, "took more than 0.2 s (model.scoring.timeout)"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_whatever_else_it_does_names_reward_row_and_completion(answer, said):
     with pytest.raises(RewardError) as caught:
@@ -326,7 +326,9 @@ def only_six(completion: str, example: dict[str, Any]) -> float:
 def test_a_run_from_a_file_names_the_row_of_the_file(on_failure, saved, tmp_path):
     """From the configuration to the message."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(8)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(8)), encoding="utf-8"
+    )
     outcome = {"signal": {"class_path": "ReverseKL"}, "weights": [{"class_path": "Outcome"}]}
     config = {
         "trainer": {"default_root_dir": str(tmp_path), "accelerator": "cpu", "max_steps": 2, "logger": False},

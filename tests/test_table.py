@@ -90,8 +90,8 @@ def test_any_numbers_come_back(numbers: list[Any]) -> None:
 
 def test_answers_are_scored_as_they_were_written(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1=", "answer": 2}, {"prompt": "1/2=", "answer": 0.5}, {"prompt": "1+2=", "answer": 3}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     for name in ("rows.jsonl", "rows.json"):
         found = read(tmp_path / name)
         scores = [ExactMatch()(written, row) for written, row in zip(["2", "0.5", "3"], found, strict=True)]
@@ -149,7 +149,7 @@ def test_the_kind_of_most_rows_is_the_columns(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "id": i} for i in range(9)]
     rows.insert(0, {"prompt": [{"role": "user", "content": "a"}], "id": 9})
     rows.insert(4, {"prompt": "a", "id": "10"})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"row 1: .*'prompt' is text in .*row 2, and a list in .*row 1; make"):
         read(tmp_path / "rows.jsonl")
     with pytest.warns(UserWarning, match=r"2 rows are skipped: 2 × the column is of two kinds"):

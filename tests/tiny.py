@@ -104,7 +104,7 @@ def save_model(
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     if generation is not None:
         path = folder / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | generation))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | generation), encoding="utf-8")
     return folder
 
 

@@ -120,7 +120,7 @@ class World:
                 own["image"] = _save(row["image"], folder / f"{i}.png")
             lines.append(json.dumps(row | own))
         path = folder / "rows.jsonl"
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
 

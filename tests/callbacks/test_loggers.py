@@ -49,7 +49,7 @@ def test_mlflow(tmp_path):
         assert len(logger.experiment.get_metric_history(logger.run_id, name)) == 4
     found = sorted((tmp_path / "artifacts").rglob("rollouts/step-*.md"))
     assert [file.name for file in found] == ["step-0.md", "step-2.md"]
-    assert found[0].read_text().startswith("| prompt | completion |")
+    assert found[0].read_text(encoding="utf-8").startswith("| prompt | completion |")
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     assert summary["knob/rollout.horizon"] == 5
     files = Path(logger.experiment.dir)
     wandb.finish()
-    tables = [json.loads(file.read_text()) for file in files.rglob("rollouts_*.table.json")]
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in files.rglob("rollouts_*.table.json")]
     assert len(tables) == 2
     assert tables[0]["columns"] == ["prompt", "completion", "reward", "length", "signal"]
     assert len(tables[0]["data"]) == 2

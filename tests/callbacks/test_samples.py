@@ -22,7 +22,7 @@ from tests.tiny import LongerIsBetter
 
 
 def shown(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_say_what_was_done_and_how_the_teacher_finds_each_step(world, tmp_path):
@@ -129,7 +129,7 @@ def test_looking_changes_nothing_and_a_resumed_run_does_not_repeat_itself(tmp_pa
     unbroken = shown(whole)
     for name, weight in module.state_dict().items():
         assert torch.equal(torch.load(whole / "step-6.ckpt", weights_only=True)["state_dict"][name], weight)
-    with (whole / "rollouts.jsonl").open("a") as file:
+    with (whole / "rollouts.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "pro')
     toy.fit(again, whole, callbacks, steps=6, checkpoint=whole / "step-3.ckpt")
     assert shown(whole) == unbroken

@@ -119,7 +119,7 @@ trainer:
 
 def test_all_can_be_configured(tmp_path, capsys):
     path = tmp_path / "overlay.yaml"
-    path.write_text(YAML)
+    path.write_text(YAML, encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
         run(["fit", "-c", "opd:text/quickstart.yaml", "-c", str(path), "--print_config"])
     assert caught.value.code == 0

@@ -150,7 +150,7 @@ def broken(config: Path, **settings: object) -> Path:
     changed = yaml.safe_load(config.read_text(encoding="utf-8"))
     changed["model"]["init_args"].update(settings)
     path = config.parent / "broken.yaml"
-    path.write_text(yaml.safe_dump(changed))
+    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
     return path
 
 

@@ -203,11 +203,11 @@ def test_heads_padded_differently_just_work(saved, rows):
 def test_another_tokenizer_is_refused_naming_id_and_readings(world, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(world.teacher, folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
     plus = min(vocabulary["+"], vocabulary["="])
     vocabulary["+"], vocabulary["="] = vocabulary["="], vocabulary["+"]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
         ValueError, match=rf"model\.teachers\.teacher: .*reads id {plus} as '=', the student's .* as '\+'"
     ):
@@ -219,9 +219,9 @@ def test_a_tokenizer_with_a_gap_keeps_its_last_ids(tmp_path):
     tokenizer = character_tokenizer()
     path = tmp_path / "tokenizer"
     tokenizer.save_pretrained(path)
-    content = json.loads((path / "tokenizer.json").read_text())
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["?"] = 20
-    (path / "tokenizer.json").write_text(json.dumps(content))
+    (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     folder = save_model(tmp_path / "model", tokenizer=type(tokenizer).from_pretrained(path))
     module = make_module(folder, {}, no_teacher())
     assert module.vocabulary == 21
@@ -234,9 +234,9 @@ def test_no_stop_token_is_refused(tmp_path):
     tokenizer.eos_token = None
     folder = save_model(tmp_path / "model", tokenizer=tokenizer)
     path = folder / "generation_config.json"
-    path.write_text("{}")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    path.write_text("{}", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}), encoding="utf-8")
     with pytest.raises(ValueError, match="has no stop token, so no rollout could end by itself"):
         table(make_module(folder, {}, no_teacher()))
 

@@ -68,7 +68,7 @@ def test_generation_defaults_of_the_checkpoint_are_not_used(any_world, tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(any_world.student, folder)
     path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | DEFAULTS))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | DEFAULTS), encoding="utf-8")
     plain, opinionated = any_world.alone(), dataclasses.replace(any_world, student=folder).alone()
     kept = opinionated.policies["student"].model.generation_config
     assert kept.repetition_penalty == 3.0

@@ -42,7 +42,7 @@ def test_inversion_and_references_are_drawn_by_the_seed():
 
 
 def write(folder, rows):
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_a_folder_with_captions(tmp_path):

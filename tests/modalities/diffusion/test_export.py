@@ -98,10 +98,12 @@ def test_every_part_is_of_the_bases_dtype(student, tmp_path, capsys):
 def test_a_pipeline_imports_nothing_that_its_index_names(tmp_path, monkeypatch):
     base = save_pipeline(tmp_path / "base", "stable_diffusion_3")
     checkpoint = exportable(tmp_path / "x.ckpt", base, SETTING, own=OWN)
-    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Thing: pass\n")
+    (tmp_path / "stranger.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Thing: pass\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    index = json.loads((base / "model_index.json").read_text())
-    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["stranger", "Thing"]}))
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["stranger", "Thing"]}), encoding="utf-8")
     with pytest.raises(ValueError, match="base: its scheduler is code of stranger, which is not imported"):
         export.write(checkpoint, tmp_path / "out")
     assert not (tmp_path / "executed").exists()

@@ -78,7 +78,11 @@ def test_every_number_of_steps_is_measured_before_and_after_and_drawn(make, tmp_
     rows = make_rows(16)
     fit(module, tmp_path, rows, steps=2, validation=rows[:8], logger=logger, val_check_interval=2,
         check_val_every_n_epoch=None, num_sanity_val_steps=0)  # fmt: skip
-    names = {name for row in csv.DictReader((tmp_path / "logs" / "version_0" / "metrics.csv").open()) for name in row}
+    names = {
+        name
+        for row in csv.DictReader((tmp_path / "logs" / "version_0" / "metrics.csv").open(encoding="utf-8"))
+        for name in row
+    }
     for metric in ("fid", "kid", "precision", "recall"):
         assert {f"val/{metric}_1", f"val/{metric}_2", f"val/teacher/{metric}_2"} <= names
     assert {file.name for file in (tmp_path / "grids").iterdir()} == {
@@ -86,9 +90,9 @@ def test_every_number_of_steps_is_measured_before_and_after_and_drawn(make, tmp_
         for who, step in (("teacher", 0), ("student", 0), ("student", 2))
         for count in (1, 2)
     }
-    (tmp_path / "config.yaml").write_text("seed_everything: 3\n")
+    (tmp_path / "config.yaml").write_text("seed_everything: 3\n", encoding="utf-8")
     found = report(tmp_path, steps=1)
-    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == found
     assert (found["seed"], set(found["steps"])) == (3, {"teacher", "student before", "student after"})
     assert (
         Image.open(tmp_path / "grid.png").width == Image.open(tmp_path / "grids" / "student_step-2_steps-1.png").width

@@ -118,7 +118,9 @@ def test_an_exported_student_samples_what_validation_saw(make, kind, tmp_path):
         "scheduler", "transformer", "vae",
     ]  # fmt: skip
     told = [
-        file for file in (tmp_path / "out").rglob("*.json") if str(module.policies["student"].path) in file.read_text()
+        file
+        for file in (tmp_path / "out").rglob("*.json")
+        if str(module.policies["student"].path) in file.read_text(encoding="utf-8")
     ]
     assert not told, "where its parts came from on this machine is nobody's business"
     seen = module.evaluator.act("student", make_rows(1), 0)
@@ -552,7 +554,9 @@ def test_schedulers_that_are_not_flow_matching_are_refused(pipeline, make, tmp_p
 
 
 def test_what_is_no_pipeline_or_an_unknown_one_is_refused(make, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline", "transformer": ["diffusers", "X"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "OtherPipeline", "transformer": ["diffusers", "X"]}', encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"is a OtherPipeline; there are families for AnyFlowPipeline, "):
         load_family(str(tmp_path), {})
     with pytest.raises(ValueError, match="is no folder of a diffusers pipeline"):

@@ -160,7 +160,7 @@ def test_osworld_g_has_boxes_polygons_several_groups_and_rows_without_a_target(o
     ],
 )
 def test_a_bad_row_is_named_or_skipped_and_counted(screenspot: Path, row: dict[str, object], reason: str) -> None:
-    (screenspot / "screenspot_imgs" / "broken.png").write_text("no picture")
+    (screenspot / "screenspot_imgs" / "broken.png").write_text("no picture", encoding="utf-8")
     write(screenspot / "screenspot_desktop.json", [spot(), row])
     with pytest.raises(ValueError, match=rf"screenspot_desktop\.json, row 2: .*{reason}"):
         readers.screenspot(str(screenspot))
@@ -186,7 +186,7 @@ def test_a_wrong_folder_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'screenspot_imgs'.*option images"):
         readers.screenspot(str(tmp_path))
     picture(tmp_path / "screenspot_imgs" / "a.png")
-    (tmp_path / "screenspot_web.json").write_text("[{]")
+    (tmp_path / "screenspot_web.json").write_text("[{]", encoding="utf-8")
     with pytest.raises(ValueError, match="not valid JSON"):
         readers.screenspot(str(tmp_path))
 
@@ -213,7 +213,9 @@ def screens(tmp_path: Path) -> Path:
         for seed in range(4)
         for kind in ("task", "element")
     ]
-    (tmp_path / "annotations.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (tmp_path / "annotations.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return tmp_path
 
 

@@ -165,7 +165,7 @@ def test_a_missing_browser_is_named_with_its_packages(
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("kept")
+    (tmp_path / "mine.txt").write_text("kept", encoding="utf-8")
     with pytest.raises(FileExistsError, match="not empty"):
         render.render_gui([str(tmp_path)])
 
@@ -258,6 +258,6 @@ def test_the_command_writes_a_folder_that_the_reader_takes(tmp_path: Path, capsy
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
     rows = readers.rendered(str(folders[0]))
     assert {(row["page"], row["seed"]) for row in rows} == {(p, s) for p in ("click-link", "click-tab") for s in (5, 6)}
-    first = json.loads((folders[0] / "annotations.jsonl").read_text().splitlines()[0])
+    first = json.loads((folders[0] / "annotations.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["prompt"].startswith("Click on the link")
-    assert "The MIT License" in (folders[0] / "LICENSE").read_text()
+    assert "The MIT License" in (folders[0] / "LICENSE").read_text(encoding="utf-8")

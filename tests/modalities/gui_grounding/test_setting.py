@@ -202,6 +202,6 @@ def test_samples_hold_what_a_gallery_draws(folder, tmp_path):
     rows = gui_rows(24)
     module = make(folder, evaluation=Evaluation(before=False, show=2))
     fit(module, tmp_path, rows, validation=rows[:4], val_check_interval=1, num_sanity_val_steps=0)
-    found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["box"] for row in found] == [rows[0]["box"], rows[1]["box"]]
     assert all(row["prediction"] is None or len(row["prediction"]) == 2 for row in found)

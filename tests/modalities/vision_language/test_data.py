@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 def jsonl(folder: Path, *rows: dict[str, Any]) -> str:
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "?", **row}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps({"prompt": "?", **row}) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
 

@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     """A GUI run of one step, with its configuration and samples."""
     folder = tmp_path_factory.mktemp("gallery")
     student = save_vlm(folder / "student")
-    (folder / "gui.yaml").write_text(GUI.replace("STUDENT", str(student)))
+    (folder / "gui.yaml").write_text(GUI.replace("STUDENT", str(student)), encoding="utf-8")
     run(["fit", "-c", str(folder / "gui.yaml"), f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu",
          "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0",
          "--trainer.logger=false", "--trainer.enable_progress_bar=false"])  # fmt: skip

@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         file = tmp_path / "train" / "images" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), colour).save(file)
-    (tmp_path / "train" / "questions.json").write_text(json.dumps(QUESTIONS))
+    (tmp_path / "train" / "questions.json").write_text(json.dumps(QUESTIONS), encoding="utf-8")
     if request.param == "folder":
         return tmp_path
     packed = tmp_path / "packed"
