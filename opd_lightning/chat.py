@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from datasets import Dataset, Features, concatenate_datasets
@@ -20,7 +21,7 @@ def is_chat(value: Any) -> bool:
 def problem_with_form(prompt: Any) -> str | None:
     """What is wrong with the form of a prompt that is to be text or a chat, or None."""
     if isinstance(prompt, str):
-        return None
+        return "prompt is a chat written as JSON; give the list of messages itself" if _is_written(prompt) else None
     if not isinstance(prompt, list):
         return f"prompt is neither text nor a list of messages: {quoted(prompt)}"
     return problem_with_chat(prompt, "prompt")
@@ -33,10 +34,26 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             found = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
             return f"{where} has no role: write {{role: …, content: …}}{found}"
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            return f"{where}: tool_calls is no list of {{function: {{name: …, arguments: …}}}}: {quoted(calls)}"
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return f"{where} has no content: it must be text or a list of parts"
     return None
+
+
+def _is_written(text: str) -> bool:
+    """Whether a text is a list of messages in JSON, as tables keep them that know no lists."""
+    try:
+        return text.lstrip().startswith("[") and is_chat(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_call(call: Any) -> bool:
+    named = call.get("function") or call if isinstance(call, dict) else None
+    return isinstance(named, dict) and isinstance(named.get("name"), str)
 
 
 def without_answers(rows: Dataset, keep: bool) -> Dataset:

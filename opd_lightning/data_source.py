@@ -18,13 +18,17 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
+from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow.parquet import ParquetFile
 
+from .printable import printable
 from .reward import encode_metadata, import_callable, import_reasoning_gym
 from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
-from .table import kind, readable, tabulate, without_added_nulls
+from .table import Doubled, as_object, kind, readable, tabulate, without_added_nulls
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# What tables are called that are not read: compressed, of other formats, or with another spelling of SUFFIXES
+_TABLE_NAME = re.compile(r"\.(csv|tsv|arrow|feather|ndjson|(jsonl?|parquet)(\.(gz|zst|bz2|xz|zip))?)$")
 # Files of a folder that say which split they are of, as the hub names them: train-00000-of-00002.parquet
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])")
 
@@ -135,8 +139,17 @@ def _from_files(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
     """The files of a folder that hold rows: hidden ones and what others keep beside them are left out."""
-    found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and not f.name.startswith("."))
+    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in inside if path.suffix in SUFFIXES and not path.is_dir()]
     files = [file for file in found if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    if lost := [path.name for path in files if not path.exists()]:
+        raise ValueError(f"{key}: {str(folder)!r} holds a link to a file that is not there: {lost[0]}")
+    if files and (others := [path.name for path in inside if _holds_other_rows(path)]):
+        rank_zero_warn(
+            printable(
+                f"{key}: of {str(folder)!r} {', '.join(f.name for f in files)} are read; {', '.join(others)} are not"
+            )
+        )
     if not files:
         within = sorted({f.parent for f in folder.glob("*/*") if f.suffix in SUFFIXES})
         hint = f"; {str(within[0])!r} does" if within else ""
@@ -148,6 +161,13 @@ def _files_in(folder: Path, key: str) -> list[Path]:
             "rows of one would be read as rows of the other. Name one file"
         )
     return files
+
+
+def _holds_other_rows(path: Path) -> bool:
+    """Whether there may be rows in something beside files of rows that is none of these itself."""
+    if path.is_dir():
+        return any(file.suffix in SUFFIXES for file in path.iterdir() if not file.name.startswith("."))
+    return path.suffix not in SUFFIXES and _TABLE_NAME.search(path.name.lower()) is not None
 
 
 def _take_field(options: dict[str, Any], kinds: set[str], key: str) -> str | None:
@@ -167,7 +187,10 @@ def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_object)
+                # `json` alone would guess at other encodings, line by line
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=as_object)
+                if isinstance(row, Doubled):
+                    raise ValueError(row.reason)
             except Exception as error:
                 bad(f"{file}, row {number}", f"invalid JSON: {_why_no_json(error)}", error)
             else:
@@ -182,20 +205,13 @@ def _why_no_json(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two values under one key the first would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return found
-
-
 def _json_list(file: Path, field: str | None, key: str) -> Iterable[tuple[int, Any]]:
     try:
-        content = json.loads(file.read_bytes(), object_pairs_hook=_object)
+        content = json.loads(file.read_bytes(), object_pairs_hook=as_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}: {file} is not valid JSON: {reason_of(error)}") from error
+    if isinstance(content, Doubled):
+        raise ValueError(f"{key}: {file}: {content.reason}")
     if field is not None:
         if not isinstance(content, dict) or field not in content:
             raise ValueError(f"{key}: {file} has no key {field!r} ({key}_options.field)")
@@ -302,7 +318,8 @@ def _located(dataset: Dataset, origin: str, bad: BadRows) -> Dataset:
     taken = {LOCATION, STAND_IN} & set(dataset.column_names)
     if taken:
         raise ValueError(f"{origin}: the column name {taken.pop()!r} is kept for the library; rename the column")
-    located = dataset.add_column(LOCATION, [f"{origin}, row {n}" for n in range(1, len(dataset) + 1)])
+    # rows are Python's values, whatever the data set was told to give (tensors, some columns only)
+    located = dataset.with_format(None).add_column(LOCATION, [f"{origin}, row {n}" for n in range(1, len(dataset) + 1)])
     return without_added_nulls(readable(located, bad))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
-from datasets import Dataset, Features, Image, LargeList, List, Value, concatenate_datasets
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 from datasets.features.features import register_feature
 
 from .images import as_stored
@@ -49,6 +49,21 @@ class Written:
 with warnings.catch_warnings():  # registering is called experimental
     warnings.simplefilter("ignore")
     register_feature(Written, "Written")
+
+
+class Doubled(dict[str, Any]):
+    """An object of JSON that has several values under one key; all but the last are lost."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.reason = f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice"
+
+
+def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What `json` makes of an object: a dict that says where a key occurs twice, and so is a bad row."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Doubled(pairs)
 
 
 def tabulate(rows: list[tuple[str, Any]], key: str, bad: BadRows | None = None) -> Dataset:
@@ -115,8 +130,8 @@ def without_added_nulls(dataset: Dataset) -> Dataset:
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """The data set with its images as {bytes, path}, as `open_image` takes them: `datasets` itself would decode them by
-    rules of its own, by any decoder, and fail without naming the row."""
+    """The data set with its images, sounds, … as {bytes, path}, as `open_image` takes them: `datasets` itself would
+    decode them, read or not, by rules of its own and by any decoder, and fail without naming the row."""
     features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
     return rows if features == rows.features else rows.cast(features)
 
@@ -137,6 +152,8 @@ def kind(value: Any) -> str:
 def _check(row: Any) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {kind(row)}: write one JSON object a row")
+    if isinstance(row, Doubled):
+        raise ValueError(row.reason)
     for name, value in row.items():
         if not isinstance(name, str) or not name.isprintable() or name in (LOCATION, STAND_IN):
             raise ValueError(f"no name for a column: {name!r}; rename it")
@@ -163,6 +180,8 @@ def _check_value(value: Any, depth: int = 0) -> None:
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("half a character (a lone surrogate), as of an emoji that was cut in two")
     elif isinstance(value, dict):
+        if isinstance(value, Doubled):
+            raise ValueError(value.reason)
         for name, one in value.items():
             if not isinstance(name, str):
                 raise ValueError(f"a key that is no text: {name!r}")
@@ -235,7 +254,8 @@ def _lists_messages(feature: Any) -> bool:
 
 
 def _drop(name: str, values: list[Any]) -> dict[str, list[Any]]:
-    return {name: [None if value is None else json.dumps(_dropped(value)) for value in values]}
+    # what JSON lacks, such as times, is written as text
+    return {name: [None if value is None else json.dumps(_dropped(value), default=str) for value in values]}
 
 
 def _dropped(value: Any) -> Any:
@@ -245,8 +265,8 @@ def _dropped(value: Any) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
+    if getattr(feature, "decode", False) and pa.types.is_struct(feature.pa_type):
+        return replace(feature, decode=False)
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
     if isinstance(feature, LargeList):

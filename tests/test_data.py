@@ -305,6 +305,23 @@ def test_answers_are_dropped_from_chats_that_hold_images(tmp_path: Path) -> None
     assert message["content"][0]["image"]["bytes"] == b"pixels"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ('[{"role": "user", "content": "1+1="}]', "prompt is a chat written as JSON"),
+        ([{"role": "user", "content": "a", "tool_calls": "[]"}], "message 1 of the prompt: tool_calls is no list of"),
+        (
+            [{"role": "user", "content": "a", "tool_calls": ["add"]}],
+            "message 1 of the prompt: tool_calls is no list of",
+        ),
+    ],
+)
+def test_chats_of_another_form_are_refused(tmp_path: Path, prompt: Any, reason: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    with pytest.raises(ValueError, match=f"row 1: {reason}"):
+        ready(train=str(tmp_path / "rows.jsonl"))
+
+
 def test_a_last_answer_does_not_replace_a_completion(tmp_path: Path) -> None:
     source = write(tmp_path / "chats.jsonl", [{"prompt": ANSWERED, "completion": "3"}])
     with pytest.raises(ValueError, match="there is a column 'completion' already"):

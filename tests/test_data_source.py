@@ -113,6 +113,30 @@ def test_a_folder_of_save_to_disk_is_read(name: str, tmp_path: Path) -> None:
         ready(train=str(tmp_path / name), train_options={"field": "rows"})
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["answer"]])
+def test_saved_rows_are_values_whatever_they_were_formatted_as(
+    form: str, columns: list[str] | None, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "1+1=", "answer": 2, "steps": [1, 1]}, {"prompt": "1/3", "answer": 0, "steps": []}]
+    made = datasets.Dataset.from_list(rows)
+    made.set_format(form, columns=columns)
+    made.save_to_disk(str(tmp_path / "disk"))
+    assert list(ready(train=str(tmp_path / "disk")).train) == rows  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("feature", [datasets.Audio(), datasets.Video(), datasets.Image()])
+def test_media_that_nobody_reads_need_no_decoder(feature: Any, tmp_path: Path) -> None:
+    kinds = datasets.Features({"prompt": datasets.Value("string"), "media": feature})
+    broken = {"bytes": b"RIFF", "path": None}
+    table = pa.table({"prompt": ["1+1="], "media": pa.array([broken], feature.pa_type)})
+    info = datasets.DatasetInfo(features=kinds)
+    datasets.Dataset(datasets.table.InMemoryTable(table), info=info).save_to_disk(str(tmp_path / "disk"))
+    assert list(ready(train=str(tmp_path / "disk")).train) == [  # type: ignore[arg-type]
+        {"prompt": "1+1=", "media": broken}
+    ]
+
+
 def test_of_several_splits_one_is_named(tmp_path: Path) -> None:
     folder = str(tmp_path / "splits")
     splits = {"train": ROWS, "test": [{"prompt": "2+2="}] * 2}
@@ -146,6 +170,39 @@ def test_what_lies_beside_the_rows_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "._rows.jsonl").write_bytes(b"\x00\x05\x16\x07")
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}', encoding="utf-8")
     assert len(ready(train=str(tmp_path)).train) == 3  # type: ignore[arg-type]
+
+
+def test_rows_that_are_left_out_of_a_folder_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    write(tmp_path / "more" / "rows.jsonl", ROWS)
+    (tmp_path / "old.jsonl").mkdir()
+    for name in ("README.md", "more.csv", "more.JSONL", "more.jsonl.gz"):
+        (tmp_path / name).write_text("1")
+    with pytest.warns(
+        UserWarning, match=r"rows\.jsonl are read; more, more\.JSONL, more\.csv, more\.jsonl\.gz are not"
+    ):
+        assert len(ready(train=str(tmp_path)).train) == 3  # type: ignore[arg-type]
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"data\.train: .* holds a link to a file that is not there: lost\.jsonl"):
+        ready(train=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("bad", ['{"prompt": "1", "prompt": "2"}', '{"prompt": "1", "more": {"a": 1, "a": 2}}'])
+def test_a_key_that_occurs_twice_is_the_fault_of_its_row(name: str, bad: str, tmp_path: Path) -> None:
+    rows = [json.dumps(ROWS[0]), bad, json.dumps(ROWS[0])]
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]")
+    with pytest.raises(ValueError, match=rf"{name}, row 2: .*the key '(prompt|a)' occurs twice"):
+        ready(train=str(tmp_path / name))
+    with pytest.warns(UserWarning, match=rf"1 rows are skipped: .*{name}, row 2"):
+        assert len(ready(train=str(tmp_path / name), on_bad_row="skip").train) == 2  # type: ignore[arg-type]
+
+
+def test_lines_in_another_encoding_are_not_half_read(tmp_path: Path) -> None:
+    """UTF-16 has the byte of a line break within its own; what stands before the first would still be read."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"no rows that can be used: .*row 1: invalid JSON: not UTF-8 at byte 1"):
+        ready(train=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
 
 
 def test_files_of_several_splits_are_not_mixed(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_parquet_keeps_dates_and_loses_the_nulls_that_it_added(tmp_path: Path) -
     assert found[0]["prompt"] == chats[0]
 
 
+def test_messages_with_times_are_read(tmp_path: Path) -> None:
+    """As those of WildChat; what JSON lacks is text."""
+    chat = [{"role": "user", "content": "a", "timestamp": datetime.datetime(2023, 4, 9), "toxic": None}]
+    datasets.Dataset.from_dict({"prompt": [chat]}).to_parquet(str(tmp_path / "rows.parquet"))
+    (found,) = read(tmp_path / "rows.parquet")
+    assert found["prompt"] == [{"role": "user", "content": "a", "timestamp": "2023-04-09 00:00:00"}]
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

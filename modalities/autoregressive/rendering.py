@@ -23,6 +23,8 @@ COLUMNS = frozenset({"prompt", "completion", "tools", "chat_template_kwargs"})
 """What is read of a row."""
 
 _OURS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data sets call them in a message
+_TAG = re.compile(r"([<\[◁][\w:]+[>\]▷])(\s*)$")  # with which a thought begins
 _TEXT = "TEXT"  # stands for what somebody says, where a template is asked what it writes around it
 
 
@@ -67,8 +69,9 @@ class Renderer:
         """
         prompt = example["prompt"]
         if self.is_raw(prompt):
-            if tools_of(example):
-                raise ValueError(f"the row has tools, which nothing shows: {self._why_raw()}")
+            for name, there in (("tools", tools_of(example)), ("chat_template_kwargs", _options_of(example))):
+                if there:
+                    raise ValueError(f"the row has {name}, which nothing shows: {self._why_raw()}")
             return str(prompt)
         chat = self._chat(prompt)
         if chat[-1]["role"] == "assistant":
@@ -191,13 +194,20 @@ class Renderer:
             for start, stop in zip(starts, [*later, whole], strict=True)
             if whole.startswith(start)
         ]
-        if len(turns) == len(places) and all(map(_holds, turns, (answer[i] for i in places))):
+        opening = self._opening(prompt, chat, example)
+        said = [answer[i] for i in places]
+        if len(turns) == len(said) and all(map(_holds, [opening + turn for turn in turns], said)):
             return turns
         (first, *others) = map(_plain, answer)
         if others or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
             raise ValueError("the chat template does not write the whole completion behind the prompt")
         # such as reasoning that the template leaves out of answers, or begins itself
-        return [first["content"] + self._behind_answer(chat, example)]
+        return [_without_opening(first["content"], opening) + self._behind_answer(chat, example)]
+
+    def _opening(self, prompt: str, chat: Chat, example: Example) -> str:
+        """What the template begins an answer with, at the end of the prompt."""
+        asked = self._render(chat, example)
+        return prompt[len(asked) :] if prompt.startswith(asked) else ""
 
     def _behind_answer(self, chat: Chat, example: Example, *then: Message) -> str:
         """What the template writes behind an answer, and with further messages between it and what is said next."""
@@ -236,10 +246,11 @@ class Renderer:
                 raise ValueError(f"{key}: {whose} reads {'' if has_none else 'no '}{name!r}")
 
     def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
-        options = {**self.options, **(_read(example, "chat_template_kwargs", dict) or {})}
+        options = {**self.options, **self._own_options(example)}
         if tools := tools_of(example):
             options["tools"] = tools
-        for name, there in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in chat))):
+        said = {name: any(message.get(name) for message in chat) for name in ("tool_calls", "function_call")}
+        for name, there in {"tools": tools, **said}.items():
             if there and not self._reads(name):
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
@@ -251,6 +262,14 @@ class Renderer:
             **options,
         )
         return str(text)
+
+    def _own_options(self, example: Example) -> dict[str, Any]:
+        options = _options_of(example)
+        for name in options:
+            if name in _OURS or not self._reads(name):
+                why = "is set by the setting itself" if name in _OURS else "is read by no part of the chat template"
+                raise ValueError(f"chat_template_kwargs of the row: {name} {why}")
+        return options
 
     def _reads(self, name: str) -> bool:
         template: Any = self.processor.chat_template
@@ -285,6 +304,12 @@ def tools_of(example: Example) -> list[Any]:
     """
     tools = _read(example, "tools", list) or []
     return [_without_nulls(_parsed("tools", tool)) for tool in tools]
+
+
+def _options_of(example: Example) -> dict[str, Any]:
+    """The row's options for the template; a null is none, as tables give each row the keys of all others."""
+    options: dict[str, Any] = _without_nulls(_read(example, "chat_template_kwargs", dict) or {})
+    return options
 
 
 def transcript(prompt: str | Chat) -> str:
@@ -368,4 +393,13 @@ def _holds(turn: str, message: Message) -> bool:
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
     named = [call.get("name") or "" for call in calls]
     found = "".join(turn.split())
-    return all("".join(text.split()) in found for text in (*said, message.get("reasoning_content") or "", *named))
+    thoughts = [message.get(name) or "" for name in _THOUGHTS]
+    return all("".join(text.split()) in found for text in (*said, *thoughts, *named))
+
+
+def _without_opening(text: str, opening: str) -> str:
+    """An answer without the tag with which the prompt has begun it already, such as ``<think>``."""
+    tag = _TAG.search(opening)
+    if tag is None or not text.lstrip().startswith(tag[1]):
+        return text
+    return text.lstrip().removeprefix(tag[1]).removeprefix(tag[2])

@@ -201,6 +201,23 @@ def test_a_thought_that_the_template_adds_is_trained():
     assert answer == "42<|im_end|>"
 
 
+THINKING = QWEN3.replace("assistant\n{% if enable", "assistant\n<think>\n{% if enable")
+
+
+@pytest.mark.parametrize(
+    "thought", ["<think>\nit is easy\n</think>\n\n", "<think>it is easy</think>", "it is easy</think>"]
+)
+@pytest.mark.parametrize(("template", "end"), [(R1, "</s>"), (THINKING, "<|im_end|>")])
+def test_a_thought_that_the_prompt_begins_is_not_begun_twice(template, end, thought):
+    row = {"prompt": "12+30?", "completion": f"{thought}42"}
+    prompt, answer = both(renderer(template), row, end)
+    assert prompt.endswith("<think>\n")
+    assert "".join(answer.split()) == f"itiseasy</think>42{end}"
+    assert answer[:2] == "it"
+    _, answer = both(renderer(template), row | {"completion": "<thinking is hard"}, end)
+    assert "<thinking is hard" in answer
+
+
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 
 
@@ -306,6 +323,9 @@ def test_options_of_the_row_go_before_those_of_the_run():
     made = renderer(QWEN3, options={"enable_thinking": True})
     assert "<think>" not in made.prompt({"prompt": "a"})
     assert "<think>" in made.prompt({"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}})
+    made = renderer(QWEN3.replace("is defined", "is defined and style is not defined"))
+    added = {"enable_thinking": None, "style": None}
+    assert "<think>" not in made.prompt({"prompt": "a", "chat_template_kwargs": added}), "a table adds keys"
 
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -331,6 +351,14 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         (PLAIN, {"prompt": "a", "completion": [ANSWER, USER, ANSWER]}, "ends a turn within the completion with none"),
         (R1, {"prompt": "a", "completion": [ANSWER, USER, ANSWER]}, "does not write the whole completion"),
         (CHATML, {"prompt": "a", "completion": [{**ANSWER, "reasoning_content": "c"}]}, "does not write the whole"),
+        (CHATML, {"prompt": "a", "completion": [{**ANSWER, "reasoning": "c"}]}, "does not write the whole"),
+        (CHATML, {"prompt": "a", "completion": [{**ANSWER, "thinking": "c"}]}, "does not write the whole"),
+        (CHATML, {"prompt": "a", "completion": [{**ANSWER, "tool_calls": "[]"}]}, "tool_calls is no list of {function"),
+        (CHATML, {"prompt": "a", "completion": [{**ANSWER, "tool_calls": [{"function": {}}]}]}, "tool_calls is no"),
+        (CHATML, {"prompt": [USER, {**ANSWER, "function_call": {"name": "add"}}, USER]}, "the row has function_call"),
+        (CHATML, {"prompt": "a", "chat_template_kwargs": {"nothink": 1}}, "of the row: nothink is read by no part"),
+        (CHATML, {"prompt": "a", "chat_template_kwargs": {"chat_template": "b"}}, "chat_template is set by"),
+        (None, {"prompt": "a", "chat_template_kwargs": {"enable_thinking": True}}, "has chat_template_kwargs, which"),
     ],
 )  # fmt: skip
 def test_what_can_t_be_rendered_is_refused(template, row, reason):
