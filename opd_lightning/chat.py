@@ -24,14 +24,16 @@ def problem_with_form(prompt: Any) -> str | None:
         return "prompt is a chat written as JSON; give the list of messages itself" if _is_written(prompt) else None
     if not isinstance(prompt, list):
         return f"prompt is neither text nor a list of messages: {quoted(prompt)}"
-    return problem_with_chat(prompt, "prompt")
+    if problem := problem_with_chat(prompt, "prompt"):
+        return problem
+    return None if any(map(_says_something, prompt)) else "prompt is empty: none of its messages says anything"
 
 
 def problem_with_chat(chat: Chat, column: str) -> str | None:
     """What is wrong with the form of a chat, or None."""
     for number, message in enumerate(chat, start=1):
         where = f"message {number} of the {column}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
             found = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
             return f"{where} has no role: write {{role: …, content: …}}{found}"
         calls = message.get("tool_calls") or []
@@ -41,6 +43,18 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return f"{where} has no content: it must be text or a list of parts"
     return None
+
+
+def _says_something(message: Message) -> bool:
+    content = message.get("content")
+    if isinstance(content, str):
+        return bool(content.strip())
+    return bool(message.get("tool_calls")) or any(not _is_blank(part) for part in content or ())
+
+
+def _is_blank(part: Any) -> bool:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    return isinstance(text, str) and not text.strip()
 
 
 def _is_written(text: str) -> bool:

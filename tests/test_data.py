@@ -309,6 +309,12 @@ def test_answers_are_dropped_from_chats_that_hold_images(tmp_path: Path) -> None
     ("prompt", "reason"),
     [
         ('[{"role": "user", "content": "1+1="}]', "prompt is a chat written as JSON"),
+        ([{"role": "", "content": "a"}], "message 1 of the prompt has no role"),
+        (
+            [{"role": "system", "content": " "}, {"role": "user", "content": ""}],
+            "prompt is empty: none of its messages",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "\n"}]}], "prompt is empty: none of its messages"),
         ([{"role": "user", "content": "a", "tool_calls": "[]"}], "message 1 of the prompt: tool_calls is no list of"),
         (
             [{"role": "user", "content": "a", "tool_calls": ["add"]}],

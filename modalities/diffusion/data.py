@@ -95,7 +95,9 @@ def image_folder(
     """
     root = local_path(folder)
     table = root / captions
-    if not table.exists():
+    if table.suffix != ".jsonl":
+        raise ValueError(f"captions is {captions!r}; it must be a .jsonl file, whose rows say file_name and prompt")
+    if not table.is_file():
         raise ValueError(f"{root}: there is no {captions}, whose rows say file_name and prompt of each image")
     bad, rows = BadRows(str(table), on_bad_row), []
     for number, row in json_lines(table, bad):

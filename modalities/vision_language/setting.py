@@ -301,10 +301,13 @@ def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any
             parts.append({"type": "image"})  # it may carry the image itself, which templates have no use for
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
             parts += split_at_markers(part["text"], own)
-        elif isinstance(part, dict) and part.get("type", "text") != "text":
+        elif isinstance(part, dict) and part.get("type") == "video":
             parts.append(part)
         else:
-            raise ValueError(f"a part of the prompt is no text: {quoted(part)}; write {{type: text, text: …}}")
+            raise ValueError(
+                f"a part of the prompt is neither text nor an image: {quoted(part)}; write {{type: text, text: …}} or "
+                "{type: image}"
+            )
     return parts
 
 

@@ -292,6 +292,8 @@ def test_views_that_add_and_remove_images_keep_the_markers_in_step(vlm_student):
         ({"prompt": "<image> and <image>"}, "has 2 image parts or markers such as <image>, the row has 1 images"),
         ({"prompt": "<image>", "images": []}, "has 1 image parts or markers such as <image>, the row has 0 images"),
         ({"prompt": "<video>\nWhat?"}, "videos are not read"),
+        ({"prompt": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}, "neither text nor an image"),
+        ({"prompt": [{"role": "user", "content": [{"type": "img", "path": "a.png"}]}]}, "neither text nor an image"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(tmp_path_factory, change, reason):
