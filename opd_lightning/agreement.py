@@ -116,13 +116,15 @@ class Comparison:
 
     @torch.no_grad()
     def _ask(self, name: str, acted: Trajectories, size: int | None = None, training: bool = False) -> Tensor:
-        """``[B, T]`` what one policy says of the actions, in batches of ``size`` rows; NaN where it says nothing."""
+        """``[B, T]`` what one policy says of the actions, in batches of ``size`` rows; NaN where it says nothing, and
+        infinity where what it says is no number."""
         values = torch.full(acted.mask.shape, torch.nan, dtype=torch.float32)
         done = 0
         for part in acted.split(size or len(acted)):
             part = part.to(self._module.device)
             said, available = self._said(name, part, training)
             mine = self._module.objective.per_step(said, {}, Steps.of(part), _of_action).cpu()
+            mine[part.mask.cpu()[:, : mine.shape[1]] & mine.isnan()] = torch.inf
             if available is not None:
                 mine[~available.cpu()] = torch.nan
             values[done : done + len(part), : mine.shape[1]] = mine
@@ -137,7 +139,7 @@ class Comparison:
             return self._module.steps(policy, part), None
 
     def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
-        apart = (one - other).abs().nanmean(1)
+        apart = (one - other).abs().masked_fill(one == torch.inf, torch.inf).nanmean(1)
         known = apart[~apart.isnan()]
         if len(known):
             before = self.apart[name].get(what, 0.0)

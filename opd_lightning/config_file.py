@@ -251,6 +251,8 @@ def leaves(values: Any) -> Iterator[Any]:
 
 def overlaid(before: Any, values: Any) -> Any:
     """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
+    if isinstance(before, str) and isinstance(values, dict) and "class_path" not in values and "init_args" in values:
+        before = {"class_path": before}  # a class that was named in short
     if not isinstance(before, dict) or not isinstance(values, dict) or isinstance(values, Whole):
         return values
     if "class_path" in values and _short(values) != _short(before):

@@ -6,6 +6,8 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -31,26 +33,30 @@ def tolerance(*models: nn.Module) -> float:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights that are not trained: the beginning of each in 16 bits, so that another base with the same shapes
-    has another one; what is quantised is left out, since other machines may round it in another way."""
+    """Of the weights that training begins with, but for those of adapters: 64 numbers of each in 16 bits, so that
+    another model of the same shapes has another one; what is quantised is left out, since other machines may round it
+    in another way."""
     digest = hashlib.sha256()
+    adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
+        if parameter.is_floating_point() and not (adapted and parameter.requires_grad):
+            numbers = parameter.detach().flatten()
             digest.update(name.encode())
-            digest.update(parameter.detach().flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+            digest.update(numbers[:: max(1, len(numbers) // 64)][:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def check_base(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
     """
     Raises:
-        ValueError: the adapters in the checkpoint were trained on other weights than those that are there.
+        ValueError: the run that wrote the checkpoint began with other weights than those that are there, where they
+            matter: beneath adapters, and for a run that goes on (what its record says, and the teacher `Initial`).
     """
     spec, kept = module._student_spec, checkpoint.get("base")
-    if spec.lora is not None and not spec.random_init and kept not in (None, module._base):
-        raise ValueError(
-            f"{spec.path} holds other weights now than those that the adapter in the checkpoint was trained on"
-        )
+    matters = spec.lora is not None or (module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING)
+    if matters and not spec.random_init and kept not in (None, module._base):
+        what = "the adapter in the checkpoint was trained on" if spec.lora else "the run of the checkpoint began with"
+        raise ValueError(f"model.student.path: {spec.path} holds other weights now than those that {what}")
 
 
 def check_self_teachers(module: OnPolicyDistillation) -> None:

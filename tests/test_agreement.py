@@ -54,6 +54,16 @@ def test_self_teachers(weights, lora, tiny_student, tmp_path, compared):
     assert compared.apart["teacher"]["alone / beside others"] < 1e-4
 
 
+def test_what_is_no_number_agrees_with_nothing(tiny_student, tiny_teacher, tmp_path):
+    class Broken(tiny.TextDistillation):
+        def configure_model(self):
+            super().configure_model()
+            next(self.policies["teacher"].model.parameters()).data.fill_(torch.nan)
+
+    with pytest.raises(RuntimeError, match=r"model.teachers.teacher .* disagrees with itself: .* inf nats a step"):
+        tiny.fit(tiny.make_module(tiny_student, tiny_teacher, setting=Broken), tmp_path)
+
+
 def test_given_completions_have_no_log_probs_to_compare(tiny_student, tiny_teacher, tmp_path, compared):
     rollout = Rollout(batch_size=8, horizon=8, behaviour={"dataset": 1.0})
     tiny.fit(tiny.make_module(tiny_student, tiny_teacher, rollout=rollout), tmp_path)

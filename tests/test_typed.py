@@ -79,6 +79,14 @@ def test_arguments_in_a_row_are_one_overlay_and_later_ones_win():
     assert json.loads(found[-1])["trainer"] == {"max_steps": 5}
 
 
+def test_a_class_that_is_named_in_short_keeps_the_arguments_that_follow():
+    found = said_last(
+        "--model.init_args.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1", "--model.optimizer.momentum=0.9"
+    )
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    assert found["model"]["init_args"]["optimizer"] == sgd
+
+
 def test_teachers_of_the_command_line_are_merged_by_name_too():
     teachers = said_last(f"{TEACHER}=null", "--model.init_args.teachers.big.weights=Live")["model"]["init_args"][
         "teachers"
