@@ -12,10 +12,17 @@ from .printable import quoted
 Message = dict[str, Any]
 Chat = list[Message]
 
+_ASSISTANTS = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # the others: of Gemma, ShareGPT, …
+
 
 def is_chat(value: Any) -> bool:
     """Whether a column's value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def is_answer(message: Message) -> bool:
+    """Whether the assistant speaks, by whatever name."""
+    return message["role"] in _ASSISTANTS
 
 
 def problem_with_form(prompt: Any) -> str | None:
@@ -83,14 +90,10 @@ def without_answers(rows: Dataset, keep: bool) -> Dataset:
     if "prompt" not in rows.column_names:
         return rows
     prompts = rows["prompt"][:]
-    ends = [len(prompt) - 1 if is_chat(prompt) and _is_answer(prompt[-1]) else None for prompt in prompts]
+    ends = [len(prompt) - 1 if is_chat(prompt) and is_answer(prompt[-1]) else None for prompt in prompts]
     made = {"prompt": [prompt if end is None else prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]}
     if keep:
         made["completion"] = [None if end is None else prompt[end:] for prompt, end in zip(prompts, ends, strict=True)]
     kind = rows.features["prompt"]
     columns = [Dataset.from_dict({name: made[name]}, features=Features({name: kind})) for name in made]
     return concatenate_datasets([rows.remove_columns("prompt"), *columns], axis=1)
-
-
-def _is_answer(message: Message) -> bool:
-    return bool(message["role"] == "assistant")

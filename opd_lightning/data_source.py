@@ -294,7 +294,7 @@ def _from_function(path: str, options: dict[str, Any], key: str, bad: BadRows) -
         raise ValueError(f"{key}: {path}: {reason_of(error)}") from error
     if isinstance(rows, Dataset):
         return rows if LOCATION in rows.column_names else _located(rows, f"python:{path}", bad)
-    if not isinstance(rows, list):
+    if not isinstance(rows, list | tuple):
         raise ValueError(f"{key}: {path} must return a list of dicts, one a row; it returned {kind(rows)}")
     return tabulate([(location_of(row) or f"python:{path}, row {n}", row) for n, row in enumerate(rows, 1)], key, bad)
 
@@ -318,6 +318,8 @@ def _located(dataset: Dataset, origin: str, bad: BadRows) -> Dataset:
     taken = {LOCATION, STAND_IN} & set(dataset.column_names)
     if taken:
         raise ValueError(f"{origin}: the column name {taken.pop()!r} is kept for the library; rename the column")
+    if dataset.format["type"] == "custom":
+        raise ValueError(f"{origin}: what with_transform or set_transform makes of rows can't be stored; use map")
     # rows are Python's values, whatever the data set was told to give (tensors, some columns only)
     located = dataset.with_format(None).add_column(LOCATION, [f"{origin}, row {n}" for n in range(1, len(dataset) + 1)])
     return without_added_nulls(readable(located, bad))

@@ -222,9 +222,22 @@ def _column(name: str, values: list[Any]) -> Dataset:
     plain = len(types) <= 1 and types <= _PLAIN
     features = None if plain or not _is_json(values) else Features({name: Written()})
     column = Dataset.from_dict({name: values}, features=features)
-    if not plain and isinstance(column.features[name], Value) and column[name][:] != values:
+    feature = column.features[name]
+    if not plain and isinstance(feature, Value) and column[name][:] != values:
         raise ValueError("it would be changed, as times of several zones are")
+    nested = isinstance(feature, List | dict) and "binary" not in str(feature)
+    if nested and not all(map(_keeps_numbers, column[name][:], values)):
+        raise ValueError("numbers beside what JSON lacks (times, …) would be changed; write either as text")
     return column
+
+
+def _keeps_numbers(stored: Any, value: Any) -> bool:
+    """Whether what was stored has the same numbers, whole or not, as the value."""
+    if isinstance(value, dict):
+        return all(_keeps_numbers(stored[name], one) for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_keeps_numbers, stored, value))
+    return type(value) not in (int, float) or type(stored) is type(value)
 
 
 def _is_json(values: list[Any]) -> bool:

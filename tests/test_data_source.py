@@ -247,6 +247,15 @@ def test_a_function_is_told_what_becomes_of_bad_rows() -> None:
     assert ready(**settings, train_options={"on_bad_row": "own"}).train["prompt"][:] == ["own"]  # type: ignore[index]
 
 
+def transformed() -> datasets.Dataset:
+    return datasets.Dataset.from_list(ROWS).with_transform(lambda rows: {"prompt": ["2+2="] * len(rows["prompt"])})
+
+
+def test_rows_that_are_made_when_they_are_read_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"transformed: what with_transform or set_transform makes .* use map"):
+        ready(train=f"python:{__name__}.transformed")
+
+
 def test_what_a_function_returns_beside_rows_is_a_bad_row() -> None:
     with pytest.raises(ValueError, match=r"mixed, row 4: not an object but text"):
         ready(train=f"python:{__name__}.mixed")

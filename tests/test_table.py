@@ -113,6 +113,14 @@ def test_parquet_keeps_dates_and_loses_the_nulls_that_it_added(tmp_path: Path) -
     assert found[0]["prompt"] == chats[0]
 
 
+def test_numbers_beside_times_are_refused_where_arrow_would_change_them() -> None:
+    day = datetime.date(2024, 1, 1)
+    rows = [("row 1", {"x": [{"a": 1, "day": day}]}), ("row 2", {"x": [{"a": 2}]})]
+    assert tabulate(rows, "data.train")["x"][:] == [[{"a": 1, "day": day}], [{"a": 2, "day": None}]]
+    with pytest.raises(ValueError, match="can't store the column 'x': numbers beside what JSON lacks"):
+        tabulate([*rows, ("row 3", {"x": [{"a": 0.5}]})], "data.train")
+
+
 def test_messages_with_times_are_read(tmp_path: Path) -> None:
     """As those of WildChat; what JSON lacks is text."""
     chat = [{"role": "user", "content": "a", "timestamp": datetime.datetime(2023, 4, 9), "toxic": None}]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ...chat import Chat, Message, problem_with_chat
+from ...chat import Chat, Message, is_answer, problem_with_chat
 from ...printable import quoted
 from ...trajectory import Example
 from .models import tokenizer_of
@@ -74,7 +74,7 @@ class Renderer:
                     raise ValueError(f"the row has {name}, which nothing shows: {self._why_raw()}")
             return str(prompt)
         chat = self._chat(prompt)
-        if chat[-1]["role"] == "assistant":
+        if is_answer(chat[-1]):
             raise ValueError(
                 "the prompt's last message is the assistant's: the answer would be read, and a second one asked for. "
                 "data.last_answer: drop leaves it out, completion makes it the column completion"

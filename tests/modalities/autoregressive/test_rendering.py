@@ -335,6 +335,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
     ("template", "row", "reason"),
     [
         (CHATML, {"prompt": [USER, ANSWER]}, "the prompt's last message is the assistant's: .*data.last_answer: drop"),
+        (GEMMA, {"prompt": [USER, {**ANSWER, "role": "model"}]}, "the prompt's last message is the assistant's"),
         (None, {"prompt": [USER]}, "the prompt is a chat but .* has no chat template"),
         (None, {"prompt": "a", "tools": [TOOL]}, "the row has tools, which nothing shows: .* has no chat template"),
         (GEMMA, {"prompt": "a", "tools": [TOOL]}, "the row has tools, which the chat template of .* does not write"),
