@@ -11,12 +11,13 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow.parquet import ParquetFile
@@ -188,7 +189,7 @@ def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 # `json` alone would guess at other encodings, line by line
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=as_object)
+                row = json.loads(line.rstrip().decode("utf-8-sig"), object_pairs_hook=as_object)
                 if isinstance(row, Doubled):
                     raise ValueError(row.reason)
             except Exception as error:
@@ -231,12 +232,25 @@ def _from_parquet(files: list[Path], key: str, bad: BadRows) -> Dataset:
         try:
             part = Dataset.from_file(str(_as_arrow(file)))
         except Exception as error:
-            raise ValueError(f"{key}: can't read {file}: {_root(error)}") from error
+            column = _unknown_column(file)
+            where = f"{file}, column {column!r}" if column is not None else file
+            raise ValueError(f"{key}: can't read {where}: {_root(error)}") from error
         parts.append(_located(part, str(file), bad))
     try:
         return concatenate_datasets(parts)
     except ValueError as error:
         raise ValueError(f"{key}: {files[0].parent} holds files of different columns: {error}") from error
+
+
+def _unknown_column(file: Path) -> str | None:
+    """The first column of a Parquet file whose type `datasets` does not know; None where it is not that."""
+    with suppress(pa.ArrowException, OSError), file.open("rb") as stored:
+        for field in ParquetFile(stored).schema_arrow:
+            try:
+                Features.from_arrow_schema(pa.schema([field]))
+            except (ValueError, NotImplementedError):
+                return str(field.name)
+    return None
 
 
 def _as_arrow(file: Path) -> Path:

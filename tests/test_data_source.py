@@ -100,6 +100,13 @@ def test_text_that_is_none_is_a_bad_row(tmp_path: Path) -> None:
     assert found["id"][:] == [1, 3]  # type: ignore[index]
 
 
+def test_a_column_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["1+1="], "counts": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"can't read .*rows\.parquet, column 'counts': Arrow type map"):
+        ready(train=str(tmp_path / "rows.parquet"))
+
+
 # -- folders ------------------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,7 @@ class Renderer:
         chat = self._chat(example["prompt"])
         whole = self._render(chat + answer, example)
         later = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
-        starts = [prompt, *later]
+        starts = [prompt if whole.startswith(prompt) else self._asked(prompt, chat, example), *later]
         turns = [
             whole[len(start) : len(stop)]
             for start, stop in zip(starts, [*later, whole], strict=True)
@@ -203,6 +203,14 @@ class Renderer:
             raise ValueError("the chat template does not write the whole completion behind the prompt")
         # such as reasoning that the template leaves out of answers, or begins itself
         return [_without_opening(first["content"], opening) + self._behind_answer(chat, example)]
+
+    def _asked(self, prompt: str, chat: Chat, example: Example) -> str:
+        """The prompt as it is written where an answer follows, if that ends alike (Mistral's templates show the system
+        message in the last message alone); otherwise the prompt itself."""
+        head = self._render([*chat, {"role": "assistant", "content": _TEXT}], example).rpartition(_TEXT)[0]
+        own = prompt[len(prompt.rstrip()) :]
+        before, end, space = head.rpartition(prompt.split()[-1]) if prompt.strip() else ("", "", head)
+        return before + end + own if end and not space.strip() and space.startswith(own) else prompt
 
     def _opening(self, prompt: str, chat: Chat, example: Example) -> str:
         """What the template begins an answer with, at the end of the prompt."""

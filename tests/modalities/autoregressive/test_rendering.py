@@ -53,6 +53,12 @@ R1 = (
     "<Assistant>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
 )
+MISTRAL3 = (  # shows the system message in the last message alone
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == "
+    "'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]{% elif m.tool_calls %}<call>"
+    "{{ m.tool_calls[0].function.name }}{{ eos_token }}{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}<result>{{ m.content }}</result>{% endif %}{% endfor %}"
+)
 GLM = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -216,6 +222,18 @@ def test_a_thought_that_the_prompt_begins_is_not_begun_twice(template, end, thou
     assert answer[:2] == "it"
     _, answer = both(renderer(template), row | {"completion": "<thinking is hard"}, end)
     assert "<thinking is hard" in answer
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
+def test_what_a_template_shows_in_the_last_message_alone_changes_no_answer(system):
+    made, question = renderer(MISTRAL3), [*system, {"role": "user", "content": "12+30?"}]
+    prompt, answer = both(made, {"prompt": question, "completion": "42"})
+    assert prompt == f"<s>[INST] {'be brief' + chr(10) * 2 if system else ''}12+30?[/INST]"
+    assert answer == " 42</s>"
+    given_ids, written = made.completion({"prompt": question, "completion": STEPS}, stops(made))
+    assert made.tokenizer.decode(given_ids) == "<call>add</s><result>42</result> it is 42</s>"
+    trained = [i for i, own in zip(given_ids, written, strict=True) if own]
+    assert made.tokenizer.decode(trained) == "<call>add</s> it is 42</s>"
 
 
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
