@@ -225,7 +225,7 @@ def _column(name: str, values: list[Any]) -> Dataset:
     feature = column.features[name]
     if not plain and isinstance(feature, Value) and column[name][:] != values:
         raise ValueError("it would be changed, as times of several zones are")
-    nested = isinstance(feature, List | dict) and "binary" not in str(feature)
+    nested = isinstance(feature, List | LargeList | dict) and "binary" not in str(feature)
     if nested and not all(map(_keeps_numbers, column[name][:], values)):
         raise ValueError("numbers beside what JSON lacks (times, …) would be changed; write either as text")
     return column
@@ -262,7 +262,7 @@ def _storable(name: str, rows: list[tuple[str, dict[str, Any]]], bad: BadRows) -
 
 def _lists_messages(feature: Any) -> bool:
     """Whether a column holds chats, or the tools of one."""
-    inner = feature.feature if isinstance(feature, List) else None
+    inner = feature.feature if isinstance(feature, List | LargeList) else None
     return isinstance(inner, dict) and bool({"role", "function"} & set(inner)) and "binary" not in str(inner)
 
 

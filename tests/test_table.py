@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +113,10 @@ def test_parquet_keeps_dates_and_loses_the_nulls_that_it_added(tmp_path: Path) -
     assert [row["when"] for row in found] == when
     assert [row["prompt"][1]["tool_calls"][0]["arguments"] for row in found] == [{"x": 1}, {"text": "a"}]
     assert found[0]["prompt"] == chats[0]
+    large = pa.table({"prompt": pa.array(chats)})
+    large = large.cast(pa.schema([("prompt", pa.large_list(large.schema.field("prompt").type.value_type))]))
+    pq.write_table(large, tmp_path / "of polars.parquet")
+    assert [row["prompt"] for row in read(tmp_path / "of polars.parquet")] == [row["prompt"] for row in found]
 
 
 def test_numbers_beside_times_are_refused_where_arrow_would_change_them() -> None:
