@@ -251,13 +251,20 @@ def leaves(values: Any) -> Iterator[Any]:
 
 def overlaid(before: Any, values: Any) -> Any:
     """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
-    if isinstance(before, str) and isinstance(values, dict) and "class_path" not in values and "init_args" in values:
-        before = {"class_path": before}  # a class that was named in short
+    if isinstance(before, str) and _arguments_alone(values):
+        return {"class_path": before, **values}
+    if isinstance(values, str) and _arguments_alone(before):
+        return {"class_path": values, **before}
     if not isinstance(before, dict) or not isinstance(values, dict) or isinstance(values, Whole):
         return values
     if "class_path" in values and _short(values) != _short(before):
         return values
     return {**before, **{key: overlaid(before.get(key), value) for key, value in values.items()}}
+
+
+def _arguments_alone(values: Any) -> bool:
+    """Whether they belong to a class that is named elsewhere."""
+    return isinstance(values, dict) and bool(values) and values.keys() <= {"init_args", "dict_kwargs"}
 
 
 def _short(values: dict[str, Any]) -> str:

@@ -54,8 +54,12 @@ def check_base(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None
     """
     spec, kept = module._student_spec, checkpoint.get("base")
     matters = spec.lora is not None or (module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING)
-    if matters and not spec.random_init and kept not in (None, module._base):
+    if matters and kept not in (None, module._base):
         what = "the adapter in the checkpoint was trained on" if spec.lora else "the run of the checkpoint began with"
+        if "drawn" in (kept, module._base):
+            raise ValueError(
+                f"model.student.random_init is now {spec.random_init}: other weights than those that {what}"
+            )
         raise ValueError(f"model.student.path: {spec.path} holds other weights now than those that {what}")
 
 

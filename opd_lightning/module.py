@@ -32,7 +32,7 @@ from .objective import Objective, Steps
 from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
-from .rollout import EndOfRollouts, Rollout, RolloutLoader, group_statistics
+from .rollout import EndOfRollouts, Rollout, RolloutLoader, check_limit, group_statistics
 from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
@@ -287,7 +287,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if self.policies:
             return
         model = self._student_spec.load(self.model_class, trained=True)
-        self.student, self._base = model, fingerprint(model)
+        self.student, self._base = model, "drawn" if self._student_spec.random_init else fingerprint(model)
         student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
         self.policies["student"] = student
         for name, teacher in self.teachers.items():
@@ -694,6 +694,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._place_teachers()
 
     def on_train_start(self) -> None:
+        check_limit(self.trainer)
         check_agreement(self)
         if self._rng is not None:
             _set_rng_states(self._rng)
@@ -755,6 +756,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
                 f"{missing[0]}: was it written with another model.student or model.teachers?"
             )
         check_base(self, checkpoint)
+        resume.check_shapes(self, checkpoint["state_dict"])
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
+from torch import nn
 
 from .adapters import STUDENT
 from .checkpoint import plain_rng_states
@@ -39,10 +41,16 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": groups, "sizes": sizes}
 
 
-def check_settings(key: str, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """
+def check_settings(key: str, make: Callable[[Any], torch.optim.Optimizer], then: dict[str, Any], now: Any) -> None:
+    """Whether an optimizer can go on with the moments of another.
+
+    Args:
+        key: of the optimizer.
+        make: from parameters to the optimizer as it is configured now.
+        then, now: their settings (`settings_of`).
+
     Raises:
-        ValueError: the moments of one optimizer mean nothing to the other.
+        ValueError: the moments of one mean nothing to the other, or it needs some that the one did not keep.
     """
     if then["class"] != now["class"]:
         raise ValueError(
@@ -54,6 +62,31 @@ def check_settings(key: str, then: dict[str, Any], now: dict[str, Any]) -> None:
             f"{key} had {then['sizes']} parameters (by group) in the checkpoint and has now {now['sizes']}: something "
             f"else is trained (student.freeze, …); {ADVICE}"
         )
+    _check_moments(key, make, then, now)
+
+
+def _check_moments(key: str, make: Callable[[Any], torch.optim.Optimizer], then: dict[str, Any], now: Any) -> None:
+    """Steps on one weight, with the settings of then and of now."""
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = make([weight])
+        for settings in (then, now):
+            for group, values in zip(optimizer.param_groups, settings["groups"], strict=False):
+                group.update(values)
+            optimizer.step()
+    except KeyError as error:
+        changed = [
+            f"{name} was {before.get(name)} in the checkpoint and is now {value}"
+            for before, after in zip(then["groups"], now["groups"], strict=True)
+            for name, value in after.items()
+            if before.get(name) != value
+        ]
+        raise ValueError(
+            f"{key}: {', '.join(changed)}, and so it needs {error}, which it did not keep: {ADVICE}"
+        ) from None
+    except Exception:  # one that can't be tried on a single weight
+        return
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -83,6 +116,7 @@ def record(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
     checkpoint["made_with"] = {
         "optimizer": module.optimizer_settings,
         "adapter": _adapter(module.student),
+        "trained": _trained(module.student),
     }
 
 
@@ -104,14 +138,29 @@ def check(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
         return
     if not checkpoint.get("optimizer_states"):
         raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
+    _check_trained(made["trained"], _trained(module.student))
     parameters = [p for p in module.student.parameters() if p.requires_grad]
-    check_settings("model.optimizer", made["optimizer"], settings_of(module._optimizer(parameters)))
+    settings = settings_of(module._optimizer(parameters))
+    check_settings("model.optimizer", module._optimizer, made["optimizer"], settings)
     module.restored = made
     changed = changes(checkpoint["opd_config"], module.config_yaml)
     if changed:
         module.changes.append({"step": checkpoint["global_step"], "keys": changed})
         for line in told(module.changes[-1:])[:_SHOWN]:
             rank_zero_info(f"Changed {line}")
+
+
+def _trained(student: nn.Module) -> list[str]:
+    return [name for name, p in student.named_parameters() if p.requires_grad]
+
+
+def _check_trained(then: list[str], now: list[str]) -> None:
+    for names, what in ((set(then) - set(now), "trained"), (set(now) - set(then), "not trained")):
+        if names:
+            raise ValueError(
+                f"model.student: {min(names)} was {what} in the checkpoint, and now it is the other way round "
+                f"({len(names)} parameters; student.freeze, …): {ADVICE}"
+            )
 
 
 def _adapter(student: Any) -> dict[str, Any]:
@@ -142,6 +191,20 @@ def _check_adapter(then: dict[str, Any], now: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def check_shapes(module: OnPolicyDistillation, weights: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the weights of a checkpoint are those of another model.
+    """
+    mine = module.state_dict()
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and name in mine and weight.shape != mine[name].shape:
+            raise ValueError(
+                f"{module._student_spec.path} is another model now than the one that was trained: {name} has the "
+                f"shape {list(weight.shape)} in the checkpoint and {list(mine[name].shape)} here"
+            )
 
 
 # -- the record -------------------------------------------------------------------------------------------------------

@@ -136,6 +136,20 @@ def check_sampling(key: str, settings: Any) -> None:
             raise ValueError(f"{key}.{name} must be in (0, 1], got {value}")
 
 
+def check_limit(trainer: Any) -> None:
+    """
+    Raises:
+        ValueError: an epoch would end in the middle of an optimizer step, which Lightning would then take with a part
+            of its micro-batches.
+    """
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches % accumulate and not trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch after {batches} micro-batches, "
+            f"in the middle of an optimizer step of trainer.accumulate_grad_batches={accumulate}; make it a multiple"
+        )
+
+
 def derived_seed(*key: int) -> int:
     """A 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

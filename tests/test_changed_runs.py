@@ -115,7 +115,15 @@ def test_a_resume_without_changes_records_none(resume):
             ["--model.init_args.optimizer=torch.optim.Adam", f"{OPTIMIZER}.lr=0.1"],
             r"optimizer was .*AdamW .*Adam",
         ),
-        (["--model.init_args.student.freeze=embed"], r"model\.optimizer had \[\d+\] parameters .* now \[\d+\].*freeze"),
+        (
+            ["--model.init_args.student.freeze=embed"],
+            r"embed_tokens\.weight was trained in the checkpoint, and .*freeze",
+        ),
+        ([f"{OPTIMIZER}.amsgrad=true"], r"optimizer: amsgrad was False .* now True, and so it needs 'max_exp_avg_sq'"),
+        (
+            ["--model.init_args.student.random_init=true"],
+            r"student\.random_init was False .* and is now True, which hol",
+        ),
         ([LORA], r"model\.student\.lora was not set in the checkpoint and is now set"),
         (["--seed_everything=4"], r"seed_everything was 3 in the checkpoint and is now 4"),
         (["--model.init_args.rollout.batch_size=4"], r"8 prompts per generation"),
@@ -147,6 +155,13 @@ def test_another_adapter_is_refused(change, message, resume):
         resume(f"--model.init_args.student.lora={change}", of=(LORA,))
 
 
+def test_what_is_trained_is_known_by_name_and_not_by_number(resume):
+    """Moments of one layer would be taken for those of another of the same shapes."""
+    key = "--model.init_args.student.freeze=layers"
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.\S+ was trained in the checkpoint, and now it is the oth"):
+        resume(f"{key}.1", of=(f"{key}.0",))
+
+
 def test_a_run_without_its_adapter_is_refused(made, tmp_path):
     checkpoint = made(LORA).parent / "checkpoints" / "last.ckpt"
     where = [f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={checkpoint}"]
@@ -167,6 +182,14 @@ def test_another_base_is_refused_and_one_that_moved_is_not(resume, tmp_path, mak
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(make_world("text").student, tmp_path / "moved")
     assert last(resume(f"--model.init_args.student.path={tmp_path / 'moved'}", of=(LORA,)))["global_step"] == 5
+
+
+def test_another_model_is_not_evaluated_with_the_weights_of_a_checkpoint(made, tmp_path):
+    other = save_model(tmp_path / "other", hidden=48)
+    checkpoint, rows = (made().parent / path for path in ("checkpoints/last.ckpt", "data/rows.jsonl"))
+    changes = [f"--model.init_args.student.path={other}", f"--data.init_args.validation={rows}"]
+    with pytest.raises(ValueError, match=r"other is another model now .*: student\.\S+ has the shape \[24, 32\] in"):
+        run(["validate", "-c", str(made().parent / "run.yaml"), f"--ckpt_path={checkpoint}", *changes])
 
 
 def test_a_checkpoint_of_weights_only_is_not_resumed(made, tmp_path):

@@ -87,6 +87,12 @@ def test_overlays_replace_key_by_key_and_another_class_begins_anew():
     assert overlaid(before, {"weights": {"class_path": "Live"}}) == {"weights": {"class_path": "Live"}, "view": 1}
 
 
+def test_a_class_that_was_given_by_its_name_alone_has_the_arguments_beside_it():
+    assert overlaid("x.SGD", {"init_args": {"lr": 0.1}}) == {"class_path": "x.SGD", "init_args": {"lr": 0.1}}
+    assert overlaid({"init_args": {"lr": 0.1}}, "x.SGD") == {"class_path": "x.SGD", "init_args": {"lr": 0.1}}
+    assert overlaid("a text", {"role": "user"}) == {"role": "user"}
+
+
 def test_arguments_that_are_none():
     with pytest.raises(ConfigError, match=r"quickstart\.yaml: what is this\? Files are given as `-c FILE`"):
         said(["quickstart.yaml"])

@@ -26,7 +26,7 @@ from opd_lightning.objective import (
 )
 from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
 from opd_lightning.trajectory import Trajectories
-from tests.tiny import LongerIsBetter, Rows, attach, make_trainer
+from tests.tiny import LongerIsBetter, Rows, attach, fit, make_module, make_trainer
 from tests.worlds import World
 
 
@@ -504,3 +504,11 @@ def test_several_epochs_over_a_generation_batch_do_not_depend_on_micro_batches(n
         found.append(torch.cat([p.detach().flatten().double() for p in module.student.parameters()]))
     for other in found[1:]:
         assert (other - found[0]).norm() / found[0].norm() < 1e-5
+
+
+def test_an_epoch_that_ends_in_the_middle_of_an_optimizer_step_is_refused(tiny_student, tiny_teacher, tmp_path):
+    """Lightning would take it with some of its micro-batches, and begin the next one with the others."""
+    module = make_module(tiny_student, tiny_teacher, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
+    with pytest.raises(ValueError, match=r"limit_train_batches=3 ends an epoch after 3 micro-batches, in the middle"):
+        fit(module, tmp_path, accumulate_grad_batches=2, limit_train_batches=3)
+    fit(module, tmp_path, accumulate_grad_batches=2, limit_train_batches=4)

@@ -113,7 +113,7 @@ class Learner(nn.Module):
 
     def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._make = model, optimizer
         made = optimizer(list(model.parameters()))
         self.settings, self.optimizer = settings_of(made), in_place(made)
         self.learnt_at = self.restored_at = -1  # optimizer steps of the student that were done
@@ -125,7 +125,7 @@ class Learner(nn.Module):
         return {"optimizer": self.optimizer.state_dict(), "made_with": self.settings, "learnt_at": self.learnt_at}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        check_settings("LearntScore.optimizer", state["made_with"], self.settings)
+        check_settings("LearntScore.optimizer", self._make, state["made_with"], self.settings)
         self.optimizer.load_state_dict(state["optimizer"])
         apply_settings(self.optimizer, state["made_with"], self.settings)
         self.learnt_at = self.restored_at = state["learnt_at"]
