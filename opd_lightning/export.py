@@ -17,7 +17,7 @@ from jsonargparse._util import import_object
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapters import merged
+from .adapters import STUDENT, merged
 from .checkpoint import check_whole, newest_whole
 from .likeness import TOLERANCE, distance, tolerance
 from .model_card import model_card
@@ -214,6 +214,12 @@ def _check_mergeable(module: OnPolicyDistillation, merge: bool) -> None:
             f"the base is quantised ({quantised}); to merge would round the adapter away. Export with --merge=false, "
             "and load the adapter on the base"
         )
+    config: Any = model.peft_config[STUDENT]
+    if merge and config.layer_replication:
+        raise ValueError(
+            "the adapter's layer_replication lets layers share their weights, which a merged model can't; export with "
+            "--merge=false"
+        )
     if not merge and spec.random_init:
         raise ValueError("the adapter's base was drawn (random_init), so nobody else has it; export with --merge=true")
 
@@ -229,7 +235,10 @@ def _finished(module: OnPolicyDistillation, merge: bool, dtype: str) -> Any:
     wanted = module.stored_dtype(spec) if named == "auto" else getattr(torch, named)
     if wanted == torch.float32:
         model.to(wanted)  # before anything is rounded
-    model = merged(model) if isinstance(model, PeftModel) else model
+    try:
+        model = merged(model) if isinstance(model, PeftModel) else model
+    except RuntimeError as error:  # what peft says of a bias without a place, …
+        raise ValueError(f"the adapter can't be merged: {error} Export with --merge=false") from error
     return model if wanted is None or not isinstance(model, nn.Module) else model.to(wanted)
 
 

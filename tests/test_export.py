@@ -166,6 +166,23 @@ def test_whatever_an_adapter_trains_is_exported(kind, tied, tmp_path):
     torch.testing.assert_close(said(tmp_path / "adapter", base), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication lets layers share their weights, .*--merge=false"),
+        ({"lora_bias": True}, "can't be merged: .*base layer has no bias.*--merge=false"),
+    ],
+    ids=["layer_replication", "lora_bias"],
+)
+def test_what_no_merged_model_can_hold_is_refused(adapter, message, tiny_student, tmp_path):
+    saved = save_adapter(tiny_student, tmp_path / "start", **adapter)
+    checkpoint = exportable(tmp_path / "x.ckpt", tiny_student, lora={"adapter": str(saved)})
+    with pytest.raises(ValueError, match=message):
+        export.write(checkpoint, tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+    export.write(checkpoint, tmp_path / "adapter", merge=False)
+
+
 def test_adapters_over_drawn_weights_are_exported_over_those_that_were_trained(tiny_student, tmp_path):
     """Nobody else has them: they are in the checkpoint, and an adapter alone would be worth nothing."""
     torch.manual_seed(5)
