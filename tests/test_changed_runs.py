@@ -122,7 +122,7 @@ def test_a_resume_without_changes_records_none(resume):
         ([f"{OPTIMIZER}.amsgrad=true"], r"optimizer: amsgrad was False .* now True, and so it needs 'max_exp_avg_sq'"),
         (
             ["--model.init_args.student.random_init=true"],
-            r"student\.random_init=True: now other weights than those",
+            r"student\.random_init is now True: other weights than",
         ),
         ([LORA], r"model\.student\.lora was not set in the checkpoint and is now set"),
         (["--seed_everything=4"], r"seed_everything was 3 in the checkpoint and is now 4"),

@@ -174,9 +174,10 @@ def test_whatever_an_adapter_trains_is_exported(kind, tied, tmp_path):
     ],
     ids=["layer_replication", "lora_bias"],
 )
-def test_what_no_merged_model_can_hold_is_refused(adapter, message, tiny_student, tmp_path):
-    saved = save_adapter(tiny_student, tmp_path / "start", **adapter)
-    checkpoint = exportable(tmp_path / "x.ckpt", tiny_student, lora={"adapter": str(saved)})
+def test_what_no_merged_model_can_hold_is_refused(adapter, message, tmp_path):
+    base = save_model(tmp_path / "base", architecture="llama")
+    saved = save_adapter(base, tmp_path / "start", **adapter)
+    checkpoint = exportable(tmp_path / "x.ckpt", base, lora={"adapter": str(saved)})
     with pytest.raises(ValueError, match=message):
         export.write(checkpoint, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
