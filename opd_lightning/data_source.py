@@ -133,8 +133,11 @@ def _from_files(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> 
         return _from_parquet(files, key, bad)
     rows: list[tuple[str, Any]] = []
     for file in files:
-        found = json_lines(file, bad) if file.suffix == ".jsonl" else _json_list(file, field, key)
-        rows += [(f"{file}, row {number}", row) for number, row in found]
+        try:
+            found = json_lines(file, bad) if file.suffix == ".jsonl" else _json_list(file, field, key)
+            rows += [(f"{file}, row {number}", row) for number, row in found]
+        except OSError as error:
+            raise ValueError(f"{key}: can't read {file}: {error.strerror or error}") from error
     return tabulate(rows, key, bad)
 
 

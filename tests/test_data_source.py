@@ -107,6 +107,19 @@ def test_a_column_that_can_not_be_read_is_named(tmp_path: Path) -> None:
         ready(train=str(tmp_path / "rows.parquet"))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_file_that_may_not_be_read_is_named(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / f"rows{suffix}", ROWS)
+
+    def denied(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ValueError, match=rf"data\.train: can't read .*rows{suffix}: .*Permission denied"):
+        ready(train=str(file))
+
+
 # -- folders ------------------------------------------------------------------------------------------------------
 
 
