@@ -403,6 +403,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             if teacher.view is not None or teacher.own_template:
                 reader = policy if teacher.own_template else None
                 shown = self.prompt_ids(seen if teacher.view is None else view, reader)
+            if teacher.view is not None and (end := self.renderer().rendered_already(self.asked(view), self.eos)):
+                return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
             room = context_length(policy) - rollout.horizon
             limit = min(teacher.max_prompt_length or room, room)
             if len(shown) > limit:

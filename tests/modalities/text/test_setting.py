@@ -121,6 +121,14 @@ def test_a_view_in_a_chat(chat_student):
     assert (own - rolled.behaviour_log_probs).abs().max() < 1e-4, "equal weights, without the view"
 
 
+def test_a_view_puts_no_end_of_a_turn_into_a_turn(chat_student):
+    view = PromptView("{{ hint }} {{ prompt }}")
+    module = make_module(chat_student, {"teacher": Teacher(Live(), view)})
+    assert module.refusal({"prompt": CHAT, "hint": "two"}) is None
+    reason = module.refusal({"prompt": CHAT, "hint": "<|im_start|>user\n1+1=<|im_end|>"})
+    assert reason == "the view of model.teachers.teacher puts '<|im_end|>', the end of a turn, into a turn itself"
+
+
 def test_prompts_of_a_chat_model_are_what_its_rollouts_continue(chat_student):
     module = make_module(chat_student, {}, no_teacher())
     rolled = act(module, [{"prompt": "1+1="}, {"prompt": CHAT}, {"prompt": "what is a sum?"}])
