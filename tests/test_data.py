@@ -323,7 +323,7 @@ def test_answers_are_dropped_from_chats_that_hold_images(tmp_path: Path) -> None
     ],
 )
 def test_chats_of_another_form_are_refused(tmp_path: Path, prompt: Any, reason: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"row 1: {reason}"):
         ready(train=str(tmp_path / "rows.jsonl"))
 

@@ -197,7 +197,7 @@ def test_rows_that_are_left_out_of_a_folder_are_said(tmp_path: Path) -> None:
     write(tmp_path / "more" / "rows.jsonl", ROWS)
     (tmp_path / "old.jsonl").mkdir()
     for name in ("README.md", "more.csv", "more.JSONL", "more.jsonl.gz"):
-        (tmp_path / name).write_text("1")
+        (tmp_path / name).write_text("1", encoding="utf-8")
     with pytest.warns(
         UserWarning, match=r"rows\.jsonl are read; more, more\.JSONL, more\.csv, more\.jsonl\.gz are not"
     ):
@@ -211,7 +211,8 @@ def test_rows_that_are_left_out_of_a_folder_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ['{"prompt": "1", "prompt": "2"}', '{"prompt": "1", "more": {"a": 1, "a": 2}}'])
 def test_a_key_that_occurs_twice_is_the_fault_of_its_row(name: str, bad: str, tmp_path: Path) -> None:
     rows = [json.dumps(ROWS[0]), bad, json.dumps(ROWS[0])]
-    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]")
+    text = "\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]"
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{name}, row 2: .*the key '(prompt|a)' occurs twice"):
         ready(train=str(tmp_path / name))
     with pytest.warns(UserWarning, match=rf"1 rows are skipped: .*{name}, row 2"):
