@@ -171,7 +171,14 @@ class OnPlateau(Schedule):
             self.place, self.waited = min(self.place + 1, len(self.values) - 1), 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self.place, "waited": self.waited, "best": self.best}
+        went_by = {"monitor": self.monitor, "mode": self.mode}
+        return {"place": self.place, "waited": self.waited, "best": self.best, "went_by": went_by}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the same place of the list; the best value of another metric is none of this one."""
+        self.place = min(state.get("place", 0), len(self.values) - 1)
+        if state.get("went_by") == {"monitor": self.monitor, "mode": self.mode}:
+            self.waited, self.best = state["waited"], state["best"]
 
 
 @dataclass

@@ -105,6 +105,10 @@ class Comparison:
         off = set(module.teachers) - module.objective.teachers() - module.asked_by_parts() - module.rollout.sources
         for source in sorted(module.rollout.sources):
             acted = module.act(source, self._examples, self._seeds)
+            if not acted.mask.any():
+                raise ValueError(
+                    f"rollout.behaviour.{source}: none of {len(acted)} trajectories has a step that is trained (mask)"
+                )
             with module.trainer.precision_plugin.forward_context():
                 for name in sorted(set(module.policies) - off):
                     together = self._ask(name, acted)

@@ -55,6 +55,17 @@ def row_of(examples: Sequence[Example], index: int) -> Row:
     return row
 
 
+def given(example: Example) -> Example:
+    """A copy for views and rewards: they may change its columns, lists and mappings; images and tensors are shared."""
+    return example | {name: _unshared(value) for name, value in example.items()}
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
+
+
 def identified(example: Example) -> dict[str, Any]:
     """What tells an example from others in what is written of it: number, location and answer, where it has them."""
     known = {"index": getattr(example, "index", None), "location": location_of(example) or None}

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .printable import printable, quoted
-from .rows import location_of
+from .rows import given, location_of
 from .time_limit import TooLate, within
 from .trajectory import Example
 
@@ -63,7 +63,7 @@ class Scoring:
         try:
             if hasattr(reward, "prepare"):
                 reward.prepare()
-            answer = within(self.timeout, lambda: reward(completion, example))
+            answer = within(self.timeout, lambda: reward(completion, given(example)))
             value = as_number(answer)
             if answer is None or value is not None:
                 return value

@@ -19,7 +19,7 @@ from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_ada
 from .distribution import Distribution
 from .finite import Finite
 from .pretrained import Pretrained
-from .rows import reason_of
+from .rows import given, reason_of
 from .sharding import put_away, slice_of
 from .trajectory import Example
 
@@ -237,7 +237,7 @@ def shown_by(view: View, example: Example) -> Example | None:
         ValueError: whatever the view raised; the message names the view and the columns that it reads.
     """
     try:
-        return view(example)
+        return view(given(example))
     except Exception as error:
         read = f" from {', '.join(view.columns)}" if view.columns else ""
         raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error

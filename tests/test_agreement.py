@@ -200,6 +200,19 @@ def test_the_refusal_names_policy_key_and_cause(tiny_student, tiny_teacher, tmp_
     assert len(told.splitlines()) == 1
 
 
+class Idle(toy.Moves):
+    """Trains no step."""
+
+    def sample(self, policy, prompts, examples, rollout, seeds):
+        acted = super().sample(policy, prompts, examples, rollout, seeds)
+        return replace(acted, mask=torch.zeros_like(acted.mask))
+
+
+def test_rollouts_of_which_nothing_is_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"rollout\.behaviour\.student: none of 4 trajectories has a step that is"):
+        toy.fit(toy.make_module(setting=Idle), tmp_path)
+
+
 def test_a_tolerance_of_ones_own(tmp_path, compared):
     toy.fit(toy.make_module(setting=Crowded, agreement=Agreement(rows=3, tolerance=50.0)), tmp_path)
     assert compared.apart["student"]["alone / beside others"] > 1e-3

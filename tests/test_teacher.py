@@ -10,7 +10,7 @@ from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher, evaluating
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher, View, evaluating
 from tests.tiny import act, fit, log_softmax, make_module, make_rows, sgd
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
@@ -36,6 +36,38 @@ def test_names_that_mean_something_else_are_refused(tiny_student, name):
     term = Term(ReverseKL(), teacher=name)
     with pytest.raises(ValueError, match=r"model\.teachers: "):
         make_module(tiny_student, {name: Teacher(Live())}, objective=Objective([term]), load=False)
+
+
+class Changing(View):
+    """Changes the row that it is given, its lists too."""
+
+    columns = ("solution", "notes")
+
+    def __call__(self, example):
+        example["notes"].append(example["solution"])
+        example["prompt"] = f"{'1' * len(example['notes'])}{example['prompt']}"
+        return example
+
+
+class ChangingReward:
+    columns = ("answer",)
+
+    def __call__(self, completion, example):
+        example["notes"].append(completion)
+        example["prompt"] = f"9{example['prompt']}"
+        return 1.0
+
+
+def test_views_and_rewards_change_copies_of_rows(student, teacher):
+    """Whoever reads a row after them reads what is in the data."""
+    frozen = Frozen(Pretrained(str(teacher)))
+    module = make_module(student, {"teacher": Teacher(frozen, Changing())}, reward=ChangingReward())
+    rows = [{**row, "notes": []} for row in make_rows()]
+    for example in (rows[1], *act(module, rows[:4]).examples):
+        module.rate("2", example)
+        assert module.teachers["teacher"].look(example)["prompt"] == f"1{example['prompt']}"
+        assert module.teachers["teacher"].look(example)["prompt"] == f"1{example['prompt']}"
+        assert example["notes"] == []
 
 
 # -- frozen -------------------------------------------------------------------------------------------------------

@@ -58,6 +58,20 @@ def test_on_plateau_waits_for_improvement():
     assert seen == [8, 8, 8, 16, 16, 16, 32, 32, 32, 32]
 
 
+def test_a_plateau_goes_on_by_what_is_configured_now():
+    """A shorter list ends at its last value, and the best of one metric is none of another."""
+    before = OnPlateau("val/accuracy", [8, 16, 32], patience=1)
+    for value in (0.5, 0.4, 0.4):
+        before.watch({"val/accuracy": value})
+    shorter, other = OnPlateau("val/accuracy", [8, 16]), OnPlateau("val/length", [8, 16, 32], mode="min")
+    for after in (shorter, other):
+        after.load_state_dict(before.state_dict())
+    assert (shorter(0), shorter.best) == (16, 0.5)
+    assert other(0) == 32
+    other.watch({"val/length": 7.0})
+    assert other.best == -7.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
