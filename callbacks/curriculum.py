@@ -171,14 +171,17 @@ class OnPlateau(Schedule):
             self.place, self.waited = min(self.place + 1, len(self.values) - 1), 0
 
     def state_dict(self) -> dict[str, Any]:
-        went_by = {"monitor": self.monitor, "mode": self.mode}
-        return {"place": self.place, "waited": self.waited, "best": self.best, "went_by": went_by}
+        return {"place": self.place, "waited": self.waited, "best": {self._of_what: self.best}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the same place of the list; the best value of another metric is none of this one."""
         self.place = min(state.get("place", 0), len(self.values) - 1)
-        if state.get("went_by") == {"monitor": self.monitor, "mode": self.mode}:
-            self.waited, self.best = state["waited"], state["best"]
+        if self._of_what in state.get("best", {}):
+            self.waited, self.best = state["waited"], state["best"][self._of_what]
+
+    @property
+    def _of_what(self) -> str:
+        return f"{self.mode} {self.monitor}"
 
 
 @dataclass
