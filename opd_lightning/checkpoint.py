@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from .adapters import adapter_parameters
 from .ending import Ending
 from .folder import RunLock, forget_samples_after, set_aside
+from .printable import printable
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
@@ -119,6 +123,19 @@ def check_ours(checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or not {"state_dict", "loops", "made_with"} <= found.keys():
         raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`, or one of an earlier version")
+
+
+def check_named(path: str, folders: Sequence[Path]) -> None:
+    """
+    Raises:
+        ValueError: there is no such file, but one of nearly that name in these folders of the run.
+    """
+    if Path(path).exists():
+        return
+    there = {file.name: str(file) for folder in folders for file in folder.glob("*.ckpt")}
+    names = {"last": "last"} | there if "last.ckpt" in there else there
+    if near := get_close_matches(Path(path).name, names, n=1):
+        raise ValueError(f"--ckpt_path={path}: there is no such file; did you mean {names[near[0]]}?")
 
 
 class Checkpoint(ModelCheckpoint):
@@ -255,6 +272,11 @@ class Checkpoint(ModelCheckpoint):
         self._settle(trainer)
         return super()._find_last_checkpoints(trainer)
 
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Where it writes."""
+        self._settle(trainer)
+        return Path(str(self.dirpath))
+
     def _settle(self, trainer: L.Trainer) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
 
@@ -262,6 +284,10 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if trainer.is_global_zero and (last := self.folder(trainer) / "last.ckpt").exists():
+            print(
+                printable(f"the last checkpoint is {last}; `opd export {shlex.quote(str(last))} DIR` writes its model")
+            )
 
 
 def _validates(trainer: L.Trainer) -> bool:

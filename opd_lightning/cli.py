@@ -15,16 +15,17 @@ import torch
 from jsonargparse import set_dumper, set_loader
 from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
-from .checkpoint import Checkpoint, check_ours
+from .checkpoint import Checkpoint, check_named, check_ours
 from .cli_errors import Parser
 from .cli_help import print_help
 from .config_file import ConfigError, Text, dump, leaves, load, overlaid
 from .config_keys import Checker, Exactly
 from .export import export
 from .folder import check_folder
-from .front import front, keys_of, resolve  # noqa: F401  (resolve: for scripts)
+from .front import front, keys_of, meanings, resolve  # noqa: F401  (resolve: for scripts)
 from .modalities.gui_grounding.render import render_gui
 from .module import OnPolicyDistillation
 from .predictions import PredictionWriter
@@ -85,25 +86,30 @@ class OPDCLI(LightningCLI):
     def before_fit(self) -> None:
         """A checkpoint or a folder that can't be used is refused before anything is loaded."""
         check_folder(self.trainer.default_root_dir)
-        self._check_checkpoint(self.config.fit.ckpt_path)
+        self._check_checkpoint(self.config.fit.ckpt_path, trains=True)
 
     def before_validate(self) -> None:
-        self._check_checkpoint(self.config.validate.ckpt_path, evaluates=True)
+        self._check_checkpoint(self.config.validate.ckpt_path)
 
     def before_test(self) -> None:
-        self._check_checkpoint(self.config.test.ckpt_path, evaluates=True)
+        self._check_checkpoint(self.config.test.ckpt_path)
 
     def before_predict(self) -> None:
         check_folder(self.trainer.default_root_dir)
-        self._check_checkpoint(self.config.predict.ckpt_path, evaluates=True)
+        self._check_checkpoint(self.config.predict.ckpt_path)
 
-    def _check_checkpoint(self, path: str | None, evaluates: bool = False) -> None:
+    def _check_checkpoint(self, path: str | None, trains: bool = False) -> None:
         if path == "best":
             raise ValueError("--ckpt_path=best: only the run itself knows which is; name its file, or last")
+        saved = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
+        if path is None and not trains:
+            name = self.model._student_spec.path
+            rank_zero_warn(
+                printable(f"without --ckpt_path the student is the configuration's, as yet untrained: {name}")
+            )
         if path == "last":
-            saved = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
             files = [Path(file) for callback in saved for file in callback._find_last_checkpoints(self.trainer)]
-            if evaluates and not files:
+            if not trains and not files:
                 raise ValueError(
                     f"--ckpt_path=last: there is no last.ckpt in {' or '.join(str(c.dirpath) for c in saved)}; without "
                     "--ckpt_path the student is evaluated as it is before training"
@@ -111,6 +117,7 @@ class OPDCLI(LightningCLI):
             for file in files:
                 check_ours(file)
         elif path is not None and "://" not in path and path != "hpc":
+            check_named(path, [callback.folder(self.trainer) for callback in saved])
             check_ours(Path(path))
 
     def _parse_ckpt_path(self) -> None:
@@ -141,7 +148,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
             else:
                 found += ["-c", values]
             follows = bool(source.keys) and isinstance(found[-1], dict)
-        print_help(sources, kinds, together)
+        print_help(sources, kinds, together, meanings(arguments[0]))
     except ConfigError as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)

@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from .config_file import Keys, Source, dotted
+from .config_file import Source, did_you_mean
+from .places import about, place_of
 from .printable import printable
 
 # What jsonargparse says about how it looked, not about what is wrong
@@ -21,7 +22,6 @@ _NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <cla
 _KEY = re.compile(r'^(?:- )?Parser key "([^"]+)":')
 _CLASS = re.compile(r"^(?:- )?Problem with given class_path '([^']+)'")
 _EXPECTED = re.compile(r"^Expected an? (?:typing\.|<class ')?([\w.\[\], '-]+?)'?>?(?:\. Got value: (.*))?$")
-_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 LONGEST = 600
 """Characters of a message; transformers lists all the models that it knows."""
 _CHECKS = (ValueError, TypeError, RuntimeError, OSError, ImportError, ArithmeticError, MisconfigurationException)
@@ -59,11 +59,19 @@ def explain(message: str, sources: Sequence[Source]) -> str:
     what = problems[0]
     if found := _EXPECTED.match(what):
         values = message.rpartition("Given value: ")[2].splitlines() if "Given value: " in message else []
-        given = values[0] if values and len(values[0]) < 80 else found.group(2)
-        what, problems = f"expected {' or '.join(expected)}" + (f", got {given}" if given else ""), problems[:1]
+        whole = values and len(values[0]) < 80 and not values[0].startswith(("{", "NestedArg("))
+        given = found.group(2) or (values[0] if whole else None)
+        what, problems = _expected(expected, given), problems[:1]
     lines = [f"error: {'.'.join(path)}: {what}" if path else f"error: {what}"]
-    lines += [f"  in {place}" for place in [place_of(path, sources)] if place]
+    lines += [f"  in {place}" for place in [place_of(path, sources, message)] if place]
     return "\n".join([*lines, *(f"  {problem}" for problem in problems[1:4])]) + "\n"
+
+
+def _expected(types: Sequence[str], given: str | None) -> str:
+    words = [word for name in types for word in re.findall(r"'([^']*)'", name) if name.startswith("Literal")]
+    known = [f"one of {', '.join(words)}"] if words else []
+    known += [name for name in types if not name.startswith("Literal")]
+    return f"expected {' or '.join(known)}" + (f", got {given}{did_you_mean(given, words)}" if given else "")
 
 
 def sentence(error: BaseException, sources: Sequence[Source]) -> str | None:
@@ -76,12 +84,12 @@ def sentence(error: BaseException, sources: Sequence[Source]) -> str | None:
     frames = list(_frames(cause.__traceback__))
     selves = [type(frame.tb_frame.f_locals.get("self")).__name__ for frame in frames]
     made = [who for who, frame in zip(selves, frames, strict=True) if _constructs(frame)]
-    key, place = _about(str(cause), made, sources)
+    key, place = about(str(cause), made, sources)
     what = str(cause) if len(str(cause)) < LONGEST else f"{str(cause)[:LONGEST]} …"
     if not _checks(cause, frames, selves):
-        if not (made and place and any(_builds(frame) for frame in frames)):
+        if not (made and (key or place) and any(_builds(frame) for frame in frames)):
             return None
-        what = f"{made[0]} can't be built from this: {type(cause).__name__}: {what}"
+        what = f"{key or made[-1]} can't be built from this: {type(cause).__name__}: {what}"
     text = f"error: {key}: {what}" if key and not what.startswith(key) else f"error: {what}"
     return text + (f"\n  in {place}" if place else "") + "\n  (--traceback shows where this was raised)\n"
 
@@ -126,54 +134,3 @@ def _checks(cause: BaseException, frames: Sequence[TracebackType], selves: Seque
 
 def _raises(frame: TracebackType) -> bool:
     return dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]] == "RAISE_VARARGS"
-
-
-def _about(message: str, made: Sequence[str], sources: Sequence[Source]) -> tuple[str, str]:
-    """The place of a key that a message names; or else the key of the part under construction, and its place."""
-    for name in _DOTTED.findall(message):
-        wanted = name.split(".")
-        for keys, place in _places(sources):
-            if plain(keys)[-len(wanted) :] == wanted:
-                return "", place
-    for who in reversed(made):
-        for keys, place in _places(sources):
-            if _class_at(keys, sources) == who or (who == "Trainer" and keys == ("trainer",)):
-                return dotted([key for key in keys if key != "class_path"]), place
-    return "", ""
-
-
-def plain(keys: Sequence[str | int]) -> list[str]:
-    """Keys as messages name them: without ``init_args`` and places in lists."""
-    return [str(key).removesuffix("+") for key in keys if isinstance(key, str) and key != "init_args"]
-
-
-def _places(sources: Sequence[Source]) -> Iterator[tuple[Keys, str]]:
-    for source in reversed(sources):  # the last one wins
-        for keys in [source.keys] if source.keys else source.lines:
-            yield keys, source.place(keys) or source.name
-
-
-def _class_at(keys: Keys, sources: Sequence[Source]) -> str:
-    """The short name of the class that is named there, if one is."""
-    for source in reversed(sources):
-        value: Any = source.values
-        try:
-            for key in keys:
-                value = value[key]
-        except (KeyError, IndexError, TypeError):
-            continue
-        return value.rpartition(".")[2] if isinstance(value, str) else ""
-    return ""
-
-
-def place_of(path: Sequence[str], sources: Sequence[Source]) -> str | None:
-    """Where a key is that jsonargparse names, or what holds it: it leaves out places in lists and names of teachers."""
-    wanted = plain(path)
-    while wanted:
-        for keys, place in _places(sources):
-            same = plain(keys)
-            rest = iter(same)
-            if same[-1:] == wanted[-1:] and all(key in rest for key in wanted):
-                return place
-        wanted.pop()
-    return None

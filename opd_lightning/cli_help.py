@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import docstring_parser
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._util import import_object
 
 from .config_file import ConfigError, Source, did_you_mean, dotted
-from .config_keys import accepted, base_of, find_class, is_abstract, is_closed, is_list, kinds_of, members, name_of
+from .config_keys import (
+    accepted,
+    base_of,
+    find_class,
+    is_abstract,
+    is_closed,
+    is_list,
+    is_part,
+    kinds_of,
+    members,
+    name_of,
+)
 
 
-def print_help(sources: Sequence[Source], kinds: Mapping[str, Any], together: Mapping[str, Any]) -> None:
+def print_help(
+    sources: Sequence[Source], kinds: Mapping[str, Any], together: Mapping[str, Any], said: Mapping[str, str]
+) -> None:
     """Prints what an argument asks, and exits; nothing where none asks.
 
     Args:
         kinds: what may stand at the top of a configuration.
         together: all that files and arguments say: of a key whose class they name, that class is explained.
+        said: what the keys at the top are for.
 
     Raises:
         ConfigError: there is no such key or class.
@@ -30,24 +46,63 @@ def print_help(sources: Sequence[Source], kinds: Mapping[str, Any], together: Ma
         return
     flag, _, inline = asked.tokens[0].partition("=")
     keys = flag.removeprefix("--").split(".")[:-1]
-    sys.stdout.write(_page(keys, inline or (*asked.tokens, "")[1], kinds, together))
+    sys.stdout.write(_page(keys, inline or (*asked.tokens, "")[1], kinds, together, said))
     sys.exit(0)
 
 
-def _page(keys: list[str], named: str, kinds: Mapping[str, Any], values: Any) -> str:
+def _page(keys: list[str], named: str, kinds: Mapping[str, Any], values: Any, said: Mapping[str, str]) -> str:
     kind: Any = None
+    text = said.get(keys[0], "")
     for place, key in enumerate(keys):
         below: Mapping[Any, Any] = kinds if place == 0 else _inside(kind, values)
         if key in ("init_args", "class_path"):
             continue
         if key not in below and None not in below:
-            known = ", ".join(below) or "none"
-            raise ConfigError(
-                f"{dotted(keys[: place + 1])}: no such key{did_you_mean(key, below)}\n  there are {known}"
-            )
+            _refuse(keys[: place + 1], below, kind)
+        text = _documented(_holder(kind, values), key) if place else text
         kind = below[key] if key in below else below[None]
         values = values.get("init_args", values).get(key) if isinstance(values, Mapping) else None
-    return _explained(keys, kind, named, values)
+    return _explained(keys, kind, named, values, text)
+
+
+def _refuse(keys: list[str], below: Mapping[Any, Any], kind: Any) -> NoReturn:
+    """Says that there is no such key, or which classes have it."""
+    key, holder = keys[-1], dotted(keys[:-1])
+    bases = [base for member in members(kind) if (base := base_of(member)) is not None]
+    having = [name for base in bases for name in kinds_of(base) if key in accepted(import_object(name))]
+    if having:
+        names = [name.rpartition(".")[2] for name in having]
+        raise ConfigError(
+            f"{dotted(keys)}: whether there is one depends on the class of {holder}: it is a key of "
+            f"{', '.join(names)}. Give the configuration that names the class (-c FILE), or ask for "
+            f"--{holder}.help {names[0]}"
+        )
+    there = f"there are {', '.join(map(str, below))}" if below else f"{holder or 'it'} has no keys"
+    raise ConfigError(f"{dotted(keys)}: no such key{did_you_mean(key, below)}\n  {there}")
+
+
+def _holder(kind: Any, values: Any) -> Any:
+    """The class whose arguments the keys below a key are; None: they are names."""
+    for member in members(kind):
+        if is_list(member):
+            return _holder((*typing.get_args(member), Any)[0], None)
+        if (cls := _class_of(member, values)) is not None:
+            return cls
+    return None
+
+
+def _documented(cls: Any, key: str) -> str:
+    """What the docstring of a class says of an argument, also where it speaks of several at once."""
+    if cls is None:
+        return ""
+    for parameter in get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None):
+        if parameter.name == key and parameter.doc:
+            return str(parameter.doc)
+    for source in getattr(cls, "__mro__", (cls,)):
+        for said in docstring_parser.parse(inspect.getdoc(source) or "").params:
+            if key in re.split(r",\s*", said.arg_name):
+                return said.description or ""
+    return ""
 
 
 def _inside(kind: Any, values: Any) -> Mapping[Any, Any]:
@@ -72,9 +127,15 @@ def _class_of(kind: Any, values: Any) -> Any:
     return find_class(named, base) if base is not None and isinstance(named, str) else base
 
 
-def _explained(keys: list[str], kind: Any, named: str, values: Any) -> str:
+def _explained(keys: list[str], kind: Any, named: str, values: Any, said: str = "") -> str:
+    """
+    Args:
+        said: what is known of a key that no class explains.
+    """
     for member in members(kind):
         if is_list(member) or typing.get_origin(member) is dict:
+            if not is_part((*typing.get_args(member), Any)[-1]):
+                continue
             return _explained(keys, typing.get_args(member)[-1], named, None)
         cls = _class_of(member, named or values)
         if cls is not None:
@@ -83,7 +144,11 @@ def _explained(keys: list[str], kind: Any, named: str, values: Any) -> str:
             text = "" if is_abstract(cls) and choices else _arguments(keys, cls)
             more = _list_of(keys, base, choices) if base is not None and not named else ""
             return f"{text}{more}".lstrip("\n")
-    return f"{dotted(keys)}: {name_of(kind)}\n"
+    return "\n".join([f"{dotted(keys)}: {name_of(kind)}", *_indented(said, "  ")]) + "\n"
+
+
+def _indented(text: str, margin: str) -> list[str]:
+    return [f"{margin}{line.strip()}" for line in text.splitlines()]
 
 
 def _arguments(keys: list[str], cls: Any) -> str:
@@ -92,7 +157,7 @@ def _arguments(keys: list[str], cls: Any) -> str:
         kind, default = parameter.annotation, parameter.default
         line = parameter.name if kind is inspect.Parameter.empty else f"{parameter.name}: {name_of(kind)}"
         lines.append(f"  {line}" if default is inspect.Parameter.empty else f"  {line} = {_default(default)}")
-        lines += [f"      {line.strip()}" for line in (parameter.doc or "").splitlines()]
+        lines += _indented(_documented(cls, parameter.name), "      ")
     return "\n".join(lines) + "\n"
 
 

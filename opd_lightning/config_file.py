@@ -57,7 +57,8 @@ class Source:
     def place(self, keys: Keys) -> str | None:
         """Where it says something about a key; None: nowhere."""
         if self.keys:
-            return f"what the command line says: {self.name}" if keys[: len(self.keys)] == self.keys else None
+            asked, own = ([key for key in which if key != "init_args"] for which in (keys, self.keys))
+            return f"what the command line says: {self.name}" if asked[: len(own)] == own else None
         return f"{self.name}, line {self.lines[keys]}" if keys in self.lines else None
 
 

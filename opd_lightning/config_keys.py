@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import types
 import typing
@@ -12,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union
 
+import torch
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._typehints import get_all_subclass_paths, type_to_str
 from jsonargparse._util import import_object
 
 from .config_file import ConfigError, Keys, Source, Text, Whole, did_you_mean, dotted, is_no_number, load, overlaid
+from .plain_values import refusal
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection, abc.MutableSequence)
@@ -59,6 +62,8 @@ def is_closed(kind: Any) -> bool:
 
 def base_of(kind: Any) -> type | None:
     """The class of which a part is one, for a type that takes ``class_path``; None for other types."""
+    if kind is torch.Tensor:  # beside float, as optimizers take it; nobody writes one into a configuration
+        return None
     if inspect.isclass(kind) and kind not in PLAIN and not is_closed(kind) and typing.get_origin(kind) is None:
         return None if issubclass(kind, (str, int, float, bytes, dict, *LISTS[:3], Path)) or kind in LISTS else kind
     if typing.get_origin(kind) is abc.Callable and len(typing.get_args(kind)) == 2:
@@ -95,6 +100,9 @@ class Checker:
             if name != key and isinstance(value, dict) and not is_list(kinds[name]):
                 self.fail((*keys, key), f"only lists are appended to with +; write {name}: (it is merged by name)")
             earlier = before.get(name) if isinstance(before, dict) else None
+            if name == key and isinstance(before, dict) and f"{name}+" in before:
+                added = before[f"{name}+"]
+                earlier = added if isinstance(added, list) else [added]
             found[key] = self.value(value, kinds[name], (*keys, key), earlier)
         return found
 
@@ -106,9 +114,8 @@ class Checker:
         kinds = members(kind)
         if isinstance(value, Text):
             value = self._typed(value, kinds, keys, before)
-        of_last = self.arguments and isinstance(value, Mapping) and is_list(kind) and not isinstance(before, Mapping)
-        if of_last:  # on the command line `--trainer.callbacks.patience` is a key of the last in the list
-            return value
+        if self.arguments and isinstance(value, Mapping) and is_list(kind) and not isinstance(before, Mapping | str):
+            return self._of_last(value, kinds, keys, before)
         if value is None:
             if not {type(None), Any, object} & set(kinds):
                 self.fail(keys, f"null where {' or '.join(map(name_of, kinds))} belongs")
@@ -134,6 +141,16 @@ class Checker:
         if problem is not None:
             raise problem
         self._shape(value, kinds, keys)
+        if (what := refusal(value, kinds)) is not None:
+            self.fail(keys, what)
+        return value
+
+    def _of_last(self, value: Mapping[str, Any], kinds: list[Any], keys: Keys, before: Any) -> Any:
+        """On the command line `--trainer.callbacks.patience` is a key of the last in the list."""
+        if isinstance(before, list) and before:
+            items = [item for kind in kinds if is_list(kind) for item in typing.get_args(kind)[:1] if is_part(item)]
+            if items:
+                self.value(value, items[0], keys, before[-1])
         return value
 
     def _typed(self, text: Text, kinds: list[Any], keys: Keys, before: Any) -> Any:
@@ -160,6 +177,8 @@ class Checker:
         known = [member for member in kinds if member is not type(None)]
         if isinstance(value, Mapping) and known and all(is_list(member) for member in known):
             self.fail(keys, f"keys where a list belongs, each of whose entries begins with '- ': {', '.join(value)}")
+        if known and all(is_list(member) for member in known) and not str(value).startswith("["):
+            self.fail(keys, f"{value!r} where a list belongs")
         if not known or not all(is_closed(m) or base_of(m) or typing.get_origin(m) is dict for m in known):
             return
         if (isinstance(value, str) and Path(value).is_file()) or (isinstance(value, Mapping) and self.arguments):
@@ -249,7 +268,8 @@ def find_class(path: Any, base: type) -> Any:
     try:
         found = import_object(path)
     except Exception as error:  # importing somebody's module may raise anything
-        raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}") from None
+        near = _near(path, base)
+        raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}{near}") from None
     if not inspect.isclass(found):
         wrapper = f"Callable{base.__name__}"
         if any(name.endswith(f".{wrapper}") for name in get_all_subclass_paths(base)):
@@ -258,13 +278,32 @@ def find_class(path: Any, base: type) -> Any:
     if not issubclass(found, base):
         raise ConfigError(f"{path} is no {base.__name__}{choices(base)}")
     if is_abstract(found):
-        raise ConfigError(f"{path} is what others are kinds of{choices(found)}")
+        if there := choices(found):
+            raise ConfigError(f"{path} is what others are kinds of{there}")
+        raise ConfigError(f"{path} can't be built: it lacks what every {base.__name__} has: {', '.join(lacks(found))}")
     return found
 
 
+def _near(path: str, base: type) -> str:
+    """The class of a kind whose path is nearly this one: of the same module, or else of any."""
+    module, _, name = path.rpartition(".")
+    try:
+        there = vars(importlib.import_module(module))
+    except Exception:  # as above
+        return did_you_mean(path, get_all_subclass_paths(base))
+    fitting = [key for key, value in there.items() if not inspect.isclass(value) or issubclass(value, base)]
+    near = did_you_mean(name, fitting)
+    return near.replace("did you mean ", f"did you mean {module}.")
+
+
+def lacks(cls: Any) -> list[str]:
+    """Names of the methods that are left to its subclasses, also where Python does not see to it (Lightning's)."""
+    return [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+
+
 def is_abstract(cls: Any) -> bool:
-    """Whether something is left to its subclasses, also where Python does not see to it (Lightning's modules)."""
-    return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
+    """Whether something is left to its subclasses."""
+    return bool(lacks(cls))
 
 
 def kinds_of(base: type) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import STUDENT, merged
 from .checkpoint import check_whole, newest_whole
+from .cli_errors import Parser
 from .likeness import TOLERANCE, distance, tolerance
 from .model_card import model_card
 from .module import OnPolicyDistillation
@@ -34,7 +35,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 def export(arguments: Sequence[str]) -> None:
     """Parses and runs ``opd export CKPT DIR [--merge BOOL] [--dtype NAME] [--trust_remote_code BOOL]``."""
-    parser = ArgumentParser(prog="opd export", description="Write the student as a Hugging Face folder.")
+    parser = Parser(prog="opd export", description="Write the student as a Hugging Face folder.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="a checkpoint of `opd fit`, or a run's folder: its newest one")
     parser.add_argument("folder", type=str, help="where to write; must not exist or be empty")
     parser.add_argument("--merge", type=bool, default=True, help="fold LoRA into the base (false: adapter only)")
@@ -207,6 +208,11 @@ def beside(folder: Path) -> Iterator[Path]:
 def _check_mergeable(module: OnPolicyDistillation, merge: bool) -> None:
     spec, model = module._student_spec, module.policies["student"].model
     if not isinstance(model, PeftModel):
+        if not merge:
+            raise ValueError(
+                "--merge=false writes the adapter alone, and this student has none (it was trained whole, without "
+                "lora); leave it out to write the whole model"
+            )
         return
     quantised = quantised_as(getattr(model.get_base_model().config, "quantization_config", None)) or spec.quantization
     if merge and quantised:

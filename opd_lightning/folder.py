@@ -179,6 +179,14 @@ def set_aside(checkpoints: Path, folder: Path) -> Path | None:
     return apart
 
 
+def kept_apart(path: Path) -> Path | None:
+    """Moves a file of an earlier run beside itself, with ``.earlier-<n>`` in its name; None: it holds nothing."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}.earlier-{n}{path.suffix}") for n in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
 def forget_samples_after(step: int, folder: Path) -> None:
     """Takes out of ``samples.jsonl`` what a run wrote after the checkpoint that it goes on from."""
     path = folder / SAMPLES

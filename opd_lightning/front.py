@@ -28,6 +28,7 @@ KEYS = {
     "ckpt_path": "the checkpoint to go on from: a path, or last",
     "weights_only": "how Lightning loads it",
 }
+CKPT_PATH = "the checkpoint whose student is asked: a path, or last; without it the student is as yet untrained"
 ONLY_IN = {
     "verbose": ("validate", "test"),
     "return_predictions": ("predict",),
@@ -37,6 +38,12 @@ ONLY_IN = {
 def keys_of(command: str) -> list[str]:
     """What may stand at the top of its configuration."""
     return [*KEYS, *(key for key, commands in ONLY_IN.items() if command in commands)]
+
+
+def meanings(command: str) -> dict[str, str]:
+    """What each of them is for."""
+    said = KEYS if command == "fit" else KEYS | {"ckpt_path": CKPT_PATH}
+    return {key: said.get(key, "as in Lightning") for key in keys_of(command)}
 
 
 def overview() -> str:
@@ -49,7 +56,7 @@ def overview() -> str:
 
 
 def page(command: str) -> str:
-    keys = "\n".join(f"  --{key:<19}{KEYS.get(key, 'as in Lightning')}" for key in keys_of(command))
+    keys = "\n".join(f"  --{key:<19}{what}" for key, what in meanings(command).items())
     return (
         f"usage: opd {command} -c FILE [-c FILE …] [--key=value …]\n\n{COMMANDS[command].capitalize()}.\n\n"
         "Files are YAML; later ones replace what they name (teachers are merged by name, null removes one), `key+:`\n"

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from .folder import check_folder
+from .folder import check_folder, kept_apart
 from .printable import printable
 
 
 class PredictionWriter(BasePredictionWriter):
     """`opd predict` writes one JSON line per example to ``<default_root_dir>/predictions-<rank>.jsonl``, and says so.
+    What an earlier run wrote there is kept, as ``predictions-<rank>.earlier-<n>.jsonl``.
 
     A line holds the ``index`` of the example in its data set (from 0, without rows that were skipped), its ``location``
     (file and row), the whole prompt, the ``answer`` where the data set has one, the completion, and its reward where
@@ -27,10 +28,11 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._path = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
         check_folder(self._path.parent)
-        if trainer.is_global_zero:  # of an earlier run with more ranks
-            for path in self._path.parent.glob("predictions-*.jsonl"):
-                if path.stem.rpartition("-")[2] not in map(str, range(trainer.world_size)):
-                    path.unlink()
+        if trainer.is_global_zero:  # of an earlier run, which may have had more ranks
+            for path in sorted(self._path.parent.glob("predictions-*.jsonl")):
+                if path.stem.removeprefix("predictions-").isdecimal() and (apart := kept_apart(path)):
+                    print(printable(f"what an earlier run wrote to {path} is now in {apart.name}"))
+        trainer.strategy.barrier("predictions")
         self._path.write_text("", encoding="utf-8")
         self._count = 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from .config_file import did_you_mean
+
 PREFIX = "opd:"
 
 
@@ -24,5 +26,7 @@ def shipped(name: str) -> str:
         root = package / "configs"
         path, known = root / relative, sorted(p.relative_to(root) for p in root.rglob("*.yaml"))
     if not path.exists():
-        raise FileNotFoundError(f"{name}: nothing of that name is shipped; there are {', '.join(map(str, known))}")
+        there = [path.as_posix() for path in known]
+        near = did_you_mean(name, [f"{PREFIX}{path}" for path in there])
+        raise FileNotFoundError(f"{name}: nothing of that name is shipped{near}\n  there are {', '.join(there)}")
     return str(path)

@@ -31,8 +31,16 @@ def test_shipped_configurations_are_found_by_name():
     assert resolve("opd:text/quickstart.yaml").endswith("configs/text/quickstart.yaml")
     assert resolve("--config=opd:methods/gkd.yaml").startswith("--config=/")
     assert resolve("runs/mine.yaml") == "runs/mine.yaml"
-    with pytest.raises(FileNotFoundError, match=r"nothing of that name is shipped; there are .*text/quickstart\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nothing of that name is shipped; did you mean opd:text/quickstart"):
         shipped("opd:text/quickstrat.yaml")
+    with pytest.raises(
+        FileNotFoundError, match=r"is shipped; did you mean opd:methods/opsd\.yaml\?\n  there are .*gkd"
+    ):
+        shipped("opd:methods/opds.yaml")
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing of that name is shipped\n  there are .*text/quickstart\.yaml"
+    ):
+        shipped("opd:zzz")
 
 
 def test_overlays_replace_and_append(config, tmp_path, capsys):
@@ -124,6 +132,41 @@ def test_predict_writes_one_line_per_example_and_says_where(config, tiny_data, c
     for name in ("prompt", "answer"):
         assert [line[name] for line in lines] == [row[name] for row in given]
     assert "completion" in lines[0]
+
+
+def test_an_evaluation_says_whose_student_it_asks_and_keeps_what_was_predicted_before(config, tiny_data, capsys):
+    arguments = ["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", "--model.rollout.horizon=4"]
+    with pytest.warns(UserWarning, match=r"without --ckpt_path the student is the configuration's, as yet untrained"):
+        run(arguments)
+    path = config.parent / "predictions-0.jsonl"
+    path.write_text("before\n", encoding="utf-8")
+    run(arguments)
+    kept = config.parent / "predictions-0.earlier-1.jsonl"
+    assert kept.read_text(encoding="utf-8") == "before\n"
+    assert f"what an earlier run wrote to {path} is now in {kept.name}" in capsys.readouterr().out
+    path.write_text("again\n", encoding="utf-8")
+    run(arguments)
+    assert kept.read_text(encoding="utf-8") == "before\n"
+    assert (config.parent / "predictions-0.earlier-2.jsonl").read_text(encoding="utf-8") == "again\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "what"), [("fit", "to go on from"), ("predict", "without it the student is as yet")]
+)
+def test_help_says_what_a_checkpoint_is_for(command, what, capsys):
+    with pytest.raises(SystemExit):
+        run([command, "--help"])
+    assert what in next(line for line in capsys.readouterr().out.splitlines() if "--ckpt_path" in line)
+
+
+def test_a_fit_says_where_its_checkpoint_is_and_a_misspelt_one_is_recognized(config, capsys):
+    run(["fit", "-c", str(config), "--trainer.max_steps=1"])
+    last = config.parent / "checkpoints" / "last.ckpt"
+    assert f"the last checkpoint is {last}; `opd export {last} DIR` writes its model" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--ckpt_path=lats: there is no such file; did you mean last\?"):
+        run(["fit", "-c", str(config), "--ckpt_path=lats"])
+    with pytest.raises(ValueError, match=r"did you mean .*checkpoints/last\.ckpt\?"):
+        run(["predict", "-c", str(config), "--ckpt_path=runs/lost.ckpt"])
 
 
 def test_predictions_need_no_answer_and_show_the_system_turn(config, chat_student, tmp_path):

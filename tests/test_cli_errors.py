@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from opd_lightning.cli import OPDCLI
 from opd_lightning.cli_errors import Parser, explain, sentence
+from opd_lightning.config_file import said
+from opd_lightning.places import about
 
 PROBLEMS = [
     ("objective: {terms: [{signal: ReverseKL, teacher: nobody}]}", "no teacher 'nobody' in model.teachers"),
@@ -14,7 +17,7 @@ PROBLEMS = [
     ("rollout: {behaviour: {student: 0.3, teacher: 0.3}}", "rollout.behaviour: shares must be >= 0 and sum to 1"),
     (
         "reward: {class_path: CallableReward, init_args: {function: no.thing}}",
-        "reward: CallableReward.function: 'no.th",
+        "model.reward.function: CallableReward.function: 'no.th",
     ),
     ("evaluation: {samples: 3}", "evaluation.samples=3 greedy samples"),
     ("teachers: {student: {weights: Live}}", "model.teachers: 'student' has its meaning"),
@@ -60,6 +63,53 @@ def test_arguments_are_places_as_well(problem):
     assert "what the command line says: --model.init_args.rollout.horizon=0" in text
 
 
+@pytest.mark.parametrize(
+    ("argument", "start"),
+    [
+        ("--trainer.accelerator=gpu", "error: trainer.accelerator: No supported gpu backend"),
+        ("--trainer.max_time=soon", "error: trainer.max_time: `Timer(duration='soon')` is not"),
+        ("--trainer.strategy=ddpp", "error: trainer.strategy can't be built from this: "),
+        (
+            "--model.init_args.reward={class_path: CallableReward, init_args: {function: no.thing}}",
+            "error: model.reward.function: ",
+        ),
+    ],
+)
+def test_the_argument_is_the_place_where_a_file_names_the_part(problem, argument, start):
+    """The file names the trainer and the reward as well, and has no part in it."""
+    text = sentence(problem("trainer: {max_steps: 3}\n", argument), Parser.sources)
+    if "gpu" in argument and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert text is not None
+    assert text.startswith(start)
+    assert f"  in what the command line says: {argument}\n" in text
+
+
+FILE = """model:
+  reward: {class_path: Column, columns: [answer]}
+  rollout: {horizon: 3}
+data:
+  columns: {prompt: q}
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "argument", "place"),
+    [
+        ("data.columns maps 'prompt' to 'question'", "--data.columns.prompt=question", "--data.columns.prompt"),
+        ("data.columns maps 'prompt' to 'q'", "--data.columns.answer=a", "line 5"),
+        ("no row has the column anwser", "--model.reward.columns=[anwser]", "--model.reward.columns"),
+        ("no row has the column answer", "--model.reward.other=thing", "line 2"),
+        ("something is missing", "--model.reward.other=thing", ""),
+        ("rollout.horizon must be >= 1", "--model.rollout.horizon=0", "--model.rollout.horizon"),
+    ],
+)
+def test_a_place_is_the_one_that_a_message_means_or_none(tmp_path, message, argument, place):
+    (tmp_path / "c.yaml").write_text(FILE, encoding="utf-8")
+    found = about(message, ["Column"], said(["-c", str(tmp_path / "c.yaml"), argument]))[1]
+    assert place in found if place else not found
+
+
 def test_bugs_keep_their_traceback():
     def raised(call) -> BaseException:
         with pytest.raises(Exception, match=r".") as caught:
@@ -84,3 +134,5 @@ def test_types_are_said_once():
         "Parser key \"seed_everything\":\n  Errors:\n  - Expected a <class 'bool'>\n  - Expected a <class 'int'>\n"
     )
     assert explain(f"{message}  Given value: abc\n", []) == "error: seed_everything: expected bool or int, got abc\n"
+    inner = "Parser key \"a\":\n  Expected a <class 'int'>. Got value: many\n  Given value: {'b': {'a': 1}}\n"
+    assert explain(inner, []) == "error: a: expected int, got many\n"

@@ -101,12 +101,58 @@ def test_a_wrong_name_is_answered_by_who_refused_it(refused, text, messages):
         ("--model.init_args.rollout.temperature=nan", "nan is no number"),
         ("--data=PromtData", "did you mean PromptData?"),
         ("--modl.init_args.foo=1", "did you mean model?"),
+        ("--model.rollout.horizon=many", "rollout.horizon: expected a whole number, got 'many'"),
+        ("--model.rollout.horizon=1.5", "rollout.horizon: expected a whole number, got 1.5"),
+        ("--model.rollout.horizon.x=3", "rollout.horizon: it has no keys (x): expected a whole number"),
+        ("--data.on_bad_row=skipp", "on_bad_row: expected one of refuse, skip, got 'skipp'; did you mean skip?"),
+        ("--model.schedule.name=linaer", "constant, linear, cosine, got 'linaer'; did you mean linear?"),
+        ("--model.optimizer.lr=abc", "lr: expected a number, got 'abc'"),
+        ("--model.optimizer.betas=[a, b]", "betas[0]: expected a number, got 'a'"),
+        ("--model.optimizer.betas=abc", "betas: 'abc' where a list belongs"),
+        ("--trainer.enable_progress_bar=maybe", "expected true or false or null, got 'maybe'"),
+        ("--trainer.gradient_clip_val=big", "expected a number or null, got 'big'"),
+        ("--model.optimizer=torch.optim.AdamX", "did you mean torch.optim.Adam?"),
+        ("--model.optimizer=torch.optm.AdamW", "did you mean torch.optim.AdamW?"),
     ],
 )
 def test_the_command_line_is_read_as_strictly(capsys, argument, message):
     error = refusal(capsys, *BASE, argument)
     assert message in error
     assert argument in error, "where it is"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            "--trainer.logger=CSVLogger",
+            "--trainer.logger.save_dr=x",
+            "CSVLogger has no 'save_dr'; did you mean save_dir?",
+        ),
+        ("--trainer.callbacks+=CollapseAlarm", "--trainer.callbacks.patienc=3", "did you mean patience?"),
+        ("--trainer.callbacks+=CollapseAlarm", "--trainer.callbacks.action=stopp", "got 'stopp'; did you mean stop?"),
+        ("--trainer.callbacks+=CollapseAlarm", "--trainer.callbacks.patience=many", "a whole number, got 'many'"),
+    ],
+)
+def test_keys_of_a_part_that_another_argument_names_are_read_as_strictly(capsys, first, second, message):
+    error = refusal(capsys, *BASE, first, second)
+    assert message in error
+    assert error.rstrip().endswith(f"in what the command line says: {second}")
+
+
+def test_a_class_of_ones_own_that_lacks_methods_is_told_which(tmp_path, monkeypatch, capsys):
+    (tmp_path / "half_made.py").write_text(
+        "from opd_lightning.module import OnPolicyDistillation\nfrom opd_lightning.reward import Reward\n\n"
+        "class Reach(OnPolicyDistillation):\n    pass\n\nclass Silent(Reward):\n    pass\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    setting = refusal(capsys, "fit", "--model=half_made.Reach")
+    assert "half_made.Reach can't be built: it lacks what every OnPolicyDistillation has: " in setting
+    assert "steps" in setting
+    assert "half_made.Silent can't be built: it lacks what every Reward has: __call__" in refusal(
+        capsys, *BASE, "--model.reward=half_made.Silent"
+    )
 
 
 def laid_over(tmp_path: Path, *texts: str, base: str = "opd:text/quickstart.yaml") -> dict[str, Any]:

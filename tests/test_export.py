@@ -42,6 +42,33 @@ def trained(tmp_path_factory, world):
     return config.parent / "checkpoints" / "last.ckpt"
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--dtype=float61",
+            "dtype: expected one of auto, float32, bfloat16, float16, got float61; did you mean float16?",
+        ),
+        ("--merge=perhaps", "merge: expected bool, got perhaps"),
+        ("--merg=false", "--merg"),
+        ("--trust=true", "--trust"),
+    ],
+)
+def test_arguments_are_read_strictly(argument, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(["export", "nowhere.ckpt", str(tmp_path / "out"), argument])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_an_adapter_that_is_not_there_is_not_written(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"--merge=false writes the adapter alone, and this student has none"):
+        run(["export", str(trained), str(tmp_path / "out"), "--merge=false"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_exported_student_is_the_trained_one(trained, world, tmp_path):
     run(["export", str(trained), str(tmp_path / "out")])
     model = world.setting.model_class.from_pretrained(tmp_path / "out")
