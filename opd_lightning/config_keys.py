@@ -308,7 +308,14 @@ def is_abstract(cls: Any) -> bool:
 
 def kinds_of(base: type) -> list[str]:
     """Dotted names of the classes of a kind that can be built."""
-    return sorted(name for name in get_all_subclass_paths(base) if not is_abstract(import_object(name)))
+    return sorted(name for name in get_all_subclass_paths(base) if _can_be_built(name))
+
+
+def _can_be_built(name: str) -> bool:
+    try:
+        return not is_abstract(import_object(name))
+    except (ImportError, AttributeError):  # made while running, as Lightning wraps optimizers
+        return False
 
 
 def choices(base: type) -> str:
