@@ -1,5 +1,6 @@
 """Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
+from ..rollout import RolloutCallback
 from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
@@ -27,6 +28,7 @@ __all__ = [
     "Never",
     "OnPlateau",
     "Piecewise",
+    "RolloutCallback",
     "Samples",
     "Schedule",
     "Stage",

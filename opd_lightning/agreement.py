@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from .audit import show
+from .contract import check_family
 from .diagnostics import Stopwatch
 from .distribution import Distribution, Gaussian
 from .objective import Steps
@@ -127,6 +128,7 @@ class Comparison:
         for part in acted.split(size or len(acted)):
             part = part.to(self._module.device)
             said, available = self._said(name, part, training)
+            check_family(self._module, said)
             mine = self._module.objective.per_step(said, {}, Steps.of(part), _of_action).cpu()
             mine[part.mask.cpu()[:, : mine.shape[1]] & mine.isnan()] = torch.inf
             if available is not None:
@@ -184,13 +186,30 @@ class Comparison:
 
     def _complaint(self, name: str, what: str, value: float) -> str:
         policy = self._module.policies[name]
-        who = "model.student" if name == "student" else f"model.teachers.{name}"
+        who = "the student" if name == "student" else f"the teacher {name!r}"  # no key, which would be looked up
         causes = "; ".join(self._module.suspects(policy, what))
         return (
             f"{who} ({policy.path}) disagrees with itself: {MEANING[what]} ({what}: {value:.3g} nats a step, "
             f"model.agreement.tolerance is {self.tolerance(name, what):g}), so the run does not start. "
             f"{'What may be the cause: ' + causes if causes else 'No cause is known'}."
         )
+
+
+def usual_suspects(setting: Any, what: str) -> list[str]:
+    """What may make the policies of a setting that says nothing of its own disagree with themselves."""
+    name = type(setting).__name__
+    return {
+        TOGETHER: [
+            f"{name}.sample or {name}.steps lets a row see others, by padding (steps outside of the mask) or a "
+            "mean over rows; or the order of states in one of the two is wrong"
+        ],
+        ACTED: [
+            f"{name}.steps asks at other states than those that {name}.sample acted at: their order, their number (one "
+            "before each action, none behind the last), or what came before them",
+            f"the log-probs that {name}.sample returns are of another distribution (they have to be at temperature 1)",
+        ],
+        TRAINING: ["dropout, or another layer of the model that is random or counts batches in training mode"],
+    }[what]
 
 
 def is_rounded(model: nn.Module) -> bool:

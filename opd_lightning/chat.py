@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Any
 
 from datasets import Dataset, Features, concatenate_datasets
@@ -13,6 +14,9 @@ Message = dict[str, Any]
 Chat = list[Message]
 
 _ASSISTANTS = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # the others: of Gemma, ShareGPT, …
+
+# A template may know others; one that is spelled nearly as these is a slip
+_ROLES = ("system", "developer", "user", "human", *_ASSISTANTS, "tool", "function", "ipython", "observation")
 
 
 def is_chat(value: Any) -> bool:
@@ -43,6 +47,8 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
             found = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
             return f"{where} has no role: write {{role: …, content: …}}{found}"
+        if meant := _meant(message["role"]):
+            return f"{where} has the role {quoted(message['role'])}; did you mean {meant!r}?"
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(map(_is_call, calls)):
             return f"{where}: tool_calls is no list of {{function: {{name: …, arguments: …}}}}: {quoted(calls)}"
@@ -50,6 +56,13 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return f"{where} has no content: it must be text or a list of parts"
     return None
+
+
+def _meant(role: str) -> str | None:
+    """The usual role that a role is spelled nearly as, or None."""
+    if role in _ROLES:
+        return None
+    return next(iter(get_close_matches(role.strip().lower(), _ROLES, n=1, cutoff=0.8)), None)
 
 
 def _says_something(message: Message) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distribution import Categorical
 from .printable import quoted
 from .scoring import as_number, described
 from .trajectory import Example, Trajectories
@@ -88,6 +89,33 @@ def check_acted(setting: Any, acted: Any, examples: Sequence[Example], method: s
     return acted
 
 
+def check_rollouts(callback: Any, trajectories: Any) -> Trajectories:
+    """What `on_rollouts` of a callback returned.
+
+    Raises:
+        TypeError: no `Trajectories`.
+    """
+    if not isinstance(trajectories, Trajectories):
+        raise TypeError(
+            f"{type(callback).__name__}.on_rollouts returned {_kind(trajectories)}; it has to return the Trajectories "
+            "that are trained, those that it was given where it changes nothing"
+        )
+    return trajectories
+
+
+def check_family(setting: Any, said: Any) -> None:
+    """Whether what `steps` returned is what ``served`` promises.
+
+    Raises:
+        TypeError: ``served`` names "categorical", and it is not.
+    """
+    if "categorical" in setting.served and not isinstance(said, Categorical):
+        raise TypeError(
+            f"{type(setting).__name__}.steps returned a {type(said).__name__}, and `served` names 'categorical', which "
+            "promises a Categorical; leave it out of `served`"
+        )
+
+
 def check_scores(setting: Any, scores: Any, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
     """What `score` returned: rewards ``[B]`` in float32 on the CPU, NaN where a reward abstains, and what to show.
 
@@ -105,6 +133,11 @@ def check_scores(setting: Any, scores: Any, trajectories: Trajectories) -> tuple
         if setting.has_rewards:
             raise ValueError(f"{where} has no rewards, although model.reward or the setting's `served` says so")
         return None, shown
+    if not setting.has_rewards:
+        raise ValueError(
+            f"{where} has rewards, although model.reward is not set and `served` does not name 'reward': name it "
+            "there, or return None in their place"
+        )
     if isinstance(rewards, Tensor) and rewards.shape == (count,):
         rewards = rewards.tolist()
     if not isinstance(rewards, list | tuple) or len(rewards) != count:

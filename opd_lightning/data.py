@@ -276,6 +276,8 @@ class PromptData(LightningDataModule):
                 )
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})
+        if module is not None:
+            module.prepare_for_rows()
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
         locations, kept = rows[LOCATION][:], []
         for index, location in enumerate(locations):
@@ -353,5 +355,5 @@ def problem(example: Example, needed: Mapping[str, str]) -> str | None:
     for column in _NEVER_EMPTY:
         value = example.get(column)
         if column in needed and (value is None or value == [] or (isinstance(value, str) and not value.strip())):
-            return f"{column} is {'null' if value is None else 'empty'}"
+            return f"{column} is {'missing or null' if value is None else 'empty'}"
     return None

@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.table import Table
 from torchmetrics import MeanMetric
 
@@ -232,8 +232,16 @@ class Evaluator:
         for logger in self.module.loggers:
             logger.log_metrics(values, step=self.module.global_step)
         headline = self.module.headline
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if headline in name)
-        rank_zero_info(printable(f"Before training: {scores or values}"))
+        found = {name: value for name, value in values.items() if headline in name} or values
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        rank_zero_info(printable(f"Before training: {scores}"))
+        if silent := [name for name, value in values.items() if name.endswith("/abstained") and value == 1]:
+            rank_zero_warn(
+                printable(
+                    f"{', '.join(silent)} is 1: model.reward answered None for every row of data.validation, so "
+                    "nothing is scored"
+                )
+            )
 
     def _show(self, stage: str, who: str, rows: list[dict[str, Any]]) -> None:
         if self.module.global_rank or self.module.trainer.sanity_checking:

@@ -76,6 +76,7 @@ def write(
     state = read(checkpoint)
     config = yaml.safe_load(state["opd_config"])
     module = student_alone(config["model"], trust_remote_code)
+    module.check_portable()
     student = module.policies["student"]
     _check_mergeable(module, merge)
     untrained = module.probe(student)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from . import resume
-from .agreement import Agreement, check_agreement
+from .agreement import Agreement, check_agreement, usual_suspects
 from .audit import audit
 from .checkpoint import kept_names, plain_rng_states
 from .contract import check_acted, check_methods, check_prompts, check_scores
@@ -28,6 +28,7 @@ from .distribution import Distribution
 from .evaluation import Evaluation, Evaluator
 from .finite import Finite, check_finite
 from .likeness import check_base, check_self_teachers, fingerprint
+from .loading import loading
 from .objective import Objective, Steps
 from .portable import Portable
 from .pretrained import Pretrained
@@ -231,7 +232,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def suspects(self, policy: Policy, what: str) -> list[str]:
         """What may make a policy disagree with itself in one of the comparisons before training, for its message."""
-        return []
+        return usual_suspects(self, what)
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -242,6 +243,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             ValueError: a part needs something that this run does not offer; the message names both.
         """
         check_names(self.teachers)
+        for name, teacher in self.teachers.items():
+            teacher.name = name
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
         served = set(self.served)
         if self.has_rewards:
@@ -286,18 +289,23 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """Loads every policy, once: Lightning calls it at each stage, and checks of the data need it before that."""
         if self.policies:
             return
-        model = self._student_spec.load(self.model_class, trained=True)
+        with loading("model.student"):
+            model = self._student_spec.load(self.model_class, trained=True)
+            student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
         self.student, self._base = model, "drawn" if self._student_spec.random_init else fingerprint(model)
-        student = Policy(model, self.load_processor(self._student_spec), path=self._student_spec.path)
         self.policies["student"] = student
         for name, teacher in self.teachers.items():
-            self.policies[name] = dataclasses.replace(
-                teacher.weights.attach(name, student, self._load_frozen), name=name
-            )
+            with loading(f"model.teachers.{name}.weights.pretrained"):
+                policy = teacher.weights.attach(name, student, self._load_frozen)
+            self.policies[name] = dataclasses.replace(policy, name=name)
             if teacher.weights.state is not None:
                 self.teacher_state[name] = teacher.weights.state
         if (mesh := mesh_of(self._trainer)) is not None:
             self._shard(mesh)
+
+    def prepare_for_rows(self) -> None:
+        """Loads every policy before rows are checked; raises for what no row can help."""
+        self.configure_model()
 
     def _shard(self, mesh: Any) -> None:
         elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}

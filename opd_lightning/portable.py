@@ -33,7 +33,28 @@ class Portable:
 
     def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
         """What the weights of a base are stored in; None where its folder does not say."""
-        return getattr(spec.config(), "dtype", None)
+        return getattr(spec.config(), "dtype", None) if self._is_of_transformers else None
+
+    @property
+    def _is_of_transformers(self) -> bool:
+        """Whether its models are transformers', and not loaded in a way of its own."""
+        kinds = getattr(self.model_class, "__mro__", (type(self.model_class),))
+        return any(kind.__module__.startswith("transformers.") for kind in kinds)
+
+    def check_portable(self) -> None:
+        """
+        Raises:
+            ValueError: its models are loaded in a way of its own, and it does not say how they are written and read.
+        """
+        own = [
+            name for name in ("save_student", "read_student") if getattr(type(self), name) is getattr(Portable, name)
+        ]
+        if own and not self._is_of_transformers and not hasattr(self.model_class, "save_pretrained"):
+            raise ValueError(
+                f"{type(self).__name__} needs {' and '.join(own)} to export {self.model_class.__name__}, which is "
+                "loaded in a way of its own: add the methods save_student(model, folder) and read_student(folder) "
+                "(docs/export.md)"
+            )
 
     def probe(self, policy: Policy) -> Tensor | None:
         """What a policy says to a few fixed inputs (log-probs, …), without gradient; None: it can't be asked."""

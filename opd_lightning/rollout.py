@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import fingerprint
+from .contract import check_rollouts
 from .finite import Finite
 from .rows import row_of
 from .sharding import mesh_of
@@ -276,7 +277,7 @@ class RolloutLoader:
             module.record("abstained", trajectories.reward.isnan())
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
-                trajectories = callback.on_rollouts(module, trajectories)
+                trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
         return trajectories
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
@@ -424,9 +425,11 @@ class RolloutLoader:
         else:
             row = row_of(self.dataset, place)
             now = f"{row.location} is {'new' if place == len(before) else 'now'} {str(row)[:200]}"
+        order = " (the same in another order)" if moved else ""
+        counts = f"{len(before)} training examples, there are now {len(self.dataset)}, and"
+        written = f"other training examples{order}:" if len(before) == len(self.dataset) else counts
         raise ValueError(
-            f"the checkpoint was written with {len(before)} training examples, there are now {len(self.dataset)}"
-            f"{' (the same in another order)' if moved else ''}, and {now}. Its position and pending rollouts mean "
+            f"the checkpoint was written with {written} {now}. Its position and pending rollouts mean "
             "nothing here: give it the rows that it was written with (data.train, columns, on_bad_row and seed), or "
             "train its exported student in a new run"
         )

@@ -23,8 +23,21 @@ LOCATION = "__location__"
 STAND_IN = "__stand_in__"
 """A column that only examples have which are there to keep a rank busy; they count nowhere."""
 
-# What no row can help: the machine, the installation, and whoever ends the run
-_NOT_OF_A_ROW = (MemoryError, torch.OutOfMemoryError, ImportError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+class BrokenPart(TypeError):
+    """A part of the run is of no use, whatever the row."""
+
+
+# What no row can help: the run's parts, the machine, the installation, and whoever ends the run
+_NOT_OF_A_ROW = (
+    BrokenPart,
+    MemoryError,
+    torch.OutOfMemoryError,
+    ImportError,
+    KeyboardInterrupt,
+    SystemExit,
+    GeneratorExit,
+)
 
 
 class Row(dict[str, Any]):

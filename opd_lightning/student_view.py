@@ -23,7 +23,9 @@ def shown(view: View | None, examples: list[Example], settings: dict[str, Any] |
     """
     if settings is not None:
         view = as_it_was(view, settings)
-    return examples if view is None else [shown_by(view, example) or example for example in examples]
+    return (
+        examples if view is None else [shown_by(view, example, "model.student_view") or example for example in examples]
+    )
 
 
 def settings_of(view: View | None) -> dict[str, Any]:

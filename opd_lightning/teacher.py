@@ -19,7 +19,8 @@ from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_ada
 from .distribution import Distribution
 from .finite import Finite
 from .pretrained import Pretrained
-from .rows import given, reason_of
+from .printable import quoted
+from .rows import BrokenPart, given, reason_of
 from .sharding import put_away, slice_of
 from .trajectory import Example
 
@@ -217,6 +218,8 @@ class Teacher:
     max_prompt_length: int | None = None
     own_template: bool = False
 
+    name = ""  # its entry in model.teachers, for messages; the module sets it
+
     __setattr__ = Finite.__setattr__
 
     def look(self, example: Example) -> Example | None:
@@ -227,20 +230,33 @@ class Teacher:
         """
         if any(example.get(column) != value for column, value in self.where.items()):
             return None
-        return example if self.view is None else shown_by(self.view, example)
+        return example if self.view is None else shown_by(self.view, example, f"model.teachers.{self.name}.view")
 
 
-def shown_by(view: View, example: Example) -> Example | None:
+def shown_by(view: View, example: Example, key: str) -> Example | None:
     """What a view shows of an example, or None.
+
+    Args:
+        view: a teacher's or the student's.
+        example: what it is asked about.
+        key: where it is set, for the messages.
 
     Raises:
         ValueError: whatever the view raised; the message names the view and the columns that it reads.
+        BrokenPart: it returned no example.
     """
     try:
-        return view(given(example))
+        seen = view(given(example))
     except Exception as error:
         read = f" from {', '.join(view.columns)}" if view.columns else ""
         raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error
+    if seen is not None and (not isinstance(seen, dict) or ("prompt" in example and "prompt" not in seen)):
+        found = f"a dict without a prompt: {quoted(seen)}" if isinstance(seen, dict) else quoted(seen)
+        raise BrokenPart(
+            f"{key}: {type(view).__name__} returned {found}, of type {type(seen).__name__}; a view returns the example "
+            "as it is shown, such as {**example, 'prompt': …}, or None where it shows nothing"
+        )
+    return seen
 
 
 def check_names(teachers: Iterable[str]) -> None:

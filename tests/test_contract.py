@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from opd_lightning.callbacks import TeacherSync, WeightExtrapolation, WhenConsolidated
+from opd_lightning.callbacks import RolloutCallback, TeacherSync, WeightExtrapolation, WhenConsolidated
 from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.diffusion import Euler, VelocityMatching
@@ -160,6 +160,49 @@ def test_log_probs_that_nobody_knows_are_refused_where_a_part_reads_them(tmp_pat
             ValueError, match=r"Mine\.sample: behaviour_log_probs are NaN at trained steps, and (Impor|Log)"
         ):
             toy.fit(toy.make_module(setting=unknown, objective=Objective([term])), tmp_path / "read", steps=1)
+
+
+class Forgetful(RolloutCallback):
+    """Looks, and returns nothing."""
+
+    def on_rollouts(self, module, trajectories):
+        trajectories.length.float().mean()
+
+
+def test_a_callback_that_returns_no_trajectories_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"Forgetful\.on_rollouts returned None, .* it has to return the Trajectories"):
+        toy.fit(toy.make_module(), tmp_path, [Forgetful()])
+
+
+@pytest.mark.parametrize(
+    ("method", "served", "change", "message"),
+    [
+        (
+            "steps",
+            "categorical",
+            lambda said: said,
+            r"Mine\.steps returned a Gaussian, and `served` names 'categorical'",
+        ),
+        ("score", "", lambda s: ([1.0] * len(s[1]), s[1]), r"Mine\.score has rewards, although .* name 'reward'"),
+    ],
+)
+def test_what_is_served_is_what_is_returned(method, served, change, message, tmp_path):
+    setting = returning(method, change)
+    setting.served = frozenset({served} - {""})
+    with pytest.raises((TypeError, ValueError), match=message):
+        toy.fit(
+            toy.make_module(setting=setting, evaluation=Evaluation(before=True)), tmp_path, validation=toy.make_rows(4)
+        )
+
+
+def test_where_every_reward_abstains_that_is_said(tmp_path, caplog):
+    module = toy.make_module(setting=returning("score", lambda s: ([None] * len(s[1]), s[1])), reward=lambda *_: None,
+                             evaluation=Evaluation(before=True))  # fmt: skip
+    with pytest.warns(UserWarning, match=r"val/abstained is 1: .* nothing is scored"):
+        toy.fit(module, tmp_path, validation=toy.make_rows(4))
+    (said,) = [record.message for record in caplog.records if record.message.startswith("Before training: ")]
+    assert "val/abstained 1.000" in said
+    assert "{" not in said
 
 
 # -- rewards of one's own -------------------------------------------------------------------------------------------

@@ -55,7 +55,12 @@ def attach(data: PromptData, needed: dict[str, str] | None = None, limit: int | 
         length = len(example["prompt"])
         return f"prompt has {length} tokens, the limit is {limit}" if limit and length > limit else None
 
-    module = SimpleNamespace(required_columns=lambda: needed or {}, refusal=refusal, reads=frozenset({"tools"}))
+    module = SimpleNamespace(
+        required_columns=lambda: needed or {},
+        prepare_for_rows=lambda: None,
+        refusal=refusal,
+        reads=frozenset({"tools"}),
+    )
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
     return data
 
@@ -110,6 +115,8 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', r"a\.jsonl, row 2: invalid JSON: Expecting value at column 12"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"a\.jsonl, row 2: invalid JSON: Expecting value at column 12"),
+        ("a.jsonl", '{"prompt": "a"\r\n', r"a\.jsonl, row 1: invalid JSON: Expecting ',' delimiter at column 15"),
         ("a.jsonl", b'{"prompt": "\xff"}\n', r"a\.jsonl, row 1: invalid JSON: not UTF-8 at byte 13"),
         ("a.jsonl", '["a"]\n', r"a\.jsonl, row 1: not an object but a list: write one JSON object a row"),
         ("a.json", '[{"prompt": "a"}, null]', r"a\.json, row 2: not an object but null"),
@@ -127,7 +134,7 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
             r"'n' is a number in .*, and text in .*row 2",
         ),
         ("a.jsonl", [{"prompt": "a", "n": 2**70}], r"can't store the column 'n': .*too large"),
-        ("a.jsonl", [{"prompt": None}], r"a\.jsonl, row 1: prompt is null"),
+        ("a.jsonl", [{"prompt": None}], r"a\.jsonl, row 1: prompt is missing or null"),
         ("a.jsonl", [{"prompt": "a"}, {"prompt": " \n"}], r"row 2: prompt is empty\. Correct the row, or leave"),
         ("a.jsonl", [{"prompt": []}], r"row 1: prompt is empty"),
         ("a.jsonl", [{"prompt": 3}], r"row 1: prompt is neither text nor a list of messages: 3"),
@@ -310,6 +317,12 @@ def test_answers_are_dropped_from_chats_that_hold_images(tmp_path: Path) -> None
     [
         ('[{"role": "user", "content": "1+1="}]', "prompt is a chat written as JSON"),
         ([{"role": "", "content": "a"}], "message 1 of the prompt has no role"),
+        ([{"role": "usr", "content": "a"}], "message 1 of the prompt has the role 'usr'; did you mean 'user'?"),
+        (
+            [{"role": "Assistant", "content": "a"}],
+            "message 1 of the prompt has the role 'Assistant'; did you mean 'assistant'?",
+        ),
+        ([{"role": "sytem", "content": "a"}], "message 1 of the prompt has the role 'sytem'; did you mean 'system'?"),
         (
             [{"role": "system", "content": " "}, {"role": "user", "content": ""}],
             "prompt is empty: none of its messages",
@@ -373,7 +386,7 @@ def test_a_missing_column_names_who_needs_it(tmp_path: Path) -> None:
 def test_an_answer_that_is_needed_must_be_there_and_a_hint_need_not(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "1", "hint": "x"}, {"prompt": "b"}])
     attach(PromptData(train=path), {"hint": "model.teachers.wise"}).setup("fit")
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: answer is null"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: answer is missing or null"):
         attach(PromptData(train=path), {"answer": "model.reward"}).setup("fit")
 
 

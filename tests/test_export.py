@@ -17,8 +17,10 @@ from opd_lightning import export
 from opd_lightning.cli import run
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.portable import Portable
+from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import Policy
+from tests.callbacks import toy
 from tests.exported import exportable
 from tests.processes import last
 from tests.test_resume import PLAIN, configuration
@@ -372,6 +374,15 @@ def test_a_setting_of_ones_own_is_imported_when_trusted_and_asked_how_it_is_writ
     ):
         export.write(checkpoint, tmp_path / "out", trust_remote_code=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_loaded_in_a_way_of_their_own_need_methods_of_their_own():
+    with pytest.raises(ValueError, match=r"Moves needs save_student and read_student to export Mover"):
+        toy.make_module().check_portable()
+    half = type("Half", (toy.Moves,), {"save_student": Written.save_student})
+    with pytest.raises(ValueError, match=r"Half needs read_student to export Mover"):
+        toy.make_module(setting=half).check_portable()
+    assert toy.make_module().stored_dtype(Pretrained("0")) is None, "nobody is asked for a model called 0"
 
 
 def test_refuses_a_full_folder_and_a_foreign_checkpoint(trained, tmp_path):

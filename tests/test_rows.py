@@ -12,10 +12,11 @@ import torch
 from opd_lightning.data import PromptData
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.vision_language import ImageData, VisionLanguageDistillation
+from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.rows import BadRows, LostRow, Row, reason_of, row_of
-from opd_lightning.teacher import Live, Teacher, View
-from tests.tiny import chat_tokenizer, make_module, make_trainer, reverse_kl, save_model
+from opd_lightning.teacher import Frozen, Live, Teacher, View
+from tests.tiny import chat_tokenizer, make_module, make_trainer, no_teacher, reverse_kl, save_model
 from tests.tiny_vlm import picture, save_vlm
 
 TEMPLATE = (
@@ -126,6 +127,66 @@ def test_what_no_row_can_help_is_not_its_fault(error: BaseException) -> None:
 )
 def test_reasons_are_one_line_that_commands_nothing(error: BaseException, reason: str) -> None:
     assert reason_of(error) == reason
+
+
+def test_a_model_that_can_t_be_loaded_is_no_rows_fault(chat: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD] * 4)
+    for skip in ("refuse", "skip"):
+        with pytest.raises(FileNotFoundError, match=r"^model\.student\.path: there is no folder no/such/model; [^.]*$"):
+            fit(
+                make_module(Path("no/such/model"), {}, no_teacher(), load=False),
+                PromptData(train=source, on_bad_row=skip),
+                tmp_path,
+            )
+    teachers = {"other": Teacher(Frozen(Pretrained(str(tmp_path / "nowhere"))))}
+    module = make_module(chat, teachers, reverse_kl(teacher="other"), load=False)
+    with pytest.raises(FileNotFoundError, match=r"^model\.teachers\.other\.weights\.pretrained\.path: there is no"):
+        fit(module, PromptData(train=source, on_bad_row="skip"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match=r"^model\.student: .*/empty"):
+        fit(
+            make_module(tmp_path / "empty", {}, no_teacher(), load=False),
+            PromptData(train=source, on_bad_row="skip"),
+            tmp_path,
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rollout": Rollout(batch_size=2, horizon=10**6)},
+            r"^rollout\.horizon is 1000000, and the context of model\.st",
+        ),
+        ({"chat_template_kwargs": {"tokenize": True}}, r"^model\.chat_template_kwargs: tokenize is set by the setting"),
+    ],
+)
+def test_a_setting_that_no_row_can_meet_is_no_rows_fault(settings, message, chat: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [GOOD] * 4)
+    with pytest.raises(ValueError, match=message):
+        fit(make_module(chat, {}, no_teacher(), **settings), PromptData(train=source, on_bad_row="skip"), tmp_path)
+
+
+class Wrong(View):
+    """Returns no example."""
+
+    def __init__(self, shows: Any) -> None:
+        self.shows = shows
+
+    def __call__(self, example: Any) -> Any:
+        return self.shows
+
+
+@pytest.mark.parametrize("shows", ["a", ["a"], {"question": "a"}, 0])
+def test_a_view_that_returns_no_example_is_no_rows_fault(shows: Any, chat: Path, tmp_path: Path) -> None:
+    data = PromptData(train=write(tmp_path / "rows.jsonl", [GOOD] * 4), on_bad_row="skip")
+    with pytest.raises(
+        TypeError, match=r"^model\.teachers\.told\.view: Wrong returned .* returns the example as it is"
+    ):
+        fit(told(chat, Wrong(shows)), data, tmp_path)
+    module = make_module(chat, {}, no_teacher(), student_view=Wrong(shows))
+    with pytest.raises(TypeError, match=r"^model\.student_view: Wrong returned "):
+        fit(module, data, tmp_path)
 
 
 # -- later --------------------------------------------------------------------------------------------------------

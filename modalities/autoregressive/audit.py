@@ -74,6 +74,21 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     ]
 
 
+def check_horizon(module: AutoregressiveDistillation) -> None:
+    """
+    Raises:
+        ValueError: rollouts are as long as the context of a policy that reads them, so that no prompt is short enough.
+    """
+    horizon = module.rollout.horizon
+    for name, policy in module.policies.items():
+        if horizon >= context_length(policy):
+            who = "model.student" if name == "student" else f"model.teachers.{name}"
+            raise ValueError(
+                f"rollout.horizon is {horizon}, and the context of {who} ({policy.path}) is {context_length(policy)} "
+                "tokens, which leaves none for a prompt; lower the horizon"
+            )
+
+
 def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple[str, str]]:
     """What each policy reads of a row, special tokens and all, and which tokens are trained."""
     (seen,) = module.shown([example])

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from ...chat import Chat, Message, is_answer, problem_with_chat
 from ...printable import quoted
+from ...rows import reason_of
 from ...trajectory import Example
 from .models import tokenizer_of
 
@@ -79,7 +82,9 @@ class Renderer:
                 "the prompt's last message is the assistant's: the answer would be read, and a second one asked for. "
                 "data.last_answer: drop leaves it out, completion makes it the column completion"
             )
-        return self._render(chat, example, to_be_continued=True)
+        text = self._render(chat, example, to_be_continued=True)
+        self._check_written(text, chat, example)
+        return text
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt: they begin once, and do not end.
@@ -187,6 +192,7 @@ class Renderer:
             raise ValueError("the completion's first and last message must be the assistant's")
         chat = self._chat(example["prompt"])
         whole = self._render(chat + answer, example)
+        self._check_written(whole, chat + answer, example, given=len(chat))
         later = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
         starts = [prompt if whole.startswith(prompt) else self._asked(prompt, chat, example), *later]
         turns = [
@@ -263,13 +269,49 @@ class Renderer:
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
-        text = self.processor.apply_chat_template(
-            self.prepare([_plain(message) for message in chat], example),
-            tokenize=False,
-            add_generation_prompt=to_be_continued,
-            **options,
-        )
+        prepared = self.prepare([_plain(message) for message in chat], example)
+        try:
+            text = self.processor.apply_chat_template(
+                prepared, tokenize=False, add_generation_prompt=to_be_continued, **options
+            )
+        except (UndefinedError, TypeError) as error:
+            if not tools:
+                raise
+            raise ValueError(
+                f"the column tools holds what the chat template of {self.tokenizer.name_or_path} can't write "
+                f"({reason_of(error)}): {quoted(tools)}. Most take {{type: function, function: {{name: …, "
+                "description: …, parameters: …}}"
+            ) from error
         return str(text)
+
+    def _check_written(self, text: str, chat: Chat, example: Example, given: int | None = None) -> None:
+        """
+        Args:
+            text: the chat as the template writes it.
+            chat: of which the messages from ``given`` on are the completion's.
+            example: the row that it belongs to.
+            given: default: none is.
+
+        Raises:
+            ValueError: the template writes the same whatever one of the messages says.
+        """
+        found, begin = "".join(text.split()), len(chat) if given is None else given
+        for place, message in enumerate(chat):
+            # templates may leave out thoughts, and what is said beside a call
+            if _holds(found, message) or message.get("tool_calls"):
+                continue
+            try:
+                other = [*chat[:place], _saying_otherwise(message), *chat[place + 1 :]]
+                lost = self._render(other, example, to_be_continued=given is None) == text
+            except Exception:  # what they refuse they read
+                lost = False
+            if lost:
+                column, number = ("prompt", place + 1) if place < begin else ("completion", place + 1 - begin)
+                raise ValueError(
+                    f"message {number} of the {column} has the role {quoted(message['role'])}, and the chat template "
+                    f"of {self.tokenizer.name_or_path} writes nothing of what it says: nobody would read it. Give it a "
+                    "role that the template writes"
+                )
 
     def _own_options(self, example: Example) -> dict[str, Any]:
         options = _options_of(example)
@@ -403,6 +445,14 @@ def _holds(turn: str, message: Message) -> bool:
     found = "".join(turn.split())
     thoughts = [message.get(name) or "" for name in _THOUGHTS]
     return all("".join(text.split()) in found for text in (*said, *thoughts, *named))
+
+
+def _saying_otherwise(message: Message) -> Message:
+    """The same message with other text in the same places."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": _TEXT}
+    return {**message, "content": [{**part, "text": _TEXT} if "text" in part else part for part in content]}
 
 
 def _without_opening(text: str, opening: str) -> str:

@@ -29,7 +29,7 @@ from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
 from .apart import SwitchingRope, check_dynamic, read
-from .audit import audit_rows, problem_with_prompt, readings, suspects
+from .audit import audit_rows, check_horizon, problem_with_prompt, readings, suspects
 from .decode import DecodeLoop
 from .engine import Prompts, RolloutEngine
 from .generation import make_savable
@@ -366,6 +366,15 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """``[P]`` the prompt, as whoever reads with this tokenizer and template is shown it."""
         prompt = self.collate([example], policy)
         return prompt["input_ids"][prompt["attention_mask"] > 0]
+
+    def prepare_for_rows(self) -> None:
+        """
+        Raises:
+            ValueError: every row would be too long, or the template does not take the run's options.
+        """
+        super().prepare_for_rows()
+        check_horizon(self)
+        self.renderer().check_options("model.chat_template_kwargs")
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()

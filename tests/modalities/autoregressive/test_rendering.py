@@ -385,6 +385,45 @@ def test_what_can_t_be_rendered_is_refused(template, row, reason):
         both(renderer(template), {"completion": "b", **row}, "<|im_end|>")
 
 
+# writes three roles and no other, and only a system message that comes first
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' and loop.first %}<|system|>{{ m.content | tojson }}"
+    "{% elif m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["developer", "tool", "system", "weather"])
+def test_a_message_that_the_template_does_not_write_is_refused(role):
+    lost = {"role": role, "content": "be brief"}
+    with pytest.raises(ValueError, match=f"message 2 of the prompt has the role '{role}', and the chat template"):
+        renderer(STRICT).prompt({"prompt": [USER, lost, USER]})
+    parts = {**lost, "content": [{"type": "text", "text": "be brief"}]}
+    with pytest.raises(ValueError, match="message 2 of the prompt"):
+        renderer(STRICT).prompt({"prompt": [USER, parts]})
+    row = {"prompt": [USER], "completion": [ANSWER, lost, ANSWER]}
+    with pytest.raises(ValueError, match=f"message 2 of the completion has the role '{role}'"):
+        both(renderer(STRICT), row, "<|end|>")
+    assert "be brief" in renderer(CHATML).prompt({"prompt": [USER, lost, USER]})
+
+
+def test_what_a_template_leaves_out_of_a_message_or_writes_otherwise_is_its_own_affair():
+    thought = {"role": "assistant", "content": "<think>so</think>b"}
+    assert "so" not in renderer(STRICT).prompt({"prompt": [USER, thought, USER]})
+    assert "so" not in renderer(STRICT).prompt({"prompt": [USER, {**ANSWER, "reasoning_content": "so"}, USER]})
+    assert "\\n" in renderer(STRICT).prompt({"prompt": [{"role": "system", "content": 'say\n"a"'}, USER]})
+    assert "a  b" not in renderer(GEMMA.replace("| trim", "| replace('  ', ' ')")).prompt({"prompt": "a  b"})
+    renderer(STRICT).prompt({"prompt": [{"role": "developer", "content": " "}, USER]})
+
+
+@pytest.mark.parametrize("tools", [[{"name": "x"}], [{"function": "x"}]])
+def test_tools_that_a_template_can_t_write_are_named(tools):
+    template = "{% for t in tools or [] %}{{ t.function.name.upper() }}{% endfor %}" + CHATML
+    with pytest.raises(ValueError, match=r"the column tools holds what the chat template .* can't write \(Undefined"):
+        renderer(template).prompt({"prompt": "a", "tools": tools})
+
+
 def test_parts_of_text_are_read_as_text():
     parts = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1"}]}]
     assert "user\n1+1<|im_end|>" in renderer(CHATML).prompt({"prompt": parts})
