@@ -290,13 +290,13 @@ class Renderer:
             text: the chat as the template writes it.
             chat: of which the messages from ``given`` on are the completion's.
             example: the row that it belongs to.
-            given: default: none is.
+            given: default: none is, and the prompt's are checked. Beside a completion a template may leave some out.
 
         Raises:
             ValueError: the template writes the same whatever one of the messages says.
         """
-        found, begin = "".join(text.split()), len(chat) if given is None else given
-        for place, message in enumerate(chat):
+        found, begin = "".join(text.split()), given or 0
+        for place, message in list(enumerate(chat))[begin:]:
             # templates may leave out thoughts, and what is said beside a call
             if _holds(found, message) or message.get("tool_calls"):
                 continue
@@ -306,11 +306,11 @@ class Renderer:
             except Exception:  # what they refuse they read
                 lost = False
             if lost:
-                column, number = ("prompt", place + 1) if place < begin else ("completion", place + 1 - begin)
+                column = "prompt" if given is None else "completion"
                 raise ValueError(
-                    f"message {number} of the {column} has the role {quoted(message['role'])}, and the chat template "
-                    f"of {self.tokenizer.name_or_path} writes nothing of what it says: nobody would read it. Give it a "
-                    "role that the template writes"
+                    f"message {place + 1 - begin} of the {column} has the role {quoted(message['role'])}, and the chat "
+                    f"template of {self.tokenizer.name_or_path} writes nothing of what it says: nobody would read it. "
+                    "Give it a role that the template writes"
                 )
 
     def _own_options(self, example: Example) -> dict[str, Any]:
