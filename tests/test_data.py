@@ -115,7 +115,7 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', r"a\.jsonl, row 2: invalid JSON: Expecting value at column 12"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"a\.jsonl, row 2: invalid JSON: Expecting value at column 12"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"a\.jsonl, row 2: invalid JSON: Expecting value at column 11"),
         ("a.jsonl", '{"prompt": "a"\r\n', r"a\.jsonl, row 1: invalid JSON: Expecting ',' delimiter at column 15"),
         ("a.jsonl", b'{"prompt": "\xff"}\n', r"a\.jsonl, row 1: invalid JSON: not UTF-8 at byte 13"),
         ("a.jsonl", '["a"]\n', r"a\.jsonl, row 1: not an object but a list: write one JSON object a row"),
