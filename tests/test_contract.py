@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from opd_lightning.agreement import Agreement
 from opd_lightning.callbacks import RolloutCallback, TeacherSync, WeightExtrapolation, WhenConsolidated
 from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
@@ -115,7 +116,10 @@ def test_what_a_method_returns_is_checked_and_named(method, change, message, tmp
     setting = returning(method, change)
     setting.served = frozenset({"reward"})
     module = toy.make_module(
-        setting=setting, reward=lambda *_: 1.0, objective=Objective([Term(ReverseKL(), weights=[Outcome()])])
+        setting=setting,
+        reward=lambda *_: 1.0,
+        objective=Objective([Term(ReverseKL(), weights=[Outcome()])]),
+        agreement=Agreement(rows=8),  # which acts before training does
     )
     with pytest.raises((TypeError, ValueError), match=message):
         toy.fit(module, tmp_path)
