@@ -70,7 +70,8 @@ def _opd(arguments: list[str], log: str, environment: dict[str, str], largest_fi
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, handler)  # what a shell starts in the background ignores them
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.path.insert(0, os.getcwd())
