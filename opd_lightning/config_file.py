@@ -252,7 +252,7 @@ def leaves(values: Any) -> Iterator[Any]:
 
 def overlaid(before: Any, values: Any) -> Any:
     """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
-    if isinstance(before, str) and _arguments_alone(values):
+    if isinstance(before, str) and (_arguments_alone(values) or (_names_a_class(before) and _is_open(values))):
         return {"class_path": before, **values}
     if isinstance(values, str) and _arguments_alone(before):
         return {"class_path": values, **before}
@@ -261,6 +261,15 @@ def overlaid(before: Any, values: Any) -> Any:
     if "class_path" in values and _short(values) != _short(before):
         return values
     return {**before, **{key: overlaid(before.get(key), value) for key, value in values.items()}}
+
+
+def _names_a_class(text: str) -> bool:
+    return text.rpartition(".")[2][:1].isupper() and all(part.isidentifier() for part in text.split("."))
+
+
+def _is_open(values: Any) -> bool:
+    """Whether they may be arguments without ``init_args``, which the command line lets out."""
+    return isinstance(values, dict) and bool(values) and "class_path" not in values
 
 
 def _arguments_alone(values: Any) -> bool:

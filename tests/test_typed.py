@@ -87,6 +87,12 @@ def test_a_class_that_is_named_in_short_keeps_the_arguments_that_follow():
     assert found["model"]["init_args"]["optimizer"] == sgd
 
 
+def test_so_does_one_of_a_teacher():
+    weights = "--model.teachers.teacher.weights"
+    teachers = said_last(f"{weights}=EMA", f"{weights}.rate=0.5")["model"]["init_args"]["teachers"]
+    assert teachers["teacher"]["weights"] == {"class_path": "EMA", "init_args": {"rate": 0.5}}
+
+
 def test_teachers_of_the_command_line_are_merged_by_name_too():
     teachers = said_last(f"{TEACHER}=null", "--model.init_args.teachers.big.weights=Live")["model"]["init_args"][
         "teachers"
