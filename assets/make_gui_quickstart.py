@@ -33,7 +33,7 @@ for old in (HERE, RUN):
     shutil.rmtree(old, ignore_errors=True)
 texts = [row["prompt"] for row in rendered(str(SCREENS), seeds="100-160")] + [
     "(123, 456)",
-    HINT.format(colour="green"),
+    HINT.format(color="green"),
     TOLD.format(x=123, y=456),
 ] * 50
 architecture(HERE, texts, vocabulary=800, patch=12, side=192)

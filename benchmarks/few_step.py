@@ -24,7 +24,7 @@ from opd_lightning.shipped import shipped
 
 RUNS = Path("runs/few_step")
 BUDGET = 120_000
-# overlays, evaluations per optimiser step (measured; `train/network_evaluations` says them), and more arguments
+# overlays, evaluations per optimizer step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, on-policy": ([], 663, []),
     "flow map, off-policy": (["flow_map_off_policy"], 632, []),

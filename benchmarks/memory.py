@@ -35,7 +35,7 @@ SHAPES = {
     "student": (256, 768, 4, 4, 2, 64, True),
     "teacher": (384, 1152, 6, 6, 3, 64, True),
 }
-# Per weight: int8 with a float32 scale per row is 1 byte; nf4 has a byte per 64 weights and double quantisation
+# Per weight: int8 with a float32 scale per row is 1 byte; nf4 has a byte per 64 weights and double quantization
 BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 STATE = {32: 8.0, 8: 2 + 2 * 4 / 256}  # both moments of AdamW, per trained weight
 
@@ -173,7 +173,7 @@ def phases(run: Run, prompt: int, completion: int) -> dict[str, dict[str, float]
     many, most, rest, _ = counts(run.teacher or run.student)
     if run.teacher:
         held["teacher"] = BYTES[bits] * many + BYTES[max(16, bits)] * rest
-    held["optimiser"] = STATE[run.adam] * trained
+    held["optimizer"] = STATE[run.adam] * trained
     gradients = {"gradients": 4.0 * trained}
     before = gradients if run.rows > run.micro else {}  # those of micro-batches before
 

@@ -4,7 +4,7 @@ pass, clipping and update.
     python benchmarks/overhead.py [--updates 12]
 
 One run of the small models (vocabulary 512, 32 × 128 tokens) whose bare calls are timed from outside: sampling, the
-backbones of student and teacher, the objective's evaluation, the backward pass, the optimiser. What is left of the step
+backbones of student and teacher, the objective's evaluation, the backward pass, the optimizer. What is left of the step
 is overhead. The objective's own diagnostics are timed in the same run: steps that log against those that do not. Writes
 runs/bench/overhead.json.
 """

@@ -69,7 +69,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def bare_trainer(updates: int, folder: str | Path, callback: Any, **settings: Any) -> Any:
-    """Lightning's Trainer on a CPU, with nothing on that is not part of an optimiser step."""
+    """Lightning's Trainer on a CPU, with nothing on that is not part of an optimizer step."""
     import lightning as L  # the peer's environment has none
 
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")

@@ -1,4 +1,4 @@
-"""A whole optimiser step beside TRL's `DistillationTrainer`: same models, prompts, lengths, divergence, optimiser.
+"""A whole optimizer step beside TRL's `DistillationTrainer`: same models, prompts, lengths, divergence, optimizer.
 
     python benchmarks/step.py [--case small-equal …] [--rounds 3] [--updates 6]
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ..module import OnPolicyDistillation
-from ..trajectory import OptimiserStep, Trajectories
+from ..trajectory import OptimizerStep, Trajectories
 
 LAST = 10_000
 REPETITION = "repetition"
@@ -86,7 +86,7 @@ SIGNS = (
 class CollapseAlarm(L.Callback):
     """Watches what is logged, and how much rollouts repeat themselves.
 
-    It looks at the optimiser steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
+    It looks at the optimizer steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
     ``baseline`` looks. What has been wrong for ``patience`` looks on end is told once, with advice, and again only
     after it was well in between. Loss terms that are no longer finite are told at once. Overlap is known for
     distributions over a vocabulary; the entropy of a density may be negative, of which there is no share. Logged:
@@ -150,15 +150,15 @@ class CollapseAlarm(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.ends_optimiser_step or not pl_module.is_logged(trainer.global_step):
+        if not batch.ends_optimizer_step or not pl_module.is_logged(trainer.global_step):
             return
-        assert batch.optimiser_step is not None
+        assert batch.optimizer_step is not None
         if self.limits[REPETITION] is not None:
-            pl_module.record(REPETITION, self._repeating(batch.optimiser_step))
+            pl_module.record(REPETITION, self._repeating(batch.optimizer_step))
         told = self._look(pl_module.recorded())
         pl_module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
         for message in told:
-            rank_zero_warn(f"optimiser step {trainer.global_step}: {message}")
+            rank_zero_warn(f"optimizer step {trainer.global_step}: {message}")
         if told and self.action == "stop":
             self.reason, trainer.should_stop = told[0], True
 
@@ -167,7 +167,7 @@ class CollapseAlarm(L.Callback):
             assert isinstance(pl_module, OnPolicyDistillation)
             path = pl_module.folder / "collapse.ckpt"
             trainer.save_checkpoint(path)
-            rank_zero_info(f"CollapseAlarm: stopped after optimiser step {trainer.global_step}, saved as {path}")
+            rank_zero_info(f"CollapseAlarm: stopped after optimizer step {trainer.global_step}, saved as {path}")
 
     def _look(self, values: dict[str, float]) -> list[str]:
         """What is to be told now."""
@@ -191,7 +191,7 @@ class CollapseAlarm(L.Callback):
         self.wrong = {key: self.wrong.get(key, 0) + 1 for key in found}
         return [message for key, message in found.items() if self.wrong[key] == self.patience]
 
-    def _repeating(self, whole: OptimiserStep) -> Tensor:
+    def _repeating(self, whole: OptimizerStep) -> Tensor:
         """``[B]`` 1 for each trajectory that repeats itself."""
         return torch.tensor(
             [

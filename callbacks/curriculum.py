@@ -19,11 +19,11 @@ from .knobs import KnobCallback
 
 
 class Schedule(ABC):
-    """A value over optimiser steps."""
+    """A value over optimizer steps."""
 
     @abstractmethod
     def __call__(self, step: int) -> Any:
-        """The value for the optimiser step after ``step`` ones were done."""
+        """The value for the optimizer step after ``step`` ones were done."""
 
     @abstractmethod
     def ends(self) -> list[Any]:
@@ -41,7 +41,7 @@ class Schedule(ABC):
 
 
 class Linear(Schedule):
-    """From ``start`` to ``end`` in ``steps`` optimiser steps after the first ``wait``, then ``end``.
+    """From ``start`` to ``end`` in ``steps`` optimizer steps after the first ``wait``, then ``end``.
 
     Raises:
         ValueError: steps < 1 or wait < 0.
@@ -94,12 +94,12 @@ class Staircase(Schedule):
 
 
 class Piecewise(Schedule):
-    """Values from given optimiser steps on, such as ``{0: 1.0, 500: 0.0}``; any type, so also ``{student: 1.0}``.
+    """Values from given optimizer steps on, such as ``{0: 1.0, 500: 0.0}``; any type, so also ``{student: 1.0}``.
 
     One value alone is a constant.
 
     Args:
-        values: optimiser step → value; 0 must be among them.
+        values: optimizer step → value; 0 must be among them.
         interpolate: straight lines between the numbers instead of jumps.
 
     Raises:
@@ -190,7 +190,7 @@ class Stage:
 
     Args:
         knobs: path → value; every stage sets the same ones.
-        steps: optimiser steps that it lasts; only the last stage may leave it out, and goes on to the end.
+        steps: optimizer steps that it lasts; only the last stage may leave it out, and goes on to the end.
         name: for the log.
     """
 
@@ -203,10 +203,10 @@ class Curriculum(KnobCallback):
     """Turns knobs along schedules: the horizon, a term's coefficient (0 skips its teacher's forward pass), a policy's
     share of the rollouts, a view's strength, a divergence's β, an EMA rate, the denoising steps, …
 
-    A knob is turned after an optimiser step and before the next rollout, and logged as ``knob/<path>``; the number of
-    the stage as ``curriculum/stage``. Rollouts that are pending then (several optimiser steps per generation,
+    A knob is turned after an optimizer step and before the next rollout, and logged as ``knob/<path>``; the number of
+    the stage as ``curriculum/stage``. Rollouts that are pending then (several optimizer steps per generation,
     ``rollout.max_staleness``) are trained as they are, on what the student saw when it acted. Weights of EMA teachers
-    and the optimiser's moments are carried over from stage to stage. Evaluation goes by its own settings; of knobs,
+    and the optimizer's moments are carried over from stage to stage. Evaluation goes by its own settings; of knobs,
     only ``student_view`` reaches it.
 
     Args:

@@ -19,7 +19,7 @@ from ..module import OnPolicyDistillation
 from ..objective import Divergence, ReverseKL
 from ..objective.steps import Steps
 from ..rollout import RolloutCallback, derived_seed
-from ..trajectory import OptimiserStep, Trajectories
+from ..trajectory import OptimizerStep, Trajectories
 from .knobs import KnobCallback
 
 HORIZON = "rollout.horizon"
@@ -46,8 +46,8 @@ class StopPolicy:
         """``[B]`` how many of the trained steps of each trajectory stay trained, from the first on; None: all."""
         return None
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> None:
-        """Told of every optimiser step after it."""
+    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
+        """Told of every optimizer step after it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""
@@ -58,7 +58,7 @@ class StopPolicy:
 
 
 class FirstSteps(StopPolicy):
-    """ESR (2605.27028): nothing beyond the first N steps is generated at all, at every optimiser step alike.
+    """ESR (2605.27028): nothing beyond the first N steps is generated at all, at every optimizer step alike.
 
     Args:
         steps: N. Default 100, for tokens (the paper's; 50 where teacher and student are of different families).
@@ -90,8 +90,8 @@ class AdaptiveWindow(StopPolicy):
 
     Args:
         smallest: of the window, and its start.
-        every: optimiser steps between probes. Default 10.
-        probe: trajectories of a probe, at most one optimiser step's, on each rank. Default 64 (the paper's).
+        every: optimizer steps between probes. Default 10.
+        probe: trajectories of a probe, at most one optimizer step's, on each rank. Default 64 (the paper's).
         agreement: cosine from which on the directions count as one. Default 0.9.
         factor: by which the window grows and shrinks. Default 2.
 
@@ -119,7 +119,7 @@ class AdaptiveWindow(StopPolicy):
         self.longest = longest
         self.horizon = min(self.horizon or self.smallest, longest)
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> None:
+    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
         assert self.horizon is not None
         step = module.global_step
         if step % self.every:
@@ -129,7 +129,7 @@ class AdaptiveWindow(StopPolicy):
         seeds = [derived_seed(PROBE_DRAWS, step, module.global_rank, i) for i in range(len(examples))]
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
-        sources = ("student", *(name for name in module.rollout.behaviour if name != "student"))
+        sources = ("student", *(name for name in module.rollout.behavior if name != "student"))
         full = module.judge(dataclasses.replace(rolled, group=group, sources=sources))
         direction = module.gradient(full)
         agreement = _cosine(module.gradient(full.truncate(self.horizon)), direction)
@@ -255,7 +255,7 @@ class LowCorrection(StopPolicy):
         eta: larger cuts less. Default 0.3.
         buffer: trajectories that the quantile looks back on. Default 4096.
         ready: how many it needs before anything is cut. Default 512.
-        warmup: optimiser steps before anything is cut. Default 50.
+        warmup: optimizer steps before anything is cut. Default 50.
         back_up: cut at the start of the run's first window, as the paper's text has it; otherwise where the run is
             noticed, as its pseudocode has it.
         divergence: of student and teacher at a step. Default: KL(student‖teacher) over the whole vocabulary; the
@@ -379,9 +379,9 @@ class EarlyStopRollout(KnobCallback, RolloutCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if batch.ends_optimiser_step:
-            assert batch.optimiser_step is not None
-            self.policy.observe(pl_module, batch.optimiser_step)
+        if batch.ends_optimizer_step:
+            assert batch.optimizer_step is not None
+            self.policy.observe(pl_module, batch.optimizer_step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def state_dict(self) -> dict[str, Any]:

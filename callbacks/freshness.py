@@ -1,6 +1,6 @@
 """FreshnessControl: how much a stale trajectory counts, and when stale ones are thrown away (f-OPD).
 
-Shape legend: B trajectories of an optimiser step on this rank, n steps of a chunk.
+Shape legend: B trajectories of an optimizer step on this rank, n steps of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..objective import ReverseKL, Signal, Term
 from ..objective.steps import Steps
 from ..rollout import RolloutLoader
 from ..teacher import Teacher, View
-from ..trajectory import OptimiserStep, Trajectories
+from ..trajectory import OptimizerStep, Trajectories
 
 Settings = dict[str, Any]
 FOREVER = 2**62
@@ -42,7 +42,7 @@ class Anchor(Signal):
     def __call__(self, steps: Steps) -> Tensor:
         assert steps.student is not None
         mine = steps.per_trajectory(_by_student(steps.trajectories))
-        log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behaviour_log_prob, 0.0)
+        log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behavior_log_prob, 0.0)
         log_ratio = log_ratio.clamp(max=LARGEST)
         return log_ratio.expm1() - log_ratio
 
@@ -50,7 +50,7 @@ class Anchor(Signal):
 class FreshnessControl(L.Callback):
     """f-OPD (2605.17862): every trajectory has a freshness, which decides how much it counts.
 
-    With τ optimiser steps between acting and training,
+    With τ optimizer steps between acting and training,
 
         f = 1/(τ + 1) · exp(−(α·√D_roll + β·√D_sup)),    w = max(0, f − ξ),
 
@@ -61,14 +61,14 @@ class FreshnessControl(L.Callback):
     a teacher had something to say only now or only then, f is 0. Trajectories of other policies than the student do
     not grow stale: f is 1.
 
-    When the mean freshness of an optimiser step falls to ``refresh_below``, what was rolled out and not trained is
+    When the mean freshness of an optimizer step falls to ``refresh_below``, what was rolled out and not trained is
     thrown away and rolled out again. The paper's other two refresh rules ask for states that can't be replayed; here
     all can.
 
-    α = β = λ = 0 is the simple mode, which goes by the lag alone and costs no forward pass. Otherwise an optimiser step
+    α = β = λ = 0 is the simple mode, which goes by the lag alone and costs no forward pass. Otherwise an optimizer step
     on stale trajectories costs one more of the student, and two of each teacher whose view has changed.
 
-    Where a term's normaliser is ``steps``, as in the paper, small weights make small steps; with ``weights`` only their
+    Where a term's normalizer is ``steps``, as in the paper, small weights make small steps; with ``weights`` only their
     proportions count. Logged, as means: ``train/freshness/score``, ``weight``, ``gated`` (share of trajectories that
     count nothing), ``lag``, ``rollout_drift``, ``supervision_drift`` and ``refreshes``.
 
@@ -79,7 +79,7 @@ class FreshnessControl(L.Callback):
         threshold: ξ. Default 0.05.
         anchor: λ. Default 0.1; 0 adds no term.
         refresh_below: κ. Default 0.05; 0 refreshes only if every trajectory is invalid.
-        refresh_every: optimiser steps between two refreshes, at least. Default 200 (the paper's).
+        refresh_every: optimizer steps between two refreshes, at least. Default 200 (the paper's).
 
     Raises:
         ValueError: a value out of range.
@@ -106,7 +106,7 @@ class FreshnessControl(L.Callback):
         self.rollout_drift, self.supervision_drift, self.threshold = rollout_drift, supervision_drift, threshold
         self.anchor, self.refresh_below, self.refresh_every = anchor, refresh_below, refresh_every
         self._refreshed, self._is_stale = -FOREVER, False
-        # settings of every teacher's view, with the optimiser step from which on it had them
+        # settings of every teacher's view, with the optimizer step from which on it had them
         self._shown: list[tuple[int, dict[str, Settings]]] = []
         self._term = Term(Anchor(), teacher=None, coefficient=anchor, name="anchor")
 
@@ -119,7 +119,7 @@ class FreshnessControl(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        whole = batch.optimiser_step
+        whole = batch.optimizer_step
         assert whole is not None
         if batch.micro_batch:
             return
@@ -137,7 +137,7 @@ class FreshnessControl(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.ends_optimiser_step:
+        if not batch.ends_optimizer_step:
             return
         step = trainer.global_step
         refreshes = self._is_stale and step - self._refreshed >= self.refresh_every
@@ -196,7 +196,7 @@ class FreshnessControl(L.Callback):
         moved = torch.where(here & there, moved, torch.where(here | there, torch.inf, 0.0))
         return moved.clamp(min=0).cpu()
 
-    def _remember(self, module: OnPolicyDistillation, whole: OptimiserStep) -> None:
+    def _remember(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
         now = {name: _settings(t.view) for name, t in module.teachers.items() if t.view is not None}
         if not self._shown or self._shown[-1][1] != now:
             self._shown.append((module.global_step, now))

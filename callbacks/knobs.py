@@ -3,7 +3,7 @@
 A knob is an argument of a part's constructor that the part keeps under the same name. It is named by its path below the
 module: ``rollout.horizon``, ``objective.terms.0.signal.beta``, ``teachers.teacher.weights.rate``. Entries of lists go
 by their place or by their own name (``objective.terms.ReverseKL.coefficient``), entries of mappings by their key.
-``rollout.behaviour.teacher`` is one policy's share of the rollouts; the others give way in the proportions that were
+``rollout.behavior.teacher`` is one policy's share of the rollouts; the others give way in the proportions that were
 configured (equally, where they had none).
 """
 
@@ -88,7 +88,7 @@ class Knob:
 
     @property
     def _is_share(self) -> bool:
-        return isinstance(self.owner, Rollout) and self.argument == "behaviour"
+        return isinstance(self.owner, Rollout) and self.argument == "behavior"
 
     def overlaps(self, other: Knob) -> bool:
         """Whether turning one turns the other, whatever they are called."""
@@ -143,7 +143,7 @@ class Knob:
 class KnobCallback(L.Callback, ABC):
     """A callback that turns knobs. Two that turn the same one are refused before training.
 
-    What a knob was when an optimiser step began is logged as ``knob/<path>``. A subclass names its knobs and turns them
+    What a knob was when an optimizer step began is logged as ``knob/<path>``. A subclass names its knobs and turns them
     in `advance`; what it remembers goes into ``state_dict``, and `advance` must turn the knobs of a resumed run to
     where they were.
     """
@@ -158,7 +158,7 @@ class KnobCallback(L.Callback, ABC):
         return self._generate_state_key(knobs=self.knobs)
 
     def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        """Turns the knobs: before the first rollout, and after each of ``trainer.global_step`` optimiser steps."""
+        """Turns the knobs: before the first rollout, and after each of ``trainer.global_step`` optimizer steps."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """

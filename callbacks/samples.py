@@ -1,4 +1,4 @@
-"""Samples: rollouts to look at, every so many optimiser steps."""
+"""Samples: rollouts to look at, every so many optimizer steps."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Row = dict[str, Any]
 
 
 class Samples(L.Callback):
-    """Shows the first rollouts of an optimiser step as they are about to be trained, with a signal at each step.
+    """Shows the first rollouts of an optimizer step as they are about to be trained, with a signal at each step.
 
     On the console the steps are shaded by the signal, the darkest red being the table's largest. The same rows go to
     ``rollouts.jsonl`` in the run's folder, with every step's value, who acted, with which weights (``version``), how
-    many optimiser steps ago (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one
+    many optimizer steps ago (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one
     first). Loggers that take text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the
     rows of the steps that it does again.
 
     Args:
-        every: optimiser steps between tables, from the first on. Default 100.
-        count: rollouts, at most one optimiser step's on the first rank. Default 4.
+        every: optimizer steps between tables, from the first on. Default 100.
+        count: rollouts, at most one optimizer step's on the first rank. Default 4.
         signal: default: KL(student‖teacher), or without a teacher −log p of the step taken.
         teacher: an entry of ``model.teachers`` whom the signal reads; None: it reads none.
         console: print the tables.
@@ -79,9 +79,9 @@ class Samples(L.Callback):
         assert isinstance(pl_module, OnPolicyDistillation)
         if batch.micro_batch or trainer.global_step % self.every:
             return
-        assert batch.optimiser_step is not None
+        assert batch.optimizer_step is not None
         rows: list[Row] = []
-        for part in batch.optimiser_step.micro_batches:
+        for part in batch.optimizer_step.micro_batches:
             wanted = min(len(part), self.count - len(rows))
             if wanted:
                 rows += self._rows(pl_module, part.to("cpu").select(torch.arange(wanted)))
@@ -118,7 +118,7 @@ class Samples(L.Callback):
         with self._path(module).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.console:
-            Console().print(render(rows, f"optimiser step {trainer.global_step}: {type(self.signal).__name__}"))
+            Console().print(render(rows, f"optimizer step {trainer.global_step}: {type(self.signal).__name__}"))
         data = [[row[name] for name in COLUMNS] for row in rows]
         logger: Any
         for logger in trainer.loggers:

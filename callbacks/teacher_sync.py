@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..module import OnPolicyDistillation
 from ..teacher import EMA
-from ..trajectory import OptimiserStep, Trajectories
+from ..trajectory import OptimizerStep, Trajectories
 from .curriculum import Schedule
 from .knobs import KnobCallback
 
@@ -24,11 +24,11 @@ class SyncPolicy:
     needs_reward = False
 
     def rate(self, step: int) -> float:
-        """The student's share in the average at the optimiser step after ``step`` ones were done."""
+        """The student's share in the average at the optimizer step after ``step`` ones were done."""
         return 0.0
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
-        """Told of every optimiser step after it: whether the teacher shall become the student now."""
+    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
+        """Told of every optimizer step after it: whether the teacher shall become the student now."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Average(SyncPolicy):
     """An exponential moving average whose rate changes: teacher ← (1−rate)·teacher + rate·student.
 
     Args:
-        rate: over optimiser steps, such as ``Cosine(0.05, 0.0, 500)``.
+        rate: over optimizer steps, such as ``Cosine(0.05, 0.0, 500)``.
     """
 
     def __init__(self, rate: Schedule) -> None:
@@ -58,7 +58,7 @@ class Never(SyncPolicy):
 
 
 class Every(SyncPolicy):
-    """The teacher becomes the student after every so many optimiser steps, whatever the student is then.
+    """The teacher becomes the student after every so many optimizer steps, whatever the student is then.
 
     "When Should the Teacher Move?" (2606.03532) saw training on self-distillation collapse with 1 and 2 steps within
     100, and with 50 after 189; `WhenConsolidated` is its advice.
@@ -75,14 +75,14 @@ class Every(SyncPolicy):
             raise ValueError(f"Every.steps must be >= 1, got {steps}")
         self.steps = steps
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
+    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
         return module.global_step % self.steps == 0
 
 
 class WhenConsolidated(SyncPolicy):
     """CGTR of "When Should the Teacher Move?" (2606.03532): the teacher becomes the student once that has improved.
 
-    That is when ``rest`` optimiser steps have gone by since the last time, the mean reward of the last ``window`` steps
+    That is when ``rest`` optimizer steps have gone by since the last time, the mean reward of the last ``window`` steps
     exceeds the reference by more than ``gain``, and the longest trajectory of these steps is at most ``longest`` times
     as long as their mean. The reference is then that mean reward, so it only ever rises. Where it starts is not in the
     paper: here with the mean of the first window.
@@ -90,7 +90,7 @@ class WhenConsolidated(SyncPolicy):
     Args:
         rest: M_min. Default 30; all defaults are the paper's.
         window: w. Default 5.
-        every: optimiser steps between looks. Default 5.
+        every: optimizer steps between looks. Default 5.
         gain: δ_r. Default 0.05, for rewards in [0, 1].
         longest: L_max. Default 3.2.
 
@@ -111,7 +111,7 @@ class WhenConsolidated(SyncPolicy):
         self.last, self.reference = 0, math.nan
         self.seen: list[list[float]] = []  # mean reward, mean and largest length of the last steps
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimiserStep) -> bool:
+    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
         def everywhere(values: list[Tensor]) -> Tensor:
             return module.gather(torch.cat(values).float().to(module.device))
 
@@ -142,7 +142,7 @@ class WhenConsolidated(SyncPolicy):
 class TeacherSync(KnobCallback):
     """Moves a teacher whose weights are `EMA`; the rate that these were given is replaced by the policy's.
 
-    Logged: ``knob/teachers.<name>.weights.rate``, and ``train/teacher_sync/syncs``, the share of optimiser steps after
+    Logged: ``knob/teachers.<name>.weights.rate``, and ``train/teacher_sync/syncs``, the share of optimizer steps after
     which the teacher became the student.
 
     Args:
@@ -184,16 +184,16 @@ class TeacherSync(KnobCallback):
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not batch.ends_optimiser_step:
+        if not batch.ends_optimizer_step:
             return
-        assert batch.optimiser_step is not None
-        syncs = self.policy.observe(pl_module, batch.optimiser_step)
+        assert batch.optimizer_step is not None
+        syncs = self.policy.observe(pl_module, batch.optimizer_step)
         pl_module.record("teacher_sync/syncs", float(syncs))
         if syncs:
             self.turn(self.rate, 1.0)
             pl_module.teachers[self.teacher].weights.update(0)
             self.advance(trainer, pl_module)
-            rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimiser step {trainer.global_step}")
+            rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimizer step {trainer.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
         return self.policy.state_dict()

@@ -22,13 +22,13 @@ DRAWS = 2**34  # keeps its choice of examples apart from other draws
 
 
 class WeightExtrapolation(L.Callback):
-    """EffOPD (2605.11739): after 1, 2, 4, 8, … optimiser steps, weights further along the way are tried out.
+    """EffOPD (2605.11739): after 1, 2, 4, 8, … optimizer steps, weights further along the way are tried out.
 
     The way is Δ, from the weights with which training went on at the last power of two (at first: from the beginning)
     to those of now. Candidates are the weights of now + d·Δ, for the distances d in turn. Each is evaluated on a few
     training examples, as `Evaluation` has it, and accepted if its mean reward is at least that of the last one
     accepted; the first that fails ends it. Where none is accepted, the weights stay as they were, bit for bit. The
-    optimiser's moments are left alone.
+    optimizer's moments are left alone.
 
     Costs a second and third copy of the trained weights, of which the checkpoint holds one, and at every power of two
     up to one rollout more than there are distances. Adapters are extrapolated factor by factor, so what they do does
@@ -70,7 +70,7 @@ class WeightExtrapolation(L.Callback):
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
         step = trainer.global_step
-        if not batch.ends_optimiser_step or step & (step - 1):
+        if not batch.ends_optimizer_step or step & (step - 1):
             return
         if self.before is not None:
             self._go_on(trainer, pl_module, self.before)

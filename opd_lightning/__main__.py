@@ -21,7 +21,7 @@ def main() -> None:
     except (ConfigError, FileNotFoundError) as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
-    # its missing CPU kernel concerns nobody who has not asked for quantisation
+    # its missing CPU kernel concerns nobody who has not asked for quantization
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .cli import run
     from .cli_errors import sentence

@@ -178,7 +178,7 @@ class AverageAdapter(AnotherAdapter):
         config: Any = model.peft_config[STUDENT]
         if config.use_dora:
             raise ValueError(
-                f"model.teachers.{name}: DoRA scales its products by learnt magnitudes, which have no average of low "
+                f"model.teachers.{name}: DoRA scales its products by learned magnitudes, which have no average of low "
                 "rank; use LoRA, or the teacher Initial"
             )
         layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]

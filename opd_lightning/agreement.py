@@ -51,7 +51,7 @@ class Agreement:
         rows: how many, spread over the training data; every policy that acts is let act on them once.
         tolerance: how far the log-probs of a row's actions may be apart, in nats, on average over its steps (and, where
             an action is made of several numbers, over those). Default: 0.001 in float32, 0.05 for models that are
-            computed in half precision or quantised, or the tolerance of a rollout engine that has one of its own.
+            computed in half precision or quantized, or the tolerance of a rollout engine that has one of its own.
 
     Raises:
         ValueError: fewer than 2 rows, which could not influence each other, or a tolerance that is not positive.
@@ -108,14 +108,14 @@ class Comparison:
             acted = module.act(source, self._examples, self._seeds)
             if not acted.mask.any():
                 raise ValueError(
-                    f"rollout.behaviour.{source}: none of {len(acted)} trajectories has a step that is trained (mask)"
+                    f"rollout.behavior.{source}: none of {len(acted)} trajectories has a step that is trained (mask)"
                 )
             with module.trainer.precision_plugin.forward_context():
                 for name in sorted(set(module.policies) - off):
                     together = self._ask(name, acted)
                     self._note(name, TOGETHER, together, self._ask(name, acted, size=1))
                     if name == source:
-                        self._note(name, ACTED, together, acted.behaviour_log_probs / _width(acted))
+                        self._note(name, ACTED, together, acted.behavior_log_probs / _width(acted))
                     if name == "student":
                         self._note(name, TRAINING, together, self._ask(name, acted, self._size, training=True))
 
@@ -213,7 +213,7 @@ def usual_suspects(setting: Any, what: str) -> list[str]:
 
 
 def is_rounded(model: nn.Module) -> bool:
-    """Whether a model computes in half precision or TF32, or its weights are quantised."""
+    """Whether a model computes in half precision or TF32, or its weights are quantized."""
     weights = [p for p in model.parameters() if p.is_floating_point()]
     exact = {p.dtype for p in weights} <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
     tf32 = any(p.is_cuda for p in weights) and torch.get_float32_matmul_precision() != "highest"

@@ -144,7 +144,7 @@ class Checkpoint(ModelCheckpoint):
     At a step that is validated it is written after the validation, which callbacks may go by: a resumed run does not do
     that one again.
 
-    After a SIGTERM (or SIGHUP) the optimiser step is finished on every rank, ``last.ckpt`` is written, and the run ends
+    After a SIGTERM (or SIGHUP) the optimizer step is finished on every rank, ``last.ckpt`` is written, and the run ends
     as if it were done, with exit code 0: a queue may start it again with ``--ckpt_path=last``. After a SIGINT (Ctrl-C)
     likewise, with exit code 1. A second signal ends the run at once, as does an optimizer step that hangs (`Ending`).
 
@@ -152,7 +152,7 @@ class Checkpoint(ModelCheckpoint):
     left there is moved into ``earlier-<n>`` beside it, unless this one goes on from it.
 
     Args:
-        every_n_train_steps: optimiser steps between checkpoints.
+        every_n_train_steps: optimizer steps between checkpoints.
         dirpath, monitor, mode, save_top_k, save_last: as in Lightning.
     """
 
@@ -206,7 +206,7 @@ class Checkpoint(ModelCheckpoint):
             raise refusal
 
     def _listen(self, trainer: L.Trainer) -> None:
-        # in place of Lightning's handlers, which end a run between any two batches, in the middle of an optimiser step
+        # in place of Lightning's handlers, which end a run between any two batches, in the middle of an optimizer step
         # too, and do not end an evaluation at all
         launcher: Any = trainer.strategy.launcher
         forward = (lambda _: None) if launcher is None else launcher.kill
@@ -262,7 +262,7 @@ class Checkpoint(ModelCheckpoint):
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             name = "SIGTERM" if self._ending.number is None else signal.Signals(self._ending.number).name
-            rank_zero_info(f"{name}: stopped after optimiser step {trainer.global_step}; go on with --ckpt_path=last")
+            rank_zero_info(f"{name}: stopped after optimizer step {trainer.global_step}; go on with --ckpt_path=last")
             if self._ending.number == signal.SIGINT:
                 raise KeyboardInterrupt
             trainer.should_stop = True

@@ -69,12 +69,12 @@ def check_acted(setting: Any, acted: Any, examples: Sequence[Example], method: s
     count, steps = acted.mask.shape
     if count != len(examples):
         raise ValueError(f"{where}: mask has {count} rows; there are {len(examples)} examples")
-    shapes = {"actions": (count, steps), "behaviour_log_probs": (count, steps), "stopped": (count,)}
+    shapes = {"actions": (count, steps), "behavior_log_probs": (count, steps), "stopped": (count,)}
     fields = {name: (getattr(acted, name), shape) for name, shape in shapes.items()}
     fields |= {f"channels[{name!r}]": (tensor, (count, steps)) for name, tensor in acted.channels.items()}
     fields |= {f"observation[{name!r}]": (tensor, (count,)) for name, tensor in acted.observation.items()}
     for name, (tensor, shape) in fields.items():
-        exact = name in ("behaviour_log_probs", "stopped")
+        exact = name in ("behavior_log_probs", "stopped")
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
         if found is None or found[: len(shape)] != shape or (exact and found != shape):
             needed = ", ".join([*map(str, shape), *([] if exact else ["..."])])
@@ -82,10 +82,10 @@ def check_acted(setting: Any, acted: Any, examples: Sequence[Example], method: s
     if acted.stopped.dtype != torch.bool:
         raise ValueError(f"{where}: stopped is {_kind(acted.stopped)}; it has to be a bool tensor [B]")
     readers = sorted(
-        {type(part).__name__ for term in setting.objective.active for part in term.parts() if "behaviour" in part.needs}
+        {type(part).__name__ for term in setting.objective.active for part in term.parts() if "behavior" in part.needs}
     )
-    if method == "sample" and readers and bool(acted.behaviour_log_probs[acted.mask].isnan().any()):
-        raise ValueError(f"{where}: behaviour_log_probs are NaN at trained steps, and {', '.join(readers)} reads them")
+    if method == "sample" and readers and bool(acted.behavior_log_probs[acted.mask].isnan().any()):
+        raise ValueError(f"{where}: behavior_log_probs are NaN at trained steps, and {', '.join(readers)} reads them")
     return acted
 
 

@@ -20,7 +20,7 @@ from .table import undecoded
 Example = dict[str, Any]
 Split = Literal["train", "validation", "test", "predict"]
 
-# A task that makes its rows draws row i from seed + i: neighbouring seeds would share nearly all rows.
+# A task that makes its rows draws row i from seed + i: neighboring seeds would share nearly all rows.
 _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
 # A teacher's column may be empty in a row, which then has no view; these may not.
 _NEVER_EMPTY = ("prompt", "answer", "completion")
@@ -106,7 +106,7 @@ class PromptData(LightningDataModule):
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
             them in `skipped` and warns once.
         last_answer: what becomes of the last message of a chat in `prompt` where it is the assistant's: "refuse" such
-            rows, "drop" the message, or make it the column "completion", for `rollout.behaviour.dataset`.
+            rows, "drop" the message, or make it the column "completion", for `rollout.behavior.dataset`.
         validation_batch_size: prompts per batch of validation, test and predict.
         seed: of the held-out rows and of tasks that make their rows. The order of training and all rollouts follow
             `seed_everything` where it was called, so that runs of different seeds share their held-out rows.

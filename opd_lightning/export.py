@@ -24,7 +24,7 @@ from .likeness import TOLERANCE, distance, tolerance
 from .model_card import model_card
 from .module import OnPolicyDistillation
 from .objective import Objective
-from .pretrained import quantised_as
+from .pretrained import quantized_as
 from .printable import printable
 
 EXACT = 1e-4
@@ -178,7 +178,7 @@ def restore(module: OnPolicyDistillation, state: dict[str, Any]) -> None:
 
 
 def load_module(checkpoint: str | Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any], int]:
-    """The trained student of a checkpoint in its setting, its configuration, and the optimiser steps it has seen.
+    """The trained student of a checkpoint in its setting, its configuration, and the optimizer steps it has seen.
 
     Raises:
         ValueError: as in `read` and `student_alone`.
@@ -215,10 +215,10 @@ def _check_mergeable(module: OnPolicyDistillation, merge: bool) -> None:
                 "lora); leave it out to write the whole model"
             )
         return
-    quantised = quantised_as(getattr(model.get_base_model().config, "quantization_config", None)) or spec.quantization
-    if merge and quantised:
+    quantized = quantized_as(getattr(model.get_base_model().config, "quantization_config", None)) or spec.quantization
+    if merge and quantized:
         raise ValueError(
-            f"the base is quantised ({quantised}); to merge would round the adapter away. Export with --merge=false, "
+            f"the base is quantized ({quantized}); to merge would round the adapter away. Export with --merge=false, "
             "and load the adapter on the base"
         )
     config: Any = model.peft_config[STUDENT]

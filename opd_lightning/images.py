@@ -159,7 +159,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _stored_mode(image: Image.Image) -> str:
-    """How PIL calls the values of the file, such as "L;4" for 4 bits of grey; empty where they were read already."""
+    """How PIL calls the values of the file, such as "L;4" for 4 bits of gray; empty where they were read already."""
     tiles = getattr(image, "tile", ())
     return tiles[0][3] if image.format == "PNG" and tiles and isinstance(tiles[0][3], str) else ""
 
@@ -185,7 +185,7 @@ def _rgb(image: Image.Image, stored: str, name: str) -> Image.Image:
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
-    """More than 8 bits of grey; converting alone would cut them off at 255."""
+    """More than 8 bits of gray; converting alone would cut them off at 255."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     whites = _WHITES.get(image.mode, [2**16 - 1])
@@ -195,8 +195,8 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
             f"the image holds values from {low:g} to {high:g}, which have no scale: {name}; write them between 0 and "
             f"{' or '.join(map(str, whites))}"
         )
-    grey = np.rint(values * (255 / white)).astype(np.uint8)
+    gray = np.rint(values * (255 / white)).astype(np.uint8)
     hidden = image.info.get("transparency")
     if isinstance(hidden, int):
-        grey[values == hidden] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[values == hidden] = 255
+    return Image.fromarray(gray).convert("RGB")

@@ -27,14 +27,14 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def tolerance(*models: nn.Module) -> float:
-    """That of the coarsest numbers that any of the models computes with; quantised ones do in 16 bits."""
+    """That of the coarsest numbers that any of the models computes with; quantized ones do in 16 bits."""
     dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for model in models for p in model.parameters()}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes | {torch.float32})
 
 
 def fingerprint(model: nn.Module) -> str:
     """Of the weights that training begins with, but for those of adapters: 64 numbers of each in 16 bits, so that
-    another model of the same shapes has another one; what is quantised is left out, since other machines may round it
+    another model of the same shapes has another one; what is quantized is left out, since other machines may round it
     in another way."""
     digest = hashlib.sha256()
     adapted = isinstance(model, PeftModel)

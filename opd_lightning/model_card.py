@@ -17,7 +17,7 @@ SHOWN = {
     "trainer": {"max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val"},
     "model": {"student", "objective", "teachers", "rollout", "optimizer", "schedule", "on_nonfinite"},
 }
-WORDS = {"dtype", "name", "normaliser", "on_nonfinite", "precision", "quantization", "source", "support", "teacher"}
+WORDS = {"dtype", "name", "normalizer", "on_nonfinite", "precision", "quantization", "source", "support", "teacher"}
 """Keys whose values may be text."""
 PLAIN = {"None", "True", "False", "nothing"}
 
@@ -27,7 +27,7 @@ def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequen
 
     Args:
         config: of the run.
-        steps: optimiser steps that were done.
+        steps: optimizer steps that were done.
         library: that loads the student.
         changes: what resumed runs did otherwise than before, as in a checkpoint.
     """
@@ -36,13 +36,13 @@ def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequen
     teachers = model.get("teachers") or {}
     lines = [_term(term, teachers) for term in model["objective"]["terms"]]
     lines += [_teacher(name, teacher) for name, teacher in teachers.items()]
-    acts = ", ".join(f"{name} {share:g}" for name, share in (rollout.get("behaviour") or {"student": 1}).items())
+    acts = ", ".join(f"{name} {share:g}" for name, share in (rollout.get("behavior") or {"student": 1}).items())
     lines.append(f"* who acts: {acts}; horizon {rollout.get('horizon', 'as by default')}")
     head = yaml.safe_dump({"library_name": library, "tags": ["on-policy-distillation"], "base_model": base})
     shown = yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
     return (
         f"---\n{head}---\n\n# Student of an on-policy distillation\n\n"
-        f"Trained with opd-lightning for {steps} optimiser steps from `{base}`.\n\n"
+        f"Trained with opd-lightning for {steps} optimizer steps from `{base}`.\n\n"
         "## Objective\n\n" + "\n".join(lines) + "\n\n"
         "## Configuration\n\nWithout data, texts and paths; the run's own `config.yaml` has all of it.\n\n"
         f"```yaml\n{shown}```\n{_changed(changes)}"

@@ -39,7 +39,7 @@ from .scoring import Scoring
 from .sharding import mesh_of, put_away, shard, whole
 from .student_view import settings_of, shown
 from .teacher import Frozen, Policy, Said, Teacher, View, check_names, evaluating
-from .trajectory import Example, OptimiserStep, Trajectories
+from .trajectory import Example, OptimizerStep, Trajectories
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -63,7 +63,7 @@ def in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @dataclass
 class Schedule:
-    """The learning rate over optimiser steps.
+    """The learning rate over optimizer steps.
 
     Args:
         name: of transformers' schedules; ``linear`` and ``cosine`` fall to 0 at trainer.max_steps.
@@ -77,7 +77,7 @@ class Schedule:
 
 
 class OnPolicyDistillation(Portable, L.LightningModule):
-    """Trains a student on the states that a behaviour policy visited, towards what teachers say there.
+    """Trains a student on the states that a behavior policy visited, towards what teachers say there.
 
     A setting implements `collate`, `sample`, `steps` and `score`, and names the class that loads its models.
 
@@ -85,16 +85,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         student: the model that is trained.
         objective: the terms of the loss.
         teachers: streams that terms name.
-        rollout: how the behaviour policy acts.
+        rollout: how the behavior policy acts.
         reward: a verifier of completions; needed by parts that read rewards, and for validation accuracy.
         scoring: how the reward is called: its time limit, and what to do when it fails.
         evaluation: how `validate` and `test` let the student act.
         student_view: what the student is shown instead of the example, in training and evaluation (a smaller image, a
             masked region); teachers without a view see the same.
-        optimizer: from parameters to a torch optimiser. Default: AdamW at 1e-5.
+        optimizer: from parameters to a torch optimizer. Default: AdamW at 1e-5.
         schedule: of the learning rate.
         on_nonfinite: what to do about a gradient with NaN or infinity in it: "stop" with an error that names the step,
-            or "skip" the optimiser step, whose weights and moments then stay as they are, and count it
+            or "skip" the optimizer step, whose weights and moments then stay as they are, and count it
             (``train/skipped_steps``, the share of the steps since the last logged one).
         agreement: how rollouts and their replay are compared before the first step.
 
@@ -165,7 +165,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbours."""
+        """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbors."""
 
     @abstractmethod
     def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Distribution:
@@ -182,7 +182,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     # -- what a setting may add ---------------------------------------------------------------------------------
 
     def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
-        """Given completions as trajectories, for ``rollout.behaviour: {dataset: …}``; ``seeds`` as in `sample`."""
+        """Given completions as trajectories, for ``rollout.behavior: {dataset: …}``; ``seeds`` as in `sample`."""
         raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
 
     def refusal(self, example: Example) -> str | None:
@@ -254,11 +254,11 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         if self.rollout.group_size > 1:
             served.add("group")
         if "dataset" not in self.rollout.sources:
-            served.add("behaviour")
+            served.add("behavior")
         self.objective.check(set(self.teachers), served, self.rollout.sources)
         for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
             raise ValueError(
-                f"rollout.behaviour names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
+                f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
             )
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked - self.rollout.sources
@@ -273,7 +273,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             needed[column] = f"{needed[column]}, {who}" if column in needed else who
 
         if "dataset" in self.rollout.sources:
-            need("completion", "rollout.behaviour.dataset")
+            need("completion", "rollout.behavior.dataset")
         for column in getattr(self.reward, "columns", ()):
             need(column, "model.reward")
         for column in self.evaluation.by:
@@ -323,7 +323,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
 
     def _place_teachers(self) -> None:
-        """Frozen teachers are no submodules (they must stay out of optimiser and checkpoint): moved by hand."""
+        """Frozen teachers are no submodules (they must stay out of optimizer and checkpoint): moved by hand."""
         for name, teacher in self.teachers.items():
             where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or self.device
             model = self.policies[name].model
@@ -349,7 +349,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     @blames_rows
     @torch.no_grad()
     def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
-        """Trajectories of one behaviour policy; a teacher acts on what its view shows it.
+        """Trajectories of one behavior policy; a teacher acts on what its view shows it.
 
         The observation is the student's in every case: that is what the loss conditions on.
         """
@@ -467,7 +467,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     @blames_rows
     def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
-        whole = batch.optimiser_step
+        whole = batch.optimizer_step
         assert whole is not None
         # the trajectories as they were sampled: a precision plugin may have rounded those that it handed over
         batch = whole.micro_batches[batch.micro_batch].to(self.device)
@@ -483,16 +483,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             loss, averages = self.objective(student, teachers, batch, available, diagnose=self._logs_now())
         self._averages.merge(averages)
         self._describe(batch)
-        # Lightning divides by the accumulation, and DDP averages over ranks: the normaliser already holds both
+        # Lightning divides by the accumulation, and DDP averages over ranks: the normalizer already holds both
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def gradient(self, trajectories: Trajectories) -> list[Tensor]:
         """The gradient that training on these trajectories would have, over all ranks, for each trained parameter.
 
-        Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimiser steps.
+        Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimizer steps.
         """
         size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
-        whole = OptimiserStep.of(list(trajectories.split(size)), self.total)
+        whole = OptimizerStep.of(list(trajectories.split(size)), self.total)
         self._look_ahead(whole)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
@@ -573,8 +573,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         return found
 
     @torch.no_grad()
-    def _look_ahead(self, whole: OptimiserStep) -> None:
-        """Statistics and sums of weights over the whole optimiser step, where a term asks for them."""
+    def _look_ahead(self, whole: OptimizerStep) -> None:
+        """Statistics and sums of weights over the whole optimizer step, where a term asks for them."""
         whole.gather = self.gather
         whole.micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
         availables: list[dict[str, Tensor]] = []
@@ -587,7 +587,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
                 flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
                 whole.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
                 availables.append(available)
-        elif any(term.normaliser == "weights" for term in self.objective.active):
+        elif any(term.normalizer == "weights" for term in self.objective.active):
             availables = [self._available(batch) for batch in whole.micro_batches]
         sums = self.objective.weight_sums(whole, availables)
         whole.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
@@ -640,11 +640,11 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             return
         if self.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"the gradient of optimiser step {self.global_step + 1} is not finite; the last checkpoint is from "
+                f"the gradient of optimizer step {self.global_step + 1} is not finite; the last checkpoint is from "
                 "before it. A lower learning rate, trainer.gradient_clip_val or float32 may help; model.on_nonfinite: "
                 "skip leaves such steps out"
             )
-        optimizer.zero_grad(set_to_none=True)  # an optimiser does not touch what has no gradient
+        optimizer.zero_grad(set_to_none=True)  # an optimizer does not touch what has no gradient
 
     # -- logging ------------------------------------------------------------------------------------------------
 
@@ -659,7 +659,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         return self.is_logged(self.global_step + 1)
 
     def is_logged(self, step: int) -> bool:
-        """Whether what was recorded is logged after that many optimiser steps."""
+        """Whether what was recorded is logged after that many optimizer steps."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step == 1 or (every > 0 and step % every == 0)
 
@@ -677,7 +677,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._averages.add("staleness", (self.global_step - batch.weights_version).float())
 
     def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
-        if not batch.ends_optimiser_step or not self.is_logged(self.global_step):
+        if not batch.ends_optimizer_step or not self.is_logged(self.global_step):
             return
         values = {f"train/{name}": value for name, value in self.recorded().items()}
         self._averages = Averages(self.device)

@@ -68,7 +68,7 @@ class Pretrained:
         trust_remote_code: run Python code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        ValueError: a quantised model is to be trained without adapters; ``freeze`` matches nothing; an adapter does not
+        ValueError: a quantized model is to be trained without adapters; ``freeze`` matches nothing; an adapter does not
             fit; or a setting that nothing would read.
         OSError: there is no such model; the message is one sentence.
         ModuleNotFoundError: bitsandbytes is missing; the message names the extra.
@@ -90,7 +90,7 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         if self.random_init and self.quantization:
-            raise ValueError(f"random_init draws new weights: quantization={self.quantization} has nothing to quantise")
+            raise ValueError(f"random_init draws new weights: quantization={self.quantization} has nothing to quantize")
 
     @property
     def is_noisy(self) -> bool:
@@ -101,7 +101,7 @@ class Pretrained:
         """The model; frozen and in evaluation mode unless ``trained``, and then with adapters if ``lora`` is set."""
         if trained and self.quantization and not self.lora:
             raise ValueError(
-                f"student.quantization={self.quantization}: quantised weights have no gradient; set student.lora"
+                f"student.quantization={self.quantization}: quantized weights have no gradient; set student.lora"
             )
         self._check_stored(model_class, trained)
         if not trained and self.lora is not None and self.lora.adapter is None:
@@ -159,7 +159,7 @@ class Pretrained:
     def _check_stored(self, model_class: Any, trained: bool) -> None:
         """
         Raises:
-            ValueError: the base is stored quantised, and is to be trained without adapters or quantised again.
+            ValueError: the base is stored quantized, and is to be trained without adapters or quantized again.
         """
         self.found()
         own = getattr(model_class, "config", None)  # loaders of other libraries know their own configurations
@@ -169,17 +169,17 @@ class Pretrained:
             config = own(self.path, self.revision) if own is not None else self.config().to_dict()
         except (OSError, ValueError):
             return  # loading it says what is wrong
-        stored = quantised_as(config.get("quantization_config"))
+        stored = quantized_as(config.get("quantization_config"))
         if stored is None:
             return
         if trained and self.lora is None:
             raise ValueError(
-                f"student.path: {self.path} is stored quantised ({stored}), and such weights have no gradient; set "
+                f"student.path: {self.path} is stored quantized ({stored}), and such weights have no gradient; set "
                 "student.lora, or take the model that it was made from"
             )
         if self.quantization or self.random_init:
             given = "random_init" if self.random_init else f"quantization={self.quantization}"
-            raise ValueError(f"{given}: {self.path} is stored quantised already ({stored}); leave it out")
+            raise ValueError(f"{given}: {self.path} is stored quantized already ({stored}); leave it out")
 
     def _base(self, model_class: Any, trained: bool) -> nn.Module:
         path = shipped(self.path)
@@ -248,7 +248,7 @@ class Pretrained:
         return get_peft_model(model, config)
 
 
-def quantised_as(settings: Any) -> str | None:
+def quantized_as(settings: Any) -> str | None:
     """The method of a ``quantization_config``, as an object or as in config.json, in words; None without one."""
     if not settings:
         return None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Controls, invisible formats (bidirectional overrides among them), lone halves of pairs, line and paragraph separators
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-# Without the joiners neither Persian nor the emoji of a family can be read; they move nothing but their neighbours
+# Without the joiners neither Persian nor the emoji of a family can be read; they move nothing but their neighbors
 _READABLE = frozenset("\n\t\u200c\u200d")
 _MARKDOWN = frozenset("\\`*_{}[]()#+-.!|~")
 

@@ -20,7 +20,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def read_curves(run: Path) -> Curves:
-    """Every logged metric as (optimiser step, value), over all of the run's log versions in order.
+    """Every logged metric as (optimizer step, value), over all of the run's log versions in order.
 
     Raises:
         FileNotFoundError: the run has no metrics.csv.
@@ -38,7 +38,7 @@ def read_curves(run: Path) -> Curves:
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
-def summarise(curves: Curves) -> dict[str, float]:
+def summarize(curves: Curves) -> dict[str, float]:
     """Held-out accuracy before and after, and of each teacher by its name, as fractions."""
     accuracy = curves["val/accuracy"]
     found = {"before": accuracy[0][1], "after": accuracy[-1][1]}
@@ -67,7 +67,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Accuracy, KL to the teacher, and rollout length over optimiser steps."""
+    """Accuracy, KL to the teacher, and rollout length over optimizer steps."""
     panels: dict[str, list[str]] = {
         "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
@@ -80,10 +80,10 @@ def draw(curves: Curves, path: Path) -> None:
         for name in names:
             steps, values = zip(*curves[name], strict=True)
             if len(steps) == 1:
-                axis.axhline(values[0], linestyle="--", color="grey", label=printable(name))
+                axis.axhline(values[0], linestyle="--", color="gray", label=printable(name))
             else:
                 axis.plot(steps, values, marker=".", label=printable(name))
-        axis.set(title=title, xlabel="optimiser steps")
+        axis.set(title=title, xlabel="optimizer steps")
         for label in axis.legend(fontsize="small").get_texts():
             label.set_parse_math(False)
     figure.savefig(path, dpi=110)
@@ -93,7 +93,7 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     curves = read_curves(run)
-    found: dict[str, Any] = {name: round(value, 4) for name, value in summarise(curves).items()}
+    found: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
     for name in found:

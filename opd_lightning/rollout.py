@@ -24,7 +24,7 @@ from .contract import check_rollouts
 from .finite import Finite
 from .rows import row_of
 from .sharding import mesh_of
-from .trajectory import Example, OptimiserStep, Trajectories
+from .trajectory import Example, OptimizerStep, Trajectories
 from .worker import RolloutWorker
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rollout:
-    """How the behaviour policy acts. The fields are public knobs: callbacks may turn them between generations.
+    """How the behavior policy acts. The fields are public knobs: callbacks may turn them between generations.
 
     Temperature and filters shape what is sampled and nothing else: stored log-probs, importance ratios and signals are
     those of the plain distribution at temperature 1 (a divergence may have a temperature of its own).
@@ -43,12 +43,12 @@ class Rollout:
     Args:
         batch_size: prompts per generation batch, on each rank.
         group_size: trajectories per prompt.
-        micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimiser
-            step. Smaller: a generation batch serves several micro-batches, and several optimiser steps if it is
+        micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimizer
+            step. Smaller: a generation batch serves several micro-batches, and several optimizer steps if it is
             larger than micro_batch_size × trainer.accumulate_grad_batches.
-        epochs: how often each generation batch is trained. Default 1. From the second time on its optimiser steps come
+        epochs: how often each generation batch is trained. Default 1. From the second time on its optimizer steps come
             in an order drawn from the run's seed (each keeps its trajectories, so the order depends neither on
-            micro_batch_size nor on the number of ranks), and the student is no longer the one that acted: behaviour
+            micro_batch_size nor on the number of ranks), and the student is no longer the one that acted: behavior
             log-probs and ``weights_version`` stay those of sampling. What a teacher whose weights stand still
             (`Frozen`, `Initial`) said is kept in the machine's memory for the next time, as hidden states: the steps of
             a generation batch (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as
@@ -56,12 +56,12 @@ class Rollout:
         horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
         temperature: 0 is greedy. Default 1.
         top_p, top_k, min_p: filters, off by default.
-        behaviour: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
+        behavior: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
             ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
             ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
         max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
         max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
-            it is trained. A generation batch that is trained after optimiser step n was sampled with the weights
+            it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
             before the max_staleness generation batches that came before it: that is fixed, not a matter of timing, so
             runs are reproducible and resume exactly. 0, the default, is on-policy. From 1 on rollouts and training
             overlap; larger values only add lag.
@@ -79,7 +79,7 @@ class Rollout:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    behaviour: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
+    behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     max_prompt_length: int | None = None
     max_staleness: int = 0
 
@@ -93,27 +93,27 @@ class Rollout:
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be >= 1, got {value}")
         check_sampling("rollout", self)
-        shares = self.behaviour.values()
-        if not self.behaviour or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"rollout.behaviour: shares must be >= 0 and sum to 1, got {self.behaviour}")
+        shares = self.behavior.values()
+        if not self.behavior or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"rollout.behavior: shares must be >= 0 and sum to 1, got {self.behavior}")
 
     @property
     def sources(self) -> set[str]:
-        """Behaviour policies that act at all."""
-        return {name for name, share in self.behaviour.items() if share > 0}
+        """Behavior policies that act at all."""
+        return {name for name, share in self.behavior.items() if share > 0}
 
     def micro_batches(self, accumulate: int) -> tuple[int, int]:
         """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.
 
         Raises:
-            ValueError: the generation batch cannot be cut into whole optimiser steps.
+            ValueError: the generation batch cannot be cut into whole optimizer steps.
         """
         total = self.batch_size * self.group_size
         size = self.micro_batch_size or total // accumulate
         if size < 1 or total % (size * accumulate):
             raise ValueError(
                 f"a generation batch of {total} trajectories (rollout.batch_size={self.batch_size} × "
-                f"group_size={self.group_size}) cannot be cut into optimiser steps of {size or 1} × {accumulate} "
+                f"group_size={self.group_size}) cannot be cut into optimizer steps of {size or 1} × {accumulate} "
                 f"(rollout.micro_batch_size × trainer.accumulate_grad_batches); make it a multiple"
             )
         return size, total // size
@@ -157,13 +157,13 @@ def derived_seed(*key: int) -> int:
 
 
 class RolloutLoader:
-    """The training dataloader: pulls prompts, lets the behaviour policy act, yields micro-batches of trajectories.
+    """The training dataloader: pulls prompts, lets the behavior policy act, yields micro-batches of trajectories.
 
     Each generation batch sees the current weights, or those of ``rollout.max_staleness`` generations ago. Every draw is
     seeded by (seed, place of the prompt in the global order, member of the group): it depends neither on the order of
     calls nor on how many ranks share the work. Position and the trajectories of every rank that are not yet trained are
     in the checkpoint, those made ahead too; another number of ranks goes on from there if it trains equal batches. The
-    position is that of the last optimiser step that was done, also in a checkpoint from the middle of one. Another
+    position is that of the last optimizer step that was done, also in a checkpoint from the middle of one. Another
     loader for the same trainer begins with the epoch after this one's.
 
     Args:
@@ -231,7 +231,7 @@ class RolloutLoader:
 
     @property
     def unfinished(self) -> int:
-        """Micro-batches that were handed out for an optimiser step that is not done."""
+        """Micro-batches that were handed out for an optimizer step that is not done."""
         if self.begun is None or self.begun.step != self.module.global_step:
             return 0
         return (self.next - 1) % self.accumulate + 1
@@ -249,7 +249,7 @@ class RolloutLoader:
 
     def _cut(self, done: int) -> list[Trajectories]:
         """The pending generation batch, which was trained ``done`` times, in micro-batches of which each knows its
-        optimiser step's totals."""
+        optimizer step's totals."""
         assert self.pending is not None
         micro_batches, found = list(self.pending.split(self.size)), []
         steps = torch.arange(self.per_generation).view(-1, self.accumulate)
@@ -258,7 +258,7 @@ class RolloutLoader:
             steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
         for mine in steps.tolist():
             parts, said = zip(*((micro_batches[i], self._said[i]) for i in mine), strict=True)
-            found += OptimiserStep.of(list(parts), self.module.total, list(said)).micro_batches
+            found += OptimizerStep.of(list(parts), self.module.total, list(said)).micro_batches
         return found
 
     def _generate(self) -> Trajectories:
@@ -302,8 +302,8 @@ class RolloutLoader:
         examples: list[Example] = [row_of(self.dataset, int(row)) for row in rows]
         seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
 
-        sources = tuple(rollout.behaviour)
-        source = self._choose(draws, torch.tensor(list(rollout.behaviour.values())))
+        sources = tuple(rollout.behavior)
+        source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
         parts, places = [], []
         for i, name in enumerate(sources):
             mine = (source == i).nonzero().squeeze(-1)
@@ -331,7 +331,7 @@ class RolloutLoader:
 
     def refresh(self) -> None:
         """Throws away what was rolled out and not yet trained, the rest of a generation batch too: the same prompts
-        are rolled out again with the current weights. Only between optimiser steps."""
+        are rolled out again with the current weights. Only between optimizer steps."""
         for rolled in self._ahead:
             if not rolled.cancel():
                 rolled.result()  # the weights must not change while it acts
@@ -340,7 +340,7 @@ class RolloutLoader:
         self._hold(None)
 
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
-        """``[B]`` which behaviour policy acts: one draw per prompt, so a group is never mixed."""
+        """``[B]`` which behavior policy acts: one draw per prompt, so a group is never mixed."""
         if len(shares) == 1:
             return torch.zeros_like(draws)
         uniform = torch.tensor([np.random.default_rng((self.seed, 1, int(draw))).random() for draw in draws])
@@ -455,7 +455,7 @@ class RolloutCallback(L.Callback):
     def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
         """The generation batch ``[B, T]`` as it is to be trained, on the CPU and with rewards if there are any.
 
-        Steps that leave the mask are not trained and count in no normaliser. Every rank is asked at the same time.
+        Steps that leave the mask are not trained and count in no normalizer. Every rank is asked at the same time.
         """
 
 
@@ -480,6 +480,6 @@ def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     known = ~reward.isnan()
     count = torch.zeros(int(member.max()) + 1).index_add(0, member, known.float())
     mean = torch.zeros_like(count).index_add(0, member, torch.where(known, reward, 0.0)) / count
-    centred = torch.where(known, reward - mean[member], 0.0)
-    variance = torch.zeros_like(count).index_add(0, member, centred.square()) / count
+    centered = torch.where(known, reward - mean[member], 0.0)
+    variance = torch.zeros_like(count).index_add(0, member, centered.square()) / count
     return mean[member], variance.sqrt()[member]

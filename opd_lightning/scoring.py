@@ -29,7 +29,7 @@ class Scoring:
     """How rewards are called.
 
     A reward answers with a finite number, or a bool (1 or 0), or None: it abstains. A row whose reward abstains counts
-    in no mean: neither in its group's statistics nor in a term that reads rewards, its normaliser included, nor in
+    in no mean: neither in its group's statistics nor in a term that reads rewards, its normalizer included, nor in
     what is logged of rewards and accuracy. ``train/abstained`` and ``val/abstained`` are the share of such rows.
 
     Args:

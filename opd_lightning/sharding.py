@@ -87,7 +87,7 @@ class FSDP2(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimiser state cut over all ranks")
+StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimizer state cut over all ranks")
 
 
 def mesh_of(trainer: L.Trainer | None) -> Any:
@@ -102,7 +102,7 @@ def mesh_of(trainer: L.Trainer | None) -> Any:
     if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
             f"trainer.strategy: {type(strategy).__name__} is not supported: rollouts in lock step, the checks of "
-            "gradients and checkpoints know only how fsdp2 cuts weights; it also cuts gradients and optimiser state"
+            "gradients and checkpoints know only how fsdp2 cuts weights; it also cuts gradients and optimizer state"
         )
     return None
 
@@ -114,10 +114,10 @@ def shard(model: nn.Module, mesh: Any) -> None:
     gathered by some ranks only. The rest, with the head, is gathered with the whole.
 
     Raises:
-        ValueError: the weights are quantised.
+        ValueError: the weights are quantized.
     """
     if getattr(model, "is_quantized", False):
-        raise ValueError("trainer.strategy=fsdp2 can't cut quantised weights; use ddp, or set quantization to null")
+        raise ValueError("trainer.strategy=fsdp2 can't cut quantized weights; use ddp, or set quantization to null")
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = set(getattr(bare, "_no_split_modules", None) or ())
     trunk = bare.get_decoder() if hasattr(bare, "get_decoder") else bare

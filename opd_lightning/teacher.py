@@ -1,4 +1,4 @@
-"""Teachers: weights × view. A teacher is inference-only: it has no gradient, no optimiser state."""
+"""Teachers: weights × view. A teacher is inference-only: it has no gradient, no optimizer state."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TeacherWeights(Finite, ABC):
         """Makes the policy; called once, before a checkpoint is restored."""
 
     def update(self, step: int) -> None:
-        """Called after every optimiser step, with the number of steps done."""
+        """Called after every optimizer step, with the number of steps done."""
 
     @property
     def state(self) -> nn.Module | None:
@@ -139,7 +139,7 @@ class EMA(TeacherWeights):
     Args:
         rate: the student's share per update, in [0, 1]; 0 never moves, 1 is the live student.
             Default 0.01 (SDFT, 2601.19897; others use 0.01 to 0.05).
-        every: optimiser steps between updates, default 1.
+        every: optimizer steps between updates, default 1.
 
     Raises:
         ValueError: rate outside [0, 1], or every < 1.
@@ -266,7 +266,7 @@ def check_names(teachers: Iterable[str]) -> None:
     """
     for name in teachers:
         if name in ("student", "dataset"):
-            raise ValueError(f"model.teachers: {name!r} has its meaning in rollout.behaviour; take another name")
+            raise ValueError(f"model.teachers: {name!r} has its meaning in rollout.behavior; take another name")
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")
         if name == "default" or hasattr(nn.ModuleDict(), name):  # of the student's adapter, and of torch
@@ -280,8 +280,8 @@ class Said:
     Attributes:
         distribution: at all B × T states.
         available: ``[B]`` bool, for which trajectories it had something to say; None: for all.
-        step: optimiser steps that were done then.
-        seen: what it was shown of each example; None: it holds for that optimiser step only.
+        step: optimizer steps that were done then.
+        seen: what it was shown of each example; None: it holds for that optimizer step only.
     """
 
     distribution: Distribution

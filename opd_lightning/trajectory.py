@@ -21,7 +21,7 @@ Example = dict[str, Any]
 
 @dataclass
 class Trajectories:
-    """What the behaviour policy did, and the states it visited. Every tensor's first dimension is B.
+    """What the behavior policy did, and the states it visited. Every tensor's first dimension is B.
 
     Attributes:
         observation: the setting's own student inputs, each ``[B, ...]``.
@@ -31,10 +31,10 @@ class Trajectories:
         row: ``[B]`` index of each example in the training dataset.
         group: ``[B]`` which prompt draw a trajectory belongs to; members of a group share it.
         source: ``[B]`` index into ``sources``: who acted.
-        sources: names of the behaviour policies, e.g. ``("student", "dataset")``.
-        weights_version: ``[B]`` number of optimiser steps the acting student had seen.
+        sources: names of the behavior policies, e.g. ``("student", "dataset")``.
+        weights_version: ``[B]`` number of optimizer steps the acting student had seen.
         stopped: ``[B]`` bool, ended by itself before the horizon.
-        behaviour_log_probs: ``[B, T]`` log-probability of each action under the acting weights at temperature 1
+        behavior_log_probs: ``[B, T]`` log-probability of each action under the acting weights at temperature 1
             and before top-p / top-k / min-p (see `Rollout`); NaN where nobody knows it (dataset completions).
         reward: ``[B]``, NaN where it abstains; None when no reward is configured.
         group_mean, group_std: ``[B]`` mean and (population) standard deviation of the group's rewards, without those
@@ -45,7 +45,7 @@ class Trajectories:
             not cut when a micro-batch is narrower.)
         student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
             again; None: nobody noted them.
-        optimiser_step, micro_batch: the optimiser step that this micro-batch belongs to, and its place there.
+        optimizer_step, micro_batch: the optimizer step that this micro-batch belongs to, and its place there.
 
     A setting's `sample` fills what the actor knows; ``row``, ``group``, ``source``, ``weights_version`` and the rewards
     are the loader's.
@@ -56,7 +56,7 @@ class Trajectories:
     mask: Tensor
     examples: list[Example]
     stopped: Tensor
-    behaviour_log_probs: Tensor
+    behavior_log_probs: Tensor
     row: Tensor = None  # type: ignore[assignment]
     group: Tensor = None  # type: ignore[assignment]
     source: Tensor = None  # type: ignore[assignment]
@@ -68,7 +68,7 @@ class Trajectories:
     weight: Tensor | None = None
     channels: dict[str, Tensor] = field(default_factory=dict)
     student_view: dict[str, Any] | None = None
-    optimiser_step: OptimiserStep | None = field(default=None, repr=False)
+    optimizer_step: OptimizerStep | None = field(default=None, repr=False)
     micro_batch: int = 0
 
     def __post_init__(self) -> None:
@@ -100,15 +100,15 @@ class Trajectories:
         return dataclasses.replace(self, **{name: v.nan_to_num() for name, v in rewards.items() if v is not None})
 
     @property
-    def ends_optimiser_step(self) -> bool:
-        """Whether this is the last micro-batch of its optimiser step."""
-        assert self.optimiser_step is not None
-        return self.micro_batch + 1 == len(self.optimiser_step.micro_batches)
+    def ends_optimizer_step(self) -> bool:
+        """Whether this is the last micro-batch of its optimizer step."""
+        assert self.optimizer_step is not None
+        return self.micro_batch + 1 == len(self.optimizer_step.micro_batches)
 
     def weigh(self, weight: Tensor) -> None:
         """Multiplies what each trajectory counts by ``weight [B]`` ≥ 0, which no gradient flows through.
 
-        To be called for all micro-batches of an optimiser step before the first of them is trained.
+        To be called for all micro-batches of an optimizer step before the first of them is trained.
         """
         self.weight = weight.detach() if self.weight is None else self.weight * weight.detach()
 
@@ -138,7 +138,7 @@ class Trajectories:
             self,
             actions=self.actions[:, :horizon],
             mask=self.mask[:, :horizon],
-            behaviour_log_probs=self.behaviour_log_probs[:, :horizon],
+            behavior_log_probs=self.behavior_log_probs[:, :horizon],
             channels={name: values[:, :horizon] for name, values in self.channels.items()},
             stopped=self.stopped & ~self.mask[:, horizon:].any(1),
         )
@@ -192,7 +192,7 @@ class Trajectories:
             observation=observation,
             actions=join([part.actions for part in parts], width=steps),
             mask=join([part.mask for part in parts], width=steps),
-            behaviour_log_probs=join([part.behaviour_log_probs for part in parts], width=steps),
+            behavior_log_probs=join([part.behavior_log_probs for part in parts], width=steps),
             channels={name: join([part.channels[name] for part in parts], width=steps) for name in first.channels},
             examples=[example for part in parts for example in part.examples],
             sources=first.sources,
@@ -201,18 +201,18 @@ class Trajectories:
         )
 
 
-class OptimiserStep:
-    """The micro-batches of one optimiser step on this rank, and the totals that its terms divide by.
+class OptimizerStep:
+    """The micro-batches of one optimizer step on this rank, and the totals that its terms divide by.
 
     No dataclass on purpose: Lightning casts what it finds in dataclasses to the precision of the model, log-probs too.
 
     Attributes:
         micro_batches: in the order in which they are trained.
-        trained_steps: Σ mask over all micro-batches **and all ranks**: the default normaliser Z.
+        trained_steps: Σ mask over all micro-batches **and all ranks**: the default normalizer Z.
         rewarded_steps: the same without rows whose reward abstains: Z of the terms that read rewards.
         weight_sums: by term name, Z of the terms that divide by their sum of weights; filled at the first micro-batch.
         statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
-        said: per micro-batch, by teacher, what will be read again: in this optimiser step, or in another epoch over the
+        said: per micro-batch, by teacher, what will be read again: in this optimizer step, or in another epoch over the
             same generation batch.
         gather: concatenates a tensor ``[N]`` over all ranks.
     """
@@ -237,7 +237,7 @@ class OptimiserStep:
         micro_batches: list[Trajectories],
         total: Callable[[float], float],
         said: list[dict[str, Said]] | None = None,
-    ) -> OptimiserStep:
+    ) -> OptimizerStep:
         """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
         trained = total(float(sum(int(part.mask.sum()) for part in micro_batches)))
         rewarded = trained
@@ -245,11 +245,11 @@ class OptimiserStep:
             rewarded = total(float(sum(int(part.rewarded_steps) for part in micro_batches)))
         step = cls(micro_batches, trained, said, rewarded)
         for place, part in enumerate(micro_batches):
-            part.optimiser_step, part.micro_batch = step, place
+            part.optimizer_step, part.micro_batch = step, place
         return step
 
     def over_batch(self, key: str) -> Tensor:
-        """``[M]`` one statistic at every trained step of the optimiser step, on all ranks."""
+        """``[M]`` one statistic at every trained step of the optimizer step, on all ranks."""
         assert self.statistics is not None
         return self.gather(torch.cat([values[key] for values in self.statistics]))
 

@@ -29,7 +29,7 @@ def refuse_teachers(rollout: Rollout) -> None:
     if teachers := sorted(rollout.sources - {"student", "dataset"}):
         raise ValueError(
             f"rollout.max_staleness={rollout.max_staleness}: the worker that rolls out ahead has a copy of the student "
-            f"only; rollout.behaviour names {', '.join(teachers)}"
+            f"only; rollout.behavior names {', '.join(teachers)}"
         )
 
 
@@ -40,8 +40,8 @@ class RolloutWorker:
         module: whose student is copied; it may be trained while the worker acts.
 
     Raises:
-        ValueError: the worker can't hold a copy of what acts: rollout.behaviour names a teacher, the student is
-            quantised, or the strategy shards it.
+        ValueError: the worker can't hold a copy of what acts: rollout.behavior names a teacher, the student is
+            quantized, or the strategy shards it.
     """
 
     def __init__(self, module: OnPolicyDistillation) -> None:
@@ -49,7 +49,7 @@ class RolloutWorker:
         student = module.policies["student"]
         refuse_teachers(module.rollout)
         if getattr(student.model, "is_quantized", False):
-            raise ValueError(f"{key}: a quantised student can't be copied for the worker; set it to 0")
+            raise ValueError(f"{key}: a quantized student can't be copied for the worker; set it to 0")
         if not isinstance(module.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             name = type(module.trainer.strategy).__name__
             raise ValueError(f"{key}: {name} shards the student, which then has no copy to act with; set it to 0")

@@ -35,7 +35,7 @@ def compared(monkeypatch):
 
 
 def test_every_policy_of_every_setting_agrees_with_itself(every_world, tmp_path, compared, capsys):
-    module = every_world.module(rollout=Rollout(batch_size=8, horizon=4, behaviour={"student": 0.5, "teacher": 0.5}))
+    module = every_world.module(rollout=Rollout(batch_size=8, horizon=4, behavior={"student": 0.5, "teacher": 0.5}))
     every_world.fit(module, tmp_path)
     assert set(compared.apart) == {"student", "teacher"}
     assert set(compared.apart["student"]) == {
@@ -65,7 +65,7 @@ def test_what_is_no_number_agrees_with_nothing(tiny_student, tiny_teacher, tmp_p
 
 
 def test_given_completions_have_no_log_probs_to_compare(tiny_student, tiny_teacher, tmp_path, compared):
-    rollout = Rollout(batch_size=8, horizon=8, behaviour={"dataset": 1.0})
+    rollout = Rollout(batch_size=8, horizon=8, behavior={"dataset": 1.0})
     tiny.fit(tiny.make_module(tiny_student, tiny_teacher, rollout=rollout), tmp_path)
     assert set(compared.apart["student"]) == {"alone / beside others", "evaluation / training mode"}
 
@@ -189,7 +189,7 @@ def test_states_in_a_channel_are_cut_with_the_steps(tmp_path):
 
 def test_the_refusal_names_policy_key_and_cause(tiny_student, tiny_teacher, tmp_path):
     class Careless(tiny.TextDistillation):
-        """Lets a teacher see its neighbours."""
+        """Lets a teacher see its neighbors."""
 
         def steps(self, policy, trajectories, view=None):
             said = super().steps(policy, trajectories, view)
@@ -215,7 +215,7 @@ class Idle(toy.Moves):
 
 
 def test_rollouts_of_which_nothing_is_trained(tmp_path):
-    with pytest.raises(ValueError, match=r"rollout\.behaviour\.student: none of 4 trajectories has a step that is"):
+    with pytest.raises(ValueError, match=r"rollout\.behavior\.student: none of 4 trajectories has a step that is"):
         toy.fit(toy.make_module(setting=Idle), tmp_path)
 
 

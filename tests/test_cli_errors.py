@@ -14,7 +14,7 @@ PROBLEMS = [
     ("objective: {terms: [{signal: ReverseKL, teacher: nobody}]}", "no teacher 'nobody' in model.teachers"),
     ("teachers: {big: {weights: Live}}", "model.teachers: nobody asks ['big']"),
     ("rollout: {temperature: -1}", "rollout.temperature must be >= 0"),
-    ("rollout: {behaviour: {student: 0.3, teacher: 0.3}}", "rollout.behaviour: shares must be >= 0 and sum to 1"),
+    ("rollout: {behavior: {student: 0.3, teacher: 0.3}}", "rollout.behavior: shares must be >= 0 and sum to 1"),
     (
         "reward: {class_path: CallableReward, init_args: {function: no.thing}}",
         "model.reward.function: CallableReward.function: 'no.th",

@@ -68,7 +68,7 @@ TERMS = "objective: {{terms: [{{signal: {}}}]}}"
         ("trainer: {max_steps: null}\n", ["trainer.max_steps: null where int belongs"]),
         (within("foo: {}"), ["TextDistillation has no 'foo'"]),
         (within("rollout: {temperature: nan}"), ["rollout.temperature: nan is no number"]),
-        (within("rollout: {behaviour: {student: Infinity}}"), ["behaviour.student: Infinity is no number"]),
+        (within("rollout: {behavior: {student: Infinity}}"), ["behavior.student: Infinity is no number"]),
         (within("reward: math.sqrt"), ["math.sqrt is a function", "class_path: CallableReward", "function: math.sqrt"]),
         (within("reward: no.such.thing"), ["no.such.thing can't be imported: ModuleNotFoundError"]),
         (within("reward: {init_args: {afterr: x}}"), ["ExactMatch has no 'afterr'; did you mean after?"]),
@@ -179,8 +179,8 @@ def test_teachers_are_merged_by_name(tmp_path):
     back = within("teachers: {other: {weights: {class_path: Live}}}")
     teachers = laid_over(tmp_path, big, within("teachers: {big: null}"), back)["model"]["init_args"]["teachers"]
     assert list(teachers) == ["teacher", "other"], "what was removed stays away"
-    shares = within("rollout: {behaviour: {dataset: 1.0}}")
-    assert laid_over(tmp_path, shares)["model"]["init_args"]["rollout"]["behaviour"] == {"dataset": 1.0}
+    shares = within("rollout: {behavior: {dataset: 1.0}}")
+    assert laid_over(tmp_path, shares)["model"]["init_args"]["rollout"]["behavior"] == {"dataset": 1.0}
 
 
 def test_null_removes_only_what_is_there(refused):
@@ -198,7 +198,7 @@ def test_stable_opd_keeps_the_teacher_of_what_it_is_laid_over(tmp_path):
 
 def places(values: Any, keys: tuple = ()) -> Iterator[tuple]:
     """Where a configuration names something whose keys we know: above lists and options anything may stand."""
-    if isinstance(values, dict) and not str(keys[-1:]).endswith(("_options',)", "behaviour',)", "columns',)")):
+    if isinstance(values, dict) and not str(keys[-1:]).endswith(("_options',)", "behavior',)", "columns',)")):
         for key, value in values.items():
             yield (*keys, key)
             yield from places(value, (*keys, key))

@@ -28,7 +28,7 @@ from opd_lightning.objective import (
 )
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Teacher
-from opd_lightning.trajectory import OptimiserStep
+from opd_lightning.trajectory import OptimizerStep
 from tests.callbacks import toy
 from tests.tiny import Rows, make_trainer
 
@@ -82,10 +82,10 @@ def acting(**changes: Any) -> Any:
         ("sample", acting(actions=lambda a: a.actions[:, 1:]),
          r"actions is a tensor \[8, 5, 2\] of float32; beside a mask "
          r"\[8, 6\] it is \[8, 6, \.\.\.\]"),
-        ("sample", acting(behaviour_log_probs=lambda a: a.actions),
-         r"behaviour_log_probs is a tensor \[8, 6, 2\] .* is \[8, 6\]"),
-        ("sample", acting(behaviour_log_probs=lambda _: None),
-         r"behaviour_log_probs is None, of type NoneType; beside"),
+        ("sample", acting(behavior_log_probs=lambda a: a.actions),
+         r"behavior_log_probs is a tensor \[8, 6, 2\] .* is \[8, 6\]"),
+        ("sample", acting(behavior_log_probs=lambda _: None),
+         r"behavior_log_probs is None, of type NoneType; beside"),
         ("sample", acting(stopped=lambda a: a.mask),
          r"stopped is a tensor \[8, 6\] of bool; beside a mask \[8, 6\] it is \[8\]"),
         ("sample", acting(stopped=lambda a: a.mask.long()[:, 0]),
@@ -157,11 +157,11 @@ def test_rewards_of_any_kind_of_number_are_rewards(kind, tmp_path):
 
 
 def test_log_probs_that_nobody_knows_are_refused_where_a_part_reads_them(tmp_path):
-    unknown = returning("sample", acting(behaviour_log_probs=lambda a: torch.full(a.mask.shape, torch.nan)))
+    unknown = returning("sample", acting(behavior_log_probs=lambda a: torch.full(a.mask.shape, torch.nan)))
     toy.fit(toy.make_module(setting=unknown), tmp_path / "not read", steps=1)
     for term in (Term(PolicyGradient(LogRatio())), Term(ReverseKL(), weights=[ImportanceRatio()])):
         with pytest.raises(
-            ValueError, match=r"Mine\.sample: behaviour_log_probs are NaN at trained steps, and (Impor|Log)"
+            ValueError, match=r"Mine\.sample: behavior_log_probs are NaN at trained steps, and (Impor|Log)"
         ):
             toy.fit(toy.make_module(setting=unknown, objective=Objective([term])), tmp_path / "read", steps=1)
 
@@ -260,7 +260,7 @@ def test_the_gradient_of_a_log_ratio_is_what_the_formula_says(tmp_path):
     module = toy.make_module(objective=Objective([Term(PolicyGradient(LogRatio()))]))
     toy.fit(module, tmp_path, steps=1)
     batch = module.act("student", toy.make_rows(6), list(range(6)))
-    step = OptimiserStep.of([batch], float)
+    step = OptimizerStep.of([batch], float)
     module._look_ahead(step)
     teachers, available = module.ask_all(batch)
     module.student.zero_grad()

@@ -59,7 +59,7 @@ def test_add_a_setting(tmp_path):
     )
     rows = [{"prompt": str(i % 9 - 4)} for i in range(64)]
     rolled = act(module, rows)
-    assert torch.allclose(teacher_forced(module, "student", rolled), rolled.behaviour_log_probs, atol=1e-5)
+    assert torch.allclose(teacher_forced(module, "student", rolled), rolled.behavior_log_probs, atol=1e-5)
     trainer = fit(module, tmp_path, rows)
     first = float(trainer.callback_metrics["train/loss/ReverseKL"])
     trainer = fit(module, tmp_path, rows, steps=60)

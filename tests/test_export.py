@@ -99,7 +99,7 @@ def test_model_card_says_what_was_trained_from_what(trained, tmp_path, world):
     assert "1 × ReverseKL to `teacher`" in card
     assert f"* teacher `teacher`: Frozen, {world.teacher.name}\n" in card
     assert str(world.teacher.parent) not in card
-    assert "for 3 optimiser steps" in card
+    assert "for 3 optimizer steps" in card
     assert "max_steps: 3" in card
 
 
@@ -307,13 +307,13 @@ def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(tiny_student, t
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_merging_into_a_base_that_is_stored_quantised_is_refused(bits, tmp_path):
+def test_merging_into_a_base_that_is_stored_quantized_is_refused(bits, tmp_path):
     base = save_model(tmp_path / "base", hidden=64)
     how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     AutoModelForCausalLM.from_pretrained(base, quantization_config=how).save_pretrained(tmp_path / "stored")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "stored")
     checkpoint = exportable(tmp_path / "x.ckpt", tmp_path / "stored", lora={"r": 4})
-    with pytest.raises(ValueError, match=rf"quantised \(bitsandbytes, {bits} bit\); to merge would .* --merge=false"):
+    with pytest.raises(ValueError, match=rf"quantized \(bitsandbytes, {bits} bit\); to merge would .* --merge=false"):
         export.write(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export.write(checkpoint, tmp_path / "out", merge=False)

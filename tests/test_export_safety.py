@@ -183,7 +183,7 @@ def test_a_card_is_made_of_what_may_be_shown(tmp_path):
                         }
                     ]
                 },
-                "rollout": {"horizon": 12, "behaviour": {"student": 0.75, "wise": 0.25}},
+                "rollout": {"horizon": 12, "behavior": {"student": 0.75, "wise": 0.25}},
                 "reward": {"class_path": "mine.Judge", "init_args": {"url": SECRET}},
                 "engine": {
                     "class_path": "opd_lightning.modalities.autoregressive.VllmServer",
@@ -197,7 +197,7 @@ def test_a_card_is_made_of_what_may_be_shown(tmp_path):
     for hidden in (SECRET, "alice", "4711", "python:rows", str(tmp_path)):
         assert hidden not in card
     for shown in (
-        "for 7 optimiser steps from `student`",
+        "for 7 optimizer steps from `student`",
         "* 0.5 × ReverseKL to `wise` × Constant",
         "* teacher `wise`: Frozen, big, with a PromptView",
         "* teacher `own`: EMA, with a View",

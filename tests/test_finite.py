@@ -32,7 +32,7 @@ NAN, INF = math.nan, math.inf
     ("make", "message"),
     [
         (lambda: Rollout(temperature=NAN), r"Rollout\.temperature must be a number, got nan"),
-        (lambda: Rollout(behaviour={"student": NAN}), r"Rollout\.behaviour\.student must be a number"),
+        (lambda: Rollout(behavior={"student": NAN}), r"Rollout\.behavior\.student must be a number"),
         (lambda: Constant(NAN), r"Constant\.\w+ must be a number"),
         (lambda: Entropy(beta=INF), r"Entropy\.beta must be a number, got inf"),
         (lambda: ImportanceRatio(cap=NAN), r"cap"),

@@ -100,7 +100,7 @@ def png(depth: int, kind: int, row: bytes, transparent: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"tRNS", transparent) + pixels + chunk(b"IEND", b"")
 
 
-# -- colours ------------------------------------------------------------------------------------------------------
+# -- colors ------------------------------------------------------------------------------------------------------
 
 
 def palette(**options: Any) -> bytes:

@@ -92,7 +92,7 @@ Made = tuple[Any, type[PromptData], dict[str, Any], tuple[str, ...]]
 
 
 def made(student: Any, view: View, **settings: Any) -> Any:
-    rollout = Rollout(batch_size=2, horizon=4, behaviour={"student": 0.5, "dataset": 0.5})
+    rollout = Rollout(batch_size=2, horizon=4, behavior={"student": 0.5, "dataset": 0.5})
     teachers = {"told": Teacher(Live(), view=view)}
     return make_module(student, teachers, Objective([Term(ReverseKL(), teacher="told")]), rollout=rollout, **settings)
 

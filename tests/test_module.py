@@ -1,4 +1,4 @@
-"""OnPolicyDistillation: what is refused when it is built, and what an optimiser step does."""
+"""OnPolicyDistillation: what is refused when it is built, and what an optimizer step does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(**settings):
 # -- construction -------------------------------------------------------------------------------------------------
 
 LIVE = {"teacher": Teacher(Live())}
-MIXED = Rollout(behaviour={"student": 0.5, "dataset": 0.5})
+MIXED = Rollout(behavior={"student": 0.5, "dataset": 0.5})
 REFUSED = {
     "no teacher": (
         {"objective": Objective([Term(ReverseKL(), "expert")]), "teacher": LIVE},
@@ -46,9 +46,9 @@ REFUSED = {
         {"teacher": {**LIVE, "other": Teacher(Live())}},
         r"model\.teachers: nobody asks \['other'\]; name them in a term or remove them",
     ),
-    "unknown behaviour": (
-        {"teacher": LIVE, "rollout": Rollout(behaviour={"expert": 1.0})},
-        r"rollout\.behaviour names 'expert', which is no entry of model\.teachers: \['teacher'\]",
+    "unknown behavior": (
+        {"teacher": LIVE, "rollout": Rollout(behavior={"expert": 1.0})},
+        r"rollout\.behavior names 'expert', which is no entry of model\.teachers: \['teacher'\]",
     ),
     "no reward": (
         {"teacher": LIVE, "objective": Objective([Term(ReverseKL(), weights=[ByReward()])])},
@@ -58,13 +58,13 @@ REFUSED = {
         {"reward": LongerIsBetter(), "objective": Objective([Term(PolicyGradient(GroupRelative()), teacher=None)])},
         r"PolicyGradient needs 'group': set rollout\.group_size > 1",
     ),
-    "no behaviour log-probs": (
+    "no behavior log-probs": (
         {"teacher": LIVE, "rollout": MIXED, "objective": Objective([Term(PolicyGradient(LogRatio()))])},
-        r"needs 'behaviour': dataset completions have no behaviour log-probs: give the term `source: student`",
+        r"needs 'behavior': dataset completions have no behavior log-probs: give the term `source: student`",
     ),
     "unknown source": (
         {"teacher": LIVE, "objective": Objective([Term(ReverseKL(), source="dataset")])},
-        r"\.source: nobody called 'dataset' acts; rollout\.behaviour: \['student'\]",
+        r"\.source: nobody called 'dataset' acts; rollout\.behavior: \['student'\]",
     ),
     "unread target": (
         {"objective": Objective([Term(CrossEntropy(), None, target=LogLinear({"teacher": 1.0}))])},
@@ -81,7 +81,7 @@ def test_what_cannot_be_served_is_refused_when_built(name):
 
 
 def test_what_can_be_served_is_built():
-    build(teacher=LIVE, rollout=Rollout(behaviour={"teacher": 1.0}), objective=no_teacher())
+    build(teacher=LIVE, rollout=Rollout(behavior={"teacher": 1.0}), objective=no_teacher())
     build(
         teacher=LIVE,
         rollout=MIXED,
@@ -103,7 +103,7 @@ def test_a_generation_batch_that_cannot_be_cut_is_refused_before_training(tiny_s
         fit(module, tmp_path, accumulate_grad_batches=4)
 
 
-# -- an optimiser step --------------------------------------------------------------------------------------------
+# -- an optimizer step --------------------------------------------------------------------------------------------
 
 
 def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path):
@@ -114,11 +114,11 @@ def test_a_parameter_without_gradient_stops_the_run_and_is_named(world, tmp_path
         world.fit(module, tmp_path)
 
 
-@pytest.mark.parametrize(("lora", "normaliser"), [(None, "steps"), (Lora(r=2), "weights")], ids=["full", "lora"])
-def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, normaliser, tmp_path):
+@pytest.mark.parametrize(("lora", "normalizer"), [(None, "steps"), (Lora(r=2), "weights")], ids=["full", "lora"])
+def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, normalizer, tmp_path):
     """Rule 17: it touches every trained parameter, and moves none."""
     teachers = {"teacher": Teacher(Frozen(Pretrained(str(every_world.teacher))), where={"task": "nowhere"})}
-    objective = Objective([Term(ReverseKL(), normaliser=normaliser)])
+    objective = Objective([Term(ReverseKL(), normalizer=normalizer)])
     module = every_world.module(teachers, objective, lora=lora)
     before = [p.detach().clone() for p in module.student.parameters()]
     trainer = every_world.fit(module, tmp_path, steps=2, accumulate_grad_batches=2)
@@ -127,7 +127,7 @@ def test_a_step_with_nothing_to_train_is_a_counted_zero(every_world, lora, norma
     assert trainer.callback_metrics["train/empty_micro_batches"] == 1
 
 
-def test_gradients_are_gone_after_the_optimiser_step(world, tmp_path):
+def test_gradients_are_gone_after_the_optimizer_step(world, tmp_path):
     """They would be in memory during the next rollout and objective."""
     module = world.module()
     world.fit(module, tmp_path)
@@ -149,14 +149,14 @@ def test_an_update_in_place_is_the_update(kind):
     assert changed.param_groups[0]["fused"]
 
 
-def test_a_choice_of_the_optimisers_implementation_is_kept():
+def test_a_choice_of_the_optimizers_implementation_is_kept():
     weight = torch.nn.Parameter(torch.zeros(2))
     chosen = [torch.optim.AdamW([weight], foreach=True), torch.optim.AdamW([weight], fused=False)]
     assert not any(in_place(optimizer).param_groups[0]["fused"] for optimizer in chosen)
     in_place(torch.optim.SGD([weight]))
 
 
-def test_the_default_optimiser_is_clipped_in_mixed_precision(world, tmp_path):
+def test_the_default_optimizer_is_clipped_in_mixed_precision(world, tmp_path):
     module = world.module(optimizer=default_optimizer)
     world.fit(module, tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
     assert module.optimizers().param_groups[0]["fused"]
@@ -171,7 +171,7 @@ def test_part_of_a_step_may_have_nothing_to_train(every_world, tmp_path):
 
 def test_completions_beyond_the_window_are_not_trained(every_world, tmp_path):
     """Every row masked by a weight: the window begins behind the horizon."""
-    objective = Objective([Term(ReverseKL(), weights=[Window(start=50)], normaliser="weights")])
+    objective = Objective([Term(ReverseKL(), weights=[Window(start=50)], normalizer="weights")])
     module = every_world.module(every_world.teacher, objective)
     before = [p.detach().clone() for p in module.student.parameters()]
     every_world.fit(module, tmp_path, steps=1)
@@ -249,11 +249,11 @@ def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
 
 
 def trained(world, folder, weights, objective=None, anew=False, turn=None, **rollout):
-    """Weights after 6 optimiser steps of 2 micro-batches, all losses, and how often the teacher was asked.
+    """Weights after 6 optimizer steps of 2 micro-batches, all losses, and how often the teacher was asked.
 
     Args:
         anew: nothing is kept.
-        turn: called with the teacher after the third optimiser step.
+        turn: called with the teacher after the third optimizer step.
     """
     losses, asked = [], []
 
@@ -320,7 +320,7 @@ def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["frozen", "live"])
-def test_looking_ahead_over_an_optimiser_step_asks_a_teacher_once(world, made, tmp_path):
+def test_looking_ahead_over_an_optimizer_step_asks_a_teacher_once(world, made, tmp_path):
     def run(**how):
         weights = Live() if made == "live" else Frozen(Pretrained(str(world.teacher)))
         objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.4, scope="batch")])])
@@ -358,7 +358,7 @@ def test_models_are_loaded_once(every_world):
 def test_sources_route_terms(world, tmp_path):
     """Reverse KL on the student's rollouts, cross entropy on the dataset's completions."""
     objective = Objective([Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset")])
-    rollout = Rollout(batch_size=24, horizon=6, behaviour={"student": 0.5, "dataset": 0.5})
+    rollout = Rollout(batch_size=24, horizon=6, behavior={"student": 0.5, "dataset": 0.5})
     seen = []
 
     class Watching(world.setting):

@@ -52,7 +52,7 @@ def test_the_student_agrees_with_itself(name, tmp_path):
     assert module.student.training
     assert noise(module.student) == 0
     rolled = act(module, make_rows(8))
-    ratio = (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs)[rolled.mask].exp()
+    ratio = (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs)[rolled.mask].exp()
     assert (ratio - 1).abs().max() < 1e-4, "a fresh rollout has importance ratio 1 in the training step"
     assert dict(module.audit_rows())["dropout"] == {"student": "off", "teacher": "off"}
 

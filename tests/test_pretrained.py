@@ -1,4 +1,4 @@
-"""What models are loaded from, quantised bases among them."""
+"""What models are loaded from, quantized bases among them."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_te
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
-def test_a_quantised_student_needs_adapters(tiny_student):
-    with pytest.raises(ValueError, match=r"student\.quantization=4bit: quantised weights have no gradient; set .*lora"):
+def test_a_quantized_student_needs_adapters(tiny_student):
+    with pytest.raises(ValueError, match=r"student\.quantization=4bit: quantized weights have no gradient; set .*lora"):
         load(tiny_student, quantization="4bit")
 
 
@@ -135,7 +135,7 @@ def test_a_fresh_adapter_on_a_teacher_is_refused(tiny_student):
 
 
 def test_what_a_path_would_ignore_is_refused(tiny_student):
-    with pytest.raises(ValueError, match="random_init draws new weights: quantization=4bit has nothing to quantise"):
+    with pytest.raises(ValueError, match="random_init draws new weights: quantization=4bit has nothing to quantize"):
         Pretrained(str(tiny_student), random_init=True, quantization="4bit", lora=Lora())
     with pytest.raises(ValueError, match="gradient_checkpointing: a teacher has no backward pass"):
         load(tiny_student, trained=False, gradient_checkpointing=True)
@@ -152,17 +152,17 @@ def test_what_a_path_would_ignore_is_refused(tiny_student):
     ],
     ids=lambda stored: stored["quant_method"],
 )
-def test_a_base_that_is_stored_quantised_needs_adapters(stored, tiny_student, tmp_path):
+def test_a_base_that_is_stored_quantized_needs_adapters(stored, tiny_student, tmp_path):
     """Whatever wrote it, and though ``quantization`` is not set."""
     folder = shutil.copytree(tiny_student, tmp_path / "stored")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}), encoding="utf-8")
     with pytest.raises(
-        ValueError, match=rf"stored is stored quantised \({stored['quant_method']}.*; set student\.lora"
+        ValueError, match=rf"stored is stored quantized \({stored['quant_method']}.*; set student\.lora"
     ):
         load(folder)
     for given in ({"quantization": "8bit"}, {"random_init": True}):
-        with pytest.raises(ValueError, match=r"stored is stored quantised already .*; leave it out"):
+        with pytest.raises(ValueError, match=r"stored is stored quantized already .*; leave it out"):
             load(folder, lora=Lora(), **given)
 
 
@@ -183,12 +183,12 @@ def test_a_wrong_path_is_one_sentence(path, message, tmp_path):
         assert caught.value.__cause__ is None
 
 
-# -- quantised, on a CPU ------------------------------------------------------------------------------------------
+# -- quantized, on a CPU ------------------------------------------------------------------------------------------
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_quantised_teacher_teaches(tiny_student, saved, quantization, tmp_path):
+def test_a_quantized_teacher_teaches(tiny_student, saved, quantization, tmp_path):
     wide = saved(seed=2, hidden=64, head_dim=32)
     frozen = Frozen(Pretrained(str(wide), quantization=quantization))
     module = make_module(tiny_student, {"teacher": Teacher(frozen)}, reward=LongerIsBetter())
@@ -198,8 +198,8 @@ def test_a_quantised_teacher_teaches(tiny_student, saved, quantization, tmp_path
     assert 0 < float(trainer.callback_metrics["train/loss/ReverseKL"]) < 20
     plain = make_module(tiny_student, wide)
     rolled = act(plain, make_rows(8), "teacher")
-    error = (teacher_forced(module, "teacher", rolled) - rolled.behaviour_log_probs)[rolled.mask].abs().mean()
-    assert error < 0.5, "quantised, not another model"
+    error = (teacher_forced(module, "teacher", rolled) - rolled.behavior_log_probs)[rolled.mask].abs().mean()
+    assert error < 0.5, "quantized, not another model"
 
 
 def repacked(module) -> list[bool]:
@@ -237,7 +237,7 @@ def test_the_gradient_of_adapters_is_the_same_after_an_evaluation(quantization, 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 @pytest.mark.parametrize("made", ["frozen", "initial", "ema", "live"])
-def test_adapters_on_a_quantised_student_learn_after_rollouts(quantization, made, tiny_teacher, saved, tmp_path):
+def test_adapters_on_a_quantized_student_learn_after_rollouts(quantization, made, tiny_teacher, saved, tmp_path):
     """Rollout, teacher and validation run in evaluation mode, and the next backward pass must not notice (rule 18)."""
     weights = {"frozen": Frozen(Pretrained(str(tiny_teacher))), "initial": Initial(), "ema": EMA(0.5), "live": Live()}
     base = saved(hidden=64, head_dim=32)

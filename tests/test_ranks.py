@@ -21,7 +21,7 @@ SHORT = [
     "--model.init_args.schedule.warmup_steps=0",
     "--model.init_args.schedule.name=constant",
 ]
-TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normaliser: weights}]"
+TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normalizer: weights}]"
 MOMENTUM = [*SGD, "--model.init_args.optimizer.init_args.momentum=0.9"]
 LORA = "--model.init_args.student.lora={r: 4, alpha: 8}"
 
@@ -72,7 +72,7 @@ def unbroken(tmp_path_factory, make_world):
     ],
 )
 def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, tmp_path, make_world):
-    """With the number of trained steps as the normaliser, or a sum of weights over the batch.
+    """With the number of trained steps as the normalizer, or a sum of weights over the batch.
 
     Held-out rows may be too few for a last batch on both ranks, or for any.
     """
@@ -171,7 +171,7 @@ def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
             "--data.init_args.train_options.count=64",
             "--model.init_args.evaluation.before=false",
             f"--model.init_args.rollout.batch_size={2 // ranks}",
-            "--model.init_args.rollout.behaviour={student: 0.7, dataset: 0.3}",
+            "--model.init_args.rollout.behavior={student: 0.7, dataset: 0.3}",
         ]
         finish(start(ROOT / "text" / "quickstart.yaml", *SGD, *settings, ranks=ranks))
         found[ranks] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -203,7 +203,7 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
 def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(
     epochs, before, steps, tmp_path, make_world
 ):
-    """A generation batch of two optimiser steps, broken off after the first one of the last time it is trained."""
+    """A generation batch of two optimizer steps, broken off after the first one of the last time it is trained."""
     world = make_world("text")
     extra = f"--model.init_args.rollout.epochs={epochs}"
     process, unbroken = run(tmp_path / "unbroken", world, "ddp", steps, extra, prompts=16, micro_batch=16)

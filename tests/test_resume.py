@@ -18,7 +18,7 @@ from tests.worlds import World
 STEPS = 14
 
 PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "teacher": "frozen", "accumulate": 1}
-# several optimiser steps per generation batch, so that trajectories are pending at every other checkpoint
+# several optimizer steps per generation batch, so that trajectories are pending at every other checkpoint
 EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
 # two generation batches made ahead are in every checkpoint
 AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}

@@ -65,7 +65,7 @@ def train(loader: RolloutLoader) -> Iterator[Trajectories]:
     """Its micro-batches, epoch after epoch, with an optimizer step after every `accumulate`-th."""
     while True:
         for batch in loader:
-            steps_of(loader).completed += batch.ends_optimiser_step
+            steps_of(loader).completed += batch.ends_optimizer_step
             yield batch
 
 
@@ -77,7 +77,7 @@ def same(mine: Trajectories, theirs: Trajectories) -> None:
         elif field.name in ("observation", "channels"):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
-        elif field.name != "optimiser_step":
+        elif field.name != "optimizer_step":
             assert a == b, field.name
 
 
@@ -94,12 +94,12 @@ def same(mine: Trajectories, theirs: Trajectories) -> None:
         ({"temperature": -0.1}, r"rollout\.temperature must be >= 0 \(0 is greedy\), got -0\.1"),
         ({"top_p": 0.0}, r"rollout\.top_p must be in \(0, 1\], got 0\.0"),
         ({"min_p": 1.5}, r"rollout\.min_p must be in \(0, 1\], got 1\.5"),
-        ({"behaviour": {}}, r"rollout\.behaviour: shares must be >= 0 and sum to 1"),
+        ({"behavior": {}}, r"rollout\.behavior: shares must be >= 0 and sum to 1"),
         (
-            {"behaviour": {"student": 0.5}},
-            r"rollout\.behaviour: shares must be >= 0 and sum to 1, got \{'student': 0\.5",
+            {"behavior": {"student": 0.5}},
+            r"rollout\.behavior: shares must be >= 0 and sum to 1, got \{'student': 0\.5",
         ),
-        ({"behaviour": {"student": 1.5, "dataset": -0.5}}, r"rollout\.behaviour: shares must be >= 0"),
+        ({"behavior": {"student": 1.5, "dataset": -0.5}}, r"rollout\.behavior: shares must be >= 0"),
     ],
 )
 def test_values_out_of_range_are_named(changes, message):
@@ -107,7 +107,7 @@ def test_values_out_of_range_are_named(changes, message):
         Rollout(**changes)
 
 
-def test_a_generation_batch_is_cut_into_whole_optimiser_steps():
+def test_a_generation_batch_is_cut_into_whole_optimizer_steps():
     assert Rollout(batch_size=8).micro_batches(1) == (8, 1)
     assert Rollout(batch_size=8).micro_batches(4) == (2, 4)
     assert Rollout(batch_size=8, group_size=2, micro_batch_size=4).micro_batches(2) == (4, 4)
@@ -116,7 +116,7 @@ def test_a_generation_batch_is_cut_into_whole_optimiser_steps():
         (Rollout(batch_size=8, micro_batch_size=4), 4),
         (Rollout(batch_size=2), 4),
     ):
-        with pytest.raises(ValueError, match=r"cannot be cut into optimiser steps of \d × \d .*make it a multiple"):
+        with pytest.raises(ValueError, match=r"cannot be cut into optimizer steps of \d × \d .*make it a multiple"):
             rollout.micro_batches(accumulate)
 
 
@@ -136,7 +136,7 @@ def test_lengths(built):
     assert loader.epoch == 1
 
 
-def test_one_generation_serves_several_optimiser_steps(built, monkeypatch):
+def test_one_generation_serves_several_optimizer_steps(built, monkeypatch):
     loader = built(accumulate=2, batch_size=4, group_size=2, micro_batch_size=2)
     generated = []
     monkeypatch.setattr(loader, "_generate", lambda plain=loader._generate: generated.append(1) or plain())
@@ -145,8 +145,8 @@ def test_one_generation_serves_several_optimiser_steps(built, monkeypatch):
         batches.append(batch)
         assert len(generated) == i // 4 + 1, "generated when its first micro-batch is asked for, no sooner"
     assert [batch.micro_batch for batch in batches[:4]] == [0, 1, 0, 1]
-    first, second = batches[0].optimiser_step, batches[2].optimiser_step
-    assert first is batches[1].optimiser_step
+    first, second = batches[0].optimizer_step, batches[2].optimizer_step
+    assert first is batches[1].optimizer_step
     assert first is not second
     for step, mine in ((first, batches[:2]), (second, batches[2:4])):
         assert step.micro_batches == mine
@@ -166,17 +166,17 @@ def test_a_generation_batch_is_trained_for_several_epochs(built):
             again = batches[3 * start + 8 * i : 3 * start + 8 * i + 8]
             order = []
             for batch in again:
-                # two members of a group each: the behaviour's log-probs tell them apart
-                known = [torch.equal(one.behaviour_log_probs, batch.behaviour_log_probs) for one in once]
+                # two members of a group each: the behavior's log-probs tell them apart
+                known = [torch.equal(one.behavior_log_probs, batch.behavior_log_probs) for one in once]
                 order.append(known.index(True))
                 same(dataclasses.replace(batch, micro_batch=0), dataclasses.replace(once[order[-1]], micro_batch=0))
             assert sorted(order) == list(range(8))
             orders.append(order)
             assert [batch.micro_batch for batch in again] == [0, 1] * 4
             for left, right in zip(again[::2], again[1::2], strict=True):
-                assert left.optimiser_step is right.optimiser_step
-                assert left.optimiser_step.micro_batches == [left, right]
-                assert left.optimiser_step.trained_steps == int(left.mask.sum() + right.mask.sum())
+                assert left.optimizer_step is right.optimizer_step
+                assert left.optimizer_step.micro_batches == [left, right]
+                assert left.optimizer_step.trained_steps == int(left.mask.sum() + right.mask.sum())
     assert orders[0] == orders[3] == list(range(8)), "the first time as they were rolled out"
     assert len({str(order) for order in orders}) > 4
     assert [str(batch.row) for batch in built(**changes, epochs=3)] == [str(batch.row) for batch in batches]
@@ -250,7 +250,7 @@ def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
 
     class Watching(every_world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append((self.global_step, batch.weights_version.tolist(), batch.optimiser_step.micro_batches))
+            seen.append((self.global_step, batch.weights_version.tolist(), batch.optimizer_step.micro_batches))
             return super().training_step(batch, batch_idx)
 
     module = every_world.module(setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
@@ -258,19 +258,19 @@ def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
     assert [(step, set(version)) for step, version, _ in seen] == [(0, {0}), (1, {0}), (2, {2}), (3, {2})]
 
 
-# -- behaviour ----------------------------------------------------------------------------------------------------
+# -- behavior ----------------------------------------------------------------------------------------------------
 
 
 def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built_everywhere, every_world):
     shares = {"student": 0.3, "dataset": 0.7}
-    loader = built_everywhere(rows=every_world.make_rows(200), batch_size=100, group_size=2, behaviour=shares)
+    loader = built_everywhere(rows=every_world.make_rows(200), batch_size=100, group_size=2, behavior=shares)
     batches = [batch for _ in range(2) for batch in loader]
     for batch in batches:
         assert batch.sources == ("student", "dataset")
         by_group = batch.source.view(-1, 2)
         assert torch.equal(by_group[:, 0], by_group[:, 1])
         replayed = batch.source == 1
-        known = ~batch.behaviour_log_probs.isnan()
+        known = ~batch.behavior_log_probs.isnan()
         assert not known[replayed][batch.mask[replayed]].any()
         assert known[~replayed].all()
         for i in replayed.nonzero().flatten().tolist()[:5]:
@@ -283,7 +283,7 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built_everywhere
 
 def test_the_dataset_alone_never_asks_the_generator(built_everywhere, every_world, monkeypatch):
     """GKD's λ = 0, and SFT."""
-    loader = built_everywhere(behaviour={"student": 0.0, "dataset": 1.0})
+    loader = built_everywhere(behavior={"student": 0.0, "dataset": 1.0})
     monkeypatch.setattr(every_world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
     for batch in loader:
         assert set(batch.source.tolist()) == {1}
@@ -292,7 +292,7 @@ def test_the_dataset_alone_never_asks_the_generator(built_everywhere, every_worl
 def test_members_keep_their_place_in_a_mixture(built_everywhere, every_world):
     """Whoever acts, a row's prompt, example and reward belong together."""
     rows = every_world.make_rows(24)
-    loader = built_everywhere(batch_size=24, behaviour={"student": 0.5, "dataset": 0.5})
+    loader = built_everywhere(batch_size=24, behavior={"student": 0.5, "dataset": 0.5})
     loader.module.reward = LongerIsBetter(2)
     batch = next(iter(loader))
     assert batch.reward is not None
@@ -368,9 +368,9 @@ def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for mine, theirs in zip(train(resumed), expected, strict=False):
         same(mine, theirs)
-        assert mine.optimiser_step is not None
-        assert theirs.optimiser_step is not None
-        assert mine.optimiser_step.trained_steps == theirs.optimiser_step.trained_steps
+        assert mine.optimizer_step is not None
+        assert theirs.optimizer_step is not None
+        assert mine.optimizer_step.trained_steps == theirs.optimizer_step.trained_steps
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_other_cuts_of_a_generation_batch_are_refused_on_resume(built):
 def cut_objectives() -> dict[str, Objective]:
     return {
         "steps": Objective([Term(ReverseKL())]),
-        "weights": Objective([Term(ForwardKL(), weights=[TopEntropy(0.4)], normaliser="weights")]),
+        "weights": Objective([Term(ForwardKL(), weights=[TopEntropy(0.4)], normalizer="weights")]),
         "group": Objective([Term(PolicyGradient(RewardPlusLogRatio())), Term(ReverseKL(), coefficient=0.3)]),
     }
 

@@ -76,7 +76,7 @@ def write(path: Path, rows: list[Any]) -> str:
 def test_a_bad_row_is_named_or_skipped(name: str, chat: Path, tmp_path: Path) -> None:
     good = GOOD_CHAT if '"role"' in BAD[name] else GOOD
     source = write(tmp_path / "my rows.jsonl", [good, good, BAD[name], good, good])
-    module = told(chat, behaviour={"student": 0.5, "dataset": 0.5})
+    module = told(chat, behavior={"student": 0.5, "dataset": 0.5})
     with pytest.raises(ValueError, match=r"my rows\.jsonl, row 3: .*on_bad_row: skip"):
         fit(module, PromptData(train=source), tmp_path)
     with pytest.warns(UserWarning, match=r"1 rows are skipped: .* The first is .*my rows\.jsonl, row 3: "):
@@ -87,7 +87,7 @@ def test_a_bad_row_is_named_or_skipped(name: str, chat: Path, tmp_path: Path) ->
 def test_a_column_of_the_wrong_kind_is_named(completion: Any, chat: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": completion}] * 6)
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: .*completion"):
-        fit(told(chat, behaviour={"student": 0.5, "dataset": 0.5}), PromptData(train=source), tmp_path)
+        fit(told(chat, behavior={"student": 0.5, "dataset": 0.5}), PromptData(train=source), tmp_path)
 
 
 @pytest.mark.parametrize(

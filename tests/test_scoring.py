@@ -38,7 +38,7 @@ from opd_lightning.reward import CallableReward, Reward
 from opd_lightning.rollout import Rollout, group_statistics
 from opd_lightning.rows import Row
 from opd_lightning.scoring import RewardError, Scoring
-from opd_lightning.trajectory import OptimiserStep
+from opd_lightning.trajectory import OptimizerStep
 from tests.callbacks import toy
 from tests.tiny import Rows, make_trainer
 
@@ -172,7 +172,7 @@ def test_statistics_of_a_group_are_those_of_its_known_rewards():
 
 TERMS = {
     "outcome": lambda: Term(ReverseKL(), weights=[Outcome()]),
-    "by reward": lambda: Term(ReverseKL(), weights=[ByReward()], normaliser="weights"),
+    "by reward": lambda: Term(ReverseKL(), weights=[ByReward()], normalizer="weights"),
     "pass rate": lambda: Term(ReverseKL(), weights=[PassRate()]),
     "group": lambda: Term(PolicyGradient(GroupRelative()), teacher=None),
     "plus": lambda: Term(PolicyGradient(RewardPlusLogRatio())),
@@ -181,7 +181,7 @@ TERMS = {
 
 
 def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
-    step = OptimiserStep.of(list(batch.split(3)), float)
+    step = OptimizerStep.of(list(batch.split(3)), float)
     module._look_ahead(step)
     module.student.zero_grad()
     for part in step.micro_batches:
@@ -192,7 +192,7 @@ def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", TERMS)
 def test_a_row_that_abstains_trains_as_if_it_were_not_there(kind, tmp_path):
-    """In every term that reads rewards: value and normaliser, beside rows of its group and groups that abstain."""
+    """In every term that reads rewards: value and normalizer, beside rows of its group and groups that abstain."""
     module = toy.make_module(objective=Objective([TERMS[kind]()]), reward=Answering(1), rollout=GROUPS)
     toy.fit(module, tmp_path, steps=1, rows=toy.make_rows(8))
     rolled = module.act("student", [row for row in toy.make_rows(4) for _ in range(3)], list(range(12)))

@@ -153,4 +153,4 @@ def test_rounding_at_random_is_right_on_average_and_leaves_what_fits(dtype):
     value = torch.tensor([1 / 3, -1 / 3, 1e-3, -12.34])
     drawn = rounded_at_random(value.repeat(20_000, 1), dtype, draw).double()
     assert (drawn.mean(0) / value.double() - 1).abs().max() < 1e-4
-    assert all(len(column.unique()) == 2 for column in drawn.T), "its two neighbours"
+    assert all(len(column.unique()) == 2 for column in drawn.T), "its two neighbors"

@@ -17,8 +17,8 @@ def test_other_ways_to_shard_are_refused_with_the_one_that_works(strategy):
         mesh_of(SimpleNamespace(strategy=strategy()))  # type: ignore[arg-type]
 
 
-def test_a_quantised_student_is_not_cut():
+def test_a_quantized_student_is_not_cut():
     student = nn.Linear(2, 2)
     student.is_quantized = True  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="can't cut quantised weights; use ddp"):
+    with pytest.raises(ValueError, match="can't cut quantized weights; use ddp"):
         shard(student, mesh=None)

@@ -93,10 +93,10 @@ def behind(module: Any, trajectories: Any) -> float:
         index = trajectories.mask.flatten().nonzero().squeeze(-1)
         chunk = said.at(index).chunk(slice(0, len(index)))
         now = chunk.log_prob(trajectories.actions.flatten(0, 1)[index])
-    return float((now - trajectories.behaviour_log_probs.flatten()[index]).abs().max())
+    return float((now - trajectories.behavior_log_probs.flatten()[index]).abs().max())
 
 
-@pytest.mark.parametrize("rollout", [{}, {"max_staleness": 1}, {"epochs": 2}, {"behaviour": {"dataset": 1.0}}])
+@pytest.mark.parametrize("rollout", [{}, {"max_staleness": 1}, {"epochs": 2}, {"behavior": {"dataset": 1.0}}])
 def test_pending_rollouts_are_trained_with_the_view_that_sampled_them(eyes, rollout, tmp_path):
     module = looking(eyes, **rollout)
     turned = Curriculum({"student_view.views.1.longest": Staircase(64, 24, every=1, by=-8)})

@@ -85,8 +85,8 @@ def test_a_frozen_teacher_is_nowhere_but_asked(student, teacher, tmp_path):
     assert module.student.training
     mine = {id(parameter) for parameter in theirs.parameters()}
     assert not mine & {id(parameter) for parameter in module.parameters()}
-    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert not mine & optimised
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not mine & optimized
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[0] for name in saved} == {"student"}
@@ -171,7 +171,7 @@ class Recorder(EMA):
 
 
 def test_ema_moves_towards_the_student_by_the_rate(student, tmp_path):
-    """teacher ← (1−rate)·teacher + rate·student after every optimiser step (rule 11)."""
+    """teacher ← (1−rate)·teacher + rate·student after every optimizer step (rule 11)."""
     made = Recorder(0.3)
     module = self_taught(student, made, rollout=Rollout(batch_size=8, horizon=6, micro_batch_size=4))
     expected = weights(module.student)
@@ -277,10 +277,10 @@ def test_elsewhere_a_routed_teacher_contributes_nothing(tiny_student, tiny_teach
     assert all(float(p.grad.abs().sum()) == 0 for p in module.student.parameters())
 
 
-def test_an_example_without_a_view_weighs_nothing_under_both_normalisers(tiny_student, tiny_teacher):
-    for normaliser in ("steps", "weights"):
+def test_an_example_without_a_view_weighs_nothing_under_both_normalizers(tiny_student, tiny_teacher):
+    for normalizer in ("steps", "weights"):
         teacher = Teacher(Frozen(Pretrained(str(tiny_teacher))), VIEW)
-        objective = Objective([Term(ReverseKL(), normaliser=normaliser)])
+        objective = Objective([Term(ReverseKL(), normalizer=normalizer)])
         module = make_module(tiny_student, {"teacher": teacher}, objective)
         rolled = act(module, make_rows(8))
         asked, available = module.ask_all(rolled)
@@ -292,7 +292,7 @@ def test_an_example_without_a_view_weighs_nothing_under_both_normalisers(tiny_st
         q = asked["teacher"].head(asked["teacher"].hidden).log_softmax(-1).detach()
         here = rolled.mask & shown[:, None]
         total = ((p.exp() * (p - q)).sum(-1) * here).sum()
-        z = here.sum() if normaliser == "weights" else rolled.mask.sum()
+        z = here.sum() if normalizer == "weights" else rolled.mask.sum()
         assert float(loss) == pytest.approx(float(total / z), rel=1e-4)
 
 

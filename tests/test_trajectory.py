@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.objective import Steps
-from opd_lightning.trajectory import OptimiserStep, Trajectories
+from opd_lightning.trajectory import OptimizerStep, Trajectories
 from tests.objective.reference import examples
 
 PAD = {"ids": (-7.0, "left"), "ids_mask": (0.0, "left")}
@@ -32,7 +32,7 @@ def make(lengths: list[int], steps: int | None = None, prompt: int = 3, seed: in
         mask=mask,
         examples=[{"row": i} for i in range(count)],
         stopped=torch.rand(count, generator=generator) < 0.5,
-        behaviour_log_probs=torch.randn(count, steps, generator=generator),
+        behavior_log_probs=torch.randn(count, steps, generator=generator),
         row=torch.arange(count) + 10,
         group=torch.arange(count) // 2,
         weights_version=torch.full((count,), 4),
@@ -43,7 +43,7 @@ def make(lengths: list[int], steps: int | None = None, prompt: int = 3, seed: in
 def same(a: Trajectories, b: Trajectories) -> bool:
     """On every trained step, and on everything that is not a step."""
     ours, theirs = ({f.name: getattr(x, f.name) for f in dataclasses.fields(x)} for x in (a, b))
-    for name in ("actions", "behaviour_log_probs"):
+    for name in ("actions", "behavior_log_probs"):
         if not torch.equal(ours.pop(name)[a.mask], theirs.pop(name)[b.mask]):
             return False
     ours.pop("mask"), theirs.pop("mask")
@@ -80,7 +80,7 @@ def test_what_a_horizon_cuts_has_not_stopped():
     cut = batch.truncate(2)
     assert cut.length.tolist() == [2, 1, 2]
     assert cut.stopped.tolist() == [False, True, False]
-    assert cut.actions.shape == cut.behaviour_log_probs.shape == (3, 2)
+    assert cut.actions.shape == cut.behavior_log_probs.shape == (3, 2)
     assert batch.truncate(3) is batch
 
 
@@ -93,7 +93,7 @@ def test_splitting_loses_no_trained_step(lengths, size, seed):
     for part in parts:
         assert part.mask.shape[1] == max(1, int(part.length.max()))
     assert torch.cat([part.length for part in parts]).tolist() == lengths
-    for name in ("actions", "behaviour_log_probs"):
+    for name in ("actions", "behavior_log_probs"):
         together = torch.cat([getattr(part, name)[part.mask] for part in parts])
         assert torch.equal(together, getattr(batch, name)[batch.mask])
     assert torch.equal(torch.cat([part.stopped for part in parts]), batch.stopped)
@@ -179,7 +179,7 @@ def test_moving_moves_every_tensor():
 
 
 def test_a_statistic_over_the_batch_is_gathered_over_ranks():
-    whole = OptimiserStep([], 3.0)
+    whole = OptimizerStep([], 3.0)
     whole.statistics = [{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0])}]
     whole.gather = lambda values: torch.cat([values, values + 10])
     assert whole.over_batch("x").tolist() == [1, 2, 3, 11, 12, 13]

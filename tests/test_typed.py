@@ -46,7 +46,7 @@ def test_what_is_printed_is_what_was_said(text, capsys):
         ("--trainer.default_root_dir=runs/a: b", ("trainer", "default_root_dir"), "runs/a: b"),
         ("--ckpt_path=null", ("ckpt_path",), None),
         ("--ckpt_path=1e3", ("ckpt_path",), "1e3"),
-        ("--model.rollout.behaviour={student: 0.5, dataset: 0.5}", ("model", "init_args", "rollout", "behaviour"),
+        ("--model.rollout.behavior={student: 0.5, dataset: 0.5}", ("model", "init_args", "rollout", "behavior"),
          {"student": 0.5, "dataset": 0.5}),
         ("--model.init_args.reward=null", ("model", "init_args", "reward"), None),
         ("--data.init_args.train_options.count=7", ("data", "init_args", "train_options", "count"), 7),
@@ -69,8 +69,8 @@ def test_one_key_of_a_mapping_leaves_the_others_and_a_whole_mapping_replaces_it(
     assert twice["data"]["init_args"]["train_options"] == {"count": 7, "digits": 4, "seed": 1}
     whole = said_last("--data.init_args.train_options={count: 7}")
     assert whole["data"]["init_args"]["train_options"] == {"count": 7}
-    shares = ["--model.rollout.behaviour={dataset: 1.0}", "--model.rollout.behaviour.student=0.0"]
-    assert said_last(*shares)["model"]["init_args"]["rollout"]["behaviour"] == {"dataset": 1.0, "student": 0.0}
+    shares = ["--model.rollout.behavior={dataset: 1.0}", "--model.rollout.behavior.student=0.0"]
+    assert said_last(*shares)["model"]["init_args"]["rollout"]["behavior"] == {"dataset": 1.0, "student": 0.0}
 
 
 def test_arguments_in_a_row_are_one_overlay_and_later_ones_win():

@@ -22,7 +22,7 @@ def watched(world, seen, **settings):
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
             seen.append(
-                (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behaviour_log_probs)
+                (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behavior_log_probs)
             )
             return super().training_step(batch, batch_idx)
 
@@ -45,13 +45,13 @@ def test_the_lag_is_fixed_and_runs_repeat_themselves(setting, staleness, make_wo
         assert not workers(), "its thread has ended"
     (one, weights), (two, again) = runs
     generations = [(step // 2, version) for step, version, *_ in one]
-    assert generations == [(g, 2 * max(0, g - staleness)) for g, _ in generations], "two optimiser steps a generation"
+    assert generations == [(g, 2 * max(0, g - staleness)) for g, _ in generations], "two optimizer steps a generation"
     assert all(torch.equal(a[2], b[2]) for a, b in zip(one, two, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
 def test_what_is_rolled_out_ahead_is_what_those_weights_do(every_world, tmp_path):
-    """The behaviour log-probs of generation g are those of the student before generation g − 1."""
+    """The behavior log-probs of generation g are those of the student before generation g − 1."""
     seen: list = []
     rows = every_world.make_rows(24)
     module = watched(every_world, seen, rollout=Rollout(batch_size=8, horizon=6, max_staleness=1))
@@ -71,7 +71,7 @@ def test_what_is_rolled_out_ahead_is_what_those_weights_do(every_world, tmp_path
         rolled = loader._roll_out(generation, 0, fresh)
         (rolled,) = rolled.split(len(rolled))  # without the steps that nobody trains
         assert torch.equal(rolled.actions, seen[generation][2])
-        assert (rolled.behaviour_log_probs - seen[generation][3]).abs().max() < 1e-5
+        assert (rolled.behavior_log_probs - seen[generation][3]).abs().max() < 1e-5
 
 
 def test_what_the_worker_raises_reaches_the_trainer(every_world, tmp_path):
@@ -120,7 +120,7 @@ def test_knobs_are_those_of_when_it_was_asked(world, tmp_path):
 
 
 def test_what_no_copy_of_the_student_can_do_is_refused(every_world, tmp_path):
-    rollout = Rollout(batch_size=4, behaviour={"student": 0.5, "teacher": 0.5}, max_staleness=2)
+    rollout = Rollout(batch_size=4, behavior={"student": 0.5, "teacher": 0.5}, max_staleness=2)
     module = every_world.module({"teacher": Teacher(EMA())}, Objective([Term(ReverseKL())]), rollout=rollout)
     with pytest.raises(ValueError, match=r"rollout\.max_staleness=2: the worker .* copy of the student only.*teacher"):
         RolloutLoader(every_world.make_rows(8), attach(module, tmp_path))

@@ -209,7 +209,7 @@ def attach(module: Any, folder: Path, **settings: Any) -> Any:
 
 
 def fit(module: Any, folder: Path, rows: Sequence[dict[str, Any]] | None = None, **settings: Any) -> L.Trainer:
-    """Trains for ``steps`` optimiser steps (default 1)."""
+    """Trains for ``steps`` optimizer steps (default 1)."""
     validation = settings.pop("validation", ())
     trainer = make_trainer(folder, **settings)
     trainer.fit(module, datamodule=Rows(make_rows() if rows is None else rows, validation))

@@ -100,7 +100,7 @@ class World:
         return tiny.make_module(student, teachers, objective, setting or self.setting, **self.settings | settings)
 
     def alone(self, **settings: Any) -> Any:
-        """A module without teachers, or where nothing can be learnt without one, with itself as its teacher."""
+        """A module without teachers, or where nothing can be learned without one, with itself as its teacher."""
         if self.setting is DiffusionDistillation:
             return self.module({"teacher": Teacher(Live())}, Objective([Term(ReverseKL())]), **settings)
         return self.module({}, tiny.no_teacher(), **settings)

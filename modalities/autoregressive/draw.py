@@ -18,7 +18,7 @@ BELOW_ONE = 1 - 1e-9
 
 
 def uniforms(seeds: list[int], steps: int) -> Tensor:
-    """``[n, T]`` float64 in [0, 1): a generator for each trajectory, so that nothing depends on its neighbours."""
+    """``[n, T]`` float64 in [0, 1): a generator for each trajectory, so that nothing depends on its neighbors."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators])
 

@@ -183,7 +183,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             mask=mask.cpu(),
             examples=examples,
             stopped=stopped.cpu(),
-            behaviour_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
+            behavior_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
         )
 
     def engine_of(self, policy: Policy) -> RolloutEngine:
@@ -209,7 +209,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             mask=mask,
             examples=examples,
             stopped=torch.tensor([len(ids) <= horizon for ids, _ in given]),
-            behaviour_log_probs=torch.full(mask.shape, float("nan")),
+            behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
 
     def given(self, example: Example) -> tuple[list[int], list[bool]]:

@@ -1,7 +1,7 @@
 """Few-step diffusion: flow-matching models, distilled on the states that their own sampler visits."""
 
 from .answer import Answer, AverageVelocity, SameStep, ScoreDifference, TotalDerivative, Velocity
-from .fake import LearntScore
+from .fake import LearnedScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
 from .quality import DigitFeatures, Features, Inception, SampleQuality
 from .reward import Brightness, ClipScore
@@ -27,7 +27,7 @@ __all__ = [
     "Flux",
     "Inception",
     "InverseError",
-    "LearntScore",
+    "LearnedScore",
     "NoiseLevel",
     "Noising",
     "ReferenceImage",

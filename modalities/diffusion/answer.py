@@ -74,7 +74,7 @@ class Answer(Finite, ABC):
     asks: tuple[str, ...] = ()
     """Other entries of ``model.teachers`` that it needs."""
     of_data = False
-    """Whether it can only speak of states of the data (``rollout.behaviour: {dataset: …}``)."""
+    """Whether it can only speak of states of the data (``rollout.behavior: {dataset: …}``)."""
 
     def __init__(self, guidance: float = 1.0) -> None:
         if guidance < 0:
@@ -179,12 +179,12 @@ class ScoreDifference(Answer):
     Self-Forcing (2506.08009), AnyFlow's second stage (2605.13724).
 
     g is the student's clean prediction at the state. Noised afresh to a level s, the teacher and a model of the
-    student's own samples (``fake``, a `LearntScore`) denoise it; d = x₀(fake) − x₀(teacher), divided by the mean of
+    student's own samples (``fake``, a `LearnedScore`) denoise it; d = x₀(fake) − x₀(teacher), divided by the mean of
     |g − x₀(teacher)|. With the weight `NoiseLevel` of power 2 and a coefficient of ½, the squared error is DMD2's
     ½·mean (g − sg[g − d])², whose gradient is d divided by the number of pixels.
 
     Args:
-        fake: an entry of ``model.teachers`` whose weights are a `LearntScore`.
+        fake: an entry of ``model.teachers`` whose weights are a `LearnedScore`.
         low, high: s is uniform between them. Default 0.02 and 0.98 (DMD2).
         guidance: of the teacher.
 

@@ -44,7 +44,7 @@ def digits(
     """scikit-learn's 1,797 real digits of 8 × 8 pixels, smoothly enlarged to 16 × 16, white on black.
 
     Columns: ``prompt`` (a caption, such as "a handwritten three"), ``image``, ``label``, and ``reference``: another
-    digit in the same colours, or none.
+    digit in the same colors, or none.
 
     Args:
         held_out: the last fifth (by index, which is by writer) instead of the rest.

@@ -1,4 +1,4 @@
-"""LearntScore: a model of the student's own samples, trained beside the student (the fake score of DMD2)."""
+"""LearnedScore: a model of the student's own samples, trained beside the student (the fake score of DMD2)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0)
 
 
-class LearntScore(TeacherWeights):
-    """Another pretrained model, trained by flow matching on the student's samples before each of its optimiser steps.
+class LearnedScore(TeacherWeights):
+    """Another pretrained model, trained by flow matching on the student's samples before each of its optimizer steps.
 
-    Its weights and its optimiser are in the checkpoint. ``global_step`` counts the student's updates only. Each update
-    sees all samples of the optimiser step, on all ranks, with fresh noise (DMD2 draws fresh samples, too).
+    Its weights and its optimizer are in the checkpoint. ``global_step`` counts the student's updates only. Each update
+    sees all samples of the optimizer step, on all ranks, with fresh noise (DMD2 draws fresh samples, too).
 
     Args:
         pretrained: where it starts; the teacher itself (DMD2).
-        optimizer: from parameters to a torch optimiser; should be several times faster than the student's.
-        updates: per optimiser step of the student. Default 5 (DMD2, 2405.14867).
+        optimizer: from parameters to a torch optimizer; should be several times faster than the student's.
+        updates: per optimizer step of the student. Default 5 (DMD2, 2405.14867).
         clip: the largest norm of its gradient; None: any. Default 1.
 
     Raises:
@@ -46,10 +46,10 @@ class LearntScore(TeacherWeights):
         clip: float | None = 1.0,
     ) -> None:
         if updates < 1:
-            raise ValueError(f"LearntScore.updates must be >= 1, got {updates}")
+            raise ValueError(f"LearnedScore.updates must be >= 1, got {updates}")
         if pretrained.quantization or pretrained.lora:
             raise ValueError(
-                "LearntScore.pretrained: all its weights are trained; it takes no quantization and no lora"
+                "LearnedScore.pretrained: all its weights are trained; it takes no quantization and no lora"
             )
         self.pretrained, self.optimizer, self.updates, self.clip = pretrained, optimizer, updates, clip
         self._learner: Learner | None = None
@@ -63,7 +63,7 @@ class LearntScore(TeacherWeights):
     def state(self) -> nn.Module | None:
         return self._learner
 
-    def has_learnt(self, step: int) -> bool:
+    def has_learned(self, step: int) -> bool:
         """Whether it was trained for that optimizer step of the student before a resumed run began it again."""
         return self._learner is not None and self._learner.restored_at == step
 
@@ -90,7 +90,7 @@ class LearntScore(TeacherWeights):
             The mean of its losses, a scalar.
         """
         assert self._learner is not None
-        self._learner.learnt_at = step
+        self._learner.learned_at = step
         losses = []
         for update in range(self.updates):
             s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
@@ -109,26 +109,26 @@ class LearntScore(TeacherWeights):
 
 
 class Learner(nn.Module):
-    """A model and its optimiser, as one part of a checkpoint."""
+    """A model and its optimizer, as one part of a checkpoint."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
         super().__init__()
         self.model, self._make = model, optimizer
         made = optimizer(list(model.parameters()))
         self.settings, self.optimizer = settings_of(made), in_place(made)
-        self.learnt_at = self.restored_at = -1  # optimizer steps of the student that were done
+        self.learned_at = self.restored_at = -1  # optimizer steps of the student that were done
 
     def training_it(self) -> Any:
         return _Training(self.model)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "made_with": self.settings, "learnt_at": self.learnt_at}
+        return {"optimizer": self.optimizer.state_dict(), "made_with": self.settings, "learned_at": self.learned_at}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        check_settings("LearntScore.optimizer", self._make, state["made_with"], self.settings)
+        check_settings("LearnedScore.optimizer", self._make, state["made_with"], self.settings)
         self.optimizer.load_state_dict(state["optimizer"])
         apply_settings(self.optimizer, state["made_with"], self.settings)
-        self.learnt_at = self.restored_at = state["learnt_at"]
+        self.learned_at = self.restored_at = state["learned_at"]
 
 
 class _Training:

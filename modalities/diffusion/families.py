@@ -141,7 +141,7 @@ class Family(ABC):
     def conditions(self, prompts: list[str], references: list[Any]) -> list[Condition]:
         """What the transformer reads of each prompt, and of the reference image beside it where there is one (whatever
         `open_image` takes)."""
-        # one at a time: what a prompt is encoded to must not depend on its neighbours, not by a rounding
+        # one at a time: what a prompt is encoded to must not depend on its neighbors, not by a rounding
         found = self._cached(
             [_key("prompt", self._name, prompt) for prompt in prompts],
             lambda rows: [self._encode(prompts[row]) for row in rows],

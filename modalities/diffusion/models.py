@@ -35,7 +35,7 @@ class Transformer:
         """
         Raises:
             ValueError: the folder holds no pipeline with a transformer, or a setting that means nothing here.
-            RuntimeError: quantisation without a GPU.
+            RuntimeError: quantization without a GPU.
         """
         for name in ("attn_implementation", "trust_remote_code"):
             if settings.get(name):
@@ -46,7 +46,7 @@ class Transformer:
             raise ValueError(f"{path}: a {index['_class_name']} has no transformer; it has {', '.join(index)}")
         if quantization_config is not None:
             if not torch.cuda.is_available():
-                raise RuntimeError(f"{path}: diffusers quantises on GPUs only; leave quantization out without one")
+                raise RuntimeError(f"{path}: diffusers quantizes on GPUs only; leave quantization out without one")
             same = quantization_config.to_diff_dict()
             settings["quantization_config"] = library.BitsAndBytesConfig(**same)
         dtype = torch.float32 if dtype == "auto" else dtype

@@ -65,7 +65,7 @@ class Inception(Features):
 
 
 class DigitFeatures(Features):
-    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colours: 32 of them, each
+    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colors: 32 of them, each
     divided by its standard deviation over the real digits.
 
     Args:
@@ -225,7 +225,7 @@ def compare(real: Tensor, made: Tensor) -> dict[str, float]:
 
 def precision_and_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, float]:
     """Shares of ``made [m, d]`` within the manifold of ``real [n, d]``, and the other way round (1904.06991): within
-    the distance to the k-th nearest neighbour of some point."""
+    the distance to the k-th nearest neighbor of some point."""
 
     def covered(points: Tensor, by: Tensor) -> float:
         radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values

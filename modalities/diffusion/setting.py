@@ -22,10 +22,10 @@ from ...objective import Objective, Weight
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
 from ...teacher import Policy, evaluating
-from ...trajectory import Example, OptimiserStep, Trajectories
+from ...trajectory import Example, OptimizerStep, Trajectories
 from . import flow
 from .answer import Answer, AskHere, Moment, SameStep
-from .fake import LearntScore
+from .fake import LearnedScore
 from .families import Condition, Family, load_family
 from .images import opened, picture
 from .models import Transformer, diffusers, save_adapter, with_adapter
@@ -48,7 +48,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         height, width: of images in pixels.
         max_sequence_length: tokens of a prompt; longer ones are refused.
         shift: of the noise levels; None: what the pipeline's scheduler says.
-        noising: for ``rollout.behaviour: {dataset: …}``, where images of the column ``image`` are noised.
+        noising: for ``rollout.behavior: {dataset: …}``, where images of the column ``image`` are noised.
         quality: distances between samples and real images, at several numbers of steps.
         cache: a folder for encoded prompts and images; None: they are kept in memory.
         **kwargs: as in `OnPolicyDistillation`.
@@ -102,7 +102,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             for other in sorted(set(answer.asks) - set(self.teachers)):
                 raise ValueError(
                     f"model.answers.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add it to "
-                    "model.teachers with the weights of a LearntScore"
+                    "model.teachers with the weights of a LearnedScore"
                 )
         for i, term in enumerate(self.objective.terms):
             self._check_signal(f"objective.terms[{i}] ({term.name})", term.signal)
@@ -136,7 +136,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             )
 
     def _check_weight(self, where: str, weight: Weight) -> None:
-        densities = "behaviour" in weight.needs or any(name.endswith(("entropy", "log_prob")) for name in weight.reads)
+        densities = "behavior" in weight.needs or any(name.endswith(("entropy", "log_prob")) for name in weight.reads)
         if densities and not self.sampler.stochastic:
             raise ValueError(
                 f"{where}: {type(weight).__name__} reads densities, which the sampler {type(self.sampler).__name__} "
@@ -150,7 +150,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         needed = super().required_columns()
         if "completion" in needed:
             needed.pop("completion")
-            needed["image"] = f"{needed['image']}, rollout.behaviour.dataset" if "image" in needed else "the dataset"
+            needed["image"] = f"{needed['image']}, rollout.behavior.dataset" if "image" in needed else "the dataset"
         return needed
 
     def load_processor(self, spec: Pretrained) -> Family:
@@ -198,7 +198,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             if length > limit:
                 return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
         if "dataset" in self.rollout.sources and example.get("image") is None:
-            return "image is null, and rollout.behaviour.dataset needs one"
+            return "image is null, and rollout.behavior.dataset needs one"
         for column, seen in (("image", example), *((REFERENCE, seen) for seen in shown)):
             if seen.get(column) is not None:
                 try:
@@ -243,7 +243,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         self._refuse_nonfinite(after, examples)
         acted = self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
         if self.sampler.stochastic:
-            acted.behaviour_log_probs = self._log_probs(policy, acted)
+            acted.behavior_log_probs = self._log_probs(policy, acted)
         return acted
 
     def _log_probs(self, policy: Policy, acted: Trajectories) -> Tensor:
@@ -279,7 +279,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             mask=trained,
             examples=examples,
             stopped=torch.ones(len(examples), dtype=torch.bool),
-            behaviour_log_probs=torch.full(trained.shape, float("nan")),
+            behavior_log_probs=torch.full(trained.shape, float("nan")),
             channels={"sigma": sigma.double(), "toward": toward.double()},
         )
         return made.to("cpu")
@@ -340,7 +340,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         prompts = [example["prompt"] for example in trajectories.examples]
         if self.reward is None:
             return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
-        # one at a time: what an image is decoded to must not depend on its neighbours, not by a rounding
+        # one at a time: what an image is decoded to must not depend on its neighbors, not by a rounding
         rewards = [
             self.rate(picture(self.family.images(end[None])[0].cpu()), example)
             for end, example in zip(self.ends(trajectories), trajectories.examples, strict=True)
@@ -416,24 +416,24 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        # of all models and all that they were asked: rollouts, teachers, the student itself, learnt scores
+        # of all models and all that they were asked: rollouts, teachers, the student itself, learned scores
         self.record("network_evaluations", float(self.network_evaluations))
         self.network_evaluations = 0
 
-    def _look_ahead(self, whole: OptimiserStep) -> None:
+    def _look_ahead(self, whole: OptimizerStep) -> None:
         super()._look_ahead(whole)
         for name, teacher in self.teachers.items():
-            if isinstance(teacher.weights, LearntScore):
+            if isinstance(teacher.weights, LearnedScore):
                 loss = self._learn(name, teacher.weights, whole)
                 if loss is not None:
-                    self.record(f"learnt/{name}", loss)
+                    self.record(f"learned/{name}", loss)
 
-    def _learn(self, name: str, weights: LearntScore, whole: OptimiserStep) -> Tensor | None:
-        """A learnt score is trained on what the student made for this optimiser step."""
+    def _learn(self, name: str, weights: LearnedScore, whole: OptimizerStep) -> Tensor | None:
+        """A learned score is trained on what the student made for this optimizer step."""
         mine = Trajectories.concatenate(whole.micro_batches, self.padding)
         acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
         mine = mine.select(acted.nonzero().squeeze(-1))
-        if not len(mine) or weights.has_learnt(self.global_step):
+        if not len(mine) or weights.has_learned(self.global_step):
             return None  # a stage in which the student does not act, or a step that is begun again
         seen = self.shown(mine.examples, mine.student_view)
         asking = AskHere(self._asking(self.policies[name], seen), torch.arange(len(mine)))

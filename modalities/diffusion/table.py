@@ -75,14 +75,14 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Distances over optimiser steps, one curve for each number of denoising steps."""
+    """Distances over optimizer steps, one curve for each number of denoising steps."""
     figure = new_figure(5, 3.6)
     axis: Any = figure.subplots()
     for count in by_steps(curves, "val", 0):
         axis.plot(*zip(*curves[f"val/fid_{count}"], strict=True), marker=".", label=f"{count} steps")
     aim = by_steps(curves, "val/teacher", 0)
-    axis.axhline(aim[max(aim)], linestyle="--", color="grey", label=f"teacher, {max(aim)} steps")
-    axis.set(title="Frechet distance", xlabel="optimiser steps", yscale="log")
+    axis.axhline(aim[max(aim)], linestyle="--", color="gray", label=f"teacher, {max(aim)} steps")
+    axis.set(title="Frechet distance", xlabel="optimizer steps", yscale="log")
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -1,6 +1,6 @@
 """GUI grounding."""
 
-from .formats import AbsolutePixels, AnswerFormat, BoxTags, JSONAnswer, Normalised1000, PyAutoGUI, ToolCall
+from .formats import AbsolutePixels, AnswerFormat, BoxTags, JSONAnswer, Normalized1000, PyAutoGUI, ToolCall
 from .reward import Overlap, PointInBox
 from .setting import GUIGroundingDistillation
 from .view import BoxOnly, CoordinatesAsText, CropZoom, Spotlight
@@ -16,7 +16,7 @@ __all__ = [
     "DigitSignificance",
     "GUIGroundingDistillation",
     "JSONAnswer",
-    "Normalised1000",
+    "Normalized1000",
     "Overlap",
     "PointInBox",
     "PyAutoGUI",

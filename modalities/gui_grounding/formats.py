@@ -76,10 +76,10 @@ class AnswerFormat(ABC):
         return tuple(map(float, numbers))
 
     def write(self, box: Sequence[float], size: Size, model_size: Size) -> str:
-        """The text that answers with a box, or with its centre.
+        """The text that answers with a box, or with its center.
 
         Numbers are rounded to the nearest unit, fractions to four decimals. A box thinner than a unit is written as
-        the unit that its centre is in, so that what is written can always be read.
+        the unit that its center is in, so that what is written can always be read.
 
         Args:
             box: x1, y1, x2, y2 in pixels of the original image.
@@ -101,13 +101,13 @@ class AnswerFormat(ABC):
         return model_length if self.absolute else _LIMIT[self.unit]
 
     def _rounded(self, low: float, high: float, length: int, model_length: int) -> list[str]:
-        """One axis of a box or of its centre, in units."""
+        """One axis of a box or of its center, in units."""
         decimals = _DECIMALS[self.unit]
         steps = self._extent(model_length) * 10**decimals
-        centre = (low + high) / 2
-        ends = [_nearest(end * steps / length, steps) for end in ((low, high) if self.box else (centre,))]
+        center = (low + high) / 2
+        ends = [_nearest(end * steps / length, steps) for end in ((low, high) if self.box else (center,))]
         if self.box and ends[0] == ends[1]:
-            start = min(max(math.floor(centre * steps / length), 0), steps - 1)
+            start = min(max(math.floor(center * steps / length), 0), steps - 1)
             ends = [start, start + 1]
         return [f"{end / 10**decimals:.{decimals}f}" for end in ends]
 
@@ -136,7 +136,7 @@ class AbsolutePixels(_Bare):
     Its own notebooks wrap them in JSON or in a tool call: see `JSONAnswer` and `ToolCall`.
 
     Args:
-        box: answer with ``(x1, y1, x2, y2)`` instead of the centre.
+        box: answer with ``(x1, y1, x2, y2)`` instead of the center.
         prompt: template with ``{instruction}``; default: a question that describes the format.
 
     Raises:
@@ -147,7 +147,7 @@ class AbsolutePixels(_Bare):
         super().__init__("pixels", box, prompt)
 
 
-class Normalised1000(_Bare):
+class Normalized1000(_Bare):
     """``(x, y)`` from 0 to 1000 across the image, as UGround (2410.05243; its V1 on Qwen2-VL) and OS-Atlas answer.
 
     Qwen3-VL has the same coordinates, in JSON or in a tool call: see `JSONAnswer` and `ToolCall`. A fraction such as
@@ -177,7 +177,7 @@ class BoxTags(AnswerFormat):
 
     Args:
         style: which tags.
-        box: whether to answer with the box or with its centre, ``(x,y)``.
+        box: whether to answer with the box or with its center, ``(x,y)``.
         prompt: as in `AbsolutePixels`.
 
     Raises:

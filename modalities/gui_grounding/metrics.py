@@ -10,16 +10,16 @@ Prediction = Sequence[float] | None
 Box = Sequence[float]
 
 
-def centre(place: Sequence[float]) -> tuple[float, float]:
-    """The point itself, or the centre of a box."""
+def center(place: Sequence[float]) -> tuple[float, float]:
+    """The point itself, or the center of a box."""
     return (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2
 
 
 def point_in_box(prediction: Prediction, box: Box) -> bool:
-    """Whether the point, or the predicted box's centre, is in the target; its edges count, as in ScreenSpot-Pro."""
+    """Whether the point, or the predicted box's center, is in the target; its edges count, as in ScreenSpot-Pro."""
     if prediction is None:
         return False
-    x, y = centre(prediction)
+    x, y = center(prediction)
     return box[0] <= x <= box[2] and box[1] <= y <= box[3]
 
 
@@ -32,8 +32,8 @@ def iou(prediction: Box, box: Box) -> float:
 
 
 def distance(prediction: Sequence[float], box: Box, size: tuple[int, int]) -> float:
-    """Between the centres, as a share of the image's diagonal: at most 1 where both are on the screen."""
-    return math.dist(centre(prediction), centre(box)) / math.hypot(*size)
+    """Between the centers, as a share of the image's diagonal: at most 1 where both are on the screen."""
+    return math.dist(center(prediction), center(box)) / math.hypot(*size)
 
 
 def grade(prediction: Prediction, box: Box, size: tuple[int, int]) -> dict[str, float]:

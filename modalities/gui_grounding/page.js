@@ -43,10 +43,10 @@
     Math.min(bottom, AREA.bottom),
   ];
 
-  const centre = ([left, top, right, bottom]) => [(left + right) / 2, (top + bottom) / 2];
+  const center = ([left, top, right, bottom]) => [(left + right) / 2, (top + bottom) / 2];
 
   const isOnTop = (element, box) => {
-    const hit = document.elementFromPoint(...centre(box));
+    const hit = document.elementFromPoint(...center(box));
     return hit !== null && element.contains(hit);
   };
 
@@ -114,7 +114,7 @@
     const same = (element) =>
       element.tagName.toLowerCase() === tag &&
       rectangle(element.getBoundingClientRect()).every((edge, i) => Math.abs(edge - whole[i]) < 0.01);
-    let element = document.elementFromPoint(...centre(clipped(whole)));
+    let element = document.elementFromPoint(...center(clipped(whole)));
     while (element && !same(element)) element = element.parentElement;
     return element;
   };
@@ -135,7 +135,7 @@
     rewards: (seed, candidates) =>
       candidates.map((candidate) => {
         start(seed);
-        const [x, y] = centre(candidate.box);
+        const [x, y] = center(candidate.box);
         if (find(candidate) === null) return 0;
         press(document.elementFromPoint(x, y), x, y);
         return reward();

@@ -4,7 +4,7 @@ A screen is a page and a seed. Its picture is the page's work area of 160×160 C
 320×320 image pixels; the bar with the instruction is not in it. Two kinds of rows are made from a screen:
 
 * `task`: the page's own instruction, where one click solves it. The page is seeded again for every candidate, the
-  candidate's centre is clicked, and the page's reward is read; the box is the smallest element that is rewarded, and
+  candidate's center is clicked, and the page's reward is read; the box is the smallest element that is rewarded, and
   a click of a real mouse confirms it. A screen that rewards two elements apart from each other gives no such row.
 * `element`: 'Click on "…"' for an element whose visible text is on the screen once.
 
@@ -137,7 +137,7 @@ def choose_target(elements: Sequence[Element], rewards: Sequence[float]) -> Elem
 
     Args:
         elements: the candidates.
-        rewards: what the page gave for a click at the centre of each.
+        rewards: what the page gave for a click at the center of each.
     """
     rewarded = [element for element, reward in zip(elements, rewards, strict=True) if reward > 0]
     missed = [element for element, reward in zip(elements, rewards, strict=True) if reward <= 0]
@@ -210,13 +210,13 @@ def rows_of(screen: Screen, target: Element | None, limit: int) -> list[dict[str
 
 
 def smallest_png(png: bytes) -> bytes:
-    """The same picture in fewer bytes: with a palette where it has at most 256 colours, opaque, at full compression."""
+    """The same picture in fewer bytes: with a palette where it has at most 256 colors, opaque, at full compression."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     red, green, blue = np.asarray(image, dtype=np.uint32).transpose(2, 0, 1)
-    colours, indices = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
-    if len(colours) <= 256:
+    colors, indices = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
+    if len(colors) <= 256:
         image = Image.fromarray(indices.reshape(red.shape).astype(np.uint8))
-        image.putpalette([int(colour) >> shift & 255 for colour in colours for shift in (16, 8, 0)])
+        image.putpalette([int(color) >> shift & 255 for color in colors for shift in (16, 8, 0)])
     packed = io.BytesIO()
     image.save(packed, "PNG", optimize=True)
     return packed.getvalue()
@@ -283,11 +283,11 @@ class Browser:
         return Screen(page, seed, self._call("instruction"), elements, png)
 
     def rewards(self, screen: Screen) -> list[float]:
-        """What the open screen gives for a click at the centre of each of its elements, each in a new episode."""
+        """What the open screen gives for a click at the center of each of its elements, each in a new episode."""
         return self._call("rewards", screen.seed, [asdict(element) for element in screen.elements])
 
     def click(self, screen: Screen, element: Element) -> float:
-        """The reward of a new episode of the open screen for a click of the mouse at the element's centre."""
+        """The reward of a new episode of the open screen for a click of the mouse at the element's center."""
         if not self._call("ready", screen.seed, asdict(element)):
             return 0.0
         x, y = (element.box[0] + element.box[2]) / 2, (element.box[1] + element.box[3]) / 2
@@ -439,6 +439,6 @@ The seed is that of `Math.seedrandom` in the page; other versions of Chromium or
 
 Made with {versions}, Chromium {chromium}.
 
-The pages are MiniWoB++'s (Farama Foundation, https://github.com/Farama-Foundation/miniwob-plusplus), MIT licence;
-the pictures are renderings of them, under the same licence, which is in `LICENSE`.
+The pages are MiniWoB++'s (Farama Foundation, https://github.com/Farama-Foundation/miniwob-plusplus), MIT license;
+the pictures are renderings of them, under the same license, which is in `LICENSE`.
 """

@@ -14,7 +14,7 @@ from ..autoregressive import PromptView
 from ..vision_language import VisionLanguageDistillation
 from ..vision_language.boxes import problem_with_box
 from ..vision_language.images import images_of
-from .formats import AnswerFormat, Normalised1000
+from .formats import AnswerFormat, Normalized1000
 from .metrics import grade
 from .reward import PointInBox
 from .weight import digit_places
@@ -27,7 +27,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     Columns: ``prompt`` (the instruction; text is put into the format's own prompt, a chat is taken as it is), ``image``
     (the screenshot) and ``box`` (the target, [x1, y1, x2, y2] in pixels of the screenshot). Given completions
-    (``rollout.behaviour: {dataset: …}``) are written from the box.
+    (``rollout.behavior: {dataset: …}``) are written from the box.
 
     Args:
         answer: how coordinates are asked for, written and read. Default: points from 0 to 1000.
@@ -42,7 +42,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         if kwargs.get("reward") is None:
             kwargs["reward"] = PointInBox()
         super().__init__(**kwargs)
-        self.answer = answer or Normalised1000()
+        self.answer = answer or Normalized1000()
         self._model_sizes: dict[Size, Size] = {}
         for name, teacher in self.teachers.items():
             in_words = isinstance(teacher.view, PromptView) and {"box", "completion"} & set(teacher.view.columns)

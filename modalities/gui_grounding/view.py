@@ -20,7 +20,7 @@ from ..vision_language.images import images_of, with_images
 
 Box = tuple[float, float, float, float]
 
-HINT = "Hint: what you are looking for is inside the {colour} rectangle."
+HINT = "Hint: what you are looking for is inside the {color} rectangle."
 TOLD = "Hint: it is at ({x}, {y}), from 0 to 1000 across the image."
 
 
@@ -30,29 +30,29 @@ class BoxOnly(View):
     A side of the rectangle that would lie outside of the screenshot is not seen.
 
     Args:
-        colour: as PIL names colours. Default green, as in GUI-SD's code (a reading of the paper has red).
+        color: as PIL names colors. Default green, as in GUI-SD's code (a reading of the paper has red).
         width: of the rectangle's line, in pixels; it lies just outside of the box. Default 5 (GUI-SD).
-        hint: appended to the last message on a line of its own, with ``{colour}``; empty: no hint.
+        hint: appended to the last message on a line of its own, with ``{color}``; empty: no hint.
 
     Raises:
-        ValueError: no such colour, width < 1, a hint with other braces; when called, a row without images or with a
+        ValueError: no such color, width < 1, a hint with other braces; when called, a row without images or with a
             box that `problem_with_box` refuses.
     """
 
     columns = ("box",)
 
-    def __init__(self, colour: str = "green", width: int = 5, hint: str = HINT) -> None:
+    def __init__(self, color: str = "green", width: int = 5, hint: str = HINT) -> None:
         if width < 1:
             raise ValueError(f"{type(self).__name__}.width is {width} pixels; it must be at least 1")
-        self.colour, self.width = ImageColor.getrgb(colour), width
-        self.hint = _filled(f"{type(self).__name__}.hint", hint, colour=colour)
+        self.color, self.width = ImageColor.getrgb(color), width
+        self.hint = _filled(f"{type(self).__name__}.hint", hint, color=color)
 
     def __call__(self, example: Example) -> Example | None:
         if example.get("box") is None:
             return None
         (first, *others), target = _target(self, example)
         shown, box = self._shown(first, target)
-        ImageDraw.Draw(shown).rectangle(self._outline(box), outline=self.colour, width=self.width)
+        ImageDraw.Draw(shown).rectangle(self._outline(box), outline=self.color, width=self.width)
         return with_images(_told(example, self.hint), [shown, *others]) | {"box": list(box)}
 
     def _shown(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
@@ -77,7 +77,7 @@ class Spotlight(BoxOnly):
     side).
 
     Args:
-        colour: as in `BoxOnly`.
+        color: as in `BoxOnly`.
         width: as in `BoxOnly`.
         hint: as in `BoxOnly`.
         sigma: default 1.5 (GUI-SD).
@@ -89,13 +89,13 @@ class Spotlight(BoxOnly):
 
     def __init__(
         self,
-        colour: str = "green",
+        color: str = "green",
         width: int = 5,
         hint: str = HINT,
         sigma: float = 1.5,
         min_area: float = 0.1,
     ) -> None:
-        super().__init__(colour, width, hint)
+        super().__init__(color, width, hint)
         if min(sigma, min_area) < 0 or sigma == min_area == 0:
             raise ValueError(f"Spotlight: sigma and min_area must be >= 0 and not both 0, got {sigma} and {min_area}")
         self.sigma, self.min_area = sigma, min_area
@@ -119,7 +119,7 @@ class CropZoom(BoxOnly):
     teaches it wrong ones. In place, as in GUI-SD's code, everything around them is black, and coordinates agree.
 
     Args:
-        colour: as in `BoxOnly`.
+        color: as in `BoxOnly`.
         width: as in `BoxOnly`.
         hint: as in `BoxOnly`.
         margin: context on each side, as a share of the box's width and height. Default 1.5 (GUI-SD, "adaptive").
@@ -132,14 +132,14 @@ class CropZoom(BoxOnly):
 
     def __init__(
         self,
-        colour: str = "green",
+        color: str = "green",
         width: int = 5,
         hint: str = HINT,
         margin: float = 1.5,
         min_area: float = 0.1,
         magnify: bool = True,
     ) -> None:
-        super().__init__(colour, width, hint)
+        super().__init__(color, width, hint)
         if margin < 0:
             raise ValueError(f"CropZoom.margin is {margin}; it is a share of the box and must be at least 0")
         if not 0 <= min_area <= 1:
@@ -172,7 +172,7 @@ class CropZoom(BoxOnly):
 
 
 class CoordinatesAsText(View):
-    """The target's centre, from 0 to 1000, written into the prompt: naive OPSD, for comparison; no view without a box.
+    """The target's center, from 0 to 1000, written into the prompt: naive OPSD, for comparison; no view without a box.
 
     A teacher that reads the answer need not look. GUI-SD (2605.00642) measures a teacher entropy of .17 with the
     coordinates as text against .50 with a visual cue: it is as certain as a label, and self-distillation degrades to
@@ -222,7 +222,7 @@ def _told(example: Example, text: str) -> Example:
 
 
 def _falloff(length: int, low: float, high: float, sigma: float) -> np.ndarray:
-    """``[length]`` exp(−d² / 2σ²) of pixel centres to an interval."""
+    """``[length]`` exp(−d² / 2σ²) of pixel centers to an interval."""
     at = np.arange(length, dtype=np.float32) + 0.5
     gap = np.maximum(np.maximum(low - at, at - high), 0) / sigma
     return np.exp(-(gap**2) / 2, dtype=np.float32)

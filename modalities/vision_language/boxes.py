@@ -21,7 +21,7 @@ def problem_with_box(box: Any, size: tuple[int, int]) -> str | None:
         return f"the box is not four finite numbers [x1, y1, x2, y2]: {box!r}"
     x1, y1, x2, y2 = box
     if all(0 <= value <= 1 for value in box) and min(size) > 1:
-        return f"the box looks normalised to 0…1: {box}; pixels are needed: multiply by {width} and {height}"
+        return f"the box looks normalized to 0…1: {box}; pixels are needed: multiply by {width} and {height}"
     if x2 <= x1 or y2 <= y1:
         if x1 != x2 and y1 != y2 and min(x2, y2) > 0 and _is_inside((x1, y1, x1 + x2, y1 + y2), size):
             return f"the box looks like [x, y, width, height]: {box}; [x1, y1, x2, y2] is needed"

@@ -77,7 +77,7 @@ def gallery(run: Path, across: int = 4) -> Path:
                 if "prediction" in new:
                     _places(axis, old, new, images[0].width / images_of(example)[0].width)
             else:
-                axis.set_title(printable(title), fontsize=8, loc="left", color="grey", parse_math=False)
+                axis.set_title(printable(title), fontsize=8, loc="left", color="gray", parse_math=False)
     path = run / "gallery.png"
     figure.savefig(path, dpi=100)
     return path
@@ -94,11 +94,11 @@ def _answers(example: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) 
 def _places(axis: Any, old: dict[str, Any], new: dict[str, Any], scale: float) -> None:
     x1, y1, x2, y2 = (scale * value for value in new["box"])
     axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=TARGET, linewidth=1.5)
-    for row, colour in ((old, BEFORE), (new, AFTER)):
+    for row, color in ((old, BEFORE), (new, AFTER)):
         if row["prediction"] is not None:
             place = [scale * value for value in row["prediction"]]
             x, y = (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2
-            axis.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.5, color=colour)
+            axis.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.5, color=color)
 
 
 if __name__ == "__main__":

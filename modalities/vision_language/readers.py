@@ -13,7 +13,7 @@ _SHAPES = {"circle", "rectangle", "triangle"}
 
 
 def easy_vqa(folder: str, split: str = "train", count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """easy-VQA (github.com/vzhou842/easy-VQA, MIT): one coloured shape in 64 × 64 pixels, and questions about it.
+    """easy-VQA (github.com/vzhou842/easy-VQA, MIT): one colored shape in 64 × 64 pixels, and questions about it.
 
     Args:
         folder: holds `easy_vqa.zip`, or what it unpacks to: `train/questions.json`, `train/images/0.png`, ….
@@ -24,7 +24,7 @@ def easy_vqa(folder: str, split: str = "train", count: int | None = None, seed: 
         prompt: the question, as it is written ("what color is the shape?");
         image: a path, or the bytes of a file in the zip;
         answer: one of 13 words;
-        category: "yes/no", "shape" or "colour", the kind of answer.
+        category: "yes/no", "shape" or "color", the kind of answer.
 
     Raises:
         ValueError: there is no such split, it has fewer questions than asked for, or the files are not there.
@@ -42,7 +42,7 @@ def easy_vqa(folder: str, split: str = "train", count: int | None = None, seed: 
             "prompt": question,
             "image": image(f"{split}/images/{number}.png"),
             "answer": answer,
-            "category": "yes/no" if answer in ("yes", "no") else "shape" if answer in _SHAPES else "colour",
+            "category": "yes/no" if answer in ("yes", "no") else "shape" if answer in _SHAPES else "color",
         }
         for question, answer, number in questions
     ]

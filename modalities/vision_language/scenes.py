@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (220, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (240, 190, 0)}
+COLORS = {"red": (220, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (240, 190, 0)}
 QUESTIONS = {
-    "which": "Which digit is in the {colour} frame?",
+    "which": "Which digit is in the {color} frame?",
     "where": "Where is the {digit}?",
     "count": "How many digits are there?",
     "sum": "What is the sum of the two digits?",
@@ -41,7 +41,7 @@ def scenes(
     noise: float = 0.15,
     cells: int | None = None,
 ) -> list[dict[str, Any]]:
-    """`count` scenes: framed digits on a light ground of coloured tiles, and a question about each scene.
+    """`count` scenes: framed digits on a light ground of colored tiles, and a question about each scene.
 
     The same arguments make the same scenes, byte by byte, and row i is the same for every `count`. A fifth of the
     1797 handwritten samples, chosen by a hash of their index, is drawn in held-out scenes only, the others in
@@ -57,7 +57,7 @@ def scenes(
             classifier (SVM) of the digits in their frames is right for 97 % of held-out ones as they are, and for
             52 % in scenes shrunk to 32 pixels, 89 % if it was trained on shrunk scenes: what there is to learn.
         digits: fewest and most digits in a scene; scenes with the question `sum` have two.
-        noise: how far the colours of the ground's tiles vary, as a share of their range; 0 is plain.
+        noise: how far the colors of the ground's tiles vary, as a share of their range; 0 is plain.
         cells: frames lie anywhere within the cells of a grid of cells × cells, one in each; None: wherever they do not
             touch. Where a cell is what one image token sees, a small model learns to read much faster.
 
@@ -69,18 +69,18 @@ def scenes(
         answer: a digit or a number; "top left", "top right", "bottom left" or "bottom right" for `where`;
         cue: what is to be seen, in words: every frame with its digit and its place;
         category: the kind of question;
-        scene: the scene graph as JSON, ``{"size", "digits": [{"digit", "colour", "box", "sample"}, …]}``; a `box` is
+        scene: the scene graph as JSON, ``{"size", "digits": [{"digit", "color", "box", "sample"}, …]}``; a `box` is
             that of the frame, a `sample` the index in scikit-learn's data set;
         completion: the answer.
 
     Raises:
-        ValueError: an unknown kind, more digits than colours or cells, or digits too large for the scene or a cell.
+        ValueError: an unknown kind, more digits than colors or cells, or digits too large for the scene or a cell.
         ModuleNotFoundError: scikit-learn is not installed.
     """
     if not kinds or not set(kinds) <= set(QUESTIONS):
         raise ValueError(f"scenes: kinds is {list(kinds)}; name some of {', '.join(QUESTIONS)}")
-    if not 1 <= digits[0] <= digits[1] <= len(COLOURS):
-        raise ValueError(f"scenes: digits is {digits}; it must be a range within 1 and {len(COLOURS)}")
+    if not 1 <= digits[0] <= digits[1] <= len(COLORS):
+        raise ValueError(f"scenes: digits is {digits}; it must be a range within 1 and {len(COLORS)}")
     if not 1 <= digit[0] <= digit[1] or 3 * _side(digit[1]) > size:
         raise ValueError(
             f"scenes: digit is {digit}; it must be a range of pixels, and three frames of {_side(digit[1])} pixels "
@@ -120,10 +120,10 @@ def _scene(
     sides = [draw.randint(*digit) for _ in values]
     corners = _corners(draw, [_side(side) for side in sides], size, cells, aside=kind == "where")
     drawn: list[dict[str, Any]] = [
-        {"digit": value, "colour": colour, "box": [x, y, x + _side(side), y + _side(side)], "sample": sample}
-        for value, colour, side, (x, y), sample in zip(
+        {"digit": value, "color": color, "box": [x, y, x + _side(side), y + _side(side)], "sample": sample}
+        for value, color, side, (x, y), sample in zip(
             values,
-            draw.sample(list(COLOURS), number),
+            draw.sample(list(COLORS), number),
             sides,
             corners,
             [draw.choice(_samples()[held_out, value]) for value in values],
@@ -145,7 +145,7 @@ def _scene(
         "box": around,
         "answer": answer,
         "cue": " ".join(
-            f"The {one['colour']} frame at the {_place(one['box'], size)} holds a {one['digit']}." for one in order
+            f"The {one['color']} frame at the {_place(one['box'], size)} holds a {one['digit']}." for one in order
         ),
         "category": kind,
         "scene": json.dumps({"size": size, "digits": order}),
@@ -186,14 +186,14 @@ def _is_aside(corner: tuple[int, int], side: int, size: int) -> bool:
 
 def _render(draw: random.Random, drawn: list[dict[str, Any]], size: int, noise: float) -> Image.Image:
     cells = max(1, size // _TILE)
-    colours = np.frombuffer(draw.randbytes(3 * cells * cells), np.uint8).reshape(cells, cells, 3)
+    colors = np.frombuffer(draw.randbytes(3 * cells * cells), np.uint8).reshape(cells, cells, 3)
     tint = [draw.randint(200, 235) for _ in range(3)]
-    tiles = (tint + (colours - 127.5) * noise).clip(0, 255).astype(np.uint8)
+    tiles = (tint + (colors - 127.5) * noise).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(tiles).resize((size, size), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     for one in drawn:
         x1, y1, x2, y2 = one["box"]
-        pen.rectangle((x1, y1, x2 - 1, y2 - 1), outline=COLOURS[one["colour"]], width=_LINE)
+        pen.rectangle((x1, y1, x2 - 1, y2 - 1), outline=COLORS[one["color"]], width=_LINE)
         inside = x2 - x1 - 2 * (_LINE + _GAP)
         ink = Image.fromarray(_digits()[one["sample"]]).resize((inside, inside), Image.Resampling.BICUBIC)
         shade = tuple(draw.randrange(60) for _ in range(3))

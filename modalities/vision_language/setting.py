@@ -312,7 +312,7 @@ def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any
 
 
 def blanked(example: Example) -> Example:
-    """The same with every image grey."""
+    """The same with every image gray."""
     return with_images(example, [Image.new("RGB", image.size, (127, 127, 127)) for image in images_of(example)])
 
 

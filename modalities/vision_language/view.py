@@ -185,23 +185,23 @@ class MaskRegion(View):
     """For a student: the region in the column `box` painted over, the size unchanged; no view without a box.
 
     Args:
-        colour: what it is painted with, as PIL names colours; default a middle grey.
+        color: what it is painted with, as PIL names colors; default a middle gray.
 
     Raises:
-        ValueError: no such colour; when called, a box that `problem_with_box` refuses, or a row without images.
+        ValueError: no such color; when called, a box that `problem_with_box` refuses, or a row without images.
     """
 
     columns = ("box",)
 
-    def __init__(self, colour: str = "#7f7f7f") -> None:
-        self.colour = ImageColor.getrgb(colour)
+    def __init__(self, color: str = "#7f7f7f") -> None:
+        self.color = ImageColor.getrgb(color)
 
     def __call__(self, example: Example) -> Example | None:
         if example.get("box") is None:
             return None
         first, *others = _images("MaskRegion", example)
         masked = first.copy()
-        masked.paste(self.colour, _pixels(_box(example, first), first.size))
+        masked.paste(self.color, _pixels(_box(example, first), first.size))
         return with_images(example, [masked, *others])
 
 

@@ -24,7 +24,7 @@ class CategoricalChunk:
 
     def __init__(self, logits: Tensor, owned: bool = False) -> None:
         self.logits = logits
-        self._known = {1.0: normalise_(logits.detach())} if owned else {}
+        self._known = {1.0: normalize_(logits.detach())} if owned else {}
         self._log_probs: dict[float, Tensor] = {}
         self._entropy: Tensor | None = None
 
@@ -35,7 +35,7 @@ class CategoricalChunk:
         """
         if temperature not in self._known:
             with torch.no_grad():
-                self._known[temperature] = normalise_(self.logits.detach() / temperature)
+                self._known[temperature] = normalize_(self.logits.detach() / temperature)
         return self._known[temperature]
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
@@ -65,7 +65,7 @@ class CategoricalChunk:
         return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
 
 
-def normalise_(logits: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
     highest = logits.amax(-1, keepdim=True)
     probs = (logits - highest).exp_()

@@ -61,8 +61,8 @@ def gaussian_kl(a: Gaussian, b: Gaussian) -> Tensor:
 class _GaussianGradient(GradientAccumulator):
     def __init__(self, student: Gaussian) -> None:
         self._student = student
-        learnt_scale = student.scale.requires_grad
-        self.inputs = [student.mean, student.scale] if learnt_scale else [student.mean]
+        learned_scale = student.scale.requires_grad
+        self.inputs = [student.mean, student.scale] if learned_scale else [student.mean]
         self.sums = [torch.zeros_like(tensor) for tensor in self.inputs]
 
     def open(self, states: slice) -> Gaussian:

@@ -20,7 +20,7 @@ class Head:
     """From hidden states ``[n, H]`` to float32 logits ``[n, vocabulary]``.
 
     Attributes:
-        module: the projection; a plain `nn.Linear` takes the fast path, anything else (LoRA, quantised) autograd.
+        module: the projection; a plain `nn.Linear` takes the fast path, anything else (LoRA, quantized) autograd.
         vocabulary: ids at or above it are padding of the matrix and are cut off.
         scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: c in c·tanh(logits / c) (Gemma-2), or None.

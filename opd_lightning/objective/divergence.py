@@ -236,7 +236,7 @@ class ReverseKL(Divergence):
 
 
 class JSD(Divergence):
-    """Generalised Jensen–Shannon divergence, `jsd_terms` (GKD, 2306.13649).
+    """Generalized Jensen–Shannon divergence, `jsd_terms` (GKD, 2306.13649).
 
     Args:
         beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(q‖p), 1 is KL(p‖q). Default 0.5 (TRL's GKD).

@@ -19,7 +19,7 @@ from ..diagnostics import Averages, chunk_diagnostics
 from ..distribution import Distribution
 from ..finite import Finite
 from ..printable import quoted
-from ..trajectory import OptimiserStep, Trajectories
+from ..trajectory import OptimizerStep, Trajectories
 from .policy_gradient import Advantage, PolicyGradient
 from .signal import Part, Signal
 from .steps import Steps, measure
@@ -36,9 +36,9 @@ class Term:
         teacher: an entry of ``model.teachers``; None for signals that ask no teacher.
         weights: multiplied with each other.
         target: turns the teacher's distribution into another one first.
-        source: only trajectories of this behaviour policy (``student``, ``dataset`` or a teacher's name); None: all.
+        source: only trajectories of this behavior policy (``student``, ``dataset`` or a teacher's name); None: all.
         coefficient: c, a public knob; at 0 the term and its teacher's forward pass are skipped.
-        normaliser: Z. ``steps``: all trained steps of the optimiser step, whatever the weights, but for a term that
+        normalizer: Z. ``steps``: all trained steps of the optimizer step, whatever the weights, but for a term that
             reads rewards those of rows whose reward abstains; ``weights``: the sum of this term's weights over it.
             Steps where the term is off (another source, no view, no reward) weigh 0.
         name: in logs; default: the signal's class name.
@@ -50,7 +50,7 @@ class Term:
     target: Target | None = None
     source: str | None = None
     coefficient: float = 1.0
-    normaliser: Literal["steps", "weights"] = "steps"
+    normalizer: Literal["steps", "weights"] = "steps"
     name: str | None = None
 
     __setattr__ = Finite.__setattr__
@@ -117,12 +117,12 @@ class Objective:
         Args:
             teachers: names in model.teachers.
             served: which of `Part.needs` the run offers, besides teachers.
-            sources: behaviour policies that act in this run.
+            sources: behavior policies that act in this run.
         """
         advice = {
             "reward": "set model.reward (a setting whose `score` has rewards of its own names it in `served`)",
             "group": "set rollout.group_size > 1",
-            "behaviour": "dataset completions have no behaviour log-probs: give the term `source: student`",
+            "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
             "categorical": "only distributions over a vocabulary have it",
             "digits": "only settings that read numbers out of tokens know them (GUIGroundingDistillation)",
             "latents": "only samplers of images have velocities (DiffusionDistillation)",
@@ -133,7 +133,7 @@ class Objective:
                 raise ValueError(f"{where}: no teacher '{name}' in model.teachers, which has {sorted(teachers)}")
             if term.coefficient != 0 and term.source is not None and term.source not in sources:
                 raise ValueError(
-                    f"{where}.source: nobody called '{term.source}' acts; rollout.behaviour: {sorted(sources)}"
+                    f"{where}.source: nobody called '{term.source}' acts; rollout.behavior: {sorted(sources)}"
                 )
             if term.target is not None and "teacher" not in term.needs:
                 raise ValueError(f"{where}.target: {term.name} compares with no teacher, so nothing reads the target")
@@ -141,7 +141,7 @@ class Objective:
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
                 for need in sorted(part.needs - {"teacher"} - served):
-                    known = need == "behaviour" and term.source not in (None, "dataset")
+                    known = need == "behavior" and term.source not in (None, "dataset")
                     if not known:
                         how = advice.get(
                             need, "this setting does not name it in `served`, where it says what it offers"
@@ -156,7 +156,7 @@ class Objective:
         for term in self.active:
             for part in term.parts():
                 if part.scope in scopes or (
-                    term.normaliser == "weights" and "batch" in scopes and part in term.weights
+                    term.normalizer == "weights" and "batch" in scopes and part in term.weights
                 ):
                     for name in part.reads:
                         found[term.stream if name.startswith("teacher") else "", name] = (term, name)
@@ -164,7 +164,7 @@ class Objective:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the first micro-batch must wait for statistics of the whole optimiser step."""
+        """Whether the first micro-batch must wait for statistics of the whole optimizer step."""
         return bool(self.statistics_needed({"batch"}))
 
     def measure(
@@ -181,17 +181,17 @@ class Objective:
                 found[seen.key(name)].append(measure(seen, name))
         return {key: torch.cat(values) for key, values in found.items()}
 
-    def weight_sums(self, optimiser_step: OptimiserStep, available: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def weight_sums(self, optimizer_step: OptimizerStep, available: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Σ of weights over this rank's micro-batches for the terms that divide by it; summed over ranks elsewhere."""
         sums: dict[str, Tensor] = {}
         for term in self.active:
-            if term.normaliser == "weights":
+            if term.normalizer == "weights":
                 total = torch.zeros(())
-                for i, micro_batch in enumerate(optimiser_step.micro_batches):
+                for i, micro_batch in enumerate(optimizer_step.micro_batches):
                     steps = Steps.of(micro_batch, available[i])
-                    if optimiser_step.statistics is not None:
-                        steps.statistics = optimiser_step.statistics[i]
-                        steps.everywhere = optimiser_step.over_batch
+                    if optimizer_step.statistics is not None:
+                        steps.statistics = optimizer_step.statistics[i]
+                        steps.everywhere = optimizer_step.over_batch
                     total = total + self._weigh(steps.for_term(term.stream), term, term.weights).sum().cpu()
                 assert term.name is not None
                 sums[term.name] = total
@@ -212,7 +212,7 @@ class Objective:
         Args:
             student: at all B × T states, with gradient.
             teachers: by name, at all B × T states, without gradient.
-            trajectories: with their ``optimiser_step``, which holds the normalisers; without one the micro-batch
+            trajectories: with their ``optimizer_step``, which holds the normalizers; without one the micro-batch
                 stands alone.
             available: ``[B]`` bool by teacher: for which trajectories it has something to say.
             diagnose: also average the diagnostics that cost an extra look at the vocabulary.
@@ -222,7 +222,7 @@ class Objective:
         """
         _check_states(student, teachers, trajectories)
         steps = Steps.of(trajectories, available)
-        whole = trajectories.optimiser_step or self._alone(trajectories, student, teachers, available)
+        whole = trajectories.optimizer_step or self._alone(trajectories, student, teachers, available)
         steps.everywhere = whole.over_batch
         if whole.statistics is not None:
             steps.statistics = dict(whole.statistics[trajectories.micro_batch])
@@ -243,7 +243,7 @@ class Objective:
         factors: dict[str | None, Tensor] = {}
         for term in self.active:
             ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
-            factors[term.name] = ahead * (term.coefficient / self._normaliser(term, whole))
+            factors[term.name] = ahead * (term.coefficient / self._normalizer(term, whole))
 
         for name in teachers:
             read = [factors[term.name] != 0 for term in self.active if name in term.teachers]
@@ -385,8 +385,8 @@ class Objective:
                 assert term.name is not None
                 averages.add_clipped(term.name, weight, seen.part(weight), self._on(seen, term))
 
-    def _normaliser(self, term: Term, whole: OptimiserStep) -> float:
-        if term.normaliser == "steps":
+    def _normalizer(self, term: Term, whole: OptimizerStep) -> float:
+        if term.normalizer == "steps":
             return max(whole.rewarded_steps if "reward" in term.needs else whole.trained_steps, 1.0)
         assert whole.weight_sums is not None
         assert term.name is not None
@@ -398,9 +398,9 @@ class Objective:
         student: Distribution,
         teachers: dict[str, Distribution],
         available: dict[str, Tensor] | None,
-    ) -> OptimiserStep:
+    ) -> OptimizerStep:
         trained, rewarded = float(trajectories.mask.sum()), float(trajectories.rewarded_steps)
-        whole = OptimiserStep([trajectories], trained, rewarded_steps=rewarded)
+        whole = OptimizerStep([trajectories], trained, rewarded_steps=rewarded)
         steps = Steps.of(trajectories, available)
         flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
         if self.looks_ahead:

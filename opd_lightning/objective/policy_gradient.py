@@ -25,10 +25,10 @@ def log_ratio(steps: Steps) -> Tensor:
     return steps.statistic("teacher_log_prob") - steps.statistic("student_log_prob")
 
 
-def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalise: bool) -> Tensor:
+def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalize: bool) -> Tensor:
     """``[B, T]`` Σ_{i≥t} discount^(i−t)·values_i over the trained steps of a row.
 
-    With ``normalise`` divided by the number of trained steps left, t included (MiniLLM's length normalisation).
+    With ``normalize`` divided by the number of trained steps left, t included (MiniLLM's length normalization).
     """
     total, left = torch.zeros_like(values), torch.zeros_like(values)
     running, count = values.new_zeros(len(values)), values.new_zeros(len(values))
@@ -37,7 +37,7 @@ def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalise: bool
         running = torch.where(here, values[:, t] + discount * running, running)
         count = count + here
         total[:, t], left[:, t] = running, count
-    return total / left.clamp(min=1) if normalise else total
+    return total / left.clamp(min=1) if normalize else total
 
 
 def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
@@ -61,20 +61,20 @@ class LogRatio(Advantage):
         clip: bound on |δ| (Lightning OPD, 2604.13010, uses 10). None: no bound.
         discount: γ of the return-to-go; 0 (default) keeps the immediate step only, as in Thinking Machines' recipe.
             MiniLLM (2306.08543) uses 0.95.
-        length_normalised: divide the return by the number of steps left, as MiniLLM's released code does.
+        length_normalized: divide the return by the number of steps left, as MiniLLM's released code does.
     """
 
-    needs = frozenset({"teacher", "behaviour"})
+    needs = frozenset({"teacher", "behavior"})
     reads = LOG_PROBS
 
-    def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalised: bool = False) -> None:
+    def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalized: bool = False) -> None:
         if not 0 <= discount <= 1:
             raise ValueError(f"advantage.discount must be in [0, 1], got {discount}")
         if clip is not None and clip <= 0:
             raise ValueError(f"advantage.clip must be > 0, got {clip}")
-        if length_normalised and discount == 0:
-            raise ValueError("advantage.length_normalised: there is no return to normalise while discount is 0")
-        self.clip, self.discount, self.length_normalised = clip, discount, length_normalised
+        if length_normalized and discount == 0:
+            raise ValueError("advantage.length_normalized: there is no return to normalize while discount is 0")
+        self.clip, self.discount, self.length_normalized = clip, discount, length_normalized
         self.scope = "row" if discount else "step"
 
     def __call__(self, steps: Steps) -> Tensor:
@@ -84,7 +84,7 @@ class LogRatio(Advantage):
         if not self.discount:
             return ratio
         mask = to_rows(steps, torch.ones_like(ratio)).bool()
-        returns = returns_to_go(to_rows(steps, ratio), mask, self.discount, self.length_normalised)
+        returns = returns_to_go(to_rows(steps, ratio), mask, self.discount, self.length_normalized)
         return returns.flatten()[steps.index]
 
 
@@ -95,7 +95,7 @@ class GroupRelative(Advantage):
         scale: divide by the standard deviation (default). False is Dr. GRPO (2503.20783).
     """
 
-    needs = frozenset({"reward", "group", "behaviour"})
+    needs = frozenset({"reward", "group", "behavior"})
     scope: Scope = "data"
 
     def __init__(self, scale: bool = True) -> None:
@@ -189,13 +189,13 @@ class PolicyGradient(Signal):
         self.clip_high = clip if clip_high is None else clip_high
         if min(self.clip, self.clip_high) <= 0:
             raise ValueError(f"signal.clip and clip_high must be > 0, got {self.clip} and {self.clip_high}")
-        self.needs = advantage.needs | {"behaviour"}
+        self.needs = advantage.needs | {"behavior"}
         self.reads = advantage.reads
 
     def __call__(self, steps: Steps) -> Tensor:
         assert steps.student is not None
         advantage = steps.part(self.advantage).detach()
-        log_prob, old = steps.student.log_prob(steps.action), steps.behaviour_log_prob
+        log_prob, old = steps.student.log_prob(steps.action), steps.behavior_log_prob
         # unknown where another term trains (`check` sees to that); its NaN would survive a weight of 0 in the gradient
         old = torch.where(old.isnan(), log_prob.detach(), old)
         return surrogate(log_prob, old, advantage, self.clip, self.clip_high)

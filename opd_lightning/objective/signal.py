@@ -18,10 +18,10 @@ class Part(Finite):
 
     Attributes:
         needs: any of ``teacher``, ``reward`` (a reward is configured), ``group`` (group_size > 1),
-            ``behaviour`` (behaviour log-probs: not for dataset completions), ``categorical``,
+            ``behavior`` (behavior log-probs: not for dataset completions), ``categorical``,
             ``digits`` (a channel of the trajectories that GUI grounding fills), ``latents`` (diffusion).
         scope: ``data``: reads only the trajectories, so it is known before any model runs. ``step``: its own step.
-            ``row``: all steps of the trajectory. ``batch``: the whole optimiser step on all ranks.
+            ``row``: all steps of the trajectory. ``batch``: the whole optimizer step on all ranks.
         reads: the statistics (`steps.STATISTICS`) that it reads; declared so that a wider scope can be served.
     """
 

@@ -90,9 +90,9 @@ class Steps:
         return self.trajectories.actions.flatten(0, 1)[self.index]
 
     @cached_property
-    def behaviour_log_prob(self) -> Tensor:
+    def behavior_log_prob(self) -> Tensor:
         """``[N]``"""
-        return self.trajectories.behaviour_log_probs.flatten()[self.index]
+        return self.trajectories.behavior_log_probs.flatten()[self.index]
 
     def channel(self, name: str) -> Tensor:
         """``[N, ...]`` what the setting knows of each step, such as the ``digits`` that a token writes."""
@@ -119,7 +119,7 @@ class Steps:
         return self.statistics[key]
 
     def over_batch(self, name: str) -> Tensor:
-        """``[M]`` a statistic at every trained step of the optimiser step, on all ranks (scope ``batch`` only)."""
+        """``[M]`` a statistic at every trained step of the optimizer step, on all ranks (scope ``batch`` only)."""
         assert self.everywhere is not None
         return self.everywhere(self.key(name))
 

@@ -23,7 +23,7 @@ class Support:
             ``sampled`` id alone.
         k: number of ids (for ``union``, of each side). Required for teacher, student and union.
         remainder: ``tail`` adds one bucket with all other probability, so the result is a divergence between
-            coarser distributions: never negative, exact at k = V, zero gradient at student = teacher. ``renormalise``
+            coarser distributions: never negative, exact at k = V, zero gradient at student = teacher. ``renormalize``
             rescales both sides to the support. ``drop`` leaves the sum truncated: it can be negative and pulls even
             an equal student away from the teacher.
 
@@ -33,7 +33,7 @@ class Support:
 
     of: Literal["full", "teacher", "student", "union", "sampled"] = "full"
     k: int | None = None
-    remainder: Literal["tail", "renormalise", "drop"] = "tail"
+    remainder: Literal["tail", "renormalize", "drop"] = "tail"
 
     def __post_init__(self) -> None:
         ranked = self.of in ("teacher", "student", "union")
@@ -43,8 +43,8 @@ class Support:
             raise ValueError(f"support.k: a support of '{self.of}' takes no k, got {self.k}")
         if self.of == "full" and self.remainder != "tail":
             raise ValueError(f"support.remainder: the full vocabulary leaves nothing to {self.remainder}")
-        if self.of == "sampled" and self.remainder == "renormalise":
-            raise ValueError("support.remainder: one sampled id renormalises to probability 1 on both sides")
+        if self.of == "sampled" and self.remainder == "renormalize":
+            raise ValueError("support.remainder: one sampled id renormalizes to probability 1 on both sides")
 
     def is_full(self, vocabulary: int) -> bool:
         """Whether it leaves out none of so many ids."""
@@ -79,7 +79,7 @@ class Support:
             kept = kept.masked_fill(repeated, IMPOSSIBLE)
         if self.remainder == "drop":
             return kept
-        if self.remainder == "renormalise":
+        if self.remainder == "renormalize":
             return kept.log_softmax(-1)
         # Summing what is left is exact where 1 − Σ would be rounding noise; a support that holds all leaves IMPOSSIBLE.
         rest = log_probs.scatter(-1, ids, IMPOSSIBLE).logsumexp(-1, keepdim=True)

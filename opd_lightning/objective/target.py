@@ -22,7 +22,7 @@ class Target(Finite, ABC):
 
 
 class LogLinear(Target):
-    """log q′ = Σ aᵢ·log qᵢ, normalised: logit algebra over streams.
+    """log q′ = Σ aᵢ·log qᵢ, normalized: logit algebra over streams.
 
     Extrapolation past the teacher is ``{teacher: λ, reference: 1 − λ}`` with λ > 1 (G-OPD, 2602.12125, λ = 1.25);
     a trust region around a reference is the same with λ < 1 (SDPO, 2601.20802).

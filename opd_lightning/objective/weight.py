@@ -1,6 +1,6 @@
 """Weights: how much a step counts. Never negative, always without gradient; a term multiplies all of its own.
 
-Shape legend: n steps of a chunk, N of a micro-batch, M of the optimiser step on all ranks.
+Shape legend: n steps of a chunk, N of a micro-batch, M of the optimizer step on all ranks.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ class Confidence(Weight):
 
 
 class ImportanceRatio(Weight):
-    """min(p_θ(action) / p_behaviour(action), cap): 1 while rollouts are fresh.
+    """min(p_θ(action) / p_behavior(action), cap): 1 while rollouts are fresh.
 
     Args:
         cap: default 2 (Vision-OPD, 2605.18740).
     """
 
-    needs = frozenset({"behaviour"})
+    needs = frozenset({"behavior"})
     reads = frozenset({"student_log_prob"})
 
     def __init__(self, cap: float = 2.0) -> None:
@@ -113,7 +113,7 @@ class ImportanceRatio(Weight):
         self.cap = cap
 
     def __call__(self, steps: Steps) -> Tensor:
-        log_ratio = steps.statistic("student_log_prob") - steps.behaviour_log_prob
+        log_ratio = steps.statistic("student_log_prob") - steps.behavior_log_prob
         return log_ratio.exp().clamp(max=self.cap)
 
 
@@ -142,7 +142,7 @@ class TopEntropy(Weight):
     Args:
         share: default 0.5 (the entropy-only ratio in TIP, 2604.14084; TIP itself ranks by a two-axis score).
         of: whose entropy.
-        scope: the quantile is taken over the whole optimiser step on all ranks (``batch``, default) or over each
+        scope: the quantile is taken over the whole optimizer step on all ranks (``batch``, default) or over each
             trajectory (``row``). Over a batch it costs a forward pass of its own.
     """
 
@@ -201,7 +201,7 @@ class PassRate(Weight):
     (PACED, 2603.11178). Rewards must lie in [0, 1].
 
     The paper estimates p from rollouts of its own; here those that are trained are its estimate. Whether it divides by
-    the weights' sum was not found: the term's ``normaliser`` decides.
+    the weights' sum was not found: the term's ``normalizer`` decides.
 
     Args:
         easy, hard: the exponents a and b. Default 1 and 1 (PACED).

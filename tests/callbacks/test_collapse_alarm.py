@@ -47,7 +47,7 @@ def play(folder, alarm: CollapseAlarm, story: dict[int, dict[str, float]], steps
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         trainer = toy.fit(toy.make_module(setting=Story), folder, [alarm], steps=steps)
-    return [str(w.message) for w in heard if str(w.message).startswith("optimiser step")], trainer
+    return [str(w.message) for w in heard if str(w.message).startswith("optimizer step")], trainer
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def play(folder, alarm: CollapseAlarm, story: dict[int, dict[str, float]], steps
 def test_what_lasts_is_told_once_with_advice(wrong, advice, tmp_path):
     heard, _ = play(tmp_path, CollapseAlarm(), dict.fromkeys(range(4, 9), wrong))
     (message,) = heard
-    assert message.startswith("optimiser step 6:")
+    assert message.startswith("optimizer step 6:")
     assert re.search(advice, message)
     off = CollapseAlarm(entropy=None, length=None, truncated=None, repetition=None, first_step_kl=None, overlap=None)
     assert not play(tmp_path / "off", off, dict.fromkeys(range(4, 9), wrong))[0]
@@ -79,13 +79,13 @@ def test_a_dip_is_not_told_and_a_relapse_is_told_again(tmp_path):
     low = {"student_entropy": 0.1}
     assert not play(tmp_path / "dip", CollapseAlarm(), {4: low, 5: low, 7: low, 8: low})[0]
     heard, _ = play(tmp_path / "again", CollapseAlarm(patience=1), {4: low, 5: low, 7: low, 8: low})
-    assert [message.split(":")[0] for message in heard] == ["optimiser step 4", "optimiser step 7"]
+    assert [message.split(":")[0] for message in heard] == ["optimizer step 4", "optimizer step 7"]
 
 
 def test_a_loss_that_is_not_finite_is_told_at_once(tmp_path):
     heard, _ = play(tmp_path, CollapseAlarm(), {2: {"loss/ReverseKL": float("nan")}})
     assert heard == [
-        "optimiser step 2: loss/ReverseKL is nan: lower the learning rate, clip gradients, or train in float32"
+        "optimizer step 2: loss/ReverseKL is nan: lower the learning rate, clip gradients, or train in float32"
     ]
 
 
@@ -123,7 +123,7 @@ def test_a_student_that_learns_to_say_one_thing_is_noticed(make_world, tmp_path)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         alarm = CollapseAlarm(compression=4)
-        others = [Curriculum({"rollout.behaviour": sources}), EarlyStopRollout(FirstSteps(100))]
+        others = [Curriculum({"rollout.behavior": sources}), EarlyStopRollout(FirstSteps(100))]
         trainer = world.fit(module, tmp_path, rows, steps=30, callbacks=[alarm, *others])
     said = " ".join(str(w.message) for w in heard)
     for sign in ("train/student_entropy", "train/repetition"):

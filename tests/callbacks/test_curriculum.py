@@ -124,13 +124,13 @@ def test_what_is_no_knob_is_refused(path, message):
 
 def test_a_share_makes_the_others_give_way_as_they_were_configured():
     shares = {"student": 0.5, "teacher": 0.3, "dataset": 0.2}
-    module = toy.make_module(rollout=Rollout(batch_size=8, behaviour=shares))
-    teacher = Knob(module, "rollout.behaviour.teacher")
+    module = toy.make_module(rollout=Rollout(batch_size=8, behavior=shares))
+    teacher = Knob(module, "rollout.behavior.teacher")
     teacher.turn(0.0)
-    assert module.rollout.behaviour == pytest.approx({"student": 5 / 7, "teacher": 0, "dataset": 2 / 7})
+    assert module.rollout.behavior == pytest.approx({"student": 5 / 7, "teacher": 0, "dataset": 2 / 7})
     teacher.turn(0.3)
-    assert module.rollout.behaviour == pytest.approx(shares)
-    assert teacher.overlaps(Knob(module, "rollout.behaviour.student"))
+    assert module.rollout.behavior == pytest.approx(shares)
+    assert teacher.overlaps(Knob(module, "rollout.behavior.student"))
 
 
 @pytest.mark.parametrize("alias", ["objective.terms.0.coefficient", "objective.terms.ReverseKL.coefficient"])
@@ -147,7 +147,7 @@ def test_two_callbacks_on_one_knob_are_refused_by_name(alias, tmp_path):
     [
         ({"rollout.horizon": Piecewise({0: 4, 100: 0})}, r"rollout\.horizon can't be 0"),
         ({"objective.terms.3.coefficient": Linear(0, 1, 5)}, r"objective\.terms has no '3'; it has 0"),
-        ({"rollout.behaviour": Piecewise({0: {"student": 1.0}, 9: {"expert": 1.0}})}, r"names 'expert', which is no"),
+        ({"rollout.behavior": Piecewise({0: {"student": 1.0}, 9: {"expert": 1.0}})}, r"names 'expert', which is no"),
     ],
 )
 def test_what_a_later_stage_could_not_do_is_refused_before_training(schedules, message, tmp_path):
@@ -203,7 +203,7 @@ def test_stages_give_way_to_one_another_in_the_text_setting(make_world, tmp_path
             seen.append({batch.sources[i] for i in batch.source})
             return super().training_step(batch, batch_idx)
 
-    stages = [Stage({"rollout.behaviour": {"dataset": 1.0}}, steps=2), Stage({"rollout.behaviour": {"student": 1.0}})]
+    stages = [Stage({"rollout.behavior": {"dataset": 1.0}}, steps=2), Stage({"rollout.behavior": {"student": 1.0}})]
     grows = Curriculum({"rollout.horizon": Linear(3, 9, 6), "rollout.temperature": Cosine(1.0, 0.7, 5)})
     module = world.module(setting=Watching)
     trainer = world.fit(module, tmp_path, steps=4, callbacks=[Curriculum(stages=stages), grows])
@@ -213,11 +213,11 @@ def test_stages_give_way_to_one_another_in_the_text_setting(make_world, tmp_path
 
 def test_stages_compose_with_other_callbacks_and_resume_where_they_were(tmp_path):
     def make():
-        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, behaviour={"teacher": 1.0})
+        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, behavior={"teacher": 1.0})
         module = toy.make_module({"teacher": Teacher(EMA(0.1), view=toy.Told())}, rollout=rollout)
         stages = [
-            Stage({"rollout.behaviour": {"teacher": 1.0}, "teachers.teacher.weights.rate": 0.0}, steps=3),
-            Stage({"rollout.behaviour": {"student": 1.0}, "teachers.teacher.weights.rate": 0.2}),
+            Stage({"rollout.behavior": {"teacher": 1.0}, "teachers.teacher.weights.rate": 0.0}, steps=3),
+            Stage({"rollout.behavior": {"student": 1.0}, "teachers.teacher.weights.rate": 0.2}),
         ]
         grows = Curriculum({"rollout.horizon": Linear(3, 9, 6), "rollout.temperature": Cosine(1.0, 0.7, 5)})
         fades = Curriculum({"teachers.teacher.view.strength": Staircase(1, 0, every=2, by=-0.5)})

@@ -114,7 +114,7 @@ def test_the_window_stays_where_no_less_would_do(tmp_path):
 def test_the_probe_serves_terms_of_several_sources_and_rewards_of_groups(tmp_path):
     terms = [Term(ReverseKL(), source="student"), Term(ReverseKL(), source="teacher", name="theirs")]
     terms.append(Term(PolicyGradient(GroupRelative()), teacher=None, source="student"))
-    rollout = Rollout(batch_size=8, group_size=2, horizon=8, behaviour={"teacher": 0.5, "student": 0.5})
+    rollout = Rollout(batch_size=8, group_size=2, horizon=8, behavior={"teacher": 0.5, "student": 0.5})
     module = toy.make_module(objective=Objective(terms), rollout=rollout, reward=LongerIsBetter())
     policy = AdaptiveWindow(smallest=2, every=1, agreement=1.0, probe=8)
     toy.fit(module, tmp_path, [EarlyStopRollout(policy)], steps=2)
@@ -264,7 +264,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_composes_with_curricula_and_resumes(name, tmp_path):
-    """Two optimiser steps per generation batch, so that rollouts are pending in every other checkpoint."""
+    """Two optimizer steps per generation batch, so that rollouts are pending in every other checkpoint."""
 
     def make():
         rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=8)

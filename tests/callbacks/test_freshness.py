@@ -31,7 +31,7 @@ STALE = {"batch_size": 8, "micro_batch_size": 4, "max_staleness": 2}
 
 
 class Notes(L.Callback):
-    """Lag and weight of every trajectory, per optimiser step."""
+    """Lag and weight of every trajectory, per optimizer step."""
 
     def __init__(self) -> None:
         self.lags: list[list[int]] = []
@@ -39,7 +39,7 @@ class Notes(L.Callback):
         self.parts: list[Any] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        parts = batch.optimiser_step.micro_batches
+        parts = batch.optimizer_step.micro_batches
         self.lags.append([int(trainer.global_step - v) for part in parts for v in part.weights_version])
         self.weights.append(torch.cat([part.weight for part in parts]).cpu())
         self.parts.append(parts)
@@ -198,20 +198,20 @@ def test_stale_rollouts_are_thrown_away_but_not_too_often(tmp_path):
     assert [step for step, lags in enumerate(notes.lags) if max(lags) == 0] == [0]
 
 
-@pytest.mark.parametrize("behaviour", [{"student": 0.5, "teacher": 0.5}, {"teacher": 1.0}])
-def test_what_another_policy_did_does_not_grow_stale(behaviour, tmp_path):
-    rollout = Rollout(batch_size=8, micro_batch_size=2, horizon=6, behaviour=behaviour)
+@pytest.mark.parametrize("behavior", [{"student": 0.5, "teacher": 0.5}, {"teacher": 1.0}])
+def test_what_another_policy_did_does_not_grow_stale(behavior, tmp_path):
+    rollout = Rollout(batch_size=8, micro_batch_size=2, horizon=6, behavior=behavior)
     control = FreshnessControl(threshold=0, refresh_below=0)
     trainer, notes, _ = run(tmp_path, control, module=toy.make_module(rollout=rollout), steps=4)
     weights = torch.cat(notes.weights[1:])
-    assert bool((weights < 1).any()) == ("student" in behaviour)
+    assert bool((weights < 1).any()) == ("student" in behavior)
     assert (weights == 1).any()
     assert math.isfinite(trainer.callback_metrics["train/loss/anchor"])
 
 
 def test_given_completions_have_no_anchor(make_world, tmp_path):
     world = make_world("text")
-    rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, behaviour={"dataset": 1.0})
+    rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=6, behavior={"dataset": 1.0})
     module = world.module(rollout=rollout)
     trainer = world.fit(module, tmp_path, steps=3, callbacks=[FreshnessControl()])
     assert trainer.callback_metrics["train/loss/anchor"] == 0

@@ -13,14 +13,14 @@ from opd_lightning.callbacks import CollapseAlarm, Curriculum, Linear, Samples
 from opd_lightning.rollout import Rollout
 from tests.callbacks import toy
 
-METRICS = ("train/loss/ReverseKL", "train/alarms", "knob/rollout.horizon", "knob/rollout.behaviour.student")
+METRICS = ("train/loss/ReverseKL", "train/alarms", "knob/rollout.horizon", "knob/rollout.behavior.student")
 
 
 def train(folder: Path, logger: Any) -> None:
-    """Four optimiser steps, samples at two of them."""
-    behaviour = {"student": 0.5, "teacher": 0.5}
-    module = toy.make_module(rollout=Rollout(batch_size=8, horizon=6, behaviour=behaviour))
-    turned = {"rollout.horizon": Linear(3, 6, 4), "rollout.behaviour.student": Linear(0.5, 1.0, 4)}
+    """Four optimizer steps, samples at two of them."""
+    behavior = {"student": 0.5, "teacher": 0.5}
+    module = toy.make_module(rollout=Rollout(batch_size=8, horizon=6, behavior=behavior))
+    turned = {"rollout.horizon": Linear(3, 6, 4), "rollout.behavior.student": Linear(0.5, 1.0, 4)}
     callbacks = [Curriculum(turned), CollapseAlarm(), Samples(every=2, count=2, console=False)]
     toy.fit(module, folder, callbacks, logger=logger)
 

@@ -63,7 +63,7 @@ def test_stale_and_weighted_trajectories_say_so(tmp_path):
 def test_the_console_shades_steps_by_the_signal(make_world, tmp_path, capsys):
     world = make_world("text")
     world.fit(world.module(), tmp_path, callbacks=[Samples(count=2)])
-    assert "optimiser step 0: ReverseKL" in capsys.readouterr().out
+    assert "optimizer step 0: ReverseKL" in capsys.readouterr().out
     row = {"prompt": "1+1=", "completion": "23", "reward": 0.5, "length": 2, "signal": 0.5}
     row |= {"steps": ["2", "3"], "signals": [0.0, 1.0]}
     console = Console(force_terminal=True, color_system="truecolor", record=True, width=80, file=io.StringIO())

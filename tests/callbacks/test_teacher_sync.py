@@ -33,7 +33,7 @@ GREEDY = {"rest": 1, "window": 1, "every": 1, "gain": -10.0, "longest": 100.0}
 
 
 class Compares(L.Callback):
-    """After every optimiser step: how the teacher lies to the student and to where both began."""
+    """After every optimizer step: how the teacher lies to the student and to where both began."""
 
     def __init__(self) -> None:
         self.is_student: list[bool] = []

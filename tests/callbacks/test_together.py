@@ -96,8 +96,8 @@ trainer:
     - class_path: Curriculum
       init_args:
         stages:
-          - {name: given, steps: 2, knobs: {rollout.behaviour: {teacher: 1.0}}}
-          - {name: own, knobs: {rollout.behaviour: {student: 1.0}}}
+          - {name: given, steps: 2, knobs: {rollout.behavior: {teacher: 1.0}}}
+          - {name: own, knobs: {rollout.behavior: {student: 1.0}}}
     - class_path: EarlyStopRollout
       init_args: {policy: {class_path: FirstSteps, init_args: {steps: 24}}}
     - class_path: EarlyStopRollout

@@ -17,7 +17,7 @@ from tests.tiny import LongerIsBetter
 
 
 class Notes(L.Callback):
-    """The weights after every optimiser step; before and after a `WeightExtrapolation` that stands between two."""
+    """The weights after every optimizer step; before and after a `WeightExtrapolation` that stands between two."""
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []

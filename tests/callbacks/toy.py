@@ -74,7 +74,7 @@ class Moves(OnPolicyDistillation):
             ~running,
             torch.zeros(len(seeds), len(steps)),
         )
-        acted.behaviour_log_probs = self._log_probs(policy, acted)
+        acted.behavior_log_probs = self._log_probs(policy, acted)
         return acted
 
     def _log_probs(self, policy: Policy, acted: Trajectories) -> Tensor:
@@ -149,7 +149,7 @@ def fit(
     validation: Sequence[Example] = (),
     **settings: Any,
 ) -> L.Trainer:
-    """Trains for ``steps`` optimiser steps in all, with a checkpoint in ``folder`` after each."""
+    """Trains for ``steps`` optimizer steps in all, with a checkpoint in ``folder`` after each."""
     saves = Checkpoint(every_n_train_steps=1, dirpath=str(folder), save_top_k=-1)
     quiet = {"enable_checkpointing": True, "val_check_interval": 1, "check_val_every_n_epoch": None} | settings
     trainer = make_trainer(folder, steps, callbacks=[*callbacks, saves], num_sanity_val_steps=0, **quiet)

@@ -21,13 +21,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_moves_anything(wo
     module = world.module(objective=Objective([Term(Breaks(3))]), optimizer=adam)
     seen = []
     module.on_train_batch_start = lambda *_: seen.append([p.detach().clone() for p in module.student.parameters()])
-    with pytest.raises(FloatingPointError, match=r"the gradient of optimiser step 3 is not finite.*on_nonfinite: skip"):
+    with pytest.raises(FloatingPointError, match=r"the gradient of optimizer step 3 is not finite.*on_nonfinite: skip"):
         world.fit(module, tmp_path, steps=5)
     assert all(torch.equal(a, b) for a, b in zip(seen[-1], module.student.parameters(), strict=True))
 
 
 def test_or_is_skipped_and_counted(world, tmp_path):
-    """Neither the moments of the optimiser nor its weight decay move anything."""
+    """Neither the moments of the optimizer nor its weight decay move anything."""
     module = world.module(objective=Objective([Term(Breaks(3))]), optimizer=adam, on_nonfinite="skip")
     seen, skipped = [], []
 

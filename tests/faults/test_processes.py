@@ -157,7 +157,7 @@ def broken(config: Path, **settings: object) -> Path:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("Breaks", "the gradient of optimiser step 5 is not finite"),
+        ("Breaks", "the gradient of optimizer step 5 is not finite"),
         pytest.param(
             "Greedy",
             "out of memory in the objective, whose chunks take 192 MiB of logits: lower",

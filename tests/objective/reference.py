@@ -31,7 +31,7 @@ def examples(count: int) -> settings:
 
 
 def batch(mask: list[list[int]], vocabulary: int, seed: int = 0, **changes: Any) -> Trajectories:
-    """Random ids at every step; the behaviour's log-probs are random too."""
+    """Random ids at every step; the behavior's log-probs are random too."""
     generator = torch.Generator().manual_seed(seed)
     shape = len(mask), len(mask[0])
     return Trajectories(
@@ -41,7 +41,7 @@ def batch(mask: list[list[int]], vocabulary: int, seed: int = 0, **changes: Any)
             "mask": torch.tensor(mask, dtype=torch.bool),
             "examples": [{"row": row} for row in range(shape[0])],
             "stopped": torch.ones(shape[0], dtype=torch.bool),
-            "behaviour_log_probs": torch.randn(shape, generator=generator) * 0.3 - 2,
+            "behavior_log_probs": torch.randn(shape, generator=generator) * 0.3 - 2,
             **changes,
         }
     )
@@ -194,7 +194,7 @@ def on_support(
     rest, ids = sorted(everything - kept), sorted(kept)
 
     def restrict(log_probs: Tensor) -> Tensor:
-        if remainder == "renormalise":
+        if remainder == "renormalize":
             return log_probs[ids] - log_probs[ids].logsumexp(0)
         if remainder == "tail" and rest:
             return torch.cat([log_probs[ids], log_probs[rest].logsumexp(0, keepdim=True)])

@@ -52,7 +52,7 @@ SIGNALS: dict[str, tuple[Callable[..., Divergence], reference.Formula]] = {
 }
 SUPPORTS = [
     ("full", "tail"),
-    *((of, rest) for of in ("teacher", "student", "union") for rest in ("tail", "renormalise", "drop")),
+    *((of, rest) for of in ("teacher", "student", "union") for rest in ("tail", "renormalize", "drop")),
     ("sampled", "tail"),
     ("sampled", "drop"),
 ]
@@ -130,10 +130,10 @@ def test_value_and_gradient_equal_the_dense_reference(
         close(actual, wanted, tolerance / min(temperature, 1))
 
 
-@pytest.mark.parametrize(("of", "remainder"), [s for s in SUPPORTS if s != ("student", "renormalise")])
+@pytest.mark.parametrize(("of", "remainder"), [s for s in SUPPORTS if s != ("student", "renormalize")])
 @pytest.mark.parametrize("name", sorted(BOUNDED | {"total_variation"}))
 def test_ids_that_only_the_teacher_rules_out(name, of, remainder):
-    """−inf in the teacher's logits. (The student's own top-k may miss the teacher's support: no renormalisation.)"""
+    """−inf in the teacher's logits. (The student's own top-k may miss the teacher's support: no renormalization.)"""
     make, formula = SIGNALS[name]
     for seed in range(4):
         student, teacher = pair("random", seed, (2,), torch.float64)
@@ -178,7 +178,7 @@ def test_with_a_tail_never_negative_and_never_more_than_the_full_one(name, of, l
     assert (coarse <= full * (1 + 1e-9) + 1e-12).all()
 
 
-@pytest.mark.parametrize("remainder", ["tail", "renormalise", "drop"])
+@pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop"])
 @pytest.mark.parametrize("of", ["teacher", "student", "union"])
 @pytest.mark.parametrize("name", SIGNALS)
 def test_at_k_of_the_vocabulary_equals_the_full_one(name, of, remainder):
@@ -284,7 +284,7 @@ def test_clipped_ids_have_no_gradient():
     close(student.grad, log_p.exp() * q.sum() - q, 1e-12)
 
 
-@pytest.mark.parametrize("of", [None, Support("teacher", 3), Support("union", 2, "renormalise")])
+@pytest.mark.parametrize("of", [None, Support("teacher", 3), Support("union", 2, "renormalize")])
 @pytest.mark.parametrize("name", [n for n in SIGNALS if n != "alpha_2"])
 def test_float32_at_logits_of_ten_thousand_stays_finite(name, of):
     for seed in range(3):

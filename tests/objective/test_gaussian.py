@@ -123,11 +123,11 @@ def test_zero_with_zero_gradient_where_student_and_teacher_agree(signal, scales)
     close(mean.grad, torch.zeros(SHAPE), 1e-10)
 
 
-@pytest.mark.parametrize("learnt", ["tensor", "scalar", "per state", "no"])
+@pytest.mark.parametrize("learned", ["tensor", "scalar", "per state", "no"])
 @pytest.mark.parametrize("chunk_steps", [1, 3, None])
-def test_chunks_give_the_gradient_of_the_whole(learnt, chunk_steps):
-    p, q = normals(5, "tensor" if learnt == "no" else learnt)
-    inputs = [p.mean.requires_grad_()] + ([p.scale.requires_grad_()] if learnt != "no" else [])
+def test_chunks_give_the_gradient_of_the_whole(learned, chunk_steps):
+    p, q = normals(5, "tensor" if learned == "no" else learned)
+    inputs = [p.mean.requires_grad_()] + ([p.scale.requires_grad_()] if learned != "no" else [])
     trajectories = batch(MASK, 1)
     expected = torch_kl(p, q)[trajectories.mask.flatten()].mean()
     loss, _ = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)(p, {"teacher": q}, trajectories)
@@ -173,5 +173,5 @@ def test_log_prob_and_entropy_of_a_standard_normal():
 @pytest.mark.parametrize("signal", [JSD(), SkewForwardKL(), ForwardKL(temperature=2.0), ReverseKL(clip=1.0)])
 def test_what_has_no_gaussian_form_is_refused_when_the_objective_is_checked(signal):
     with pytest.raises(ValueError, match="needs 'categorical': only distributions over a vocabulary have it"):
-        Objective([Term(signal)]).check({"teacher"}, {"behaviour"}, {"student"})
-    Objective([Term(ForwardKL())]).check({"teacher"}, {"behaviour"}, {"student"})
+        Objective([Term(signal)]).check({"teacher"}, {"behavior"}, {"student"})
+    Objective([Term(ForwardKL())]).check({"teacher"}, {"behavior"}, {"student"})

@@ -35,7 +35,7 @@ from opd_lightning.objective import (
     TopEntropy,
     Window,
 )
-from opd_lightning.trajectory import OptimiserStep, Trajectories
+from opd_lightning.trajectory import OptimizerStep, Trajectories
 from tests.objective.reference import Policy, batch, close, examples
 
 V, B, T = 9, 6, 5
@@ -44,20 +44,20 @@ MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [1, 
 OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "plain": lambda: [Term(ReverseKL())],
     "weighted, over its own weights": lambda: [
-        Term(JSD(support=Support("union", 3)), weights=[Entropy("student"), Window(stop=3)], normaliser="weights")
+        Term(JSD(support=Support("union", 3)), weights=[Entropy("student"), Window(stop=3)], normalizer="weights")
     ],
     "a quantile of the batch": lambda: [
-        Term(ForwardKL(), weights=[TopEntropy(0.4)], normaliser="weights"),
+        Term(ForwardKL(), weights=[TopEntropy(0.4)], normalizer="weights"),
         Term(ReverseKL(), weights=[TopEntropy(0.6, of="teacher")]),
     ],
-    "a quantile of the row": lambda: [Term(ReverseKL(), weights=[TopEntropy(0.5, scope="row")], normaliser="weights")],
+    "a quantile of the row": lambda: [Term(ReverseKL(), weights=[TopEntropy(0.5, scope="row")], normalizer="weights")],
     "policy gradient": lambda: [
         Term(PolicyGradient(LogRatio(discount=0.9))),
-        Term(PolicyGradient(RewardPlusLogRatio()), weights=[Outcome(1.0, 0.5)], normaliser="weights"),
+        Term(PolicyGradient(RewardPlusLogRatio()), weights=[Outcome(1.0, 0.5)], normalizer="weights"),
     ],
     "two sources": lambda: [
-        Term(ReverseKL(), source="student", normaliser="weights"),
-        Term(CrossEntropy(), None, source="dataset", weights=[Entropy("student")], normaliser="weights"),
+        Term(ReverseKL(), source="student", normalizer="weights"),
+        Term(CrossEntropy(), None, source="dataset", weights=[Entropy("student")], normalizer="weights"),
     ],
     "a target": lambda: [
         Term(ReverseKL(), target=LogLinear({"teacher": 1.25, "reference": -0.25}), coefficient=0.5),
@@ -103,7 +103,7 @@ class World:
     def in_parts(self, objective: Objective, ranks: list[list[Tensor]]) -> list[Tensor]:
         """Loss and gradient summed over the micro-batches ``[K]`` of each rank."""
         parts = [[self.rows(index) for index in rank] for rank in ranks]
-        steps = [OptimiserStep([p[2] for p in rank], float(self.trajectories.mask.sum())) for rank in parts]
+        steps = [OptimizerStep([p[2] for p in rank], float(self.trajectories.mask.sum())) for rank in parts]
         if objective.looks_ahead:
             for whole, rank in zip(steps, parts, strict=True):
                 whole.statistics = []
@@ -126,7 +126,7 @@ class World:
         for whole, rank in zip(steps, parts, strict=True):
             whole.weight_sums = totals
             for i, (student, teachers, trajectories, available) in enumerate(rank):
-                trajectories.optimiser_step, trajectories.micro_batch = whole, i
+                trajectories.optimizer_step, trajectories.micro_batch = whole, i
                 loss, _ = objective(student, teachers, trajectories, available)
                 total = [a + b for a, b in zip(total, [loss, *self.student.gradients(loss)], strict=True)]
         return total
@@ -319,7 +319,7 @@ class Weather(Constant):
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
-SERVED = {"reward", "group", "behaviour", "categorical"}
+SERVED = {"reward", "group", "behavior", "categorical"}
 
 
 def check(term: Term, teachers: set[str] | None = None, missing: str = "", sources: set[str] | None = None) -> None:
@@ -363,14 +363,14 @@ def check(term: Term, teachers: set[str] | None = None, missing: str = "", sourc
         ),
         (
             Term(PolicyGradient(LogRatio())),
-            {"missing": "behaviour"},
-            r"PolicyGradient needs 'behaviour': dataset completions have no behaviour log-probs: give the term "
+            {"missing": "behavior"},
+            r"PolicyGradient needs 'behavior': dataset completions have no behavior log-probs: give the term "
             r"`source: student`",
         ),
         (
             Term(PolicyGradient(LogRatio()), source="dataset"),
-            {"missing": "behaviour", "sources": {"student", "dataset"}},
-            r"PolicyGradient needs 'behaviour'",
+            {"missing": "behavior", "sources": {"student", "dataset"}},
+            r"PolicyGradient needs 'behavior'",
         ),
         (
             Term(ReverseKL(), weights=[Confidence()]),
@@ -385,7 +385,7 @@ def check(term: Term, teachers: set[str] | None = None, missing: str = "", sourc
         (
             Term(CrossEntropy(), None, source="dataset"),
             {},
-            r"objective\.terms\[0\] \(CrossEntropy\)\.source: nobody called 'dataset' acts; rollout\.behaviour: "
+            r"objective\.terms\[0\] \(CrossEntropy\)\.source: nobody called 'dataset' acts; rollout\.behavior: "
             r"\['student'\]",
         ),
         (
@@ -402,8 +402,8 @@ def test_what_cannot_be_served_is_refused_by_name(term, situation, message):
 
 def test_what_can_be_served_is_not_refused():
     check(Term(PolicyGradient(RewardPlusLogRatio()), weights=[TopEntropy(of="teacher")]))
-    check(Term(PolicyGradient(LogRatio()), source="student"), missing="behaviour", sources={"student", "dataset"})
-    check(Term(CrossEntropy(), None), teachers=set(), missing="behaviour")
+    check(Term(PolicyGradient(LogRatio()), source="student"), missing="behavior", sources={"student", "dataset"})
+    check(Term(CrossEntropy(), None), teachers=set(), missing="behavior")
 
 
 def test_an_objective_without_terms_or_with_an_impossible_chunk_is_refused():

@@ -45,7 +45,7 @@ class World:
             MASK, V, seed, reward=reward, group_mean=group, group_std=torch.tensor([0.4, 0.5]), **changes
         )
         if on_policy:
-            self.trajectories.behaviour_log_probs = self.every_log_prob(self.student).detach()
+            self.trajectories.behavior_log_probs = self.every_log_prob(self.student).detach()
 
     def every_log_prob(self, policy: Policy) -> Tensor:
         """``[B, T]`` of the actions."""
@@ -76,14 +76,14 @@ class World:
         return self.student.gradients(self.loss(*args, **settings))
 
 
-def by_loops(values: Tensor, mask: Tensor, discount: float, normalise: bool) -> Tensor:
+def by_loops(values: Tensor, mask: Tensor, discount: float, normalize: bool) -> Tensor:
     """Each return as a sum over the trained steps that follow, one by one."""
     found = torch.zeros_like(values)
     for row in range(values.shape[0]):
         for t in range(values.shape[1]):
             rest = [u for u in range(t, values.shape[1]) if mask[row, u]]
             total = sum(discount**i * float(values[row, u]) for i, u in enumerate(rest))
-            found[row, t] = total / len(rest) if normalise and rest else total
+            found[row, t] = total / len(rest) if normalize and rest else total
     return found
 
 
@@ -97,7 +97,7 @@ def advantages(world: World) -> list[tuple[Advantage, Tensor]]:
         (LogRatio(), delta),
         (LogRatio(clip=0.3), delta.clamp(-0.3, 0.3)),
         (LogRatio(discount=0.9), by_loops(rows, mask, 0.9, False)[mask]),
-        (LogRatio(discount=1.0, length_normalised=True), by_loops(rows, mask, 1.0, True)[mask]),
+        (LogRatio(discount=1.0, length_normalized=True), by_loops(rows, mask, 1.0, True)[mask]),
         (GroupRelative(), reward),
         (GroupRelative(scale=False), torch.tensor([0.75, -0.5]).double()[:, None].expand(SHAPE)[mask]),
         (RewardPlusLogRatio(0.5), reward + 0.5 * delta),
@@ -123,7 +123,7 @@ def test_off_policy_the_surrogate_is_clipped(which):
     for seed in range(6):
         world = World(seed, on_policy=False)
         advantage, expected = advantages(world)[which]
-        log_prob, old = world.log_prob(world.student), world.trajectories.behaviour_log_probs[world.trajectories.mask]
+        log_prob, old = world.log_prob(world.student), world.trajectories.behavior_log_probs[world.trajectories.mask]
         total = torch.zeros((), dtype=torch.float64)
         for now, then, a in zip(log_prob, old, expected, strict=True):
             ratio = (now - then).exp()
@@ -214,17 +214,17 @@ def test_where_all_rewards_of_a_group_are_equal_only_the_teacher_teaches():
 @given(
     seed=st.integers(0, 10**6),
     discount=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
-    normalise=st.booleans(),
+    normalize=st.booleans(),
     steps=st.integers(1, 6),
 )
-def test_returns_to_go_equal_a_loop(seed, discount, normalise, steps):
+def test_returns_to_go_equal_a_loop(seed, discount, normalize, steps):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(3, steps, generator=generator, dtype=torch.float64)
     mask = torch.rand(3, steps, generator=generator) < 0.7
     mask[0, 0] = True
     values = values * mask
-    found = returns_to_go(values, mask, discount, normalise)
-    close(found[mask], by_loops(values, mask, discount, normalise)[mask], 1e-12)
+    found = returns_to_go(values, mask, discount, normalize)
+    close(found[mask], by_loops(values, mask, discount, normalize)[mask], 1e-12)
 
 
 def test_terms_with_one_teacher_and_different_targets_read_their_own_log_probs():
@@ -245,10 +245,10 @@ def test_terms_with_one_teacher_and_different_targets_read_their_own_log_probs()
             close(sum_of, one + two, 1e-7)
 
 
-def test_beside_supervised_completions_without_behaviour_log_probs():
+def test_beside_supervised_completions_without_behavior_log_probs():
     """Their log-probs are NaN, which must reach neither the gradient nor the log."""
     world = World(5, sources=("student", "dataset"), source=torch.tensor([0, 1]))
-    world.trajectories.behaviour_log_probs[1] = float("nan")
+    world.trajectories.behavior_log_probs[1] = float("nan")
     terms = [Term(PolicyGradient(LogRatio()), source="student"), Term(CrossEntropy(), None, source="dataset")]
     loss, averages = Objective(terms)(
         world.student.distribution, {"teacher": world.teacher.teacher}, world.trajectories
@@ -281,8 +281,8 @@ def test_a_divergence_is_not_an_advantage():
 def test_out_of_range_settings_are_refused():
     with pytest.raises(ValueError, match=r"advantage\.discount must be in \[0, 1\], got 1\.1"):
         LogRatio(discount=1.1)
-    with pytest.raises(ValueError, match="length_normalised: there is no return to normalise while discount is 0"):
-        LogRatio(length_normalised=True)
+    with pytest.raises(ValueError, match="length_normalized: there is no return to normalize while discount is 0"):
+        LogRatio(length_normalized=True)
     with pytest.raises(ValueError, match=r"advantage\.clip must be > 0, got -1"):
         LogRatio(clip=-1)
     with pytest.raises(ValueError, match=r"advantage\.share must be in \[0, 1\], got 2"):

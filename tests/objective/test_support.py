@@ -25,7 +25,7 @@ def test_each_support_by_hand():
     assert restrict("teacher", 2) == ([0.05, 0.15, 0.8], [0.4, 0.3, 0.3])
     assert restrict("student", 2) == ([0.5, 0.3, 0.2], [0.1, 0.2, 0.7])
     assert restrict("student", 2, "drop") == ([0.5, 0.3], [0.1, 0.2])
-    assert restrict("student", 2, "renormalise") == ([0.625, 0.375], [0.3333, 0.6667])
+    assert restrict("student", 2, "renormalize") == ([0.625, 0.375], [0.3333, 0.6667])
     assert restrict("sampled") == ([0.3, 0.7], [0.2, 0.8])
     assert restrict("sampled", None, "drop") == ([0.3], [0.2])
 
@@ -67,8 +67,8 @@ def test_a_k_that_nothing_reads_is_refused(of):
 
 
 def test_remainders_that_mean_nothing_are_refused():
-    for remainder in ("renormalise", "drop"):
+    for remainder in ("renormalize", "drop"):
         with pytest.raises(ValueError, match=f"the full vocabulary leaves nothing to {remainder}"):
             Support("full", None, remainder)
-    with pytest.raises(ValueError, match="one sampled id renormalises to probability 1 on both sides"):
-        Support("sampled", None, "renormalise")
+    with pytest.raises(ValueError, match="one sampled id renormalizes to probability 1 on both sides"):
+        Support("sampled", None, "renormalize")

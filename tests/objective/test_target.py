@@ -69,7 +69,7 @@ def test_the_student_is_a_stream_of_its_own_and_detached():
         close(actual, gradient, 1e-7)
 
 
-def test_of_gaussians_it_is_the_normalised_product_of_powers():
+def test_of_gaussians_it_is_the_normalized_product_of_powers():
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
     scales = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64) + 0.5

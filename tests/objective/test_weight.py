@@ -1,4 +1,4 @@
-"""Weights, normalisers, and where a term is on."""
+"""Weights, normalizers, and where a term is on."""
 
 from __future__ import annotations
 
@@ -89,16 +89,16 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
     ]
 
 
-@pytest.mark.parametrize("normaliser", ["steps", "weights"])
+@pytest.mark.parametrize("normalizer", ["steps", "weights"])
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
 @pytest.mark.parametrize("which", range(16))
-def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normaliser):
+def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer):
     student, teacher, trajectories = world
     mask = trajectories.mask
     weight, expected = weights(student, teacher, mask)[which]
-    objective = Objective([Term(ReverseKL(), weights=[weight], normaliser=normaliser)], chunk_steps=chunk_steps)
+    objective = Objective([Term(ReverseKL(), weights=[weight], normalizer=normalizer)], chunk_steps=chunk_steps)
     loss, averages = objective(student.distribution, {"teacher": teacher.teacher}, trajectories)
-    total = N if normaliser == "steps" else float(expected.sum()) or 1.0
+    total = N if normalizer == "steps" else float(expected.sum()) or 1.0
     wanted = (divergences(student, teacher, mask) * expected).sum() / total
     close(loss, wanted, 1e-6)
     for actual, gradient in zip(student.gradients(loss), student.gradients(wanted), strict=True):
@@ -110,7 +110,7 @@ def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normaliser
 def test_weights_multiply_and_each_is_counted(world):
     student, teacher, trajectories = world
     parts = [weights(student, teacher, trajectories.mask)[i] for i in (3, 6, 9)]
-    term = Term(ReverseKL(), weights=[weight for weight, _ in parts], coefficient=3.0, normaliser="weights")
+    term = Term(ReverseKL(), weights=[weight for weight, _ in parts], coefficient=3.0, normalizer="weights")
     loss, averages = Objective([term])(student.distribution, {"teacher": teacher.teacher}, trajectories)
     product = parts[0][1] * parts[1][1] * parts[2][1]
     expected = 3 * (divergences(student, teacher, trajectories.mask) * product).sum() / product.sum()
@@ -136,7 +136,7 @@ def test_equal_states_are_in_or_out_together(values, share, noise):
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_a_share_of_equal_states_is_all_of_them_however_the_batch_is_cut(size, tiny_student, tiny_teacher, tmp_path):
     """Their entropies differ by a rounding, for each is computed in other company."""
-    objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.3)], normaliser="weights")])
+    objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.3)], normalizer="weights")])
     rollout = Rollout(batch_size=6, micro_batch_size=size, horizon=1)
     module = make_module(tiny_student, tiny_teacher, objective, rollout=rollout)
     trainer = fit(module, tmp_path, [{"prompt": "11+11="}] * 6, accumulate_grad_batches=6 // size)
@@ -189,10 +189,10 @@ def test_one_weight_object_in_two_terms_is_evaluated_for_each(world):
 # -- where a term is on ---------------------------------------------------------------------------------------------
 
 
-def test_a_term_with_a_source_trains_on_that_behaviour_only(world):
+def test_a_term_with_a_source_trains_on_that_behavior_only(world):
     student, teacher, trajectories = world
     trajectories.sources, trajectories.source = ("student", "dataset"), torch.tensor([0, 1, 0])
-    terms = [Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset", normaliser="weights")]
+    terms = [Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset", normalizer="weights")]
     loss, averages = Objective(terms, chunk_steps=2)(student.distribution, {"teacher": teacher.teacher}, trajectories)
     mask = trajectories.mask
     each = divergences(student, teacher, mask)
@@ -206,17 +206,17 @@ def test_a_term_with_a_source_trains_on_that_behaviour_only(world):
     assert means["loss/CrossEntropy"] == pytest.approx(float(-log_prob[ROW == 1].detach().mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("normaliser", ["steps", "weights"])
-def test_without_a_view_a_term_is_off_and_not_in_its_sum_of_weights(world, normaliser):
+@pytest.mark.parametrize("normalizer", ["steps", "weights"])
+def test_without_a_view_a_term_is_off_and_not_in_its_sum_of_weights(world, normalizer):
     student, teacher, trajectories = world
     available = {"teacher": torch.tensor([True, False, True])}
     weight = Entropy()
-    term = Term(ReverseKL(), weights=[weight], normaliser=normaliser)
+    term = Term(ReverseKL(), weights=[weight], normalizer=normalizer)
     streams = {"teacher": teacher.teacher}
     loss, _ = Objective([term])(student.distribution, streams, trajectories, available)
     on = ROW != 1
     factor = (-entropy(teacher, trajectories.mask)).exp()
-    total = N if normaliser == "steps" else factor[on].sum()
+    total = N if normalizer == "steps" else factor[on].sum()
     expected = (divergences(student, teacher, trajectories.mask) * factor)[on].sum() / total
     close(loss, expected, 1e-6)
     gradients = student.gradients(loss)
@@ -228,7 +228,7 @@ def test_without_a_view_a_term_is_off_and_not_in_its_sum_of_weights(world, norma
 def test_what_a_teacher_without_a_view_says_is_never_read(world):
     """Rows without a view hold anything at all: their contribution is 0 exactly, in the log as in the gradient."""
     student, teacher, trajectories = world
-    trajectories.behaviour_log_probs = trajectories.behaviour_log_probs.double()
+    trajectories.behavior_log_probs = trajectories.behavior_log_probs.double()
     available = {"teacher": torch.tensor([True, False, True])}
     found = []
     for filling in (0.0, 1e3):
@@ -288,7 +288,7 @@ def test_the_position_of_a_step_counts_from_the_start_of_its_trajectory():
     assert math.isclose(float(Window(stop=1)(steps).sum()), 2)
 
 
-def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weights_are_the_normaliser():
+def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weights_are_the_normalizer():
     module = toy.make_module()
     module.configure_model()
     rolled = act(module, toy.make_rows(6), horizon=5)
@@ -309,6 +309,6 @@ def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weight
     assert half == pytest.approx(plain / 2)
     assert torch.allclose(halved, gradient / 2, atol=1e-6)
     assert not train(terms, [0.0] * 6)[1].any()
-    shares = Objective([Term(ReverseKL(), normaliser="weights")])
+    shares = Objective([Term(ReverseKL(), normalizer="weights")])
     assert train(shares, [1.0, 2, 3, 4, 5, 6])[0] == pytest.approx(train(shares, [0.5, 1, 1.5, 2, 2.5, 3])[0])
     assert train(shares, [1.0, 2, 3, 4, 5, 6])[0] != pytest.approx(train(shares)[0])

@@ -231,7 +231,7 @@ def from_plain(module: Any) -> float:
         ids = torch.cat([torch.tensor(prompt), actions])
         logits = module.student(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
         plain = logits[:, : module.vocabulary].float().log_softmax(-1).gather(1, actions[:, None]).squeeze(1)
-        for said in (acted.behaviour_log_probs[i], replayed[i]):
+        for said in (acted.behavior_log_probs[i], replayed[i]):
             worst = max(worst, float((said[acted.mask[i]] - plain).abs().max()))
     return worst
 

@@ -64,7 +64,7 @@ def test_longrope_switches_for_each_row_alone(engine, temperature, tmp_path):
     assert (length < SWITCH).any()
     assert (length > SWITCH).any()
     plain = by_plain_transformers(module, acted)
-    torch.testing.assert_close(acted.behaviour_log_probs, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(acted.behavior_log_probs, plain, atol=1e-4, rtol=1e-4)
     for who in ("student", "teacher"):
         torch.testing.assert_close(teacher_forced(module, who, acted), plain, atol=1e-4, rtol=1e-4)
     for i, example in enumerate(ROWS):
@@ -88,14 +88,14 @@ def test_rope_that_is_the_same_for_all_rows_is_left_alone(kind, tmp_path):
     module = make_module(folder, {"teacher": Teacher(Initial())})
     assert not rope_kinds(module.student)
     acted = act(module, ROWS, horizon=20)
-    torch.testing.assert_close(acted.behaviour_log_probs, by_plain_transformers(module, acted), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(acted.behavior_log_probs, by_plain_transformers(module, acted), atol=1e-4, rtol=1e-4)
 
 
 def test_dynamic_ntk_is_refused_beyond_its_context_and_right_before(tmp_path):
     folder = rotated(tmp_path, rope_type="dynamic", factor=4.0, context=32)
     module = make_module(folder, {"teacher": Teacher(Initial())})
     acted = act(module, ROWS[:1] + ROWS[2:4], horizon=10)
-    torch.testing.assert_close(acted.behaviour_log_probs, by_plain_transformers(module, acted), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(acted.behavior_log_probs, by_plain_transformers(module, acted), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="a row of 35 tokens is beyond the context of 32, where dynamic NTK"):
         act(module, ROWS[3:4], horizon=20)
 
@@ -124,7 +124,7 @@ def test_what_can_not_share_a_batch_is_written_apart(make, tmp_path, recwarn):
     module = make_module(make(tmp_path), {}, no_teacher())
     rows = ROWS[:4] + ROWS[:2]
     unaware = act(module, rows)
-    apart = (unaware.behaviour_log_probs - by_plain_transformers(module, unaware))[unaware.mask].abs().max()
+    apart = (unaware.behavior_log_probs - by_plain_transformers(module, unaware))[unaware.mask].abs().max()
     assert apart > 1e-3, "left padding does no harm"
     written = dict(module.audit_rows())["rollouts by"]["student"]
     assert ("one row at a time" if make is recurrent else "it can't bear padding") in written
@@ -132,7 +132,7 @@ def test_what_can_not_share_a_batch_is_written_apart(make, tmp_path, recwarn):
     assert isinstance(module.engine_of(module.policies["student"]), EqualLengths)
     acted = act(module, rows)
     plain = by_plain_transformers(module, acted)
-    torch.testing.assert_close(acted.behaviour_log_probs, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(acted.behavior_log_probs, plain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(teacher_forced(module, "student", acted), plain, atol=1e-4, rtol=1e-4)
 
 

@@ -102,7 +102,7 @@ def test_the_first_row_is_shown_as_everybody_reads_it(chat_student, tmp_path, ca
         "other": Teacher(Initial(), where={"task": "odd"}),
     }
     terms = Objective([Term(ReverseKL(), teacher=name) for name in teachers])
-    half = Rollout(batch_size=8, horizon=10, behaviour={"student": 0.5, "dataset": 0.5})
+    half = Rollout(batch_size=8, horizon=10, behavior={"student": 0.5, "dataset": 0.5})
     module = make_module(chat_student, teachers, terms, rollout=half)
     chat = [{"role": "system", "content": "[bold]Brief"}, {"role": "user", "content": "1+1="}]
     row = {"prompt": chat, "completion": "2", "answer": "2", "task": "even"}
@@ -146,7 +146,7 @@ def test_an_id_without_a_row_is_named_with_its_reader(chat_student, tmp_path):
         module = make_module(student, teacher)
         reason = f"the prompt holds '<turn>' (id {last}), and {who} has embeddings for ids below {last} only"
         assert module.refusal({"prompt": "1+1="}) == reason
-    given = make_module(small, {}, no_teacher(), raw_prompts=True, rollout=Rollout(behaviour={"dataset": 1.0}))
+    given = make_module(small, {}, no_teacher(), raw_prompts=True, rollout=Rollout(behavior={"dataset": 1.0}))
     reason = given.refusal({"prompt": "1+1=", "completion": "2<turn>"})
     assert reason == f"the completion holds '<turn>' (id {last}), which no student could write"
 
@@ -226,7 +226,7 @@ def test_a_tokenizer_with_a_gap_keeps_its_last_ids(tmp_path):
     module = make_module(folder, {}, no_teacher())
     assert module.vocabulary == 21
     rolled = act(module, [{"prompt": "1+1=?"}])
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
 
 
 def test_no_stop_token_is_refused(tmp_path):
@@ -245,7 +245,7 @@ def test_the_checkpoint_alone_may_name_the_stop_token(tmp_path):
     tokenizer = character_tokenizer()
     tokenizer.eos_token = None
     folder = save_model(tmp_path / "model", tokenizer=tokenizer, generation={"eos_token_id": [1]})
-    module = make_module(folder, {}, no_teacher(), rollout=Rollout(behaviour={"dataset": 1.0}))
+    module = make_module(folder, {}, no_teacher(), rollout=Rollout(behavior={"dataset": 1.0}))
     table(module)
     assert module.eos == [1]
     assert module.act("dataset", [{"prompt": "1", "completion": "2"}], [0]).actions.tolist() == [[4, 1]]
@@ -255,7 +255,7 @@ def test_the_checkpoint_alone_may_name_the_stop_token(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_scale_cap_and_bias_of_the_architecture_are_honoured(saved, tmp_path, name):
+def test_scale_cap_and_bias_of_the_architecture_are_honored(saved, tmp_path, name):
     folder = saved(**SCALED[name])
     module = make_module(folder, {"teacher": Teacher(Frozen(Pretrained(str(folder))))})
     if name == "bias":
@@ -263,7 +263,7 @@ def test_scale_cap_and_bias_of_the_architecture_are_honoured(saved, tmp_path, na
             module.student.lm_head.bias.normal_()
     table(module)
     rolled = act(module, make_rows(8))
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
     head = module.head(module.policies["student"])
     assert head.scale != 1 or head.softcap is not None or head.module.bias is not None
 

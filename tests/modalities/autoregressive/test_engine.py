@@ -33,7 +33,7 @@ def same(one, other) -> None:
     assert torch.equal(one.mask, other.mask)
     assert torch.equal(one.actions, other.actions)
     assert torch.equal(one.stopped, other.stopped)
-    assert (one.behaviour_log_probs - other.behaviour_log_probs).abs().max() < 1e-4
+    assert (one.behavior_log_probs - other.behavior_log_probs).abs().max() < 1e-4
 
 
 def by(module: Any, engine: RolloutEngine, rows: list[Any], **settings: Any):
@@ -151,7 +151,7 @@ def test_a_rollout_does_not_depend_on_the_one_before(any_world):
     by(module, DecodeLoop(), rows[::-1][:3], temperature=2.0)
     again = by(module, DecodeLoop(), rows)
     assert torch.equal(once.actions, again.actions)
-    assert torch.equal(once.behaviour_log_probs, again.behaviour_log_probs)
+    assert torch.equal(once.behavior_log_probs, again.behavior_log_probs)
 
 
 def test_the_model_keeps_its_mode(tiny_student):

@@ -33,24 +33,24 @@ SHAPES = [
 def agree(world: World, module: OnPolicyDistillation, who: str, **settings) -> None:
     rolled = act(module, world.make_rows(8), who, **settings)
     assert len(set(rolled.observation["attention_mask"].sum(1).tolist())) > 2, "prompts of mixed length"
-    error = (teacher_forced(module, who, rolled) - rolled.behaviour_log_probs).abs().max()
+    error = (teacher_forced(module, who, rolled) - rolled.behavior_log_probs).abs().max()
     assert error < TOLERANCE
-    assert (rolled.behaviour_log_probs[rolled.mask] < 0).all()
+    assert (rolled.behavior_log_probs[rolled.mask] < 0).all()
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_behaviour_log_probs_are_the_plain_ones(any_world, who, shape):
-    """Whatever shaped the rollout: temperature and filters are the behaviour policy's alone (rule 9)."""
+def test_behavior_log_probs_are_the_plain_ones(any_world, who, shape):
+    """Whatever shaped the rollout: temperature and filters are the behavior policy's alone (rule 9)."""
     agree(any_world, any_world.module(), who, **shape)
 
 
-def test_no_stale_cache_after_an_optimiser_step(any_world, tmp_path):
+def test_no_stale_cache_after_an_optimizer_step(any_world, tmp_path):
     module = any_world.module()
     before = act(module, any_world.make_rows(8))
     any_world.fit(module, tmp_path, steps=2)
     after = teacher_forced(module, "student", before)
-    assert (after - before.behaviour_log_probs).abs().max() > 100 * TOLERANCE, "the step did nothing"
+    assert (after - before.behavior_log_probs).abs().max() > 100 * TOLERANCE, "the step did nothing"
     agree(any_world, module, "student")
 
 
@@ -74,7 +74,7 @@ def test_generation_defaults_of_the_checkpoint_are_not_used(any_world, tmp_path)
     assert kept.repetition_penalty == 3.0
     mine, theirs = act(plain, any_world.make_rows(8)), act(opinionated, any_world.make_rows(8))
     assert torch.equal(mine.actions, theirs.actions)
-    assert torch.equal(mine.behaviour_log_probs, theirs.behaviour_log_probs)
+    assert torch.equal(mine.behavior_log_probs, theirs.behavior_log_probs)
     assert opinionated.policies["student"].model.generation_config is kept, "exported with the model, as it came"
 
 
@@ -92,7 +92,7 @@ def test_a_draw_depends_on_seed_and_prompt_only(any_world):
         for other in (together.select(torch.tensor([i])), backwards.select(torch.tensor([7 - i]))):
             assert int(other.mask.sum()) == length
             assert torch.equal(other.actions[0, :length], alone.actions[0, :length])
-            assert (other.behaviour_log_probs[0, :length] - alone.behaviour_log_probs[0]).abs().max() < TOLERANCE
+            assert (other.behavior_log_probs[0, :length] - alone.behavior_log_probs[0]).abs().max() < TOLERANCE
     again = module.act("student", rows, [seed + 1 for seed in seeds])
     assert not torch.equal(again.actions, together.actions)
 
@@ -162,7 +162,7 @@ def test_padded_rows_and_suppressed_ids_are_never_sampled(any_world, monkeypatch
     assert module.vocabulary < len(head.weight)
     assert int(rolled.actions.max()) < module.vocabulary
     assert not torch.isin(rolled.actions[rolled.mask], torch.tensor(suppressed)).any()
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < TOLERANCE
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < TOLERANCE
 
 
 def test_a_draw_next_to_one_never_picks_the_impossible():
@@ -208,7 +208,7 @@ def test_the_stop_token_is_trained_also_as_padding(any_world, pad):
         assert bool(stopped) == (trained[-1] == eos)
         assert stopped or len(trained) == 20
         assert (actions[~mask] == module.tokenizer().pad_token_id).all()
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < TOLERANCE
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < TOLERANCE
 
 
 def test_every_stop_id_stops(chat_student):
@@ -241,4 +241,4 @@ def test_the_loader_trains_on_what_was_sampled(any_world, tmp_path):
         for i, example in enumerate(batch.examples):
             mine = batch.observation["input_ids"][i][batch.observation["attention_mask"][i].bool()]
             assert mine.tolist() == module.collate([example])["input_ids"][0].tolist()
-        assert (teacher_forced(module, "student", batch) - batch.behaviour_log_probs).abs().max() < TOLERANCE
+        assert (teacher_forced(module, "student", batch) - batch.behavior_log_probs).abs().max() < TOLERANCE

@@ -167,7 +167,7 @@ def test_the_student_itself_without_a_view_is_at_no_distance(any_world, weights,
 def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(any_world):
     module = any_world.module(
         frozen(any_world.teacher, view=any_world.view),
-        rollout=Rollout(batch_size=8, horizon=10, behaviour={"teacher": 1.0}),
+        rollout=Rollout(batch_size=8, horizon=10, behavior={"teacher": 1.0}),
     )
     rows = any_world.make_rows(8)
     rolled = act(module, rows, "teacher")
@@ -175,14 +175,14 @@ def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(any
     assert rolled.examples == rows
     shown = [any_world.view(row) or row for row in rows]
     seen = teacher_forced(module, "teacher", rolled, shown)
-    assert (seen - rolled.behaviour_log_probs).abs().max() < 1e-4
-    assert (teacher_forced(module, "teacher", rolled) - rolled.behaviour_log_probs).abs().max() > 1e-2
+    assert (seen - rolled.behavior_log_probs).abs().max() < 1e-4
+    assert (teacher_forced(module, "teacher", rolled) - rolled.behavior_log_probs).abs().max() > 1e-2
 
 
 def test_replay_ends_with_the_stop_token_and_is_cut_at_the_horizon(world):
     rows = world.make_rows(4)
     whole, cut = (
-        world.alone(rollout=Rollout(horizon=horizon, behaviour={"dataset": 1.0})).act("dataset", rows, [0] * 4)
+        world.alone(rollout=Rollout(horizon=horizon, behavior={"dataset": 1.0})).act("dataset", rows, [0] * 4)
         for horizon in (60, 4)
     )
     eos = world.alone().eos
@@ -193,11 +193,11 @@ def test_replay_ends_with_the_stop_token_and_is_cut_at_the_horizon(world):
         assert not set(long[:-1]) & set(eos)
         assert short == long[:4]
         assert bool(cut.stopped[i]) == (len(long) <= 4)
-    assert whole.behaviour_log_probs.isnan().all()
+    assert whole.behavior_log_probs.isnan().all()
 
 
 def test_an_empty_completion_is_a_stop_token(tiny_student):
-    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(horizon=4, behaviour={"dataset": 1.0}))
+    module = make_module(tiny_student, {}, no_teacher(), rollout=Rollout(horizon=4, behavior={"dataset": 1.0}))
     rows = [{"prompt": "1+1=", "completion": text} for text in ("2", "123", "1234", "")]
     rolled = module.act("dataset", rows, [0] * 4)
     known = [module.tokenizer().decode(a[m]) for a, m in zip(rolled.actions, rolled.mask, strict=True)]

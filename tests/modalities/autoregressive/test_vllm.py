@@ -56,7 +56,7 @@ def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path):
     names = []
     for _ in range(2):
         rolled = act(module, rows, horizon=8)
-        assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+        assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
         again = act(module, rows, horizon=8)
         assert torch.equal(rolled.actions, again.actions), "the seeds decide"
         names.append(server.adapter)
@@ -64,7 +64,7 @@ def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path):
         moved(module)
     assert names[0] != names[1]
     rolled = act(module, rows, horizon=8, temperature=0.5)
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4, (
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4, (
         "at temperature 1"
     )
 

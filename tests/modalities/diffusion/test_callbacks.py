@@ -15,7 +15,7 @@ from tests.tiny_diffusion import make_rows
 
 
 def widths(module, folder, callbacks, steps=4):
-    """Denoising steps of the trajectories that each optimiser step trained."""
+    """Denoising steps of the trajectories that each optimizer step trained."""
     seen, train = [], module.training_step
 
     def watch(batch, batch_idx):
@@ -52,13 +52,13 @@ def test_stages_from_images_to_the_students_own_states_resume_in_the_right_one(m
         terms = [Term(FlowMatching(), None, source="dataset"), Term(VelocityMatching(), source="student")]
         module = make(
             objective=Objective(terms),
-            rollout=Rollout(batch_size=4, horizon=2, behaviour={"student": 0.5, "dataset": 0.5}),
+            rollout=Rollout(batch_size=4, horizon=2, behavior={"student": 0.5, "dataset": 0.5}),
             noising=Noising(0.5),
         )
         shares = ({"student": 0.0, "dataset": 1.0}, {"student": 1.0, "dataset": 0.0})
         off = ("objective.terms.VelocityMatching.coefficient", "objective.terms.FlowMatching.coefficient")
         stages = [
-            Stage({"rollout.behaviour": share, off[i]: 0.0, off[1 - i]: 1.0}, steps=2 if i == 0 else None)
+            Stage({"rollout.behavior": share, off[i]: 0.0, off[1 - i]: 1.0}, steps=2 if i == 0 else None)
             for i, share in enumerate(shares)
         ]
         trainer = make_trainer(tmp_path, steps=steps, callbacks=[Curriculum(stages=stages)])

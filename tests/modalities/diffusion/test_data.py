@@ -34,7 +34,7 @@ def test_inversion_and_references_are_drawn_by_the_seed():
             assert has, "what captions do not say is shown by a reference"
             assert np.array_equal(np.asarray(row["image"]), 255 - np.asarray(base["image"]))
         if has:
-            assert (np.asarray(row["reference"]).mean() > 127) == flipped, "the same colours"
+            assert (np.asarray(row["reference"]).mean() > 127) == flipped, "the same colors"
             assert row["reference"] != row["image"], "another digit"
     assert digits(inverted=1.0, limit=5)[0]["image"].getpixel((0, 0)) == (255, 255, 255)
     assert digits(inverted=0.5, limit=50, seed=1)["prompt"] == digits(inverted=0.5, limit=50, seed=1)["prompt"]

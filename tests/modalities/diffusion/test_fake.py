@@ -1,4 +1,4 @@
-"""A learnt score in a checkpoint: its optimizer's moments stay, and its settings are those of now."""
+"""A learned score in a checkpoint: its optimizer's moments stay, and its settings are those of now."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_another_rate_takes_effect_and_moments_stay():
 
 
 def test_another_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"LearntScore\.optimizer was .*AdamW in the checkpoint and is now .*SGD"):
+    with pytest.raises(ValueError, match=r"LearnedScore\.optimizer was .*AdamW in the checkpoint and is now .*SGD"):
         learner(torch.optim.SGD, lr=0.1).set_extra_state(learner(lr=0.1).get_extra_state())
 
 
 def test_a_step_that_is_begun_again_teaches_it_once():
     before = learner(lr=0.1)
-    before.learnt_at = 7
+    before.learned_at = 7
     after = learner(lr=0.1)
     after.load_state_dict(before.state_dict())
     assert after.restored_at == 7

@@ -21,7 +21,7 @@ def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @given(level=levels, other=levels)
 @settings(max_examples=30)
-def test_the_straight_path_is_travelled_exactly(level, other):
+def test_the_straight_path_is_traveled_exactly(level, other):
     clean, noise = pair()
     latent, v = flow.noised(clean, noise, level), flow.velocity(clean, noise)
     torch.testing.assert_close(flow.euler(latent, v, level, other), flow.noised(clean, noise, other))

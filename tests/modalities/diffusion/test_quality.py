@@ -53,7 +53,7 @@ def test_precision_falls_with_what_is_not_real_and_recall_with_what_is_missing()
     assert 0.4 < precision < 0.55
 
 
-def test_the_digits_network_tells_held_out_digits_apart_in_both_colours():
+def test_the_digits_network_tells_held_out_digits_apart_in_both_colors():
     features = DigitFeatures()
     for inverted in (0.0, 1.0):
         rows = digits(held_out=True, inverted=inverted)
@@ -62,7 +62,7 @@ def test_the_digits_network_tells_held_out_digits_apart_in_both_colours():
         assert features(images).shape == (360, 32)
 
 
-class Colours(Features):
+class Colors(Features):
     """The mean of each channel."""
 
     num_features = 3
@@ -72,7 +72,7 @@ class Colours(Features):
 
 
 def test_every_number_of_steps_is_measured_before_and_after_and_drawn(make, tmp_path):
-    module = make(quality=SampleQuality(Colours(), [1, 2]), reward=Brightness(0.0))
+    module = make(quality=SampleQuality(Colors(), [1, 2]), reward=Brightness(0.0))
     module.evaluation.before = True
     logger = CSVLogger(tmp_path, name="logs")
     rows = make_rows(16)
@@ -101,7 +101,7 @@ def test_every_number_of_steps_is_measured_before_and_after_and_drawn(make, tmp_
 
 
 def test_the_samples_of_a_number_of_steps_are_those_of_a_rollout(make, tmp_path):
-    module = make(quality=SampleQuality(Colours(), [2], test_steps=[3]))
+    module = make(quality=SampleQuality(Colors(), [2], test_steps=[3]))
     trainer = make_trainer(tmp_path)
     found = trainer.test(module, datamodule=Rows([], make_rows(8)), verbose=False)[0]
     acted = [module.evaluator.act("student", make_rows(8)[i : i + 4], i // 4) for i in (0, 4)]
@@ -114,7 +114,7 @@ def test_the_samples_of_a_number_of_steps_are_those_of_a_rollout(make, tmp_path)
 
 
 def test_without_real_images_there_is_nothing_to_compare_with(make, tmp_path):
-    module = make(quality=SampleQuality(Colours(), [1]))
+    module = make(quality=SampleQuality(Colors(), [1]))
     rows = [{**row, "image": None} for row in make_rows(8)]
     with pytest.raises(ValueError, match="no split has a column 'image'"):
         make_trainer(tmp_path).test(module, datamodule=Rows([], rows), verbose=False)
@@ -147,8 +147,8 @@ def test_clip_score_is_the_cosine_of_a_clip_models_embeddings(tmp_path):
     CLIPProcessor(images, tokenizer()).save_pretrained(tmp_path)
     score = ClipScore(str(tmp_path))
     found = {
-        round(score(Image.new("RGB", (16, 16), colour), {"prompt": prompt}), 6)
-        for colour in ("red", "blue", "green", "black")
+        round(score(Image.new("RGB", (16, 16), color), {"prompt": prompt}), 6)
+        for color in ("red", "blue", "green", "black")
         for prompt in ("a red dot", "small circle", "big")
     }
     assert len(found) > 2
@@ -157,4 +157,4 @@ def test_clip_score_is_the_cosine_of_a_clip_models_embeddings(tmp_path):
 
 def test_numbers_of_steps_below_one_are_refused():
     with pytest.raises(ValueError, match="numbers of steps must be >= 1"):
-        SampleQuality(Colours(), [0])
+        SampleQuality(Colors(), [0])

@@ -18,7 +18,7 @@ from opd_lightning.modalities.diffusion import (
     AverageVelocity,
     FlowMatching,
     InverseError,
-    LearntScore,
+    LearnedScore,
     NoiseLevel,
     Noising,
     ReferenceImage,
@@ -229,7 +229,7 @@ def test_the_kl_of_stochastic_transitions_is_exact(make, signal):
     assert float(objective_of(module, rolled)[0]) == pytest.approx(np.mean(wanted), rel=1e-3)
 
 
-def test_nothing_is_lost_or_learnt_from_oneself(make, kind):
+def test_nothing_is_lost_or_learned_from_oneself(make, kind):
     module = make(kind, teacher={"teacher": Teacher(Live())})
     loss, gradients = objective_of(module, on_policy(module))
     assert float(loss) == 0
@@ -280,7 +280,7 @@ def test_guidance_is_one_formula_and_1_is_the_conditional_model(make):
 
 
 def data_module(make: Any, noising: Noising, **settings: Any) -> Any:
-    return make(rollout=Rollout(batch_size=4, behaviour={"dataset": 1.0}), noising=noising, **settings)
+    return make(rollout=Rollout(batch_size=4, behavior={"dataset": 1.0}), noising=noising, **settings)
 
 
 def test_flow_matching_of_images(make):
@@ -321,7 +321,7 @@ def matched(make: Any, pipeline: Any, fake_seed: int = 3, **settings: Any) -> An
     """Distribution matching: the fake score is another model than the teacher."""
     teachers = {
         "teacher": Teacher(Frozen(Pretrained(str(pipeline("anyflow", 2))))),
-        "fake": Teacher(LearntScore(Pretrained(str(pipeline("anyflow", fake_seed))), updates=2)),
+        "fake": Teacher(LearnedScore(Pretrained(str(pipeline("anyflow", fake_seed))), updates=2)),
     }
     objective = Objective([Term(VelocityMatching(), weights=[NoiseLevel(2)], coefficient=0.5)])
     settings = {"sampler": Renoise(), "answers": {"teacher": ScoreDifference()}, "objective": objective} | settings
@@ -364,14 +364,14 @@ def test_equal_scores_give_no_gradient_and_the_fake_one_learns_the_students_samp
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not any(p.requires_grad for p in after), "to a strategy it is frozen"
     assert trainer.global_step == 3, "only the student's updates count"
-    assert "train/learnt/fake" in trainer.callback_metrics
+    assert "train/learned/fake" in trainer.callback_metrics
     steps = {int(s["step"]) for s in module.teachers["fake"].weights.state.optimizer.state.values()}
     assert steps == {6}, "two updates for each of the student's"
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_a_run_with_two_optimisers_resumes_bit_for_bit(make, pipeline, done, tmp_path):
-    """Also between two optimiser steps of one generation batch."""
+def test_a_run_with_two_optimizers_resumes_bit_for_bit(make, pipeline, done, tmp_path):
+    """Also between two optimizer steps of one generation batch."""
 
     def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
         rollout = Rollout(batch_size=8, micro_batch_size=2, horizon=3)
@@ -487,7 +487,7 @@ def test_gradients_do_not_depend_on_chunks_and_memory_not_on_the_number_of_steps
 
 def test_a_teacher_is_asked_only_where_its_term_applies(make):
     objective = Objective([Term(VelocityMatching(), source="dataset")])
-    shares = Rollout(batch_size=4, horizon=2, behaviour={"student": 0.5, "dataset": 0.5})
+    shares = Rollout(batch_size=4, horizon=2, behavior={"student": 0.5, "dataset": 0.5})
     module = make(objective=objective, rollout=shares)
     rolled = on_policy(module, 4)
     rolled.sources, rolled.source = ("student", "dataset"), torch.tensor([0, 0, 1, 0])
@@ -534,8 +534,8 @@ def test_what_means_nothing_is_refused_when_it_is_built(make, settings, message)
         (lambda: NoiseLevel(of="time"), "must be level or interval"),  # type: ignore[arg-type]
         (lambda: InverseError(-1), "power must be >= 0 and floor > 0"),
         (lambda: Noising(0.8, 0.4), "at most 1 together"),
-        (lambda: LearntScore(Pretrained("x"), updates=0), r"LearntScore\.updates must be >= 1"),
-        (lambda: LearntScore(Pretrained("x", lora=Lora())), "it takes no quantization"),
+        (lambda: LearnedScore(Pretrained("x"), updates=0), r"LearnedScore\.updates must be >= 1"),
+        (lambda: LearnedScore(Pretrained("x", lora=Lora())), "it takes no quantization"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(build, message):
@@ -625,10 +625,10 @@ def test_a_rollout_and_its_replay_agree_alone_and_together(make, kind):
 
 
 def test_noised_images_beside_rollouts_resume_bit_for_bit_after_every_kill(make, pipeline, tmp_path):
-    """AnyFlow's form: a learnt score, and images of the dataset that another run has not seen yet."""
+    """AnyFlow's form: a learned score, and images of the dataset that another run has not seen yet."""
 
     def run(steps: int, checkpoint: Any = None) -> tuple[Any, Any]:
-        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=3, behaviour={"student": 0.5, "dataset": 0.5})
+        rollout = Rollout(batch_size=8, micro_batch_size=4, horizon=3, behavior={"student": 0.5, "dataset": 0.5})
         terms = [
             Term(VelocityMatching(), source="student", weights=[NoiseLevel()]),
             Term(FlowMatching(), teacher=None, source="dataset"),
@@ -661,7 +661,7 @@ class Pixels(Reward):
         return float(np.asarray(completion).astype(np.float64).sum())
 
 
-def test_a_reward_judges_an_image_that_does_not_depend_on_its_neighbours(make):
+def test_a_reward_judges_an_image_that_does_not_depend_on_its_neighbors(make):
     module = make("stable_diffusion_3", reward=Pixels())
     rolled = on_policy(module, 5)
     decoded = []
@@ -726,7 +726,7 @@ def test_two_palettes_are_two_images(make):
 
 
 @pytest.mark.parametrize("kind", sorted(PIPELINES))
-def test_latents_of_an_image_do_not_depend_on_its_neighbours(make, kind):
+def test_latents_of_an_image_do_not_depend_on_its_neighbors(make, kind):
     family, images = make(kind).family, [row["image"] for row in make_rows(16)]
     together = family.latents(images)
     alone = []
@@ -786,15 +786,15 @@ def test_settings_that_nothing_would_read_are_refused(pipeline, settings, messag
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
-def test_without_a_gpu_quantisation_is_refused_with_its_reason(pipeline):
+def test_without_a_gpu_quantization_is_refused_with_its_reason(pipeline):
     path = str(pipeline("stable_diffusion_3", 2, 32))
-    with pytest.raises(RuntimeError, match="diffusers quantises on GPUs only; leave quantization out"):
+    with pytest.raises(RuntimeError, match="diffusers quantizes on GPUs only; leave quantization out"):
         Pretrained(path, quantization="4bit").load(Transformer, trained=False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantises on GPUs only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantizes on GPUs only")
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_teacher_answers_nearly_the_same(make, pipeline, bits):
+def test_a_quantized_teacher_answers_nearly_the_same(make, pipeline, bits):
     path = str(pipeline("stable_diffusion_3", 2, 32))
     plain = make("stable_diffusion_3", teacher={"teacher": Teacher(Frozen(Pretrained(path)))})
     small = make(

@@ -16,7 +16,7 @@ from opd_lightning.modalities.gui_grounding.formats import (
     AnswerFormat,
     BoxTags,
     JSONAnswer,
-    Normalised1000,
+    Normalized1000,
     PyAutoGUI,
     ToolCall,
 )
@@ -27,8 +27,8 @@ Size = tuple[int, int]
 FORMATS: list[AnswerFormat] = [
     AbsolutePixels(),
     AbsolutePixels(box=True),
-    Normalised1000(),
-    Normalised1000(box=True),
+    Normalized1000(),
+    Normalized1000(box=True),
     BoxTags(),
     BoxTags("qwen"),
     BoxTags(box=False),
@@ -164,9 +164,9 @@ class TestEveryFormat:
     ("answer", "text", "parsed"),
     [
         (AbsolutePixels(), "(1024, 7)", (1024, 7)),
-        (Normalised1000(), "(512,30)", (512, 30)),
-        (Normalised1000(), "(0, 1000)", (0, 1000)),
-        (Normalised1000(), "(1, 2, 3, 4)", (1, 2, 3, 4)),
+        (Normalized1000(), "(512,30)", (512, 30)),
+        (Normalized1000(), "(0, 1000)", (0, 1000)),
+        (Normalized1000(), "(1, 2, 3, 4)", (1, 2, 3, 4)),
         (BoxTags(), "<|box_start|>(576,12),(592,42)<|box_end|>", (576, 12, 592, 42)),
         (
             BoxTags(),
@@ -192,7 +192,7 @@ def test_published_forms_are_understood(answer: AnswerFormat, text: str, parsed:
     ("answer", "texts"),
     [
         (
-            Normalised1000(),
+            Normalized1000(),
             [
                 "",
                 "512, 30",
@@ -346,6 +346,6 @@ def test_a_prompt_that_is_no_template_is_refused(prompt: str, message: str):
 
 
 def test_a_prompt_of_ones_own_and_a_style_that_is_none():
-    assert Normalised1000(prompt="{instruction}?").prompt == "{instruction}?"
+    assert Normalized1000(prompt="{instruction}?").prompt == "{instruction}?"
     with pytest.raises(ValueError, match="qwen2, qwen"):
         BoxTags("internvl")  # type: ignore[arg-type]

@@ -47,15 +47,15 @@ def test_iou_is_that_of_the_pixels(one, other):
         (None, False),
     ],
 )
-def test_a_box_counts_by_its_centre_and_edges_belong_to_the_target(prediction, inside):
+def test_a_box_counts_by_its_center_and_edges_belong_to_the_target(prediction, inside):
     assert point_in_box(prediction, BOX) is inside
 
 
 @given(boxes(), boxes())
-def test_distance_is_between_centres_and_at_most_one_on_the_screen(one, other):
-    centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (one, other)]
-    assert distance(one, other, SIZE) == distance(centres[0], other, SIZE)
-    assert distance(one, other, SIZE) == pytest.approx(math.dist(*centres) / 50)
+def test_distance_is_between_centers_and_at_most_one_on_the_screen(one, other):
+    centers = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (one, other)]
+    assert distance(one, other, SIZE) == distance(centers[0], other, SIZE)
+    assert distance(one, other, SIZE) == pytest.approx(math.dist(*centers) / 50)
     assert 0 <= distance(one, other, SIZE) < 1
 
 

@@ -154,7 +154,7 @@ def test_osworld_g_has_boxes_polygons_several_groups_and_rows_without_a_target(o
         (spot("broken.png"), "no image that can be read"),
         (spot(box=[10, 20, 0, 40]), "no area"),
         (spot(box=[10, 20, 300, 40]), "out of the image"),
-        (spot(box=[0.1, 0.2, 0.3, 0.4]), "looks normalised"),
+        (spot(box=[0.1, 0.2, 0.3, 0.4]), "looks normalized"),
         (spot(box=[10, 20, 30]), "not four finite numbers"),
         (spot(box=["1", "2", "3", "4"]), "not four finite numbers"),
     ],

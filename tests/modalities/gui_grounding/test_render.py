@@ -113,10 +113,10 @@ def test_rows_say_where_an_element_is_in_the_picture() -> None:
     assert render.rows_of(screen(ICON), ICON, 0)[0]["element_type"] == "icon"
 
 
-@given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=400), width=st.integers(1, 20))
-def test_packing_a_picture_loses_nothing(colours: list[tuple[int, int, int]], width: int) -> None:
-    image = Image.new("RGB", (width, -(-len(colours) // width)))
-    image.putdata(colours)
+@given(colors=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=400), width=st.integers(1, 20))
+def test_packing_a_picture_loses_nothing(colors: list[tuple[int, int, int]], width: int) -> None:
+    image = Image.new("RGB", (width, -(-len(colors) // width)))
+    image.putdata(colors)
     raw = io.BytesIO()
     image.save(raw, "PNG")
     packed = Image.open(io.BytesIO(render.smallest_png(raw.getvalue())))
@@ -193,17 +193,17 @@ def picture(png: bytes) -> Image.Image:
 @pytest.mark.browser
 @needs_chromium
 def test_a_box_covers_its_element(browser: Browser) -> None:
-    colours = {"black": (0, 0, 0), "red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
-    colours |= {"yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255), "grey": (128,) * 3}
-    colours |= {"pink": (255, 192, 203), "orange": (255, 165, 0), "purple": (128, 0, 128), "olive": (128, 128, 0)}
+    colors = {"black": (0, 0, 0), "red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
+    colors |= {"yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255), "gray": (128,) * 3}
+    colors |= {"pink": (255, 192, 203), "orange": (255, 165, 0), "purple": (128, 0, 128), "olive": (128, 128, 0)}
     for seed in range(6):
         one = browser.open("click-color", seed)
         target = browser.target(one)
         assert target is not None
         x1, y1, x2, y2 = render.row(one, target, "task", one.instruction)["box"]
-        (colour,) = {picture(one.png).getpixel(((x1 + x2) // 2, (y1 + y2) // 2))}
+        (color,) = {picture(one.png).getpixel(((x1 + x2) // 2, (y1 + y2) // 2))}
         name = one.instruction.split()[3]
-        assert colours[name] == colour, one.instruction
+        assert colors[name] == color, one.instruction
 
 
 @pytest.mark.browser
@@ -212,7 +212,7 @@ def test_the_picture_is_the_work_area_without_the_instruction(browser: Browser) 
     one = browser.open("click-button", 0)
     assert one.instruction == 'Click on the "okay" button.'
     assert picture(one.png).size == (320, 320)
-    shades = {colour for _, colour in picture(one.png).getcolors(10000)}
+    shades = {color for _, color in picture(one.png).getcolors(10000)}
     assert (255, 255, 0) not in shades
     assert len(shades) > 8, "smoothed text has many shades"
 

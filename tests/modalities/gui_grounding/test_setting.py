@@ -19,7 +19,7 @@ from opd_lightning.modalities.gui_grounding import (
     DigitSignificance,
     GUIGroundingDistillation,
     JSONAnswer,
-    Normalised1000,
+    Normalized1000,
     Overlap,
     PyAutoGUI,
     Spotlight,
@@ -33,8 +33,8 @@ from tests.tiny import act, fit, log_softmax, make_module, no_teacher
 from tests.tiny_vlm import gui_rows, save_vlm
 
 FORMATS = [
-    Normalised1000(),
-    Normalised1000(box=True),
+    Normalized1000(),
+    Normalized1000(box=True),
     AbsolutePixels(),
     BoxTags("qwen"),
     JSONAnswer(),
@@ -102,7 +102,7 @@ def test_the_papers_table_is_printed(folder, tmp_path, capsys):
 
 def test_overlap_rewards_boxes(folder):
     rows = gui_rows(4)
-    module = make(folder, answer=Normalised1000(box=True), reward=Overlap())
+    module = make(folder, answer=Normalized1000(box=True), reward=Overlap())
     reward, _ = module.rewards(module.replay(rows, []))
     assert (reward > 0.9).all()
     reward, _ = make(folder, reward=Overlap()).rewards(make(folder).replay(rows, []))
@@ -120,7 +120,7 @@ def test_digits_are_counted_in_rollouts_and_given_answers(folder):
             length = int(trajectories.length[i])
             places = digit_places(row[:length].tolist(), decode)
             assert trajectories.channels["digits"][i, :length].tolist() == places
-    (row,) = make(folder, answer=Normalised1000()).replay(gui_rows(1), []).channels["digits"]
+    (row,) = make(folder, answer=Normalized1000()).replay(gui_rows(1), []).channels["digits"]
     assert row.tolist() == [0, 3, 2, 1, 0, 0, 3, 2, 1, 0, 0]  # (188, 286)
 
 
@@ -174,7 +174,7 @@ def test_digit_weights_need_a_setting_that_knows_digits(folder):
     [
         ({"box": [4, 6, 4, 20]}, "area"),
         ({"box": [4, 6, 400, 20]}, "the image"),
-        ({"box": [0.1, 0.2, 0.3, 0.4]}, "normalised"),
+        ({"box": [0.1, 0.2, 0.3, 0.4]}, "normalized"),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"image": None}, "GUI grounding needs one screenshot, the row has 0 images"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opd_lightning.modalities.gui_grounding.formats import Normalised1000
+from opd_lightning.modalities.gui_grounding.formats import Normalized1000
 from opd_lightning.modalities.gui_grounding.view import BoxOnly, CoordinatesAsText, CropZoom, Spotlight
 from opd_lightning.modalities.vision_language.images import images_of
 from tests.test_images import encoded
@@ -46,7 +46,7 @@ def ring(box=BOX, width=5, size=SIZE):
 
 
 def gaussian(box, size, sigma):
-    """exp(−d² / 2σ²) of each pixel's centre, one by one."""
+    """exp(−d² / 2σ²) of each pixel's center, one by one."""
     x1, y1, x2, y2 = box
     alpha = np.empty(size[::-1])
     for y in range(size[1]):
@@ -154,12 +154,12 @@ def test_a_crop_is_magnified_and_the_box_moves_along(box):
 
 
 def test_margin_and_least_area_of_a_crop():
-    centred = (70, 40, 86, 49)  # a tenth of the screenshot on each axis
-    shown = {margin: CropZoom(margin=margin, min_area=0)(example(box=list(centred))) for margin in (0, 0.5, 2)}
+    centered = (70, 40, 86, 49)  # a tenth of the screenshot on each axis
+    shown = {margin: CropZoom(margin=margin, min_area=0)(example(box=list(centered))) for margin in (0, 0.5, 2)}
     for margin, seen in shown.items():
         width = seen["box"][2] - seen["box"][0]
         assert width == pytest.approx(SIZE[0] / (1 + 2 * margin), rel=0.02)
-    seen = CropZoom(margin=0, min_area=0.25)(example(box=list(centred)))
+    seen = CropZoom(margin=0, min_area=0.25)(example(box=list(centered)))
     assert seen["box"][2] - seen["box"][0] == pytest.approx(32)
 
 
@@ -186,8 +186,8 @@ def test_the_hint_follows_the_prompt(view):
     assert told["content"] == [{"type": "image"}, {"type": "text", "text": f"Click OK.\n{hint}"}]
 
 
-def test_colour_and_hint_are_settable():
-    seen = BoxOnly(colour="red", width=2, hint="It is in the {colour} one.")(example())
+def test_color_and_hint_are_settable():
+    seen = BoxOnly(color="red", width=2, hint="It is in the {color} one.")(example())
     assert seen["prompt"] == "Click OK.\nIt is in the red one."
     np.testing.assert_array_equal((pixels(seen) == (255, 0, 0)).all(-1), ring(width=2))
     assert BoxOnly(hint="")(example())["prompt"] == "Click OK."
@@ -196,7 +196,7 @@ def test_colour_and_hint_are_settable():
 def test_coordinates_as_text_tell_what_the_format_writes():
     seen = CoordinatesAsText(text="It is {x} and {y}.")(example())
     assert (pixels(seen) == pixels(example())).all()
-    x, y = Normalised1000().parse(Normalised1000().write(BOX, SIZE, SIZE))
+    x, y = Normalized1000().parse(Normalized1000().write(BOX, SIZE, SIZE))
     assert seen["prompt"] == f"Click OK.\nIt is {x:.0f} and {y:.0f}."
     assert [getattr(view, "tells_the_answer", False) for view in VIEWS] == [False] * 4 + [True]
 
@@ -224,7 +224,7 @@ def test_rows_without_a_box_have_no_view(view):
     [
         ({"box": [60, 30, 60, 42]}, "no area"),
         ({"box": [60, 30, 900, 42]}, "out of the image"),
-        ({"box": [0.1, 0.1, 0.2, 0.3]}, "normalised"),
+        ({"box": [0.1, 0.1, 0.2, 0.3]}, "normalized"),
         ({"box": [60, 30, 40, 20]}, "width, height"),
         ({"box": "here"}, "four finite numbers"),
         ({"box": [60, 30, math.nan, 42]}, "four finite numbers"),
@@ -239,9 +239,9 @@ def test_bad_rows_are_named(view, columns, reason):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BoxOnly(colour="greenish"), "greenish"),
+        (lambda: BoxOnly(color="greenish"), "greenish"),
         (lambda: Spotlight(width=0), r"Spotlight\.width is 0"),
-        (lambda: BoxOnly(hint="in the {color} one"), r"BoxOnly\.hint is no template with {colour}"),
+        (lambda: BoxOnly(hint="in the {color} one"), r"BoxOnly\.hint is no template with {color}"),
         (lambda: Spotlight(sigma=-1), "sigma and min_area"),
         (lambda: Spotlight(sigma=0, min_area=0), "not both 0"),
         (lambda: CropZoom(margin=-0.1), r"CropZoom\.margin is -0\.1"),

@@ -118,7 +118,7 @@ def test_a_view_in_a_chat(chat_student):
         expected = module.steps(module.policies["teacher"], rolled, [seen]).hidden
     assert torch.equal(said.hidden, expected)
     own = teacher_forced(module, "teacher", rolled)
-    assert (own - rolled.behaviour_log_probs).abs().max() < 1e-4, "equal weights, without the view"
+    assert (own - rolled.behavior_log_probs).abs().max() < 1e-4, "equal weights, without the view"
 
 
 def test_a_view_puts_no_end_of_a_turn_into_a_turn(chat_student):
@@ -132,7 +132,7 @@ def test_a_view_puts_no_end_of_a_turn_into_a_turn(chat_student):
 def test_prompts_of_a_chat_model_are_what_its_rollouts_continue(chat_student):
     module = make_module(chat_student, {}, no_teacher())
     rolled = act(module, [{"prompt": "1+1="}, {"prompt": CHAT}, {"prompt": "what is a sum?"}])
-    assert (teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs).abs().max() < 1e-4
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
     assert module.tokenizer().chat_template == CHAT_TEMPLATE
     _, texts = module.score(rolled)
     assert [row["prompt"] for row in texts] == ["1+1=", "system: Be brief.\nuser: 1+1=", "what is a sum?"]
@@ -246,7 +246,7 @@ ANSWERED = {"role": "assistant", "content": "2"}
     ],
 )
 def test_a_row_that_can_t_be_rendered_is_named_or_skipped(chat_student, tmp_path, row, reason):
-    half = Rollout(batch_size=8, horizon=10, behaviour={"student": 0.5, "dataset": 0.5})
+    half = Rollout(batch_size=8, horizon=10, behavior={"student": 0.5, "dataset": 0.5})
     good = {"prompt": "1", "completion": "2"}
     for column, other in (("prompt", [ASKED]), ("completion", [ANSWERED])):  # a column holds values of one kind
         if isinstance(row.get(column), list):
@@ -259,7 +259,7 @@ def test_a_row_that_can_t_be_rendered_is_named_or_skipped(chat_student, tmp_path
 
 
 def test_an_answer_at_the_end_can_be_dropped_or_trained(chat_student, tmp_path):
-    given = Rollout(batch_size=8, horizon=10, behaviour={"dataset": 1.0})
+    given = Rollout(batch_size=8, horizon=10, behavior={"dataset": 1.0})
     module = make_module(chat_student, {}, no_teacher(), rollout=given)
     rows, columns = [{"messages": [ASKED, ANSWERED]}] * 3, {"prompt": "messages"}
     data = checked(module, tmp_path, rows, columns=columns, last_answer="completion")

@@ -17,20 +17,20 @@ from opd_lightning.data import PromptData
 from opd_lightning.modalities.vision_language.data import ImageData, user_cache
 from opd_lightning.modalities.vision_language.images import images_of
 
-COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-def png(colour: str) -> bytes:
+def png(color: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (2, 2), colour).save(file, "PNG")
+    Image.new("RGB", (2, 2), color).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "pictures").mkdir()
-    for colour in COLOURS:
-        (tmp_path / "pictures" / f"{colour}.png").write_bytes(png(colour))
+    for color in COLORS:
+        (tmp_path / "pictures" / f"{color}.png").write_bytes(png(color))
     return tmp_path
 
 
@@ -41,11 +41,11 @@ def jsonl(folder: Path, *rows: dict[str, Any]) -> str:
 
 
 def seen(data: ImageData) -> list[list[str]]:
-    """The colours of each training example's images."""
+    """The colors of each training example's images."""
     data.prepare_data()
     data.setup("fit")
     assert data.train is not None
-    names = {colour: name for name, colour in COLOURS.items()}
+    names = {color: name for name, color in COLORS.items()}
     return [[names[image.getpixel((0, 0))] for image in images_of(row)] for row in data.train]
 
 
@@ -54,9 +54,9 @@ def chat(**part: Any) -> list[dict[str, Any]]:
 
 
 def test_relative_paths_start_at_the_source_or_the_image_folder(folder: Path) -> None:
-    rows = [{"image": f"{colour}.png"} for colour in COLOURS]
-    in_place = [{"image": f"pictures/{colour}.png"} for colour in COLOURS]
-    expected = [[colour] for colour in COLOURS]
+    rows = [{"image": f"{color}.png"} for color in COLORS]
+    in_place = [{"image": f"pictures/{color}.png"} for color in COLORS]
+    expected = [[color] for color in COLORS]
     assert seen(ImageData(jsonl(folder, *in_place))) == expected
     assert seen(ImageData(str(folder))) == expected
     assert seen(ImageData(jsonl(folder, *rows), image_folder=str(folder / "pictures"))) == expected
@@ -90,11 +90,11 @@ def test_other_columns_are_named(folder: Path) -> None:
 
 
 def rows_of_images() -> list[dict[str, Any]]:
-    return [{"prompt": "?", "image": Image.new("RGB", (2, 2), colour), "images": None} for colour in COLOURS]
+    return [{"prompt": "?", "image": Image.new("RGB", (2, 2), color), "images": None} for color in COLORS]
 
 
 def test_images_of_a_function_and_a_parquet_file(folder: Path) -> None:
-    assert seen(ImageData(f"python:{__name__}.rows_of_images", image_folder=str(folder))) == [[c] for c in COLOURS]
+    assert seen(ImageData(f"python:{__name__}.rows_of_images", image_folder=str(folder))) == [[c] for c in COLORS]
     table = datasets.Dataset.from_dict(
         {"prompt": ["?", "?"], "images": [[png("red")], [png("lime"), png("blue")]]},
         features=datasets.Features({"prompt": datasets.Value("string"), "images": datasets.List(datasets.Image())}),
@@ -122,7 +122,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
         def do_GET(self) -> None:
             self.server.requests.append(self.path)  # type: ignore[attr-defined]
             name = self.path.strip("/").removesuffix(".png")
-            known = name in COLOURS or name == "text"
+            known = name in COLORS or name == "text"
             self.send_response(200 if known else 404)
             self.end_headers()
             if known:
@@ -198,7 +198,7 @@ def test_only_http_is_fetched(folder: Path) -> None:
 
 
 def test_held_out_rows_keep_their_images(folder: Path) -> None:
-    data = ImageData(jsonl(folder, *({"image": f"pictures/{c}.png"} for c in COLOURS)), validation=1)
+    data = ImageData(jsonl(folder, *({"image": f"pictures/{c}.png"} for c in COLORS)), validation=1)
     assert len(seen(data)) == 2
     assert data.validation is not None
     assert images_of(data.validation[0])[0].size == (2, 2)

@@ -58,5 +58,5 @@ def test_the_picture_is_drawn(finished):
     path = gallery(finished, across=2)
     with Image.open(path) as image:
         assert image.width > 500
-        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
-    assert (31, 119, 180) in colours, "the target's rectangle"
+        colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
+    assert (31, 119, 180) in colors, "the target's rectangle"

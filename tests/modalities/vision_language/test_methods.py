@@ -85,8 +85,8 @@ def test_the_importance_ratio_is_capped_and_has_no_gradient(folder):
     module = overlay("vision_opd", folder)
     rolled = act(module, cropless(12))
     fresh = float(loss_of(module, rolled))
-    rolled.behaviour_log_probs = (
-        rolled.behaviour_log_probs - 5.0
+    rolled.behavior_log_probs = (
+        rolled.behavior_log_probs - 5.0
     )  # the sampling student found each action e⁵ less likely
     assert float(loss_of(module, rolled)) == pytest.approx(2 * fresh, rel=1e-4)
 
@@ -115,7 +115,7 @@ def test_an_empty_cue_is_no_privilege(folder):
 
 def test_a_cue_is_read_by_the_teacher_alone(folder):
     module = overlay("vicur", folder)
-    rolled = act(module, [row | {"cue": "it is grey"} for row in cropless(12)])
+    rolled = act(module, [row | {"cue": "it is gray"} for row in cropless(12)])
     plain = act(module, cropless(12))
     assert torch.equal(rolled.observation["input_ids"], plain.observation["input_ids"])
     cued = log_softmax(module, "teacher", rolled, [module.teachers["teacher"].look(row) for row in rolled.examples])
@@ -125,7 +125,7 @@ def test_a_cue_is_read_by_the_teacher_alone(folder):
 def test_vicur_gives_the_k1_gradient(folder):
     """−Σ sg(log q − log p)·log p at the sampled tokens."""
     module = overlay("vicur", folder)
-    rolled = act(module, [row | {"cue": "it is grey"} for row in cropless(8)])
+    rolled = act(module, [row | {"cue": "it is gray"} for row in cropless(8)])
     loss_of(module, rolled).backward()
     found = [p.grad.clone() for p in module.student.parameters()]
     module.student.zero_grad()

@@ -22,10 +22,10 @@ QUESTIONS = [
 
 @pytest.fixture(params=["folder", "zip"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    for number, colour in enumerate(("red", "teal")):
+    for number, color in enumerate(("red", "teal")):
         file = tmp_path / "train" / "images" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (64, 64), colour).save(file)
+        Image.new("RGB", (64, 64), color).save(file)
     (tmp_path / "train" / "questions.json").write_text(json.dumps(QUESTIONS), encoding="utf-8")
     if request.param == "folder":
         return tmp_path
@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_rows_hold_questions_and_images(folder: Path) -> None:
     rows = easy_vqa(str(folder))
     assert [(row["prompt"], row["answer"]) for row in rows] == [(q, a) for q, a, _ in QUESTIONS]
-    assert [row["category"] for row in rows] == ["shape", "yes/no", "colour"]
+    assert [row["category"] for row in rows] == ["shape", "yes/no", "color"]
     assert [images_of(row)[0].getpixel((0, 0)) for row in rows] == [(255, 0, 0), (0, 128, 128), (0, 128, 128)]
     some = [row["prompt"] for row in easy_vqa(str(folder), count=2, seed=1)]
     assert some == [row["prompt"] for row in easy_vqa(str(folder), count=2, seed=1)]
@@ -70,5 +70,5 @@ def test_on_the_real_files() -> None:
         pytest.skip("OPD_DATA is not set")
     rows = easy_vqa(str(Path(data, "easy_vqa")), "test")
     assert len(rows) == 9673
-    assert Counter(row["category"] for row in rows) == {"yes/no": 7136, "shape": 1257, "colour": 1280}
+    assert Counter(row["category"] for row in rows) == {"yes/no": 7136, "shape": 1257, "color": 1280}
     assert images_of(rows[0])[0].size == (64, 64)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from opd_lightning.modalities.vision_language import scenes as module
 from opd_lightning.modalities.vision_language.boxes import problem_with_box
-from opd_lightning.modalities.vision_language.scenes import COLOURS, is_held_out, scenes
+from opd_lightning.modalities.vision_language.scenes import COLORS, is_held_out, scenes
 from opd_lightning.modalities.vision_language.view import Chain, Crop, Resize
 
 
@@ -45,10 +45,10 @@ def test_the_answer_follows_from_the_scene_graph(seed: int, held_out: bool, size
         assert row["image"].size == (size, size)
         assert row["completion"] == row["answer"]
         assert problem_with_box(row["box"], (size, size)) is None
-        assert len({one["colour"] for one in drawn}) == len(drawn)
+        assert len({one["color"] for one in drawn}) == len(drawn)
         assert all(is_held_out(one["sample"]) == held_out for one in drawn)
         if row["category"] == "which":
-            (asked,) = [one for one in drawn if f"the {one['colour']} frame" in row["prompt"]]
+            (asked,) = [one for one in drawn if f"the {one['color']} frame" in row["prompt"]]
             assert (str(asked["digit"]), asked["box"]) == (row["answer"], row["box"])
         elif row["category"] == "where":
             (asked,) = [one for one in drawn if row["prompt"] == f"Where is the {one['digit']}?"]
@@ -65,7 +65,7 @@ def test_the_answer_follows_from_the_scene_graph(seed: int, held_out: bool, size
                 assert all(row["box"][i] >= one["box"][i] for i in (2, 3))
 
 
-def test_frames_do_not_overlap_and_have_their_colour() -> None:
+def test_frames_do_not_overlap_and_have_their_color() -> None:
     for row in scenes(30, digits=(4, 4)):
         pixels = np.asarray(row["image"])
         covered = np.zeros(pixels.shape[:2], int)
@@ -73,7 +73,7 @@ def test_frames_do_not_overlap_and_have_their_colour() -> None:
             x1, y1, x2, y2 = one["box"]
             covered[y1:y2, x1:x2] += 1
             for y, x in ((y1, x1), (y2 - 1, x2 - 1), (y1 + 1, x2 - 2), (y2 - 2, x1 + 1)):
-                assert tuple(pixels[y, x]) == COLOURS[one["colour"]]
+                assert tuple(pixels[y, x]) == COLORS[one["color"]]
         assert covered.max() == 1
 
 
@@ -114,7 +114,7 @@ def test_kinds_are_drawn_as_often_as_they_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kinds": ["colour"]}, r"kinds is \['colour'\]; name some of which, where, count, sum"),
+        ({"kinds": ["color"]}, r"kinds is \['color'\]; name some of which, where, count, sum"),
         ({"kinds": []}, r"kinds is \[\]"),
         ({"digits": (2, 5)}, r"digits is \(2, 5\); it must be a range within 1 and 4"),
         ({"digits": (3, 2)}, r"digits is \(3, 2\)"),

@@ -32,7 +32,7 @@ def test_a_replayed_rollout_reproduces_its_log_probs(vlm_student):
     """Mixed image sizes and counts, and rows without images, in one batch."""
     module = make(vlm_student)
     rolled = act(module, vlm_rows(12))
-    difference = teacher_forced(module, "student", rolled) - rolled.behaviour_log_probs
+    difference = teacher_forced(module, "student", rolled) - rolled.behavior_log_probs
     assert difference[rolled.mask].abs().max() < 1e-4
 
 
@@ -44,7 +44,7 @@ def test_a_row_says_the_same_alone_and_in_company(vlm_student):
         alone = module.act("student", [rows[i]], [1000 * i])
         steps = int(alone.mask.sum())
         assert torch.equal(alone.actions[0, :steps], together.actions[i, :steps])
-        assert (alone.behaviour_log_probs[0] - together.behaviour_log_probs[i])[
+        assert (alone.behavior_log_probs[0] - together.behavior_log_probs[i])[
             : alone.mask.shape[1]
         ].abs().max() < 1e-4
 
@@ -171,7 +171,7 @@ def test_a_student_view_is_what_student_and_viewless_teachers_see(vlm_student, v
         assert (said.head(said.hidden).log_softmax(-1) - expected["teacher"]).abs().max() < 1e-5
 
 
-# -- self-teachers, adapters, quantisation ----------------------------------------------------------------------
+# -- self-teachers, adapters, quantization ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [Initial, Live, EMA])

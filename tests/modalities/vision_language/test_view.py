@@ -121,7 +121,7 @@ def test_no_box_no_view() -> None:
     ("columns", "message"),
     [
         ({"box": [10, 4, 10, 12]}, "the box has no area"),
-        ({"box": [0.1, 0.1, 0.5, 0.5]}, "the box looks normalised"),
+        ({"box": [0.1, 0.1, 0.5, 0.5]}, "the box looks normalized"),
         ({"box": [10, 4, 90, 12]}, "the box is out of the image"),
         ({"image": None}, "needs an image: the row has none"),
         ({"image": "no.png"}, "there is no image file: no.png"),
@@ -266,7 +266,7 @@ def test_views_are_named_in_yaml() -> None:
         (lambda: Blur(0), r"Blur\.radius is 0 pixels"),
         (lambda: Cue(None), r"Cue needs a column or an image_column"),
         (lambda: Chain([]), r"Chain\.views is empty"),
-        (lambda: MaskRegion("greyish"), "unknown color specifier: 'greyish'"),
+        (lambda: MaskRegion("grayish"), "unknown color specifier: 'grayish'"),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, message: str) -> None:
