@@ -21,9 +21,9 @@ RUNS, SEEDS, UPDATES = Path("runs/horizons"), (0, 1, 2), 200
 LAG = "--model.init_args.rollout.max_staleness=8"
 
 
-def stop(policy: str, **settings: Any) -> dict[str, Any]:
-    made = {"class_path": f"opd_lightning.callbacks.early_stop.{policy}", "init_args": settings}
-    return {"class_path": "EarlyStopRollout", "init_args": {"policy": made}}
+def stop(rule: str, **settings: Any) -> dict[str, Any]:
+    made = {"class_path": f"opd_lightning.callbacks.early_stop.{rule}", "init_args": settings}
+    return {"class_path": "EarlyStopRollout", "init_args": {"rule": made}}
 
 
 ARMS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {

@@ -3,11 +3,11 @@
 from ..rollout import RolloutCallback
 from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
-from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopPolicy
+from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
 from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
 from .samples import Samples
-from .teacher_sync import Average, Every, Never, SyncPolicy, TeacherSync, WhenConsolidated
+from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
 from .weight_extrapolation import WeightExtrapolation
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "Schedule",
     "Stage",
     "Staircase",
-    "StopPolicy",
-    "SyncPolicy",
+    "StopRule",
+    "SyncRule",
     "TeacherSync",
     "WeightExtrapolation",
     "WhenConsolidated",

@@ -26,12 +26,12 @@ HORIZON = "rollout.horizon"
 PROBE_DRAWS = 2**33  # keeps the probe's seeds apart from the rollouts' and evaluation's
 
 
-class StopPolicy:
+class StopRule:
     """Where rollouts end. One that knows it beforehand sets ``horizon``; one that must see them says what to `keep`.
 
     Attributes:
-        knobs: the horizon's path for a policy that sets it, so that nobody else turns it.
-        horizon: steps after which generation ends; None: the policy leaves that to others.
+        knobs: the horizon's path for a rule that sets it, so that nobody else turns it.
+        horizon: steps after which generation ends; None: the rule leaves that to others.
         teacher: an entry of ``model.teachers`` whom it asks, if any.
     """
 
@@ -57,7 +57,7 @@ class StopPolicy:
         vars(self).update(state)
 
 
-class FirstSteps(StopPolicy):
+class FirstSteps(StopRule):
     """ESR (2605.27028): nothing beyond the first N steps is generated at all, at every optimizer step alike.
 
     Args:
@@ -78,7 +78,7 @@ class FirstSteps(StopPolicy):
         self.horizon = min(self.steps, longest)
 
 
-class AdaptiveWindow(StopPolicy):
+class AdaptiveWindow(StopRule):
     """A window that a probe widens or narrows, after the idea of ADWIN (2605.28396).
 
     Every so often some prompts are rolled out in full, and the gradient of their first ``horizon`` steps is compared
@@ -130,7 +130,7 @@ class AdaptiveWindow(StopPolicy):
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
         sources = ("student", *(name for name in module.rollout.behavior if name != "student"))
-        full = module.judge(dataclasses.replace(rolled, group=group, sources=sources))
+        full = module.with_rewards(dataclasses.replace(rolled, group=group, sources=sources))
         direction = module.gradient(full)
         agreement = _cosine(module.gradient(full.truncate(self.horizon)), direction)
         module.record("early_stop/agreement", agreement)
@@ -144,7 +144,7 @@ class AdaptiveWindow(StopPolicy):
         return {"horizon": self.horizon}
 
 
-class ChangePoint(StopPolicy):
+class ChangePoint(StopRule):
     """Prefix Teach, Suffix Fade (2605.13643): only what comes before a lasting drop of the teacher's margin is trained.
 
     Means over blocks of steps are split in two where that explains them best; the split counts if the Bayesian
@@ -185,7 +185,7 @@ class ChangePoint(StopPolicy):
         self.teacher = teacher
 
     def begin(self, module: OnPolicyDistillation, longest: int) -> None:
-        if self.signal != "log_prob" and "categorical" not in module.served:
+        if self.signal != "log_prob" and "categorical" not in module.provides:
             raise ValueError(
                 f"ChangePoint.signal={self.signal} needs a vocabulary, which this setting doesn't have; use log_prob"
             )
@@ -237,7 +237,7 @@ def falls_at(values: Tensor, fewest: int) -> int | None:
     return int(splits[best]) if accepted else None
 
 
-class LowCorrection(StopPolicy):
+class LowCorrection(StopRule):
     """KAT (2606.09471): a trajectory is cut where the teacher no longer corrects the student.
 
     A long run of very low divergence means that both agree on a state that can't be mended. With z_t the mean
@@ -324,46 +324,46 @@ class LowCorrection(StopPolicy):
 
 
 class EarlyStopRollout(KnobCallback, RolloutCallback):
-    """Ends rollouts early: not generated where the policy knows beforehand, not trained where it has to look.
+    """Ends rollouts early: not generated where the rule knows beforehand, not trained where it has to look.
 
-    Evaluation keeps the horizon that was configured, and no policy goes beyond it. Rewards are those of what was
+    Evaluation keeps the horizon that was configured, and no rule goes beyond it. Rewards are those of what was
     generated. Logged: ``train/early_stop/kept``, the share of generated steps that is trained, and
     ``train/early_stop/cut``, the share of trajectories that lost some; for a horizon, ``knob/rollout.horizon``.
 
     Args:
-        policy: `FirstSteps`, `AdaptiveWindow`, `ChangePoint` or `LowCorrection`.
+        rule: `FirstSteps`, `AdaptiveWindow`, `ChangePoint` or `LowCorrection`.
 
     Raises:
-        ValueError: when training begins: the policy can't work with this run.
+        ValueError: when training begins: the rule can't work with this run.
     """
 
-    def __init__(self, policy: StopPolicy) -> None:
-        self.policy = policy
+    def __init__(self, rule: StopRule) -> None:
+        self.rule = rule
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        return self.policy.knobs
+        return self.rule.knobs
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(policy=type(self.policy).__name__)
+        return self._generate_state_key(rule=type(self.rule).__name__)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, OnPolicyDistillation)
         if stage != "fit":
             return
-        who, known = self.policy.teacher, sorted(pl_module.teachers)
+        who, known = self.rule.teacher, sorted(pl_module.teachers)
         if who is not None and who not in known:
-            raise ValueError(f"{type(self.policy).__name__}.teacher: no {who!r} in model.teachers, which has {known}")
-        self.policy.begin(pl_module, pl_module.rollout.horizon)
+            raise ValueError(f"{type(self.rule).__name__}.teacher: no {who!r} in model.teachers, which has {known}")
+        self.rule.begin(pl_module, pl_module.rollout.horizon)
 
     def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        if self.policy.horizon is not None:
-            self.turn(HORIZON, self.policy.horizon)
+        if self.rule.horizon is not None:
+            self.turn(HORIZON, self.rule.horizon)
 
     def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
-        kept = self.policy.keep(module, trajectories)
+        kept = self.rule.keep(module, trajectories)
         if kept is None:
             return trajectories
         mask, length = trajectories.mask, trajectories.length
@@ -381,14 +381,14 @@ class EarlyStopRollout(KnobCallback, RolloutCallback):
         assert isinstance(pl_module, OnPolicyDistillation)
         if batch.ends_optimizer_step:
             assert batch.optimizer_step is not None
-            self.policy.observe(pl_module, batch.optimizer_step)
+            self.rule.observe(pl_module, batch.optimizer_step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.policy.state_dict()
+        return self.rule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state_dict)
+        self.rule.load_state_dict(state_dict)
 
 
 def _cosine(left: list[Tensor], right: list[Tensor]) -> float:

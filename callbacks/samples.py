@@ -64,7 +64,7 @@ class Samples(L.Callback):
         if self.teacher is not None and self.teacher not in pl_module.teachers:
             known = sorted(pl_module.teachers)
             raise ValueError(f"Samples.teacher: no {self.teacher!r} in model.teachers, which has {known}")
-        if "categorical" in self.signal.needs - pl_module.served:
+        if "categorical" in self.signal.needs - pl_module.provides:
             raise ValueError(
                 f"Samples.signal: {type(self.signal).__name__} needs a vocabulary, which this setting lacks"
             )
@@ -89,7 +89,7 @@ class Samples(L.Callback):
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
         values = module.per_step(shown, self.signal, self.teacher)
-        read, spelled = module.rewards(shown)[1], module.spell(shown)
+        read, spelled = module.checked_rewards(shown)[1], module.spell(shown)
         rows = []
         for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
             signal = values[i][mask].double()

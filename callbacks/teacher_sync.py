@@ -18,7 +18,7 @@ from .curriculum import Schedule
 from .knobs import KnobCallback
 
 
-class SyncPolicy:
+class SyncRule:
     """When the teacher moves."""
 
     needs_reward = False
@@ -39,7 +39,7 @@ class SyncPolicy:
         vars(self).update(state)
 
 
-class Average(SyncPolicy):
+class Average(SyncRule):
     """An exponential moving average whose rate changes: teacher ← (1−rate)·teacher + rate·student.
 
     Args:
@@ -53,11 +53,11 @@ class Average(SyncPolicy):
         return float(self.schedule(step))
 
 
-class Never(SyncPolicy):
+class Never(SyncRule):
     """The teacher stays what the student was in the beginning."""
 
 
-class Every(SyncPolicy):
+class Every(SyncRule):
     """The teacher becomes the student after every so many optimizer steps, whatever the student is then.
 
     "When Should the Teacher Move?" (2606.03532) saw training on self-distillation collapse with 1 and 2 steps within
@@ -79,7 +79,7 @@ class Every(SyncPolicy):
         return module.global_step % self.steps == 0
 
 
-class WhenConsolidated(SyncPolicy):
+class WhenConsolidated(SyncRule):
     """CGTR of "When Should the Teacher Move?" (2606.03532): the teacher becomes the student once that has improved.
 
     That is when ``rest`` optimizer steps have gone by since the last time, the mean reward of the last ``window`` steps
@@ -140,22 +140,22 @@ class WhenConsolidated(SyncPolicy):
 
 
 class TeacherSync(KnobCallback):
-    """Moves a teacher whose weights are `EMA`; the rate that these were given is replaced by the policy's.
+    """Moves a teacher whose weights are `EMA`; the rate that these were given is replaced by the rule's.
 
     Logged: ``knob/teachers.<name>.weights.rate``, and ``train/teacher_sync/syncs``, the share of optimizer steps after
     which the teacher became the student.
 
     Args:
-        policy: `Average`, `Every`, `WhenConsolidated` or `Never`.
+        rule: `Average`, `Every`, `WhenConsolidated` or `Never`.
         teacher: an entry of ``model.teachers``.
 
     Raises:
         ValueError: when training begins: the teacher is not there, stands still by nature, or another callback turns
-            its rate; the policy reads rewards and there are none.
+            its rate; the rule reads rewards and there are none.
     """
 
-    def __init__(self, policy: SyncPolicy, teacher: str = "teacher") -> None:
-        self.policy, self.teacher = policy, teacher
+    def __init__(self, rule: SyncRule, teacher: str = "teacher") -> None:
+        self.rule, self.teacher = rule, teacher
 
     @property
     def rate(self) -> str:
@@ -172,12 +172,12 @@ class TeacherSync(KnobCallback):
         if found is not None and not isinstance(found.weights, EMA):
             kind = type(found.weights).__name__
             raise ValueError(f"TeacherSync.teacher: {self.teacher}'s weights are {kind}, which never move; use EMA")
-        if self.policy.needs_reward and not pl_module.has_rewards:
-            raise ValueError(f"TeacherSync.policy: {type(self.policy).__name__} reads rewards; set model.reward")
+        if self.rule.needs_reward and not pl_module.has_rewards:
+            raise ValueError(f"TeacherSync.rule: {type(self.rule).__name__} reads rewards; set model.reward")
         super().setup(trainer, pl_module, stage)
 
     def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        self.turn(self.rate, self.policy.rate(trainer.global_step))
+        self.turn(self.rate, self.rule.rate(trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
@@ -187,7 +187,7 @@ class TeacherSync(KnobCallback):
         if not batch.ends_optimizer_step:
             return
         assert batch.optimizer_step is not None
-        syncs = self.policy.observe(pl_module, batch.optimizer_step)
+        syncs = self.rule.observe(pl_module, batch.optimizer_step)
         pl_module.record("teacher_sync/syncs", float(syncs))
         if syncs:
             self.turn(self.rate, 1.0)
@@ -196,7 +196,7 @@ class TeacherSync(KnobCallback):
             rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimizer step {trainer.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
-        return self.policy.state_dict()
+        return self.rule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state_dict)
+        self.rule.load_state_dict(state_dict)

@@ -111,7 +111,7 @@ class WeightExtrapolation(L.Callback):
         total, count = 0.0, 0
         for place, start in enumerate(range(0, len(examples), size)):
             rolled = module.evaluator.act("student", examples[start : start + size], place)
-            reward, _ = module.rewards(rolled)
+            reward, _ = module.checked_rewards(rolled)
             assert reward is not None
             total, count = total + float(reward.nansum()), count + int((~reward.isnan()).sum())
         everyone = module.total(float(count))

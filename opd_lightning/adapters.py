@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .sharding import put_away, slice_of, sliced_like, whole
+from .sharding import reshard, slice_of, sliced_like, unsharded
 
 STUDENT = "default"
 SWITCHED: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -202,15 +202,15 @@ class AverageAdapter(AnotherAdapter):
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """average ← (1−rate)·average + rate·student, of the products."""
-        put_away(self._model)
+        reshard(self._model)
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             scaling = layer.scaling[STUDENT]
             left, right = average_product(
-                whole(b).float(),
-                whole(a).float(),
-                whole(layer.lora_B[STUDENT].weight).float() * scaling,
-                whole(layer.lora_A[STUDENT].weight).float(),
+                unsharded(b).float(),
+                unsharded(a).float(),
+                unsharded(layer.lora_B[STUDENT].weight).float() * scaling,
+                unsharded(layer.lora_A[STUDENT].weight).float(),
                 rate,
                 rank=a.shape[0],
             )

@@ -142,7 +142,7 @@ class Comparison:
             return self._module.ask(name, part)
         policy = self._module.policies["student"]
         with _training(policy.model) if training else evaluating(policy.model):
-            return self._module.steps(policy, part), None
+            return self._module.distribution(policy, part), None
 
     def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
         apart = (one - other).abs().masked_fill(one == torch.inf, torch.inf).nanmean(1)
@@ -200,12 +200,12 @@ def usual_suspects(setting: Any, what: str) -> list[str]:
     name = type(setting).__name__
     return {
         TOGETHER: [
-            f"{name}.sample or {name}.steps lets a row see others, by padding (steps outside of the mask) or a "
+            f"{name}.sample or {name}.distribution lets a row see others, by padding (steps outside of the mask) or a "
             "mean over rows; or the order of states in one of the two is wrong"
         ],
         ACTED: [
-            f"{name}.steps asks at other states than those that {name}.sample acted at: their order, their number (one "
-            "before each action, none behind the last), or what came before them",
+            f"{name}.distribution asks at other states than those that {name}.sample acted at: their order, their "
+            "number (one before each action, none behind the last), or what came before them",
             f"the log-probs that {name}.sample returns are of another distribution (they have to be at temperature 1)",
         ],
         TRAINING: ["dropout, or another layer of the model that is random or counts batches in training mode"],

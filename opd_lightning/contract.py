@@ -16,7 +16,7 @@ from .printable import quoted
 from .scoring import as_number, described
 from .trajectory import Example, Trajectories
 
-METHODS = ("collate", "sample", "steps", "score")
+METHODS = ("collate", "sample", "distribution", "rewards")
 
 
 def check_methods(setting: Any, core: Any) -> None:
@@ -104,26 +104,26 @@ def check_rollouts(callback: Any, trajectories: Any) -> Trajectories:
 
 
 def check_family(setting: Any, said: Any) -> None:
-    """Whether what `steps` returned is what ``served`` promises.
+    """Whether what `distribution` returned is what ``provides`` promises.
 
     Raises:
-        TypeError: ``served`` names "categorical", and it is not.
+        TypeError: ``provides`` names "categorical", and it is not.
     """
-    if "categorical" in setting.served and not isinstance(said, Categorical):
+    if "categorical" in setting.provides and not isinstance(said, Categorical):
         raise TypeError(
-            f"{type(setting).__name__}.steps returned a {type(said).__name__}, and `served` names 'categorical', which "
-            "promises a Categorical; leave it out of `served`"
+            f"{type(setting).__name__}.distribution returned a {type(said).__name__}, and `provides` names "
+            "'categorical', which promises a Categorical; leave it out of `provides`"
         )
 
 
 def check_scores(setting: Any, scores: Any, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
-    """What `score` returned: rewards ``[B]`` in float32 on the CPU, NaN where a reward abstains, and what to show.
+    """What `rewards` returned: rewards ``[B]`` in float32 on the CPU, NaN where a reward abstains, and what to show.
 
     Raises:
         TypeError: no pair of rewards and rows.
         ValueError: rewards or rows of another number than the trajectories', or rewards that are not finite.
     """
-    where, count = f"{type(setting).__name__}.score", len(trajectories)
+    where, count = f"{type(setting).__name__}.rewards", len(trajectories)
     if not isinstance(scores, tuple) or len(scores) != 2:
         raise TypeError(f"{where} returned {_kind(scores)}; it has to return rewards (or None) and a list of dicts")
     rewards, shown = scores
@@ -131,11 +131,11 @@ def check_scores(setting: Any, scores: Any, trajectories: Trajectories) -> tuple
         raise ValueError(f"{where}: what to show is {_kind(shown)}; it has to be a list of {count} dicts")
     if rewards is None:
         if setting.has_rewards:
-            raise ValueError(f"{where} has no rewards, although model.reward or the setting's `served` says so")
+            raise ValueError(f"{where} has no rewards, although model.reward or the setting's `provides` says so")
         return None, shown
     if not setting.has_rewards:
         raise ValueError(
-            f"{where} has rewards, although model.reward is not set and `served` does not name 'reward': name it "
+            f"{where} has rewards, although model.reward is not set and `provides` does not name 'reward': name it "
             "there, or return None in their place"
         )
     if isinstance(rewards, Tensor) and rewards.shape == (count,):

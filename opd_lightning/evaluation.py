@@ -112,7 +112,7 @@ class Evaluator:
         trajectories = self.act(who, examples, batch_idx)
         counts = torch.tensor([STAND_IN not in example for example in trajectories.examples])
         counted = trajectories.select(counts.nonzero().squeeze(-1))
-        reward, shown = module.rewards(counted)
+        reward, shown = module.checked_rewards(counted)
         self._update("length", counted.length.float())
         self._update("stopped", counted.stopped.float())
         if reward is not None:
@@ -156,11 +156,11 @@ class Evaluator:
         if inspect:
             for name, values in module.inspect(trajectories).items():
                 self._update(name, values)
-        if "categorical" not in module.served:
+        if "categorical" not in module.provides:
             return  # nothing is reported of other families
         teachers, available = module.ask_all(trajectories)
         if teachers:
-            student = module.steps(module.policies["student"], trajectories)
+            student = module.distribution(module.policies["student"], trajectories)
             averages = module.objective.diagnose(student, teachers, trajectories, available)
             for name, (total, count) in averages.sums.items():
                 if count > 0 and "/kl_" in name:
@@ -255,7 +255,7 @@ class Evaluator:
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """The student's completions of a batch of examples, each with the number, place and answer of its example."""
         trajectories = self.act("student", examples, batch_idx)
-        rows = zip(self.module.rewards(trajectories)[1], trajectories.examples, strict=True)
+        rows = zip(self.module.checked_rewards(trajectories)[1], trajectories.examples, strict=True)
         return [identified(example) | row for row, example in rows if STAND_IN not in example]
 
 

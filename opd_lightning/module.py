@@ -36,7 +36,7 @@ from .reward import Reward
 from .rollout import EndOfRollouts, Rollout, RolloutLoader, check_limit, group_statistics
 from .rows import blames_rows
 from .scoring import Scoring
-from .sharding import mesh_of, put_away, shard, whole
+from .sharding import mesh_of, reshard, shard, unsharded
 from .student_view import settings_of, shown
 from .teacher import Frozen, Policy, Said, Teacher, View, check_names, evaluating
 from .trajectory import Example, OptimizerStep, Trajectories
@@ -62,7 +62,7 @@ def in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 @dataclass
-class Schedule:
+class LRSchedule:
     """The learning rate over optimizer steps.
 
     Args:
@@ -79,7 +79,7 @@ class Schedule:
 class OnPolicyDistillation(Portable, L.LightningModule):
     """Trains a student on the states that a behavior policy visited, towards what teachers say there.
 
-    A setting implements `collate`, `sample`, `steps` and `score`, and names the class that loads its models.
+    A setting implements `collate`, `sample`, `distribution` and `rewards`, and names the class that loads its models.
 
     Args:
         student: the model that is trained.
@@ -107,8 +107,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     """What is printed before training: the metrics with this in their names."""
     columns: ClassVar[tuple[str, ...]] = ("prompt",)
     """Those without which no policy can act on an example."""
-    served: ClassVar[frozenset[str]] = frozenset()
-    """What it offers to parts of the objective (`Part.needs`); ``reward``: `score` has rewards without a verifier."""
+    provides: ClassVar[frozenset[str]] = frozenset()
+    """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     """Columns that it reads where rows have them, besides those that its parts name."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
@@ -124,7 +124,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         evaluation: Evaluation | None = None,
         student_view: View | None = None,
         optimizer: OptimizerCallable = default_optimizer,
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         agreement: Agreement | None = None,
     ) -> None:
@@ -133,7 +133,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self.objective, self.teachers = objective, teachers or {}
         self.rollout, self.reward = rollout or Rollout(), reward
         self.scoring = scoring or Scoring()
-        self.evaluation, self.schedule = evaluation or Evaluation(), schedule or Schedule()
+        self.evaluation, self.schedule = evaluation or Evaluation(), schedule or LRSchedule()
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
         self.on_nonfinite, self.agreement = on_nonfinite, agreement or Agreement()
         self.strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the rest
@@ -168,15 +168,19 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbors."""
 
     @abstractmethod
-    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Distribution:
+    def distribution(
+        self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
+    ) -> Distribution:
         """What ``policy`` says at every visited state ``[B, T]``; ``view``: the examples as it sees them."""
 
     @abstractmethod
-    def score(self, trajectories: Trajectories) -> tuple[Tensor | Sequence[float | None] | None, list[dict[str, Any]]]:
+    def rewards(
+        self, trajectories: Trajectories
+    ) -> tuple[Tensor | Sequence[float | None] | None, list[dict[str, Any]]]:
         """Rewards, and what to show of each trajectory (``prompt``, ``completion``).
 
-        Rewards are finite numbers, a tensor ``[B]`` or a list with None where one abstains (`rate` asks the verifier);
-        None without a verifier.
+        Rewards are finite numbers, a tensor ``[B]`` or a list with None where one abstains (`reward_of` asks the
+        verifier); None without a verifier.
         """
 
     # -- what a setting may add ---------------------------------------------------------------------------------
@@ -246,16 +250,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         for name, teacher in self.teachers.items():
             teacher.name = name
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
-        served = set(self.served)
+        provides = set(self.provides)
         if self.has_rewards:
-            served.add("reward")
+            provides.add("reward")
         elif self.evaluation.by:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
         if self.rollout.group_size > 1:
-            served.add("group")
+            provides.add("group")
         if "dataset" not in self.rollout.sources:
-            served.add("behavior")
-        self.objective.check(set(self.teachers), served, self.rollout.sources)
+            provides.add("behavior")
+        self.objective.check(set(self.teachers), provides, self.rollout.sources)
         for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
             raise ValueError(
                 f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
@@ -331,7 +335,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
                 model.to(where)
 
     def configure_optimizers(self) -> Any:
-        put_away(self.student)
+        reshard(self.student)
         optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
         self.optimizer_settings = resume.settings_of(optimizer)
         in_place(optimizer)
@@ -386,11 +390,11 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     @property
     def has_rewards(self) -> bool:
-        """Whether `score` has rewards: of a verifier, or of its own."""
-        return self.reward is not None or "reward" in self.served
+        """Whether `rewards` has rewards: of a verifier, or of its own."""
+        return self.reward is not None or "reward" in self.provides
 
-    def rate(self, completion: Any, example: Example) -> float | None:
-        """What the verifier says of a completion, for `score`; None where it abstains.
+    def reward_of(self, completion: Any, example: Example) -> float | None:
+        """What the verifier says of a completion, for `rewards`; None where it abstains.
 
         Rows that are predicted need not have the columns that it reads: it abstains there.
         """
@@ -400,16 +404,16 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             return None
         return self.scoring(self.reward, completion, example)
 
-    def rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
-        """What `score` says, checked: ``[B]`` on the CPU, NaN where a reward abstains (None: no rewards), and rows."""
-        return check_scores(self, self.score(trajectories), trajectories)
+    def checked_rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """Checks what `rewards` returned: ``[B]`` on the CPU, NaN where one abstains (None: no rewards), and rows."""
+        return check_scores(self, self.rewards(trajectories), trajectories)
 
     @blames_rows
-    def judge(self, trajectories: Trajectories) -> Trajectories:
+    def with_rewards(self, trajectories: Trajectories) -> Trajectories:
         """The same with rewards and their group statistics, if there are any."""
         if not self.has_rewards:
             return trajectories
-        reward, _ = self.rewards(trajectories)
+        reward, _ = self.checked_rewards(trajectories)
         assert reward is not None
         mean, std = group_statistics(reward, trajectories.group)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
@@ -420,13 +424,13 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self.stopwatch.count("teacher", int(trajectories.mask.sum()))
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if teacher.view is None and not teacher.where and not teacher.own_template:
-                return self.steps(policy, trajectories), None
+                return self.distribution(policy, trajectories), None
             seen = self._look(name, trajectories.examples, trajectories.student_view)
             available = torch.tensor([view is not None for view in seen], device=trajectories.mask.device)
             # where there is no view the student's own prompt keeps the shapes; the term is off there
             mine = self.shown(trajectories.examples, trajectories.student_view)
             seeing = [own if view is None else view for own, view in zip(mine, seen, strict=True)]
-            return self.steps(policy, trajectories, seeing), available
+            return self.distribution(policy, trajectories, seeing), available
 
     @torch.no_grad()
     def per_step(
@@ -456,7 +460,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         streams, available = {}, {}
         with self.trainer.precision_plugin.forward_context():
             with evaluating(policy.model):
-                student = self.steps(policy, batch)
+                student = self.distribution(policy, batch)
             if teacher is not None:
                 streams[teacher], has_view = self.ask(teacher, batch)
                 if has_view is not None:
@@ -478,7 +482,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             teachers |= self._ask_without_views(batch)
         self.stopwatch.count("student", int(batch.mask.sum()))
         with self.stopwatch.phase("student"):
-            student = self.steps(self.policies["student"], batch)
+            student = self.distribution(self.policies["student"], batch)
         with self.stopwatch.phase("objective"), self._advising():
             loss, averages = self.objective(student, teachers, batch, available, diagnose=self._logs_now())
         self._averages.merge(averages)
@@ -499,7 +503,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         for batch, known in zip(whole.micro_batches, whole.said, strict=True):
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
                 teachers, available = self.ask_all(batch, known)
-                student = self.steps(self.policies["student"], batch)
+                student = self.distribution(self.policies["student"], batch)
                 loss, _ = self.objective(student, teachers, batch, available)
                 parts = torch.autograd.grad(loss, parameters, allow_unused=True)
             for gradient, part in zip(total, parts, strict=True):
@@ -563,13 +567,13 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     @torch.no_grad()
     def _ask_without_views(self, batch: Trajectories) -> dict[str, Distribution]:
         """Teachers that have a view, asked without it; only for the log."""
-        if "categorical" not in self.served:
+        if "categorical" not in self.provides:
             return {}  # nothing is logged of it
         asked = [name for name in sorted(self.objective.teachers()) if self.teachers[name].view is not None]
         found = {}
         for name in asked:
             with evaluating(self.policies[name].model):
-                found[name + WITHOUT_VIEW] = self.steps(self.policies[name], batch)
+                found[name + WITHOUT_VIEW] = self.distribution(self.policies[name], batch)
         return found
 
     @torch.no_grad()
@@ -583,7 +587,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             for batch, known in zip(whole.micro_batches, whole.said, strict=True):
                 teachers, available = self.ask_all(batch, known)
                 steps = Steps.of(batch, available)
-                student = self.steps(self.policies["student"], batch).at(steps.index)
+                student = self.distribution(self.policies["student"], batch).at(steps.index)
                 flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
                 whole.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
                 availables.append(available)
@@ -633,7 +637,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def _check_finite(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        bad = not bool(whole(torch.nn.utils.get_total_norm(gradients)).isfinite())
+        bad = not bool(unsharded(torch.nn.utils.get_total_norm(gradients)).isfinite())
         if self.on_nonfinite == "skip":
             self._averages.add("skipped_steps", float(bad))
         if not bad:

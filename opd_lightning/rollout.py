@@ -271,7 +271,7 @@ class RolloutLoader:
                 self._keep_ahead(number, self._worker)
                 trajectories = self._ahead.popleft().result()
         module.stopwatch.count("rollout", int(trajectories.mask.sum()))
-        trajectories = module.judge(trajectories)
+        trajectories = module.with_rewards(trajectories)
         if trajectories.reward is not None:
             module.record("reward", trajectories.reward[~trajectories.reward.isnan()])
             module.record("abstained", trajectories.reward.isnan())

@@ -58,7 +58,7 @@ class FSDP2(ModelParallelStrategy):
         return self._whole(optimizer.state_dict())
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        gathered: dict[str, Any] = tree_map_only(Tensor, lambda tensor: whole(tensor).cpu(), state)
+        gathered: dict[str, Any] = tree_map_only(Tensor, lambda tensor: unsharded(tensor).cpu(), state)
         return gathered if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -137,14 +137,14 @@ def as_forward(model: Any, call: Callable[[], T]) -> T:
     return model.as_forward(call) if is_sharded(model) else call()
 
 
-def put_away(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Back to slices: what a forward pass leaves gathered would not see that the slices are changed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """The tensor itself, gathered from all ranks where it is cut; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

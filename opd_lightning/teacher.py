@@ -21,7 +21,7 @@ from .finite import Finite
 from .pretrained import Pretrained
 from .printable import quoted
 from .rows import BrokenPart, given, reason_of
-from .sharding import put_away, slice_of
+from .sharding import reshard, slice_of
 from .trajectory import Example
 
 
@@ -176,7 +176,7 @@ class EMA(TeacherWeights):
         if self._average is not None:
             self._average.update(self.rate)
         elif self._copy is not None:
-            put_away(self._copy)
+            reshard(self._copy)
             device = next(self._copy.parameters()).device
             generator = torch.Generator(device).manual_seed(step)  # a resumed run draws the same
             for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):

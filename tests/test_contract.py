@@ -38,7 +38,7 @@ GROUPS = Rollout(batch_size=4, group_size=2, horizon=4)
 # -- the four methods -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["collate", "sample", "steps", "score"])
+@pytest.mark.parametrize("missing", ["collate", "sample", "distribution", "rewards"])
 def test_a_setting_without_a_method_is_refused_by_name_when_it_is_built(missing):
     class Mine(toy.Moves):
         pass
@@ -48,7 +48,9 @@ def test_a_setting_without_a_method_is_refused_by_name_when_it_is_built(missing)
         TypeError, match=rf"Mine has no method {missing}: a setting implements collate, sample, steps and"
     ):
         toy.make_module(setting=Mine)
-    with pytest.raises(TypeError, match="OnPolicyDistillation has no method collate, no sample, no steps, no score"):
+    with pytest.raises(
+        TypeError, match="OnPolicyDistillation has no method collate, no sample, no distribution, no rewards"
+    ):
         toy.make_module(setting=OnPolicyDistillation)
 
 
@@ -93,28 +95,28 @@ def acting(**changes: Any) -> Any:
         ("sample", acting(channels=lambda a: {"c": a.mask.T}), r"channels\['c'\] is a tensor \[6, 8\] of bool; beside"),
         ("sample", acting(observation=lambda a: {"start": a.observation["start"][:3]}),
          r"observation\['start'\] is a tensor \[3, 2\]"),
-        ("score", lambda _: None, r"Mine\.score returned None, of type NoneType; it has to return rewards"),
-        ("score", lambda s: s[1], r"Mine\.score returned a list of 8; it has to return rewards"),
-        ("score", lambda s: (s[0], s[1][1:]),
-         r"Mine\.score: what to show is a list of 7; it has to be a list of 8 dicts"),
-        ("score", lambda s: (None, s[1]), r"Mine\.score has no rewards, although"),
-        ("score", lambda s: (torch.ones(7), s[1]),
+        ("rewards", lambda _: None, r"Mine\.rewards returned None, of type NoneType; it has to return rewards"),
+        ("rewards", lambda s: s[1], r"Mine\.rewards returned a list of 8; it has to return rewards"),
+        ("rewards", lambda s: (s[0], s[1][1:]),
+         r"Mine\.rewards: what to show is a list of 7; it has to be a list of 8 dicts"),
+        ("rewards", lambda s: (None, s[1]), r"Mine\.rewards has no rewards, although"),
+        ("rewards", lambda s: (torch.ones(7), s[1]),
          r"rewards are a tensor \[7\] of float32; they have to be 8, one for each"),
-        ("score", lambda s: (torch.ones(8, 1), s[1]), r"rewards are a tensor \[8, 1\] of float32; they have to be 8"),
-        ("score", lambda s: (torch.tensor(1.0), s[1]), r"rewards are a tensor \[\] of float32; they have to be 8"),
-        ("score", lambda s: ([1.0] * 9, s[1]), r"rewards are a list of 9; they have to be 8"),
-        ("score", lambda s: (0.5, s[1]), r"rewards are 0\.5, of type float; they have to be 8"),
-        ("score", lambda s: (["a"] * 8, s[1]),
+        ("rewards", lambda s: (torch.ones(8, 1), s[1]), r"rewards are a tensor \[8, 1\] of float32; they have to be 8"),
+        ("rewards", lambda s: (torch.tensor(1.0), s[1]), r"rewards are a tensor \[\] of float32; they have to be 8"),
+        ("rewards", lambda s: ([1.0] * 9, s[1]), r"rewards are a list of 9; they have to be 8"),
+        ("rewards", lambda s: (0.5, s[1]), r"rewards are 0\.5, of type float; they have to be 8"),
+        ("rewards", lambda s: (["a"] * 8, s[1]),
          r"the row with the prompt '\d+' is 'a', of type str; it has to be a finite"),
-        ("score", lambda s: (torch.full((8,), torch.nan), s[1]),
+        ("rewards", lambda s: (torch.full((8,), torch.nan), s[1]),
          r"the row with the prompt '\d+' is nan; it has to be a finite"),
-        ("score", lambda s: ([float("inf")] * 8, s[1]), r"is inf; it has to be a finite number, or None"),
-        ("score", lambda s: (torch.ones(8) * 1j, s[1]), r"is 1j, of type complex; it has to be a finite number"),
+        ("rewards", lambda s: ([float("inf")] * 8, s[1]), r"is inf; it has to be a finite number, or None"),
+        ("rewards", lambda s: (torch.ones(8) * 1j, s[1]), r"is 1j, of type complex; it has to be a finite number"),
     ],
 )  # fmt: skip
 def test_what_a_method_returns_is_checked_and_named(method, change, message, tmp_path):
     setting = returning(method, change)
-    setting.served = frozenset({"reward"})
+    setting.provides = frozenset({"reward"})
     module = toy.make_module(
         setting=setting,
         reward=lambda *_: 1.0,
@@ -128,20 +130,20 @@ def test_what_a_method_returns_is_checked_and_named(method, change, message, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _: None, r"`steps` returned None, of type NoneType; it has to return a Distribution"),
-        (lambda p: p.mean, r"`steps` returned tensor\(.* of type Tensor; it has to return a Distribution"),
+        (lambda _: None, r"`distribution` returned None, of type NoneType; it has to return a Distribution"),
+        (lambda p: p.mean, r"`distribution` returned tensor\(.* of type Tensor; it has to return a Distribution"),
         (
             lambda p: Gaussian(p.mean[1:], p.scale),
-            r"`steps` returned .* at \d × 6 states; the trajectories have \d × 6",
+            r"`distribution` returned .* at \d × 6 states; the trajectories have \d × 6",
         ),
         (
             lambda p: Gaussian(p.mean.flatten(0, 1), p.scale),
-            r"`steps` returned .* states; the trajectories have \d × 6",
+            r"`distribution` returned .* states; the trajectories have \d × 6",
         ),
     ],
 )
 def test_what_steps_returns_is_checked_and_named(change, message, tmp_path):
-    setting = returning("steps", change)
+    setting = returning("distribution", change)
     setting._log_probs = lambda self, policy, acted: torch.zeros(acted.mask.shape)
     with pytest.raises((TypeError, ValueError), match=message):
         toy.fit(toy.make_module(setting=setting), tmp_path)
@@ -150,7 +152,7 @@ def test_what_steps_returns_is_checked_and_named(change, message, tmp_path):
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int64, torch.bool])
 def test_rewards_of_any_kind_of_number_are_rewards(kind, tmp_path):
     module = toy.make_module(
-        setting=returning("score", lambda s: (torch.ones(len(s[1]), dtype=kind), s[1])), reward=len
+        setting=returning("rewards", lambda s: (torch.ones(len(s[1]), dtype=kind), s[1])), reward=len
     )
     (found,) = make_trainer(tmp_path).validate(module, datamodule=Rows([], toy.make_rows(3)), verbose=False)
     assert found["val/accuracy"] == 1
@@ -179,20 +181,20 @@ def test_a_callback_that_returns_no_trajectories_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "served", "change", "message"),
+    ("method", "provides", "change", "message"),
     [
         (
-            "steps",
+            "distribution",
             "categorical",
             lambda said: said,
-            r"Mine\.steps returned a Gaussian, and `served` names 'categorical'",
+            r"Mine\.distribution returned a Gaussian, and `provides` names 'categorical'",
         ),
-        ("score", "", lambda s: ([1.0] * len(s[1]), s[1]), r"Mine\.score has rewards, although .* name 'reward'"),
+        ("rewards", "", lambda s: ([1.0] * len(s[1]), s[1]), r"Mine\.rewards has rewards, although .* name 'reward'"),
     ],
 )
-def test_what_is_served_is_what_is_returned(method, served, change, message, tmp_path):
+def test_what_is_served_is_what_is_returned(method, provides, change, message, tmp_path):
     setting = returning(method, change)
-    setting.served = frozenset({served} - {""})
+    setting.provides = frozenset({provides} - {""})
     with pytest.raises((TypeError, ValueError), match=message):
         toy.fit(
             toy.make_module(setting=setting, evaluation=Evaluation(before=True)), tmp_path, validation=toy.make_rows(4)
@@ -200,7 +202,7 @@ def test_what_is_served_is_what_is_returned(method, served, change, message, tmp
 
 
 def test_where_every_reward_abstains_that_is_said(tmp_path, caplog):
-    module = toy.make_module(setting=returning("score", lambda s: ([None] * len(s[1]), s[1])), reward=lambda *_: None,
+    module = toy.make_module(setting=returning("rewards", lambda s: ([None] * len(s[1]), s[1])), reward=lambda *_: None,
                              evaluation=Evaluation(before=True))  # fmt: skip
     with pytest.warns(UserWarning, match=r"val/abstained is 1: .* nothing is scored"):
         toy.fit(module, tmp_path, validation=toy.make_rows(4))
@@ -215,11 +217,11 @@ def test_where_every_reward_abstains_that_is_said(tmp_path, caplog):
 class Near(toy.Moves):
     """Has rewards without a verifier: on another device's dtype, and with a gradient that nobody wants."""
 
-    served = frozenset({"reward"})
+    provides = frozenset({"reward"})
 
-    def score(self, trajectories):
+    def rewards(self, trajectories):
         ends = trajectories.observation["start"] + (trajectories.actions * trajectories.mask[..., None]).sum(1)
-        return (-ends.norm(dim=1)).double().requires_grad_(), super().score(trajectories)[1]
+        return (-ends.norm(dim=1)).double().requires_grad_(), super().rewards(trajectories)[1]
 
 
 def test_a_setting_may_have_rewards_without_a_verifier(tmp_path):
@@ -238,7 +240,7 @@ def test_a_setting_may_have_rewards_without_a_verifier(tmp_path):
 
 
 def test_without_rewards_what_reads_them_is_still_refused():
-    with pytest.raises(ValueError, match=r"Outcome needs 'reward': set model\.reward .* `score` .* `served`"):
+    with pytest.raises(ValueError, match=r"Outcome needs 'reward': set model\.reward .* `rewards` .* `provides`"):
         toy.make_module(objective=Objective([Term(ReverseKL(), weights=[Outcome()])]))
 
 
@@ -264,11 +266,11 @@ def test_the_gradient_of_a_log_ratio_is_what_the_formula_says(tmp_path):
     module._look_ahead(step)
     teachers, available = module.ask_all(batch)
     module.student.zero_grad()
-    module.objective(module.steps(module.policies["student"], batch), teachers, batch, available)[0].backward()
+    module.objective(module.distribution(module.policies["student"], batch), teachers, batch, available)[0].backward()
     found = [p.grad.clone() for p in module.student.parameters()]
 
     def log_prob(policy):
-        mean = module.steps(policy, batch).mean
+        mean = module.distribution(policy, batch).mean
         return (-0.5 * ((batch.actions - mean) / toy.SCALE) ** 2).sum(-1)
 
     p, q = log_prob(module.policies["student"]), log_prob(module.policies["teacher"]).detach()

@@ -161,6 +161,6 @@ def test_each_is_left_out_by_name_or_can_be_used(
         acted = module.act(who, usable, list(range(len(usable))))
         acted.group = torch.arange(len(usable))
         with torch.no_grad():
-            module.steps(module.policies["student"], acted)
+            module.distribution(module.policies["student"], acted)
             module.ask("told", acted)
-        module.rewards(acted)
+        module.checked_rewards(acted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.module import Schedule, default_optimizer, in_place
+from opd_lightning.module import LRSchedule, default_optimizer, in_place
 from opd_lightning.objective import (
     ByReward,
     CrossEntropy,
@@ -92,7 +92,7 @@ def test_what_can_be_served_is_built():
 
 
 def test_a_falling_schedule_needs_an_end(tiny_student, tmp_path):
-    module = make_module(tiny_student, {}, no_teacher(), schedule=Schedule("cosine"))
+    module = make_module(tiny_student, {}, no_teacher(), schedule=LRSchedule("cosine"))
     with pytest.raises(ValueError, match=r"model\.schedule\.name=cosine needs trainer\.max_steps"):
         fit(module, tmp_path, steps=-1)
 

@@ -18,9 +18,7 @@ def test_importance_ratios_start_at_one_in_every_precision(precision, tmp_path, 
     def spy(self, student, teachers, trajectories, *args, **kwargs):
         log_probs = student.head(student.hidden.flatten(0, 1)).log_softmax(-1).detach()
         now = log_probs.gather(1, trajectories.actions.view(-1, 1)).view_as(trajectories.mask)
-        seen.append(
-            (trajectories.behavior_log_probs.dtype, (now - trajectories.behavior_log_probs)[trajectories.mask])
-        )
+        seen.append((trajectories.behavior_log_probs.dtype, (now - trajectories.behavior_log_probs)[trajectories.mask]))
         return evaluate(self, student, teachers, trajectories, *args, **kwargs)
 
     monkeypatch.setattr(objective.__class__, "__call__", spy)

@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_te
         attention = next(m for name, m in module.student.named_modules() if name.endswith("layers.0.self_attn"))
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         teachers, _ = module.ask_all(rolled)
-        loss, _ = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled)
+        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled)
         forward = len(calls)
         loss.backward()
         assert len(calls) == (2 * forward if checkpointing else forward), "recomputed in the backward pass"
@@ -222,14 +222,14 @@ def test_the_gradient_of_adapters_is_the_same_after_an_evaluation(quantization, 
     def gradients() -> list[torch.Tensor]:
         module.zero_grad()
         teachers, _ = module.ask_all(batch)
-        module.objective(module.steps(module.policies["student"], batch), teachers, batch)[0].backward()
+        module.objective(module.distribution(module.policies["student"], batch), teachers, batch)[0].backward()
         return [p.grad.clone() for p in module.student.parameters() if p.requires_grad]
 
     before = gradients()
     module.eval()
     act(module, make_rows(4))
     with torch.no_grad():
-        module.steps(module.policies["student"], batch)
+        module.distribution(module.policies["student"], batch)
     module.train()
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
 

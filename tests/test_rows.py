@@ -225,7 +225,7 @@ def seeing(tmp_path: Path) -> tuple[Any, str]:
 @pytest.mark.parametrize("where", ["rollout", "training"])
 def test_an_image_that_vanishes_names_its_row(where: str, seeing: tuple[Any, str], tmp_path: Path, monkeypatch) -> None:
     module, source = seeing
-    method = "sample" if where == "rollout" else "steps"
+    method = "sample" if where == "rollout" else "distribution"
     original = getattr(module, method)
 
     def vanishing(*args: Any, **kwargs: Any) -> Any:
@@ -260,6 +260,6 @@ def test_what_is_no_rows_fault_is_raised_as_it_is(chat: Path, tmp_path: Path, mo
     def fails(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module, "steps", fails)
+    monkeypatch.setattr(module, "distribution", fails)
     with pytest.raises(torch.OutOfMemoryError):
         fit(module, PromptData(train=write(tmp_path / "rows.jsonl", [GOOD] * 4)), tmp_path)

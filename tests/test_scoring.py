@@ -186,7 +186,7 @@ def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
     module.student.zero_grad()
     for part in step.micro_batches:
         teachers, available = module.ask_all(part)
-        module.objective(module.steps(module.policies["student"], part), teachers, part, available)[0].backward()
+        module.objective(module.distribution(module.policies["student"], part), teachers, part, available)[0].backward()
     return [p.grad.clone() for p in module.student.parameters()]
 
 
@@ -200,12 +200,15 @@ def test_a_row_that_abstains_trains_as_if_it_were_not_there(kind, tmp_path):
     module.reward = Answering(1.0, 0.0, None, None, None, None, 0.25, None, 1.0, 0.5, 1.0, 0.0)
 
     class Own(type(module)):
-        def score(self, trajectories):
-            rewards, shown = [self.rate("", row) for row in trajectories.examples], super().score(trajectories)[1]
+        def rewards(self, trajectories):
+            rewards, shown = (
+                [self.reward_of("", row) for row in trajectories.examples],
+                super().rewards(trajectories)[1],
+            )
             return rewards, shown
 
     module.__class__ = Own
-    judged = module.judge(dataclasses.replace(rolled, group=group))
+    judged = module.with_rewards(dataclasses.replace(rolled, group=group))
     assert judged.reward.isnan().tolist() == [False, False, True, True, True, True, False, True, *[False] * 4]
     known = judged.select((~judged.reward.isnan()).nonzero().squeeze(-1))
     for mine, expected in zip(gradient(module, judged), gradient(module, known), strict=True):
@@ -219,12 +222,12 @@ GROUPS = Rollout(batch_size=4, group_size=2, horizon=4)
 class Scored(toy.Moves):
     """Rewards of its own, in an order that does not depend on the rollout."""
 
-    served = frozenset({"reward"})
+    provides = frozenset({"reward"})
     pattern: tuple[Any, ...] = (1.0, None, 0.0, None, None)
 
-    def score(self, trajectories):
+    def rewards(self, trajectories):
         numbers = [int(row["prompt"]) for row in trajectories.examples]
-        return [self.pattern[i % len(self.pattern)] for i in numbers], super().score(trajectories)[1]
+        return [self.pattern[i % len(self.pattern)] for i in numbers], super().rewards(trajectories)[1]
 
 
 def test_means_in_the_log_leave_out_rows_that_abstain(tmp_path):
@@ -282,9 +285,9 @@ def test_a_run_with_abstentions_resumes_in_the_middle_of_a_generation_batch(tmp_
 
 def test_pass_at_k_counts_prompts_all_of_whose_samples_are_known(tmp_path):
     class Own(Scored):
-        def score(self, trajectories):
+        def rewards(self, trajectories):
             rewards = [1.0, 0.0, None, 1.0, 0.0, 0.0][: len(trajectories)]
-            return rewards, super().score(trajectories)[1]
+            return rewards, super().rewards(trajectories)[1]
 
     module = toy.make_module(setting=Own, evaluation=Evaluation(samples=2, temperature=1.0))
     (found,) = make_trainer(tmp_path).validate(module, datamodule=Rows([], toy.make_rows(3)), verbose=False)

@@ -89,7 +89,7 @@ def rows_of(world: World, count: int) -> list[Any]:
 def behind(module: Any, trajectories: Any) -> float:
     """The largest difference between what is said of the actions now and when they were taken, in nats."""
     with torch.no_grad():
-        said = module.steps(module.policies["student"], trajectories)
+        said = module.distribution(module.policies["student"], trajectories)
         index = trajectories.mask.flatten().nonzero().squeeze(-1)
         chunk = said.at(index).chunk(slice(0, len(index)))
         now = chunk.log_prob(trajectories.actions.flatten(0, 1)[index])
@@ -164,7 +164,7 @@ def test_a_click_in_pixels_is_read_by_the_screen_that_it_was_written_for(make_wo
     (row,) = world.make_rows(1)
     row["image"] = Image.new("RGB", (112, 112))
     then = settings_of(module.student_view)
-    text = module.answer.write((10, 10, 30, 30), (112, 112), module.model_size((56, 56)))
+    text = module.answer_format.write((10, 10, 30, 30), (112, 112), module.model_size((56, 56)))
     before = module.predicted(text, row)
     Knob(module, "student_view.longest").turn(28)
     assert module.predicted(text, row, then) == before != module.predicted(text, row)

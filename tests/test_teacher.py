@@ -64,7 +64,7 @@ def test_views_and_rewards_change_copies_of_rows(student, teacher):
     module = make_module(student, {"teacher": Teacher(frozen, Changing())}, reward=ChangingReward())
     rows = [{**row, "notes": []} for row in make_rows()]
     for example in (rows[1], *act(module, rows[:4]).examples):
-        module.rate("2", example)
+        module.reward_of("2", example)
         assert module.teachers["teacher"].look(example)["prompt"] == f"1{example['prompt']}"
         assert module.teachers["teacher"].look(example)["prompt"] == f"1{example['prompt']}"
         assert example["notes"] == []
@@ -254,7 +254,7 @@ def test_teachers_are_routed_by_a_column(saved, tiny_student, tiny_teacher):
     assert available["even"].tolist() == [True, False] * 4
     assert available["odd"].tolist() == [False, True] * 4
     with torch.no_grad():
-        loss, averages = objective(module.steps(module.policies["student"], rolled), asked, rolled, available)
+        loss, averages = objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
     p = log_softmax(module, "student", rolled)
     kl = {}
     for name in teachers:
@@ -271,7 +271,7 @@ def test_elsewhere_a_routed_teacher_contributes_nothing(tiny_student, tiny_teach
     module = make_module(tiny_student, {"teacher": teacher})
     rolled = act(module, make_rows(4))
     asked, available = module.ask_all(rolled)
-    loss, _ = module.objective(module.steps(module.policies["student"], rolled), asked, rolled, available)
+    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
     loss.backward()
     assert float(loss) == 0
     assert all(float(p.grad.abs().sum()) == 0 for p in module.student.parameters())
@@ -287,7 +287,7 @@ def test_an_example_without_a_view_weighs_nothing_under_both_normalizers(tiny_st
         shown = available["teacher"]
         assert 0 < int(shown.sum()) < 8
         with torch.no_grad():
-            loss, _ = objective(module.steps(module.policies["student"], rolled), asked, rolled, available)
+            loss, _ = objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
         p = log_softmax(module, "student", rolled)
         q = asked["teacher"].head(asked["teacher"].hidden).log_softmax(-1).detach()
         here = rolled.mask & shown[:, None]

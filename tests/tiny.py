@@ -219,7 +219,7 @@ def fit(module: Any, folder: Path, rows: Sequence[dict[str, Any]] | None = None,
 @torch.no_grad()
 def log_softmax(module: Any, name: str, trajectories: Trajectories, view: list[Any] | None = None) -> Tensor:
     """``[B, T, V]`` the teacher-forced log-probabilities of one of the module's policies at temperature 1."""
-    said = module.steps(module.policies[name], trajectories, view)
+    said = module.distribution(module.policies[name], trajectories, view)
     return said.head(said.hidden).log_softmax(-1)
 
 

@@ -1,4 +1,4 @@
-"""AutoregressiveDistillation: `sample`, `steps` and `score` for students that write tokens.
+"""AutoregressiveDistillation: `sample`, `distribution` and `rewards` for students that write tokens.
 
 Shape legend: B trajectories, P prompt width (left padded), T completion width (right padded), H hidden size.
 """
@@ -64,7 +64,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         ValueError: pass_tokens < 1, or under fsdp2, where every rank must make equally many passes.
     """
 
-    served: ClassVar[frozenset[str]] = frozenset({"categorical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical"})
     reads: ClassVar[frozenset[str]] = COLUMNS
 
     def __init__(
@@ -226,7 +226,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
         return ids, written
 
-    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Categorical:
+    def distribution(
+        self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
+    ) -> Categorical:
         model = bare(policy.model)
         device = next(model.parameters()).device
         if view is None:
@@ -293,15 +295,15 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
         }
 
-    def score(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
+    def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         tokens = [row[keep].tolist() for row, keep in zip(trajectories.actions, trajectories.mask, strict=True)]
         texts = [self.written_as(row) for row in tokens]
         shown: list[dict[str, Any]] = []
         for text, example in zip(texts, trajectories.examples, strict=True):
-            facts = self.grade(text, example, trajectories.student_view)
+            facts = self.parsed(text, example, trajectories.student_view)
             shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
-                shown[-1]["reward"] = self.rate(text, example | facts)
+                shown[-1]["reward"] = self.reward_of(text, example | facts)
         return None if self.reward is None else [row["reward"] for row in shown], shown
 
     def release(self) -> None:
@@ -317,7 +319,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         rows = zip(trajectories.actions, trajectories.mask, strict=True)
         return [[str(self.tokenizer().decode([token])) for token in row[keep].tolist()] for row, keep in rows]
 
-    def grade(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
+    def parsed(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
         """What only the setting can find out about a completion: rewards read it as further columns, samples show it,
         and validation averages the numbers in its entry ``metrics``. ``student_view``: as `Trajectories` has it."""
         return {}

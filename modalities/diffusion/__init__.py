@@ -1,6 +1,5 @@
 """Few-step diffusion: flow-matching models, distilled on the states that their own sampler visits."""
 
-from .answer import Answer, AverageVelocity, SameStep, ScoreDifference, TotalDerivative, Velocity
 from .fake import LearnedScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
 from .quality import DigitFeatures, Features, Inception, SampleQuality
@@ -8,11 +7,11 @@ from .reward import Brightness, ClipScore
 from .sampler import SDE, Euler, Noising, Renoise, Sampler, Shortcuts
 from .setting import DiffusionDistillation
 from .signal import FlowMatching, InverseError, NoiseLevel, VelocityMatching
+from .velocity_target import AverageVelocity, SameStep, ScoreDifference, TotalDerivative, Velocity, VelocityTarget
 from .view import DetailedPrompt, ReferenceImage
 
 __all__ = [
     "SDE",
-    "Answer",
     "AnyFlow",
     "AverageVelocity",
     "Brightness",
@@ -41,5 +40,6 @@ __all__ = [
     "TotalDerivative",
     "Velocity",
     "VelocityMatching",
+    "VelocityTarget",
     "ZImage",
 ]

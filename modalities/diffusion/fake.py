@@ -14,7 +14,7 @@ from ...pretrained import Pretrained
 from ...resume import apply_settings, check_settings, settings_of
 from ...teacher import Policy, TeacherWeights
 from . import flow
-from .answer import AskHere, drawn
+from .velocity_target import AskHere, drawn
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:

@@ -24,7 +24,6 @@ from ...rollout import Rollout, derived_seed
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, OptimizerStep, Trajectories
 from . import flow
-from .answer import Answer, AskHere, Moment, SameStep
 from .fake import LearnedScore
 from .families import Condition, Family, load_family
 from .images import opened, picture
@@ -32,6 +31,7 @@ from .models import Transformer, diffusers, save_adapter, with_adapter
 from .quality import SampleQuality
 from .sampler import Ask, Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
 from .signal import FlowMatching, VelocityMatching
+from .velocity_target import AskHere, Moment, SameStep, VelocityTarget
 from .view import REFERENCE
 
 
@@ -43,7 +43,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     Args:
         sampler: which states the student visits in training, and which of them are trained. Default: `Euler`.
-        answers: what each teacher says of a step, by its name. Default: `SameStep`.
+        velocity_targets: what each teacher says of a step, by its name. Default: `SameStep`.
         flow_map: whether the student is told where a step ends. Default: if its transformer can be (AnyFlow's).
         height, width: of images in pixels.
         max_sequence_length: tokens of a prompt; longer ones are refused.
@@ -60,7 +60,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     model_class: ClassVar[Any] = Transformer
     library: ClassVar[str] = "diffusers"
     headline: ClassVar[str] = "fid"
-    served: ClassVar[frozenset[str]] = frozenset({"latents"})
+    provides: ClassVar[frozenset[str]] = frozenset({"latents"})
     reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image", REFERENCE})
     exported_with: ClassVar[tuple[str, ...]] = ("height", "width", "max_sequence_length", "shift", "flow_map")
 
@@ -71,7 +71,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         height: int,
         width: int,
         sampler: Sampler | None = None,
-        answers: dict[str, Answer] | None = None,
+        velocity_targets: dict[str, VelocityTarget] | None = None,
         flow_map: bool | None = None,
         max_sequence_length: int = 256,
         shift: float | None = None,
@@ -81,7 +81,11 @@ class DiffusionDistillation(OnPolicyDistillation):
         **kwargs: Any,
     ) -> None:
         # before the core's own, which checks that everything fits
-        self.sampler, self.answers, self.noising = sampler or Euler(), answers or {}, noising or Noising()
+        self.sampler, self.velocity_targets, self.noising = (
+            sampler or Euler(),
+            velocity_targets or {},
+            noising or Noising(),
+        )
         self.quality, self.flow_map = quality, flow_map
         self.network_evaluations = 0
         self._family_settings = {
@@ -96,13 +100,15 @@ class DiffusionDistillation(OnPolicyDistillation):
     # -- building -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        for name, answer in self.answers.items():
+        for name, answer in self.velocity_targets.items():
             if name not in self.teachers:
-                raise ValueError(f"model.answers: there is no teacher {name!r}; there are {sorted(self.teachers)}")
+                raise ValueError(
+                    f"model.velocity_targets: there is no teacher {name!r}; there are {sorted(self.teachers)}"
+                )
             for other in sorted(set(answer.asks) - set(self.teachers)):
                 raise ValueError(
-                    f"model.answers.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add it to "
-                    "model.teachers with the weights of a LearnedScore"
+                    f"model.velocity_targets.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add "
+                    "it to model.teachers with the weights of a LearnedScore"
                 )
         for i, term in enumerate(self.objective.terms):
             self._check_signal(f"objective.terms[{i}] ({term.name})", term.signal)
@@ -144,7 +150,9 @@ class DiffusionDistillation(OnPolicyDistillation):
             )
 
     def asked_by_parts(self) -> set[str]:
-        return {other for name, answer in self.answers.items() if name in self.teachers for other in answer.asks}
+        return {
+            other for name, answer in self.velocity_targets.items() if name in self.teachers for other in answer.asks
+        }
 
     def required_columns(self) -> dict[str, str]:
         needed = super().required_columns()
@@ -250,7 +258,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         """``[B, T]`` of the steps that were taken."""
         found = torch.zeros(acted.mask.shape)
         index = acted.mask.flatten().nonzero().squeeze(-1)
-        said = self.steps(policy, acted, acted.examples).at(index).chunk(slice(None))
+        said = self.distribution(policy, acted, acted.examples).at(index).chunk(slice(None))
         found.view(-1)[index] = said.log_prob(acted.actions.flatten(0, 1)[index]).float()
         return found
 
@@ -284,7 +292,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         )
         return made.to("cpu")
 
-    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
+    def distribution(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
         is_student = policy.name == "student"
         answer = SameStep() if is_student else self._answer(policy.name)
         own = self.shown(trajectories.examples, trajectories.student_view)
@@ -333,16 +341,16 @@ class DiffusionDistillation(OnPolicyDistillation):
     def _jumps(self) -> bool:
         return self.family.jumps if self.flow_map is None else self.flow_map
 
-    def _answer(self, teacher: str) -> Answer:
-        return self.answers.get(teacher) or SameStep()
+    def _answer(self, teacher: str) -> VelocityTarget:
+        return self.velocity_targets.get(teacher) or SameStep()
 
-    def score(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
+    def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         prompts = [example["prompt"] for example in trajectories.examples]
         if self.reward is None:
             return None, [{"prompt": prompt, "completion": ""} for prompt in prompts]
         # one at a time: what an image is decoded to must not depend on its neighbors, not by a rounding
         rewards = [
-            self.rate(picture(self.family.images(end[None])[0].cpu()), example)
+            self.reward_of(picture(self.family.images(end[None])[0].cpu()), example)
             for end, example in zip(self.ends(trajectories), trajectories.examples, strict=True)
         ]
         shown = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]

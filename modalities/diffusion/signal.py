@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...objective import Signal, Steps, Weight
-from .answer import data_velocity
 from .sampler import Transition
+from .velocity_target import data_velocity
 
 
 class VelocityMatching(Signal):

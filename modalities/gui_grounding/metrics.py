@@ -36,7 +36,7 @@ def distance(prediction: Sequence[float], box: Box, size: tuple[int, int]) -> fl
     return math.dist(center(prediction), center(box)) / math.hypot(*size)
 
 
-def grade(prediction: Prediction, box: Box, size: tuple[int, int]) -> dict[str, float]:
+def grounding_metrics(prediction: Prediction, box: Box, size: tuple[int, int]) -> dict[str, float]:
     """What is known of one prediction.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rewards of GUI grounding, read from the grades that the setting gives every prediction (`metrics.grade`)."""
+"""Rewards of GUI grounding, read from the metrics of every prediction (`metrics.grounding_metrics`)."""
 
 from __future__ import annotations
 

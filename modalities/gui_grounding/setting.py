@@ -15,7 +15,7 @@ from ..vision_language import VisionLanguageDistillation
 from ..vision_language.boxes import problem_with_box
 from ..vision_language.images import images_of
 from .formats import AnswerFormat, Normalized1000
-from .metrics import grade
+from .metrics import grounding_metrics
 from .reward import PointInBox
 from .weight import digit_places
 
@@ -30,19 +30,19 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     (``rollout.behavior: {dataset: …}``) are written from the box.
 
     Args:
-        answer: how coordinates are asked for, written and read. Default: points from 0 to 1000.
+        answer_format: how coordinates are asked for, written and read. Default: points from 0 to 1000.
         reward: default `PointInBox`: 1 for a click inside of the target.
         **kwargs: as in `VisionLanguageDistillation`.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "image", "box")
-    served: ClassVar[frozenset[str]] = frozenset({"categorical", "digits"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "digits"})
 
-    def __init__(self, answer: AnswerFormat | None = None, **kwargs: Any) -> None:
+    def __init__(self, answer_format: AnswerFormat | None = None, **kwargs: Any) -> None:
         if kwargs.get("reward") is None:
             kwargs["reward"] = PointInBox()
         super().__init__(**kwargs)
-        self.answer = answer or Normalized1000()
+        self.answer_format = answer_format or Normalized1000()
         self._model_sizes: dict[Size, Size] = {}
         for name, teacher in self.teachers.items():
             in_words = isinstance(teacher.view, PromptView) and {"box", "completion"} & set(teacher.view.columns)
@@ -73,12 +73,12 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     def written(self, example: Example) -> str:
         """The completion that answers with the example's box."""
-        if self.answer.absolute:
+        if self.answer_format.absolute:
             (seen,) = self.shown([example])
             model_size = self.model_size(images_of(seen)[0].size)
         else:
             model_size = (1, 1)
-        return self.answer.write(tuple(example["box"]), images_of(example)[0].size, model_size)
+        return self.answer_format.write(tuple(example["box"]), images_of(example)[0].size, model_size)
 
     def predicted(
         self, completion: str, example: Example, student_view: dict[str, Any] | None = None
@@ -87,20 +87,20 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
         ``student_view``: its settings when the completion was written (`Trajectories`); None: those of now.
         """
-        parsed = self.answer.parse(completion)
+        parsed = self.answer_format.parse(completion)
         if parsed is None:
             return None
         size = model_size = images_of(example)[0].size
-        if self.answer.absolute:
+        if self.answer_format.absolute:
             (seen,) = self.shown([example], student_view)
             model_size = self.model_size(images_of(seen)[0].size)
-        return self.answer.to_pixels(parsed, size, model_size)
+        return self.answer_format.to_pixels(parsed, size, model_size)
 
     # -- the methods of a setting -------------------------------------------------------------------------------
 
     def asked(self, example: Example) -> Example:
         prompt = example["prompt"]
-        asked = self.answer.prompt.format(instruction=prompt) if isinstance(prompt, str) else prompt
+        asked = self.answer_format.prompt.format(instruction=prompt) if isinstance(prompt, str) else prompt
         return {**example, "prompt": asked}
 
     def answered(self, example: Example) -> Example:
@@ -125,9 +125,9 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         ends = {*self.eos, self.tokenizer().pad_token_id}
         return str(self.tokenizer().decode([token for token in tokens if token not in ends], skip_special_tokens=False))
 
-    def grade(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
+    def parsed(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
         box, prediction = tuple(example["box"]), self.predicted(completion, example, student_view)
-        metrics = grade(prediction, box, images_of(example)[0].size)
+        metrics = grounding_metrics(prediction, box, images_of(example)[0].size)
         return {"box": list(box), "prediction": prediction, "metrics": metrics}
 
     # -- checks -------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         problem = problem_with_box(example["box"], images[0].size)
         if problem is not None:
             return problem
-        if self.answer.absolute:
+        if self.answer_format.absolute:
             (seen,) = self.shown([example])
             mine = self.model_size(images_of(seen)[0].size)
             for name, teacher in self.teachers.items():

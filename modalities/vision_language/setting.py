@@ -171,8 +171,10 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
                 part.rope_deltas = None  # of an earlier batch; text-only prompts would take them over
         return super().sample(policy, *args, **kwargs)
 
-    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Categorical:
-        said = super().steps(policy, trajectories, view)
+    def distribution(
+        self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
+    ) -> Categorical:
+        said = super().distribution(policy, trajectories, view)
         if torch.is_grad_enabled() and policy is self.policies["student"] and not self._sees(trajectories):
             # a batch without images must still reach every trained parameter
             idle = sum((p.sum() * 0.0 for p in self._eyes()), said.hidden.new_zeros(()))
@@ -254,7 +256,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     def log_probs(self, policy: Policy, trajectories: Trajectories, seen: list[Example]) -> Tensor:
         """``[B, T]`` of the actions taken, 0 where nothing is trained."""
-        said, mask = self.steps(policy, trajectories, seen), trajectories.mask
+        said, mask = self.distribution(policy, trajectories, seen), trajectories.mask
         taken = torch.zeros(mask.numel(), device=mask.device)
         actions = trajectories.actions.flatten()
         for index in mask.flatten().nonzero().squeeze(-1).split(256):

@@ -111,16 +111,16 @@ class Objective:
         """Whose forward pass is needed now."""
         return set().union(*(term.teachers for term in self.active))
 
-    def check(self, teachers: set[str], served: set[str], sources: set[str]) -> None:
+    def check(self, teachers: set[str], provides: set[str], sources: set[str]) -> None:
         """Refuse what cannot be served, naming the part and what is missing.
 
         Args:
             teachers: names in model.teachers.
-            served: which of `Part.needs` the run offers, besides teachers.
+            provides: which of `Part.needs` the run offers, besides teachers.
             sources: behavior policies that act in this run.
         """
         advice = {
-            "reward": "set model.reward (a setting whose `score` has rewards of its own names it in `served`)",
+            "reward": "set model.reward (a setting whose `rewards` has rewards of its own names it in `provides`)",
             "group": "set rollout.group_size > 1",
             "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
             "categorical": "only distributions over a vocabulary have it",
@@ -140,11 +140,11 @@ class Objective:
             for part in term.parts():
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
-                for need in sorted(part.needs - {"teacher"} - served):
+                for need in sorted(part.needs - {"teacher"} - provides):
                     known = need == "behavior" and term.source not in (None, "dataset")
                     if not known:
                         how = advice.get(
-                            need, "this setting does not name it in `served`, where it says what it offers"
+                            need, "this setting does not name it in `provides`, where it says what it offers"
                         )
                         raise ValueError(f"{where}: {type(part).__name__} needs '{need}': {how}")
 
@@ -474,13 +474,13 @@ def _check_states(student: Distribution, teachers: dict[str, Distribution], traj
     for name, said in {"student": student, **teachers}.items():
         if not isinstance(said, Distribution):
             raise TypeError(
-                f"`steps` returned {quoted(said)}, of type {type(said).__name__}; it has to return a Distribution, "
-                "such as a Categorical or a Gaussian, at every state of the trajectories"
+                f"`distribution` returned {quoted(said)}, of type {type(said).__name__}; it has to return a "
+                "Distribution, such as a Categorical or a Gaussian, at every state of the trajectories"
             )
         if said.states not in (None, tuple(trajectories.mask.shape)):
             raise ValueError(
-                f"`steps` returned for the {'student' if name == 'student' else f'teacher {name!r}'} distributions at "
-                f"{' × '.join(map(str, said.states or ()))} states; the trajectories have "
+                f"`distribution` returned for the {'student' if name == 'student' else f'teacher {name!r}'} "
+                f"distributions at {' × '.join(map(str, said.states or ()))} states; the trajectories have "
                 f"{' × '.join(map(str, trajectories.mask.shape))} (their mask): the state that action t was taken in "
                 "belongs at t, none behind the last action; what is kept for each step belongs in "
                 "Trajectories.channels, which are cut with the mask, and not in the observation"

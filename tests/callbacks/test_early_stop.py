@@ -18,7 +18,7 @@ from opd_lightning.callbacks import (
     FirstSteps,
     Linear,
     LowCorrection,
-    StopPolicy,
+    StopRule,
 )
 from opd_lightning.callbacks.early_stop import falls_at
 from opd_lightning.evaluation import Evaluation
@@ -67,7 +67,7 @@ def test_as_many_first_steps_as_there_are_change_nothing(tmp_path):
     plain, stopped = toy.make_module(), toy.make_module()
     toy.fit(plain, tmp_path / "a")
     toy.fit(stopped, tmp_path / "b", [EarlyStopRollout(FirstSteps(100))])
-    assert stopped.rollout.horizon == plain.rollout.horizon, "no policy lengthens rollouts"
+    assert stopped.rollout.horizon == plain.rollout.horizon, "no rule lengthens rollouts"
     for name, weight in plain.state_dict().items():
         assert torch.equal(stopped.state_dict()[name], weight)
 
@@ -95,20 +95,20 @@ def test_the_window_stays_where_directions_agree_and_grows_to_full_rollouts_wher
 
 def test_the_window_shrinks_again(tmp_path):
     module = toy.make_module(rollout=Rollout(batch_size=8, horizon=12))
-    policy = AdaptiveWindow(smallest=2, every=1, agreement=1.0)
-    toy.fit(module, tmp_path / "a", [EarlyStopRollout(policy)], steps=3)
-    assert policy.horizon == 12
-    policy.agreement = -1.0
-    toy.fit(module, tmp_path / "b", [EarlyStopRollout(policy)], steps=1)
-    assert policy.horizon == 6
+    rule = AdaptiveWindow(smallest=2, every=1, agreement=1.0)
+    toy.fit(module, tmp_path / "a", [EarlyStopRollout(rule)], steps=3)
+    assert rule.horizon == 12
+    rule.agreement = -1.0
+    toy.fit(module, tmp_path / "b", [EarlyStopRollout(rule)], steps=1)
+    assert rule.horizon == 6
 
 
 def test_the_window_stays_where_no_less_would_do(tmp_path):
     """Whatever full rollouts are, they agree with themselves; that is no reason to give them up."""
     module = toy.make_module(rollout=Rollout(batch_size=8, horizon=12))
-    policy = AdaptiveWindow(smallest=2, every=1, agreement=1 - 1e-6)
-    toy.fit(module, tmp_path, [EarlyStopRollout(policy)], steps=6)
-    assert policy.horizon == 12
+    rule = AdaptiveWindow(smallest=2, every=1, agreement=1 - 1e-6)
+    toy.fit(module, tmp_path, [EarlyStopRollout(rule)], steps=6)
+    assert rule.horizon == 12
 
 
 def test_the_probe_serves_terms_of_several_sources_and_rewards_of_groups(tmp_path):
@@ -116,9 +116,9 @@ def test_the_probe_serves_terms_of_several_sources_and_rewards_of_groups(tmp_pat
     terms.append(Term(PolicyGradient(GroupRelative()), teacher=None, source="student"))
     rollout = Rollout(batch_size=8, group_size=2, horizon=8, behavior={"teacher": 0.5, "student": 0.5})
     module = toy.make_module(objective=Objective(terms), rollout=rollout, reward=LongerIsBetter())
-    policy = AdaptiveWindow(smallest=2, every=1, agreement=1.0, probe=8)
-    toy.fit(module, tmp_path, [EarlyStopRollout(policy)], steps=2)
-    assert policy.horizon == 8
+    rule = AdaptiveWindow(smallest=2, every=1, agreement=1.0, probe=8)
+    toy.fit(module, tmp_path, [EarlyStopRollout(rule)], steps=2)
+    assert rule.horizon == 8
 
 
 def test_the_probe_sees_the_gradient_of_training(make_world, tmp_path):
@@ -168,8 +168,8 @@ def test_a_clean_step_down_is_found_and_nothing_else(high, drop, before, after, 
 class TeacherFails(toy.Moves):
     """From step 12 on the teacher means something else."""
 
-    def steps(self, policy, trajectories, view=None):
-        said = super().steps(policy, trajectories, view)
+    def distribution(self, policy, trajectories, view=None):
+        said = super().distribution(policy, trajectories, view)
         if policy is self.policies["teacher"]:
             said.mean[:, 12:] += 9.0
         return said
@@ -191,31 +191,31 @@ def test_a_change_point_cuts_at_the_end_of_a_block(tmp_path):
 @pytest.mark.parametrize("signal", ["margin", "confidence", "log_prob"])
 def test_a_change_point_of_a_vocabulary_leaves_a_prefix(signal, make_world, tmp_path):
     world, seen = make_world("text"), []
-    policy = ChangePoint(signal, block=2, fewest=1, candidates=4)
-    world.fit(world.module(setting=watching(world.setting, seen)), tmp_path, callbacks=[EarlyStopRollout(policy)])
+    rule = ChangePoint(signal, block=2, fewest=1, candidates=4)
+    world.fit(world.module(setting=watching(world.setting, seen)), tmp_path, callbacks=[EarlyStopRollout(rule)])
     ((_, mask),) = seen
     assert not (mask[:, 1:] & ~mask[:, :-1]).any()
     assert mask[:, 0].all()
 
 
-def keep(policy: StopPolicy, *rows: list[float], step: int = 100) -> list[int]:
-    """What the policy keeps of trajectories at whose steps its signal has these values; NaN: not there."""
+def keep(rule: StopRule, *rows: list[float], step: int = 100) -> list[int]:
+    """What the rule keeps of trajectories at whose steps its signal has these values; NaN: not there."""
     wide = max(len(row) for row in rows)
     values = torch.tensor([row + [float("nan")] * (wide - len(row)) for row in rows])
     module: Any = SimpleNamespace(
         per_step=lambda *_: values, global_step=step, device="cpu", gather=lambda everywhere: everywhere
     )
     rolled: Any = SimpleNamespace(mask=~values.isnan(), length=(~values.isnan()).sum(1))
-    kept = policy.keep(module, rolled)
+    kept = rule.keep(module, rolled)
     assert kept is not None
     return kept.tolist()
 
 
 def low_correction(**settings: Any) -> LowCorrection:
     """Small enough for rows of ten; the quantile is halfway."""
-    policy = LowCorrection(**{"window": 2, "skip": 1, "patience": 2, "eta": 0.5, "ready": 3, **settings})
-    keep(policy, [1.0] * 10, [1.0] * 10, [1.0] * 10)
-    return policy
+    rule = LowCorrection(**{"window": 2, "skip": 1, "patience": 2, "eta": 0.5, "ready": 3, **settings})
+    keep(rule, [1.0] * 10, [1.0] * 10, [1.0] * 10)
+    return rule
 
 
 FALLS = [2.0, 2, 2, 2, 0.1, 0.1, 0.1, 0.1, 2, 2]
@@ -238,9 +238,9 @@ def test_nothing_is_cut_in_warm_up_nor_before_enough_was_seen():
 
 
 def test_the_buffer_forgets():
-    policy = low_correction(buffer=3)
-    keep(policy, [0.5] * 10, [0.4] * 10)
-    assert policy.seen == pytest.approx([1.0, 0.4, 0.4], abs=0.11)
+    rule = low_correction(buffer=3)
+    keep(rule, [0.5] * 10, [0.4] * 10)
+    assert rule.seen == pytest.approx([1.0, 0.4, 0.4], abs=0.11)
 
 
 def test_low_correction_warms_up_like_plain_training(tmp_path):
@@ -312,12 +312,12 @@ def test_values_that_mean_nothing_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"),
+    ("rule", "message"),
     [
         (ChangePoint(), r"signal=margin needs a vocabulary, which this setting doesn't have; use log_prob"),
         (LowCorrection(teacher="expert"), r"LowCorrection\.teacher: no 'expert' in model\.teachers, which has \['teac"),
     ],
 )
-def test_what_the_run_does_not_have_is_named(policy, message, tmp_path):
+def test_what_the_run_does_not_have_is_named(rule, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        toy.fit(toy.make_module(), tmp_path, [EarlyStopRollout(policy)])
+        toy.fit(toy.make_module(), tmp_path, [EarlyStopRollout(rule)])

@@ -65,7 +65,7 @@ def test_the_anchor_has_no_gradient_where_nothing_moved_and_is_the_kl_where_it_d
     module = make_world("text").module()
     rolled = act(module, make_world("text").make_rows(24), horizon=6)
     objective = Objective([Term(Anchor(), teacher=None)])
-    student = module.steps(module.policies["student"], rolled)
+    student = module.distribution(module.policies["student"], rolled)
     objective(student, {}, rolled)[0].backward()
     assert max(float(p.grad.abs().max()) for p in module.student.parameters() if p.grad is not None) < 1e-5
 
@@ -132,7 +132,7 @@ def test_a_view_that_was_turned_makes_older_trajectories_stale(tmp_path):
     def drift(batch) -> torch.Tensor:
         """KL between the two Gaussians that the teacher says, before and after, in closed form."""
         means = [
-            module.steps(module.policies["teacher"], batch, [toy.Told(s)(e) for e in batch.examples]).mean
+            module.distribution(module.policies["teacher"], batch, [toy.Told(s)(e) for e in batch.examples]).mean
             for s in (1.0, 2.0)
         ]
         kl = ((means[0] - means[1]) / toy.SCALE).square().sum(2) / 2

@@ -19,7 +19,7 @@ from opd_lightning.callbacks import (
     Linear,
     Never,
     Piecewise,
-    SyncPolicy,
+    SyncRule,
     TeacherSync,
     WhenConsolidated,
 )
@@ -56,9 +56,9 @@ def make(**settings: Any) -> Any:
     return toy.make_module({"teacher": Teacher(EMA(0.3), view=toy.Told())}, reward=LongerIsBetter(), **settings)
 
 
-def run(folder: Path, policy: SyncPolicy, steps: int = 6) -> tuple[Compares, Any]:
+def run(folder: Path, rule: SyncRule, steps: int = 6) -> tuple[Compares, Any]:
     compares = Compares()
-    trainer = toy.fit(make(), folder, [TeacherSync(policy), compares], steps=steps)
+    trainer = toy.fit(make(), folder, [TeacherSync(rule), compares], steps=steps)
     return compares, trainer.callback_metrics
 
 
@@ -81,8 +81,8 @@ def test_an_average_follows_its_schedule(tmp_path):
 def test_consolidation_is_asked_for(tmp_path):
     assert run(tmp_path / "open", WhenConsolidated(**GREEDY))[0].is_student == [True] * 6, "all gates are open"
     for gate in ({"gain": float("inf")}, {"rest": 7}, {"every": 7}, {"window": 7}):
-        policy = WhenConsolidated(**{**GREEDY, **gate})
-        assert run(tmp_path / str(gate), policy)[0].is_first == [True] * 6, gate
+        rule = WhenConsolidated(**{**GREEDY, **gate})
+        assert run(tmp_path / str(gate), rule)[0].is_first == [True] * 6, gate
     assert run(tmp_path / "rest", WhenConsolidated(**{**GREEDY, "rest": 3}))[0].is_student == [False, False, True] * 2
 
 
@@ -90,37 +90,37 @@ def test_consolidation_is_asked_for(tmp_path):
 def test_a_few_trajectories_that_grow_too_long_hold_it_back(lengths, moves):
     module: Any = SimpleNamespace(gather=lambda values: values, global_step=30, device="cpu")
     whole: Any = SimpleNamespace(micro_batches=[SimpleNamespace(reward=torch.ones(3), length=torch.tensor(lengths))])
-    policy = WhenConsolidated(window=1, gain=-1.0, longest=2.0)
-    assert policy.observe(module, whole) == moves
+    rule = WhenConsolidated(window=1, gain=-1.0, longest=2.0)
+    assert rule.observe(module, whole) == moves
 
 
 def test_the_reference_only_rises(tmp_path):
     seen = []
-    policy = WhenConsolidated(**{**GREEDY, "gain": 0.0})
+    rule = WhenConsolidated(**{**GREEDY, "gain": 0.0})
 
     class Notes(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            seen.append(policy.reference)
+            seen.append(rule.reference)
 
-    trainer = toy.fit(make(), tmp_path, [TeacherSync(policy), Notes()], steps=20)
+    trainer = toy.fit(make(), tmp_path, [TeacherSync(rule), Notes()], steps=20)
     assert seen == sorted(seen)
     assert seen[-1] > seen[0]
     assert "train/reward" in trainer.callback_metrics
 
 
 @pytest.mark.parametrize(
-    "policy",
+    "rule",
     [
         lambda: Average(Linear(0.5, 0.0, 5)),
         lambda: Every(2),
         lambda: WhenConsolidated(rest=2, window=2, every=1, gain=-0.5, longest=10),
     ],
 )
-def test_it_composes_and_resumes(policy, tmp_path):
+def test_it_composes_and_resumes(rule, tmp_path):
     def again():
         others = [EarlyStopRollout(FirstSteps(4)), Curriculum({"teachers.teacher.view.strength": Linear(2, 0, 5)})]
         module = make(rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=6))
-        return module, [TeacherSync(policy()), *others]
+        return module, [TeacherSync(rule()), *others]
 
     toy.assert_resumes(again, tmp_path)
 

@@ -99,15 +99,15 @@ trainer:
           - {name: given, steps: 2, knobs: {rollout.behavior: {teacher: 1.0}}}
           - {name: own, knobs: {rollout.behavior: {student: 1.0}}}
     - class_path: EarlyStopRollout
-      init_args: {policy: {class_path: FirstSteps, init_args: {steps: 24}}}
+      init_args: {rule: {class_path: FirstSteps, init_args: {steps: 24}}}
     - class_path: EarlyStopRollout
       init_args:
-        policy:
+        rule:
           class_path: LowCorrection
           init_args: {divergence: {class_path: ReverseKL, init_args: {support: {of: student, k: 64}}}}
     - class_path: TeacherSync
       init_args:
-        policy:
+        rule:
           class_path: Average
           init_args: {rate: {class_path: Cosine, init_args: {start: 0.05, end: 0.0, steps: 9}}}
     - {class_path: FreshnessControl, init_args: {anchor: 0.2}}

@@ -13,7 +13,7 @@ def test_replayed_steps_have_the_log_probs_with_which_they_were_sampled():
     module = toy.make_module()
     module.configure_model()
     rolled = act(module, toy.make_rows(9), horizon=20)
-    said = module.steps(module.policies["student"], rolled).at(torch.arange(rolled.mask.numel()))
+    said = module.distribution(module.policies["student"], rolled).at(torch.arange(rolled.mask.numel()))
     again = said.log_prob(rolled.actions.flatten(0, 1)).view(rolled.mask.shape)
     assert torch.allclose(again, rolled.behavior_log_probs)
     alone = act(module, toy.make_rows(9)[:1], horizon=20)

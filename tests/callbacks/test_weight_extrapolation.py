@@ -31,8 +31,8 @@ def run(folder, opinion: Callable[[float], float], steps: int = 8, distances=(2.
     trained, kept, tried = Notes(), Notes(), []
 
     class Opinionated(toy.Moves):
-        def score(self, trajectories):
-            shown = super().score(trajectories)[1]
+        def rewards(self, trajectories):
+            shown = super().rewards(trajectories)[1]
             far = 0.0
             if len(trained.weights) > len(kept.weights):  # between the two: candidates are being tried
                 now = torch.cat([weight.flatten() for weight in _copy(self).values()])

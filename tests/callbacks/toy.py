@@ -46,7 +46,7 @@ class Mover(nn.Module):
 class Moves(OnPolicyDistillation):
     """A rollout stops by itself within 0.5 of the origin; the reward is 1 where it ends within 1 of it."""
 
-    model_class, served = Mover, frozenset[str]()
+    model_class, provides = Mover, frozenset[str]()
 
     def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
         return {name: torch.tensor([example[name] for example in examples]) for name in ("start", "told")}
@@ -79,15 +79,15 @@ class Moves(OnPolicyDistillation):
 
     def _log_probs(self, policy: Policy, acted: Trajectories) -> Tensor:
         index = torch.arange(acted.mask.numel())
-        return self.steps(policy, acted).at(index).log_prob(acted.actions.flatten(0, 1)).view(acted.mask.shape)
+        return self.distribution(policy, acted).at(index).log_prob(acted.actions.flatten(0, 1)).view(acted.mask.shape)
 
-    def steps(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Gaussian:
+    def distribution(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Gaussian:
         seen = trajectories.observation if view is None else self.collate(view)
         moved = nn.functional.pad(trajectories.actions.cumsum(1)[:, :-1], (0, 0, 1, 0))
         places = seen["start"][:, None] + moved
         return Gaussian(policy.model(places, seen["told"][:, None]), torch.tensor(SCALE))
 
-    def score(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+    def rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
         ends = trajectories.observation["start"] + (trajectories.actions * trajectories.mask[..., None]).sum(1)
         shown = [
             {"prompt": example["prompt"], "completion": str(end)}

@@ -380,7 +380,7 @@ def check(term: Term, teachers: set[str] | None = None, missing: str = "", sourc
         (
             Term(ReverseKL(), weights=[Weather()]),
             {},
-            r"Weather needs 'barometer': this setting does not name it in `served`",
+            r"Weather needs 'barometer': this setting does not name it in `provides`",
         ),
         (
             Term(CrossEntropy(), None, source="dataset"),

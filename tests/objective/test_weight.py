@@ -298,7 +298,7 @@ def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weight
         for weight in weights:
             weighed.weigh(torch.tensor(weight))
         module.zero_grad()
-        student, (teachers, _) = module.steps(module.policies["student"], weighed), module.ask_all(weighed)
+        student, (teachers, _) = module.distribution(module.policies["student"], weighed), module.ask_all(weighed)
         loss, _ = objective(student, teachers, weighed)
         loss.backward()
         return float(loss), torch.cat([p.grad.flatten() for p in module.student.parameters()])

@@ -195,7 +195,7 @@ def test_heads_padded_differently_just_work(saved, rows):
     rolled = act(module, make_rows(4))
     teachers, _ = module.ask_all(rolled)
     with torch.no_grad():
-        loss, averages = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled)
+        loss, averages = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled)
     assert float(loss) > 0
     assert averages.compute()["loss/ReverseKL"] > 0
 

@@ -51,7 +51,7 @@ def test_many_passes_say_and_learn_what_one_does(student, teacher):
         module.pass_tokens = most
         calls.clear()
         teachers, available = module.ask_all(rolled)
-        said = module.steps(module.policies["student"], rolled)
+        said = module.distribution(module.policies["student"], rolled)
         loss, _ = module.objective(said, teachers, rolled, available)
         module.zero_grad()
         loss.backward()
@@ -118,7 +118,7 @@ def test_a_batch_is_as_wide_as_its_longest_row(student):
     module.student.base_model.register_forward_pre_hook(
         lambda _, inputs, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
     )
-    module.steps(module.policies["student"], rolled)
+    module.distribution(module.policies["student"], rolled)
     assert widths == [int(length.max())]
 
 
@@ -159,7 +159,7 @@ def test_the_student_itself_without_a_view_is_at_no_distance(any_world, weights,
     rolled = act(module, any_world.make_rows(8))
     teachers, available = module.ask_all(rolled)
     with torch.no_grad():
-        loss, averages = objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
+        loss, averages = objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
     found = averages.compute()
     assert found["loss/ReverseKL"] == found["loss/ForwardKL"] == float(loss) == 0.0
 

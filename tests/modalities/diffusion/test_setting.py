@@ -52,7 +52,7 @@ def on_policy(module: Any, count: int = 4, **settings: Any) -> Any:
 def objective_of(module: Any, trajectories: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Loss and gradients of a micro-batch that stands alone."""
     teachers, available = module.ask_all(trajectories)
-    student = module.steps(module.policies["student"], trajectories)
+    student = module.distribution(module.policies["student"], trajectories)
     loss, _ = module.objective(student, teachers, trajectories, available)
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -180,7 +180,7 @@ def test_a_stochastic_transition_has_the_mean_and_deviation_that_it_was_drawn_wi
 
 
 def test_transition_matching_is_the_squared_error_at_the_students_states(make, kind):
-    module = make(kind, answers={"teacher": Velocity()})
+    module = make(kind, velocity_targets={"teacher": Velocity()})
     rolled = on_policy(module)
     loss, _ = objective_of(module, rolled)
     wanted = [
@@ -248,7 +248,7 @@ def test_a_teacher_is_told_where_a_step_ends_if_the_student_is(make, pipeline, f
 
 @pytest.mark.parametrize(("most", "stride"), [(1, None), (5, None), (5, 0.17), (100, 0.23)])
 def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, most, stride):
-    module = make(answers={"teacher": AverageVelocity(most, stride)})
+    module = make(velocity_targets={"teacher": AverageVelocity(most, stride)})
     rolled = on_policy(module)
     wanted = []
     counts = set()
@@ -266,9 +266,11 @@ def test_the_average_velocity_is_that_of_the_teachers_own_small_steps(make, most
 
 
 def test_guidance_is_one_formula_and_1_is_the_conditional_model(make):
-    plain, guided = make(answers={"teacher": Velocity(1.0)}), make(answers={"teacher": Velocity(3.0)})
+    plain, guided = make(velocity_targets={"teacher": Velocity(1.0)}), make(velocity_targets={"teacher": Velocity(3.0)})
     rolled = on_policy(plain)
-    assert torch.equal(objective_of(plain, rolled)[0], objective_of(make(answers={"teacher": Velocity()}), rolled)[0])
+    assert torch.equal(
+        objective_of(plain, rolled)[0], objective_of(make(velocity_targets={"teacher": Velocity()}), rolled)[0]
+    )
     row, _, x, t, _ = states(plain, rolled)[1]
     asking = plain._asking(plain.policies["teacher"], [{"prompt": ""}])
     with torch.no_grad():
@@ -299,13 +301,13 @@ def test_flow_matching_of_images(make):
 
 def test_the_forward_flow_map_stage_is_flow_matching_where_r_is_t_and_a_total_derivative_elsewhere(make):
     teacher = {"teacher": Teacher(Live())}
-    answers = {"teacher": TotalDerivative(0.005)}
-    same = data_module(make, Noising(1.0), teacher=teacher, answers=answers)
+    velocity_targets = {"teacher": TotalDerivative(0.005)}
+    same = data_module(make, Noising(1.0), teacher=teacher, velocity_targets=velocity_targets)
     matching = data_module(make, Noising(1.0), teacher={}, objective=Objective([Term(FlowMatching(), teacher=None)]))
     given = same.replay(make_rows(4), [1, 2, 3, 4])
     torch.testing.assert_close(objective_of(same, given)[0], objective_of(matching, given)[0], rtol=1e-4, atol=1e-6)
 
-    free = data_module(make, Noising(0.0), teacher=teacher, answers=answers)
+    free = data_module(make, Noising(0.0), teacher=teacher, velocity_targets=velocity_targets)
     given, wanted = free.replay(make_rows(4), [1, 2, 3, 4]), []
     for row, _, x, t, r in states(free, given):
         v = (x - given.actions[row, 0]) / t
@@ -324,7 +326,11 @@ def matched(make: Any, pipeline: Any, fake_seed: int = 3, **settings: Any) -> An
         "fake": Teacher(LearnedScore(Pretrained(str(pipeline("anyflow", fake_seed))), updates=2)),
     }
     objective = Objective([Term(VelocityMatching(), weights=[NoiseLevel(2)], coefficient=0.5)])
-    settings = {"sampler": Renoise(), "answers": {"teacher": ScoreDifference()}, "objective": objective} | settings
+    settings = {
+        "sampler": Renoise(),
+        "velocity_targets": {"teacher": ScoreDifference()},
+        "objective": objective,
+    } | settings
     return make("anyflow", teacher=teachers, **settings)
 
 
@@ -434,7 +440,7 @@ def test_a_reference_is_seen_by_the_teacher_alone(make):
     objective = Objective([Term(VelocityMatching(), teacher=name, name=name) for name in views])
     module = make(teacher=views, objective=objective)
     rolled = on_policy(module)
-    student = module.steps(module.policies["student"], rolled)
+    student = module.distribution(module.policies["student"], rolled)
     index = torch.arange(rolled.mask.numel())
     with torch.no_grad():
         own = student.at(index).chunk(slice(None)).mean
@@ -476,7 +482,7 @@ def test_gradients_do_not_depend_on_chunks_and_memory_not_on_the_number_of_steps
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
     opened = []
-    student = pieces.steps(pieces.policies["student"], on_policy(pieces, horizon=9))
+    student = pieces.distribution(pieces.policies["student"], on_policy(pieces, horizon=9))
     made = student.make
     student.make = lambda index: opened.append(len(index)) or made(index)
     teachers, available = pieces.ask_all(rolled9 := on_policy(pieces, horizon=9))
@@ -494,7 +500,7 @@ def test_a_teacher_is_asked_only_where_its_term_applies(make):
     teacher = module.ask("teacher", rolled)[0]
     asked, made = [], teacher.make
     teacher.make = lambda index: asked.extend((index // 2).tolist()) or made(index)
-    student = module.steps(module.policies["student"], rolled)
+    student = module.distribution(module.policies["student"], rolled)
     module.objective(student, {"teacher": teacher}, rolled)[0].backward()
     assert set(asked) == {2}
 
@@ -509,9 +515,12 @@ def test_a_teacher_is_asked_only_where_its_term_applies(make):
         ({"signal": PolicyGradient(LogRatio())}, "PolicyGradient is refused here: of Gaussian transitions"),
         ({"signal": CrossEntropy()}, "CrossEntropy is refused here"),
         ({"signal": FlowMatching()}, "speaks of noised data only: set its source to dataset"),
-        ({"answers": {"teacher": TotalDerivative()}}, "speaks of noised data only"),
-        ({"answers": {"nobody": Velocity()}}, r"model\.answers: there is no teacher 'nobody'; there are \['teacher'\]"),
-        ({"answers": {"teacher": ScoreDifference()}}, r"ScoreDifference asks 'fake', which is no teacher"),
+        ({"velocity_targets": {"teacher": TotalDerivative()}}, "speaks of noised data only"),
+        (
+            {"velocity_targets": {"nobody": Velocity()}},
+            r"model\.velocity_targets: there is no teacher 'nobody'; there are \['teacher'\]",
+        ),
+        ({"velocity_targets": {"teacher": ScoreDifference()}}, r"ScoreDifference asks 'fake', which is no teacher"),
         ({"rollout": Rollout(top_k=3)}, "temperature, top_p, top_k and min_p mean nothing"),
         ({"sampler": SDE(), "rollout": Rollout(batch_size=2, horizon=1)}, "the last step of an SDE is not trained"),
     ],
@@ -610,7 +619,7 @@ def replayed(module: Any, rolled: Any) -> torch.Tensor:
     module.student.train()
     index = rolled.mask.flatten().nonzero().squeeze(-1)
     with torch.enable_grad():
-        said = module.steps(module.policies["student"], rolled).at(index)
+        said = module.distribution(module.policies["student"], rolled).at(index)
         return said.chunk(slice(0, len(index))).mean.detach()
 
 
@@ -666,10 +675,10 @@ def test_a_reward_judges_an_image_that_does_not_depend_on_its_neighbors(make):
     rolled = on_policy(module, 5)
     decoded = []
     module.family._to_images = lambda latents, of=module.family._to_images: decoded.append(len(latents)) or of(latents)
-    together = module.score(rolled)[0]
-    assert together == [module.score(rolled.select(torch.tensor([row])))[0][0] for row in range(5)]
+    together = module.rewards(rolled)[0]
+    assert together == [module.rewards(rolled.select(torch.tensor([row])))[0][0] for row in range(5)]
     assert set(decoded) == {1}
-    assert module.score(rolled.select(torch.tensor([], dtype=torch.long))) == ([], [])
+    assert module.rewards(rolled.select(torch.tensor([], dtype=torch.long))) == ([], [])
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

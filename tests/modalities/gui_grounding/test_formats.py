@@ -20,7 +20,7 @@ from opd_lightning.modalities.gui_grounding.formats import (
     PyAutoGUI,
     ToolCall,
 )
-from opd_lightning.modalities.gui_grounding.metrics import grade
+from opd_lightning.modalities.gui_grounding.metrics import grounding_metrics
 from opd_lightning.modalities.gui_grounding.reward import Overlap, PointInBox
 
 Size = tuple[int, int]
@@ -127,7 +127,7 @@ class TestEveryFormat:
         text = "".join(part if data.draw(st.booleans()) or not part.isdigit() else data.draw(mixed) for part in parts)
         size, parsed = data.draw(sizes), answer.parse(text)
         place = None if parsed is None else answer.to_pixels(parsed, size, data.draw(sizes))
-        metrics = grade(place, (0.0, 0.0, float(size[0]), float(size[1])), size)
+        metrics = grounding_metrics(place, (0.0, 0.0, float(size[0]), float(size[1])), size)
         assert all(math.isfinite(value) for value in metrics.values())
         for reward in (PointInBox(), Overlap()):
             assert 0 <= reward(text, {"metrics": metrics}) <= 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_lightning.modalities.gui_grounding.metrics import distance, grade, iou, point_in_box
+from opd_lightning.modalities.gui_grounding.metrics import distance, grounding_metrics, iou, point_in_box
 
 SIZE = (40, 30)
 BOX = (10, 5, 20, 15)
@@ -60,6 +60,6 @@ def test_distance_is_between_centers_and_at_most_one_on_the_screen(one, other):
 
 
 def test_a_grade_has_what_the_prediction_allows():
-    assert grade(None, BOX, SIZE) == {"parsed": 0, "point_in_box": 0}
-    assert grade((15, 10), BOX, SIZE) == {"parsed": 1, "point_in_box": 1, "distance": 0}
-    assert grade((0, 5, 10, 15), BOX, SIZE) == {"parsed": 1, "point_in_box": 0, "distance": 0.2, "iou": 0}
+    assert grounding_metrics(None, BOX, SIZE) == {"parsed": 0, "point_in_box": 0}
+    assert grounding_metrics((15, 10), BOX, SIZE) == {"parsed": 1, "point_in_box": 1, "distance": 0}
+    assert grounding_metrics((0, 5, 10, 15), BOX, SIZE) == {"parsed": 1, "point_in_box": 0, "distance": 0.2, "iou": 0}

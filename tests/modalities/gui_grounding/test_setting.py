@@ -59,21 +59,21 @@ def make(folder, teachers=None, objective=None, **settings):
 def test_what_is_written_of_the_box_hits_it(folder, answer):
     """Through tokens, smart-resize and the reward; with a smaller screenshot for the student too."""
     for student_view in (None, Downscale(32)):
-        module = make(folder, answer=answer, student_view=student_view)
+        module = make(folder, answer_format=answer, student_view=student_view)
         trajectories = module.replay(gui_rows(), [])
         assert bool(trajectories.stopped.all())
-        reward, shown = module.rewards(trajectories)
+        reward, shown = module.checked_rewards(trajectories)
         assert reward.tolist() == [1.0] * 8, [row["completion"] for row in shown]
         assert all(row["metrics"]["parsed"] == 1 for row in shown)
 
 
 def test_pixels_are_those_of_the_resized_screenshot(folder):
-    module = make(folder, answer=AbsolutePixels())
+    module = make(folder, answer_format=AbsolutePixels())
     row = gui_rows(3)[2]
     width, height = module.model_size(row["image"].size)
     assert (width % 16, height % 16) == (0, 0)
     assert (width, height) != row["image"].size
-    x, y = module.answer.parse(module.written(row))
+    x, y = module.answer_format.parse(module.written(row))
     assert (x, y) == (round(14 * width / 100), round(13.75 * height / 60))
     grid = module.policies["student"].processor.image_processor(images=[row["image"]])["image_grid_thw"][0]
     assert [width, height] == [8 * int(grid[2]), 8 * int(grid[1])]
@@ -102,10 +102,10 @@ def test_the_papers_table_is_printed(folder, tmp_path, capsys):
 
 def test_overlap_rewards_boxes(folder):
     rows = gui_rows(4)
-    module = make(folder, answer=Normalized1000(box=True), reward=Overlap())
-    reward, _ = module.rewards(module.replay(rows, []))
+    module = make(folder, answer_format=Normalized1000(box=True), reward=Overlap())
+    reward, _ = module.checked_rewards(module.replay(rows, []))
     assert (reward > 0.9).all()
-    reward, _ = make(folder, reward=Overlap()).rewards(make(folder).replay(rows, []))
+    reward, _ = make(folder, reward=Overlap()).checked_rewards(make(folder).replay(rows, []))
     assert (reward == 0).all(), "a point overlaps nothing"
 
 
@@ -120,7 +120,7 @@ def test_digits_are_counted_in_rollouts_and_given_answers(folder):
             length = int(trajectories.length[i])
             places = digit_places(row[:length].tolist(), decode)
             assert trajectories.channels["digits"][i, :length].tolist() == places
-    (row,) = make(folder, answer=Normalized1000()).replay(gui_rows(1), []).channels["digits"]
+    (row,) = make(folder, answer_format=Normalized1000()).replay(gui_rows(1), []).channels["digits"]
     assert row.tolist() == [0, 3, 2, 1, 0, 0, 3, 2, 1, 0, 0]  # (188, 286)
 
 
@@ -192,7 +192,7 @@ def test_pixels_of_two_sizes_are_refused(folder):
         folder,
         {"teacher": Teacher(Initial(), view=Original())},
         Objective([Term(ReverseKL())]),
-        answer=AbsolutePixels(),
+        answer_format=AbsolutePixels(),
         student_view=Downscale(32),
     )
     assert "has another image size" in module.refusal(gui_rows(1)[0])

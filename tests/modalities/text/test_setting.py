@@ -115,7 +115,7 @@ def test_a_view_in_a_chat(chat_student):
     assert seen is not None
     assert "It is 2." in shown(module, seen["prompt"])
     with torch.no_grad():
-        expected = module.steps(module.policies["teacher"], rolled, [seen]).hidden
+        expected = module.distribution(module.policies["teacher"], rolled, [seen]).hidden
     assert torch.equal(said.hidden, expected)
     own = teacher_forced(module, "teacher", rolled)
     assert (own - rolled.behavior_log_probs).abs().max() < 1e-4, "equal weights, without the view"
@@ -134,7 +134,7 @@ def test_prompts_of_a_chat_model_are_what_its_rollouts_continue(chat_student):
     rolled = act(module, [{"prompt": "1+1="}, {"prompt": CHAT}, {"prompt": "what is a sum?"}])
     assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
     assert module.tokenizer().chat_template == CHAT_TEMPLATE
-    _, texts = module.score(rolled)
+    _, texts = module.rewards(rolled)
     assert [row["prompt"] for row in texts] == ["1+1=", "system: Be brief.\nuser: 1+1=", "what is a sum?"]
     assert not any("<|" in row["completion"] for row in texts), "stop tokens are no text"
 
@@ -165,7 +165,7 @@ def test_the_end_of_a_turn_is_no_part_of_what_was_said(tmp_path):
     module = make_module(save_model(tmp_path, tokenizer=tokenizer, rows=104), {}, no_teacher())
     given = module.act("dataset", [{"prompt": "1+1=", "completion": "2"}], [0])
     assert module.tokenizer().decode(given.actions[0], skip_special_tokens=True) == "2<end>"
-    assert module.score(given)[1][0]["completion"] == "2"
+    assert module.rewards(given)[1][0]["completion"] == "2"
 
 
 def test_given_turns_are_cut_at_the_horizon_and_train_what_the_assistant_writes(chat_student):

@@ -41,7 +41,7 @@ def overlay(name: str, folder) -> VisionLanguageDistillation:
 
 def loss_of(module, rolled):
     teachers, available = module.ask_all(rolled)
-    loss, _ = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
+    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
     return loss
 
 
@@ -85,9 +85,7 @@ def test_the_importance_ratio_is_capped_and_has_no_gradient(folder):
     module = overlay("vision_opd", folder)
     rolled = act(module, cropless(12))
     fresh = float(loss_of(module, rolled))
-    rolled.behavior_log_probs = (
-        rolled.behavior_log_probs - 5.0
-    )  # the sampling student found each action e⁵ less likely
+    rolled.behavior_log_probs = rolled.behavior_log_probs - 5.0  # the sampling student found each action e⁵ less likely
     assert float(loss_of(module, rolled)) == pytest.approx(2 * fresh, rel=1e-4)
 
 
@@ -131,7 +129,7 @@ def test_vicur_gives_the_k1_gradient(folder):
     module.student.zero_grad()
     said, _ = module.ask("teacher", rolled)
     teacher = said.head(said.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]
-    own = module.steps(module.policies["student"], rolled)
+    own = module.distribution(module.policies["student"], rolled)
     student = own.head(own.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]
     advantage = (teacher - student).detach()
     (-(advantage * student)[rolled.mask].sum() / rolled.mask.sum()).backward()

@@ -44,9 +44,7 @@ def test_a_row_says_the_same_alone_and_in_company(vlm_student):
         alone = module.act("student", [rows[i]], [1000 * i])
         steps = int(alone.mask.sum())
         assert torch.equal(alone.actions[0, :steps], together.actions[i, :steps])
-        assert (alone.behavior_log_probs[0] - together.behavior_log_probs[i])[
-            : alone.mask.shape[1]
-        ].abs().max() < 1e-4
+        assert (alone.behavior_log_probs[0] - together.behavior_log_probs[i])[: alone.mask.shape[1]].abs().max() < 1e-4
 
 
 def test_log_probs_are_those_of_the_plain_model(vlm_student, vlm):
@@ -184,7 +182,7 @@ def test_the_student_itself_with_the_same_images_is_at_no_distance(vlm_student, 
     rolled = act(module, vlm_rows(8))
     teachers, available = module.ask_all(rolled)
     with torch.no_grad():
-        loss, _ = module.objective(module.steps(module.policies["student"], rolled), teachers, rolled, available)
+        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
     assert abs(float(loss)) < 1e-6
 
 

@@ -58,7 +58,7 @@ class Moment:
     ask: Callable[[str], AskHere]
 
 
-class Answer(Finite, ABC):
+class VelocityTarget(Finite, ABC):
     """A teacher's answer.
 
     Args:
@@ -86,7 +86,7 @@ class Answer(Finite, ABC):
         """``[n, ...]``; ``ask`` is the teacher itself, with guidance."""
 
 
-class SameStep(Answer):
+class SameStep(VelocityTarget):
     """What it would do itself for the same step: transition matching, D-OPSD. For teachers and students that take few
     steps already; of models that are not told where a step ends, the velocity at the state."""
 
@@ -96,21 +96,21 @@ class SameStep(Answer):
         return ask(moment.latent, moment.t, moment.r)
 
 
-class Velocity(Answer):
+class Velocity(VelocityTarget):
     """Its velocity at the state, that of a step of no length."""
 
     def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
         return ask(moment.latent, moment.t, moment.t)
 
 
-class AverageVelocity(Answer):
+class AverageVelocity(VelocityTarget):
     """Its average velocity from t to r: on-policy flow-map distillation. It integrates the interval in Euler steps from
     the state that the student visited.
 
     Args:
         substeps: equal ones. Default 8: 4 steps of the student are then 32 of the teacher.
         stride: short intervals get fewer of them, as many as make each at most this long; None: all get ``substeps``.
-        guidance: as in `Answer`.
+        guidance: as in `VelocityTarget`.
 
     Raises:
         ValueError: substeps < 1, or a stride that is not positive.
@@ -140,7 +140,7 @@ class AverageVelocity(Answer):
         return total / flow.over(count, total)
 
 
-class TotalDerivative(Answer):
+class TotalDerivative(VelocityTarget):
     """v − (t − r)·du/dt with v = ε − x₀ of the data: what a flow map satisfies (AnyFlow's forward stage, 2605.13724;
     MeanFlow's identity, 2505.13447). For a teacher with `Live` weights, or an average of them.
 
@@ -174,7 +174,7 @@ class TotalDerivative(Answer):
         return self.guidance * target + (1 - self.guidance) * unconditional
 
 
-class ScoreDifference(Answer):
+class ScoreDifference(VelocityTarget):
     """Where the student's clean image should go for its samples to be distributed as the teacher's: DMD2 (2405.14867),
     Self-Forcing (2506.08009), AnyFlow's second stage (2605.13724).
 
