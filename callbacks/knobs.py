@@ -18,7 +18,7 @@ import lightning as L
 from torch import nn
 
 from ..module import OnPolicyDistillation
-from ..module import Schedule as LearningRate
+from ..module import LRSchedule
 from ..pretrained import Lora, Pretrained
 from ..rollout import Rollout
 from ..teacher import Frozen, Teacher
@@ -27,7 +27,7 @@ from ..teacher import Frozen, Teacher
 READ_ONCE: dict[type, set[str] | None] = {
     Rollout: {"batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length", "max_staleness"},
     Teacher: {"max_prompt_length"},
-    **dict.fromkeys((LearningRate, Pretrained, Lora, Frozen)),
+    **dict.fromkeys((LRSchedule, Pretrained, Lora, Frozen)),
 }
 
 
