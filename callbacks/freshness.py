@@ -161,7 +161,7 @@ class FreshnessControl(L.Callback):
         supervision = self._supervision(module, batch) if self.supervision_drift else torch.zeros(len(batch))
         drift = self.rollout_drift * rollout.clamp(min=0).sqrt() + self.supervision_drift * supervision.sqrt()
         fresh = torch.where(acted, (-drift).exp() / (lag + 1), 1.0)
-        for name, values in (("rewards", fresh), ("lag", lag), ("rollout_drift", rollout)):
+        for name, values in (("score", fresh), ("lag", lag), ("rollout_drift", rollout)):
             module.record(f"freshness/{name}", values)
         known = supervision.isfinite()
         module.record("freshness/supervision_drift", supervision.where(known, 0.0), known.double())
