@@ -27,12 +27,12 @@ BUDGET = 120_000
 # overlays, evaluations per optimizer step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, on-policy": ([], 663, []),
-    "flow map, off-policy": (["flow_map_off_policy"], 632, []),
-    "flow map from images (AnyFlow stage 1)": (["flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
-    "AnyFlow, both stages": (["anyflow"], 283, []),
-    "distribution matching (DMD2)": (["dmd2"], 547, []),
-    "velocity matching, guidance 1.5": (["transition_matching"], 768, []),
-    "Gaussian KL, guidance 1.5": (["gaussian_kl"], 1728, []),
+    "flow map, off-policy": (["diffusion/flow_map_off_policy"], 632, []),
+    "flow map from images (AnyFlow stage 1)": (["diffusion/flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
+    "AnyFlow, both stages": (["diffusion/anyflow"], 283, []),
+    "distribution matching (DMD2)": (["diffusion/dmd2"], 547, []),
+    "velocity matching, guidance 1.5": (["diffusion/transition_matching"], 768, []),
+    "Gaussian KL, guidance 1.5": (["diffusion/gaussian_kl"], 1728, []),
 }
 # whose first row is the teacher's own sampler; the chain of distribution matching is another one
 MEASURED_BEFORE = "flow map, on-policy", "distribution matching (DMD2)"
@@ -44,7 +44,7 @@ TOLD: dict[str, list[str]] = {
 
 def halves(folder: Path, updates: int) -> Path:
     """AnyFlow's stages, each half of the updates."""
-    overlay = yaml.safe_load(Path(shipped("opd:methods/anyflow.yaml")).read_text(encoding="utf-8"))
+    overlay = yaml.safe_load(Path(shipped("opd:methods/diffusion/anyflow.yaml")).read_text(encoding="utf-8"))
     callbacks = overlay["trainer"]["callbacks+"]
     callbacks[0]["init_args"]["stages"][0]["steps"] = updates // 2
     path = folder / "stages.yaml"
@@ -56,7 +56,7 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
     folder = RUNS / f"{arm} {seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    stages = halves(folder, updates) if overlays == ["anyflow"] else None
+    stages = halves(folder, updates) if overlays == ["diffusion/anyflow"] else None
     length = [f"--trainer.max_steps={updates}", f"--trainer.val_check_interval={updates}"]
     epochs = ["--data.init_args.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
     if arm in ARMS and arm not in MEASURED_BEFORE:
@@ -74,7 +74,7 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
 
 def main(told: bool, arms: list[str], seeds: int, jobs: int) -> None:
     if told:
-        wanted = [(arm, seed, ["d_opsd"], 400, extra) for seed in range(seeds) for arm, extra in TOLD.items()]
+        wanted = [(arm, seed, ["diffusion/d_opsd"], 400, extra) for seed in range(seeds) for arm, extra in TOLD.items()]
     else:
         chosen = {arm: ARMS[arm] for arm in arms or ARMS}
         wanted = [

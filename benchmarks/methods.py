@@ -21,8 +21,8 @@ METHODS: dict[str, list[str]] = {
     "gkd": [],
     "minillm": SLOWER,
     "esr": ["--model.init_args.rollout.horizon=24"],
-    "opsd": SLOWER,
-    "sdft": SLOWER,
+    "text/opsd": SLOWER,
+    "text/sdft": SLOWER,
     "sft": [],
 }
 # Two hundred problems only, again and again: what the teacher writes about them runs out, what the student does not.
@@ -70,8 +70,9 @@ def main() -> None:
         ("few_problems", "200 training problems", few),
     ):
         found = {}
-        for name, extra in runs.items():
-            curves, wall = fit(RUNS / group / name, "text", [name.partition(",")[0]], extra)
+        for run, extra in runs.items():
+            overlay, name = run.partition(",")[0], run.removeprefix("text/")
+            curves, wall = fit(RUNS / group / name, "text", [overlay], extra)
             found[name] = curves
             accuracy = [value for _, value in curves["val/accuracy"]]
             results.append({"group": group, "run": name, "accuracy": accuracy, "wall_s": round(wall)})

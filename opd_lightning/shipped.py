@@ -27,6 +27,7 @@ def shipped(name: str) -> str:
         path, known = root / relative, sorted(p.relative_to(root) for p in root.rglob("*.yaml"))
     if not path.exists():
         there = [path.as_posix() for path in known]
-        near = did_you_mean(name, [f"{PREFIX}{path}" for path in there])
+        namesakes = [path for path in there if path.endswith(f"/{relative.rpartition('/')[2]}")]
+        near = did_you_mean(name, [f"{PREFIX}{path}" for path in namesakes or there])
         raise FileNotFoundError(f"{name}: nothing of that name is shipped{near}\n  there are {', '.join(there)}")
     return str(path)

@@ -9,18 +9,14 @@ import pytest
 from opd_lightning.cli import OPDCLI, run
 
 ROOT = Path(__file__).parent.parent / "configs"
-# what a method needs besides prompts decides which quickstart it overlays
-OTHERS = {
-    "vision_language": ("vision_opd", "vicur", "opsd_vision"),
-    "gui_grounding": ("gui_sd",),
-    "diffusion": (
-        "anyflow", "d_opsd", "dmd2", "flow_map_forward", "flow_map_off_policy", "gaussian_kl", "transition_matching",
-    ),
-}  # fmt: skip
-SETTING = {method: setting for setting, methods in OTHERS.items() for method in methods}
-# overlays over a method, not methods
-OVER = {name: ["-c", "opd:methods/sdft.yaml"] for name in ("teacher_ema", "teacher_hard_sync", "teacher_frozen")}
-METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
+# a method in a setting's folder overlays the quickstart of that setting, the others text's
+OVERLAID_EMA = ("teacher_ema", "teacher_hard_sync", "teacher_frozen")
+OVER = {f"overlays/{name}": ["-c", "opd:methods/text/sdft.yaml"] for name in OVERLAID_EMA}
+METHODS = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for folder in ("methods", "overlays")
+    for path in (ROOT / folder).rglob("*.yaml")
+)
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
     f"{setting}/{path.stem}"
@@ -64,8 +60,8 @@ def test_trainer_overlays_parse(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_overlays_run_on_the_quickstart(name, tmp_path):
-    setting = SETTING.get(name, "text")
-    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *OVER.get(name, []), "-c", f"opd:methods/{name}.yaml",
+    setting = name.split("/")[1] if name.count("/") == 2 else "text"
+    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *OVER.get(name, []), "-c", f"opd:{name}.yaml",
          *SMALL, FEW[setting], f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 

@@ -10,7 +10,7 @@ import yaml
 from opd_lightning.cli import OPDCLI, understood
 
 TEACHER = "--model.init_args.teachers.teacher"
-OVERLAY = ("fit", "-c", "opd:text/quickstart.yaml", "-c", "opd:methods/opsd.yaml")
+OVERLAY = ("fit", "-c", "opd:text/quickstart.yaml", "-c", "opd:methods/text/opsd.yaml")
 PROMPTS = ["# {{ prompt }}", "a: b", "Question: {{ prompt }}", "on", "1e3", "null", "~", "- x", "&a", "*b* {{ a }}",
            "{a", "[1, 2]", '{"a": 1}', "%x", "'quoted'", "yes", "0x10", "2024-01-01", "!x", "| x", "", "1_000", "a=b",
            "Größe", "line\n# line", "true", "12"]  # fmt: skip

@@ -32,7 +32,7 @@ def overlay(name: str, folder) -> VisionLanguageDistillation:
     parser.add_subclass_arguments(OnPolicyDistillation, "model")
     base = {"class_path": "VisionLanguageDistillation", "init_args": {"student": {"path": str(folder)}}}
     base["init_args"] |= {"rollout": {"batch_size": 8, "horizon": 8}, "evaluation": {"before": False}}
-    overlay = yaml.safe_load(Path(shipped(f"opd:methods/{name}.yaml")).read_text(encoding="utf-8"))
+    overlay = yaml.safe_load(Path(shipped(f"opd:methods/vision_language/{name}.yaml")).read_text(encoding="utf-8"))
     base["init_args"] |= overlay["model"]["init_args"]
     module = parser.instantiate_classes(parser.parse_object({"model": base})).model
     module.configure_model()
