@@ -31,9 +31,9 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from opd_lightning.distribution import Head
-from opd_lightning.modalities.autoregressive.decode import DecodeLoop
-from opd_lightning.modalities.autoregressive.engine import Generate, Prompts, RolloutEngine
-from opd_lightning.modalities.autoregressive.sampler import until_stop
+from opd_lightning.modalities.autoregressive.engines import Generate, Prompts, RolloutEngine
+from opd_lightning.modalities.autoregressive.engines.decode_loop import DecodeLoop
+from opd_lightning.modalities.autoregressive.engines.engine import until_stop
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import Policy
 
@@ -80,7 +80,7 @@ def student(vocabulary: int) -> Qwen3ForCausalLM:
 
 def prompts(ids: Tensor) -> Prompts:
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Prompts(tokens, [{} for _ in ids], media=lambda examples: {}, beside=lambda example: None)
+    return Prompts(tokens, [{} for _ in ids], media=lambda examples: {}, cache_key=lambda example: None)
 
 
 @torch.no_grad()

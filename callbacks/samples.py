@@ -89,7 +89,7 @@ class Samples(L.Callback):
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
         values = module.per_step(shown, self.signal, self.teacher)
-        read, spelled = module.checked_rewards(shown)[1], module.spell(shown)
+        read, spelled = module.checked_rewards(shown)[1], module.decode_steps(shown)
         rows = []
         for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
             signal = values[i][mask].double()

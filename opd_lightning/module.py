@@ -217,7 +217,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     def release(self) -> None:
         """Gives back what it holds outside of this process; comes at the end of every stage, however it ends."""
 
-    def spell(self, trajectories: Trajectories) -> list[list[str]] | None:
+    def decode_steps(self, trajectories: Trajectories) -> list[list[str]] | None:
         """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
         return None
 

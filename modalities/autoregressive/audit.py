@@ -16,8 +16,8 @@ from ...printable import printable, quoted
 from ...sharding import as_forward
 from ...teacher import Policy, evaluating
 from ...trajectory import Example
+from .engines.trial import Trial, check_causal, first_line
 from .models import bare, context_length, output_embeddings, rope_kinds
-from .trial import Trial, check_causal, first_line
 
 if TYPE_CHECKING:
     from .setting import AutoregressiveDistillation

@@ -6,14 +6,12 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Hashable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -28,19 +26,15 @@ from ...sharding import is_sharded
 from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
-from .apart import SwitchingRope, check_dynamic, read
 from .audit import audit_rows, check_horizon, problem_with_prompt, readings, suspects
-from .decode import DecodeLoop
-from .engine import Prompts, RolloutEngine
+from .engines import DecodeLoop, Prompts, RolloutEngine
+from .engines.engine import until_stop
+from .engines.row_groups import SwitchingRope, check_dynamic, read
+from .engines.trial import Trial
 from .generation import make_savable
 from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .passes import last_trained, left_align, pass_limits, passes
 from .rendering import COLUMNS, Renderer, transcript
-from .sampler import until_stop
-from .trial import Trial
-
-# Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
-# it could do some thousand tokens
-CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
 
 PROBES, PROBE_TOKENS = 3, 12
 
@@ -171,7 +165,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         seeds: list[int],
     ) -> Trajectories:
         pad = self.padding_id
-        begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.beside)
+        begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.cache_key)
         check_dynamic(policy, bare(policy.model), int(begun.length.max()) + rollout.horizon)
         with policy.active():
             engine = self.engine_of(policy)
@@ -238,16 +232,16 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             own = policy.name in self.teachers and self.teachers[policy.name].own_template
             prompts, seen = self.collate(view, policy if own else None), view
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
-        length = prompts["attention_mask"].sum(1).cpu() + _reach(trajectories).cpu()
+        length = prompts["attention_mask"].sum(1).cpu() + last_trained(trajectories).cpu()
         check_dynamic(policy, model, int(length.max()))
         # media belong to the batch as a whole; ranks that share weights must make equally many passes
         whole = bool(media) or is_sharded(model)
-        rows = [torch.arange(len(length))] if whole else passes(length, *self._pass_limits(device))
+        rows = [torch.arange(len(length))] if whole else passes(length, *pass_limits(device, self.pass_tokens))
 
         def forward(mine: Tensor) -> Tensor:
             part = trajectories if len(rows) == 1 else trajectories.select(mine)
             own = {name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()}
-            inputs = begun_together(self.continued(own, part, device)) | media
+            inputs = left_align(self.continued(own, part, device)) | media
             if inputs.keys() == TEXT:
                 # no token sees those behind it, so padding needs no mask, with which attention would be slower
                 del inputs["attention_mask"]
@@ -271,16 +265,11 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             head = replace(head, module=self._heads[policy.name])
         return head
 
-    def _pass_limits(self, device: torch.device) -> tuple[float, int]:
-        """The most tokens of a pass, and how many tokens more would take as long as another pass."""
-        most, cost = (CPU_PASS_TOKENS, CPU_PASS_COST) if device.type == "cpu" else (math.inf, PASS_COST)
-        return self.pass_tokens or most, cost
-
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Model inputs that belong to no token of the prompt, such as pixels; made when needed, never stored."""
         return {}
 
-    def beside(self, example: Example) -> Hashable:
+    def cache_key(self, example: Example) -> Hashable:
         """What tells an example from another one whose prompt has the same tokens."""
         return None
 
@@ -315,7 +304,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         said = [token for token in tokens if token not in self.eos]
         return str(self.tokenizer().decode(said, skip_special_tokens=True))
 
-    def spell(self, trajectories: Trajectories) -> list[list[str]]:
+    def decode_steps(self, trajectories: Trajectories) -> list[list[str]]:
         rows = zip(trajectories.actions, trajectories.mask, strict=True)
         return [[str(self.tokenizer().decode([token])) for token in row[keep].tolist()] for row, keep in rows]
 
@@ -423,40 +412,3 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             if problem := problem_with_prompt(self, shown, name, is_raw):
                 return problem
         return None
-
-
-def _reach(trajectories: Trajectories) -> Tensor:
-    """``[B]`` steps up to and including the last trained one."""
-    place = torch.arange(1, trajectories.mask.shape[1] + 1, device=trajectories.mask.device)
-    return (trajectories.mask * place).amax(1)
-
-
-def passes(length: Tensor, most: float, cost: int) -> list[Tensor]:
-    """Indices of ``length [B]`` cut into forward passes: no cut has fewer tokens, padding and ``cost`` for each pass
-    included, where a pass has at most ``most`` tokens (a row that is longer is alone). Rows of like length go together.
-    """
-    order = length.argsort(descending=True, stable=True)
-    width = length[order].numpy()
-    best, begin = np.zeros(len(width) + 1), np.zeros(len(width) + 1, dtype=int)
-    for stop in range(1, len(width) + 1):
-        # the cheapest way of the longest ``stop`` rows, by where its last pass begins
-        rows = np.arange(stop, 0, -1)
-        tokens = rows * width[:stop]
-        total = np.where((tokens <= most) | (rows == 1), best[:stop] + tokens + cost, math.inf)
-        begin[stop] = total.argmin()
-        best[stop] = total[begin[stop]]
-    found, stop = [], len(width)
-    while stop:
-        found.append(order[begin[stop] : stop].sort().values)
-        stop = begin[stop]
-    return found[::-1]
-
-
-def begun_together(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs ``[B, W]`` whose rows all begin in the first column, without gaps, as wide as the longest is long."""
-    seen = inputs["attention_mask"] > 0
-    order = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
-    together = {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
-    if "position_ids" in together:  # of padding, too: transformers takes a position that goes back for another text
-        together["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return together

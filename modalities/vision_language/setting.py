@@ -121,7 +121,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         inputs = self._process(examples, policy if own else self.policies["student"])
         return {name: tensor for name, tensor in inputs.items() if name not in self.padding}
 
-    def beside(self, example: Example) -> Hashable:
+    def cache_key(self, example: Example) -> Hashable:
         return tuple((image.size, image.tobytes()) for image in images_of(example))
 
     def _process(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         said = super().distribution(policy, trajectories, view)
         if torch.is_grad_enabled() and policy is self.policies["student"] and not self._sees(trajectories):
             # a batch without images must still reach every trained parameter
-            idle = sum((p.sum() * 0.0 for p in self._eyes()), said.hidden.new_zeros(()))
+            idle = sum((p.sum() * 0.0 for p in self._vision_parameters()), said.hidden.new_zeros(()))
             said.hidden = said.hidden + idle
         return said
 
@@ -185,7 +185,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         seen = self.shown(trajectories.examples, trajectories.student_view)
         return any(images_of(example) for example in seen)
 
-    def _eyes(self) -> list[Tensor]:
+    def _vision_parameters(self) -> list[Tensor]:
         """Trained parameters outside of the language model."""
         model = bare(self.policies["student"].model)
         reading = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}

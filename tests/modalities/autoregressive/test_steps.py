@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_lightning.modalities.autoregressive import PromptView, setting
+from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive.passes import passes
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
@@ -96,7 +97,7 @@ def test_no_cut_into_passes_is_cheaper(length, most, cost):
     def allowed(cut: list[list[int]]) -> bool:
         return all(len(rows) == 1 or tokens(rows) <= most for rows in cut)
 
-    found = [rows.tolist() for rows in setting.passes(torch.tensor(length), most, cost)]
+    found = [rows.tolist() for rows in passes(torch.tensor(length), most, cost)]
     assert sorted(row for rows in found for row in rows) == list(range(len(length)))
     assert allowed(found)
     assert price(found) == min(price(cut) for cut in cuts(list(range(len(length)))) if allowed(cut))
@@ -104,8 +105,8 @@ def test_no_cut_into_passes_is_cheaper(length, most, cost):
 
 def test_rows_all_alike_are_one_pass_within_the_limit():
     alike = torch.full((32,), 158)
-    assert [len(rows) for rows in setting.passes(alike, math.inf, 1)] == [32]
-    assert [len(rows) for rows in setting.passes(alike, 1280, 128)] == [8] * 4
+    assert [len(rows) for rows in passes(alike, math.inf, 1)] == [32]
+    assert [len(rows) for rows in passes(alike, 1280, 128)] == [8] * 4
 
 
 def test_a_batch_is_as_wide_as_its_longest_row(student):

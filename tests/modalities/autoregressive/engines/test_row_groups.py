@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
-from opd_lightning.modalities.autoregressive.apart import EqualLengths
+from opd_lightning.modalities.autoregressive.engines.row_groups import EqualLengths
 from opd_lightning.modalities.autoregressive.models import rope_kinds, rope_switch
 from opd_lightning.modalities.text.sums import character_tokenizer
 from opd_lightning.pretrained import Pretrained

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 
 from opd_lightning.adapters import only_adapters
 from opd_lightning.modalities.autoregressive import DecodeLoop
-from opd_lightning.modalities.autoregressive.cache import RowCache
-from opd_lightning.modalities.autoregressive.decode import own_forward
-from opd_lightning.modalities.autoregressive.layers import PackedDecoder, packed_linear
+from opd_lightning.modalities.autoregressive.engines.cache import RowCache
+from opd_lightning.modalities.autoregressive.engines.decode_loop import own_forward
+from opd_lightning.modalities.autoregressive.engines.layers import PackedDecoder, packed_linear
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...distribution import Head
-from ...rollout import Rollout
-from ...sharding import as_forward
-from ...teacher import Policy
+from ....distribution import Head
+from ....rollout import Rollout
+from ....sharding import as_forward
+from ....teacher import Policy
+from ..models import context_length, rope_kinds, rope_switch
 from .engine import Prompts, RolloutEngine
-from .models import context_length, rope_kinds, rope_switch
 
 Written = tuple[Tensor, Tensor]
 

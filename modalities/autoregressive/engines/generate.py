@@ -1,4 +1,5 @@
-"""The reference for `draw`: sampling inside transformers' `generate`, reproducible per trajectory, log-probs kept.
+"""The reference engine and the reference for `draw`: sampling inside transformers' `generate`, reproducible per
+trajectory, log-probs kept.
 
 Shape legend: B trajectories, V head rows, T horizon.
 """
@@ -15,11 +16,26 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ...distribution import Head
-from ...rollout import Rollout
-from ...sharding import as_forward, is_sharded
-from ...teacher import evaluating
+from ....distribution import Head
+from ....rollout import Rollout
+from ....sharding import as_forward, is_sharded
+from ....teacher import Policy, evaluating
+from ..models import bare
 from .draw import BELOW_ONE, uniforms
+from .engine import Prompts, RolloutEngine
+
+
+class Generate(RolloutEngine):
+    """transformers' own `generate`, for every model that it serves: the reference for all others."""
+
+    runs_the_model = True
+
+    def write(
+        self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    ) -> tuple[Tensor, Tensor]:
+        model = bare(policy.model)
+        inputs = prompts.inputs(range(len(seeds)), next(model.parameters()).device)
+        return generate(model, head, inputs, rollout, seeds, eos, pad, prompts.written)
 
 
 class Sampler(LogitsProcessor):
@@ -103,13 +119,3 @@ def generate(
         ids = as_forward(model, write)
     new = ids[:, prompts["input_ids"].shape[1] :]
     return new, torch.stack(sampler.log_probs, 1)[:, : new.shape[1]]
-
-
-def until_stop(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
-    """``[B, T]`` steps up to and including the first stop token, and ``[B]`` whether there was one.
-
-    Works also where padding and the stop token are the same id: only the first one counts.
-    """
-    stops = torch.isin(tokens, torch.tensor(eos, device=tokens.device))
-    before = stops.cumsum(1) - stops.long()
-    return before == 0, stops.any(1)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...agreement import is_rounded
-from ...distribution import Head
-from ...rollout import Rollout
-from ...sharding import is_sharded
-from ...teacher import Policy, evaluating
-from .apart import EqualLengths
-from .engine import Generate, Prompts, RolloutEngine
-from .models import bare
+from ....agreement import is_rounded
+from ....distribution import Head
+from ....rollout import Rollout
+from ....sharding import is_sharded
+from ....teacher import Policy, evaluating
+from ..models import bare
+from .engine import Prompts, RolloutEngine
+from .generate import Generate
+from .row_groups import EqualLengths
 
 LENGTHS, WRITTEN = (3, 7, 6, 7), 4
 # Nats. In float32 the worst of 117 architectures that were right was 1e-4

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import torch
 
-from opd_lightning.modalities.autoregressive.sampler import Sampler, generate, until_stop
+from opd_lightning.modalities.autoregressive.engines.engine import until_stop
+from opd_lightning.modalities.autoregressive.engines.generate import Sampler, generate
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.pretrained import Lora
 from opd_lightning.rollout import Rollout, RolloutLoader

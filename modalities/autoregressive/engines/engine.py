@@ -1,4 +1,4 @@
-"""What writes completions: the seam for serving engines, and transformers' `generate` behind it.
+"""What writes completions: prompts, and the interface of every rollout engine.
 
 Shape legend: B trajectories, P prompt width (left padded), T horizon.
 """
@@ -14,13 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...distribution import Head
-from ...finite import Finite
-from ...rollout import Rollout
-from ...teacher import Policy
-from ...trajectory import Example
-from .models import bare
-from .sampler import generate
+from ....distribution import Head
+from ....finite import Finite
+from ....rollout import Rollout
+from ....teacher import Policy
+from ....trajectory import Example
 
 
 @dataclass
@@ -31,14 +29,14 @@ class Prompts:
         tokens: ``[B, P]`` each: ``input_ids``, ``attention_mask``, and others where the model has them.
         examples: the B examples, as whoever acts is shown them.
         media: from examples to the model inputs that belong to no token, such as pixels.
-        beside: from an example to what tells it from another with the same tokens, such as its images.
+        cache_key: from an example to what tells it from another with the same tokens, such as its images.
         written: how many of the tokens are not of the prompt but were written before, and drawn with the same seeds.
     """
 
     tokens: dict[str, Tensor]
     examples: Sequence[Example]
     media: Callable[[list[Example]], dict[str, Tensor]]
-    beside: Callable[[Example], Hashable]
+    cache_key: Callable[[Example], Hashable]
     written: int = 0
 
     @property
@@ -72,7 +70,7 @@ class Prompts:
         rows = torch.cat([t.reshape(len(t), -1).long() for t in self.tokens.values()], 1).cpu().numpy()
         same = [row.tobytes() for row in rows]
         several = len(set(same)) < len(same)  # otherwise nobody has to look at an image
-        keys = [(tokens, self.beside(e) if several else None) for tokens, e in zip(same, self.examples, strict=True)]
+        keys = [(tokens, self.cache_key(e) if several else None) for tokens, e in zip(same, self.examples, strict=True)]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         places = {i: place for place, i in enumerate(sorted(first.values()))}
         return list(places), [places[first[key]] for key in keys]
@@ -108,14 +106,11 @@ class RolloutEngine(Finite, ABC):
         return None
 
 
-class Generate(RolloutEngine):
-    """transformers' own `generate`, for every model that it serves: the reference for all others."""
+def until_stop(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` steps up to and including the first stop token, and ``[B]`` whether there was one.
 
-    runs_the_model = True
-
-    def write(
-        self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
-    ) -> tuple[Tensor, Tensor]:
-        model = bare(policy.model)
-        inputs = prompts.inputs(range(len(seeds)), next(model.parameters()).device)
-        return generate(model, head, inputs, rollout, seeds, eos, pad, prompts.written)
+    Works also where padding and the stop token are the same id: only the first one counts.
+    """
+    stops = torch.isin(tokens, torch.tensor(eos, device=tokens.device))
+    before = stops.cumsum(1) - stops.long()
+    return before == 0, stops.any(1)

@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...distribution import Head
-from ...rollout import Rollout
-from ...sharding import is_sharded
-from ...teacher import Policy, evaluating
+from ....distribution import Head
+from ....rollout import Rollout
+from ....sharding import is_sharded
+from ....teacher import Policy, evaluating
+from ..models import bare, cache_name
 from .cache import RowCache
 from .draw import draw, uniforms
-from .engine import Generate, Prompts, RolloutEngine
+from .engine import Prompts, RolloutEngine
+from .generate import Generate
 from .layers import PackedDecoder, packed_linear
-from .models import bare, cache_name
 
 READS = {"input_ids", "attention_mask", "position_ids"}
 
@@ -102,7 +103,7 @@ def _write(
         if not left or step + 1 == rollout.horizon:
             break
         if left < len(live):
-            order = closed_up(going, left)
+            order = compact_rows(going, left)
             cache.keep(order)
             chosen, live, position = chosen[order], live[order], position[..., order, :]
         logits = project(body(chosen, position + step, cache))
@@ -122,7 +123,7 @@ def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -
     return hidden[:, -1]
 
 
-def closed_up(going: Tensor, left: int) -> Tensor:
+def compact_rows(going: Tensor, left: int) -> Tensor:
     """``[left]`` which row each row becomes, where those not going ``[n]`` leave: the last ones fill the gaps."""
     order = torch.arange(left, device=going.device)
     order[~going[:left]] = left + going[left:].nonzero().squeeze(1)

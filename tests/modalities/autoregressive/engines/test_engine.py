@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate, RolloutEngine
-from opd_lightning.modalities.autoregressive.decode import closed_up, projection
-from opd_lightning.modalities.autoregressive.engine import Prompts
-from opd_lightning.modalities.autoregressive.layers import PackedDecoder
+from opd_lightning.modalities.autoregressive.engines.decode_loop import compact_rows, projection
+from opd_lightning.modalities.autoregressive.engines.engine import Prompts
+from opd_lightning.modalities.autoregressive.engines.layers import PackedDecoder
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.pretrained import Lora, Pretrained
@@ -120,7 +120,7 @@ def test_images_decide_what_is_the_same_prompt(any_world):
     size = (other[key] if key == "image" else other[key][0]).size
     blank = Image.new("RGB", size, (5, 99, 200))
     other[key] = blank if key == "image" else [blank] * len(other[key])
-    assert module.beside(rows[0]) == module.beside(copy.deepcopy(rows[0])) != module.beside(other)
+    assert module.cache_key(rows[0]) == module.cache_key(copy.deepcopy(rows[0])) != module.cache_key(other)
     mixed = [rows[0], other, rows[0], other]
     same(by(module, DecodeLoop(), mixed), by(module, Generate(), mixed))
 
@@ -129,7 +129,7 @@ def test_the_last_rows_fill_the_gaps():
     for case in range(200):
         going = torch.rand(12, generator=torch.Generator().manual_seed(case)) < 0.6
         left = int(going.sum())
-        order = closed_up(going, left)
+        order = compact_rows(going, left)
         assert sorted(order.tolist()) == going.nonzero().squeeze(1).tolist()
         assert (order >= torch.arange(left)).all()
         assert int((order != torch.arange(left)).sum()) <= 12 - left

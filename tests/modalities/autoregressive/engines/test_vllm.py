@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_lightning.modalities.autoregressive.vllm import VllmServer
+from opd_lightning.modalities.autoregressive.engines.vllm import VllmServer
 from opd_lightning.pretrained import Lora
 from tests.tiny import act, teacher_forced
 

@@ -21,13 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...distribution import Head
-from ...printable import printable, quoted
-from ...rollout import Rollout
-from ...teacher import Policy, evaluating
-from .decode import DecodeLoop
+from ....distribution import Head
+from ....printable import printable, quoted
+from ....rollout import Rollout
+from ....teacher import Policy, evaluating
+from ..models import bare
+from .decode_loop import DecodeLoop
 from .engine import Prompts, RolloutEngine
-from .models import bare
 
 Weights = dict[str, Tensor]
 COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of whole rollouts would take too much

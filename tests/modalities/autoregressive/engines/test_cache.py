@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from opd_lightning.modalities.autoregressive.cache import RowCache, SharedPrompts
+from opd_lightning.modalities.autoregressive.engines.cache import RowCache, SharedPrompts
 
 
 def test_the_cache_shows_a_window_of_its_rows():

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from opd_lightning.modalities.autoregressive.draw import BLOCK, draw, uniforms
-from opd_lightning.modalities.autoregressive.sampler import Sampler
+from opd_lightning.modalities.autoregressive.engines.draw import BLOCK, draw, uniforms
+from opd_lightning.modalities.autoregressive.engines.generate import Sampler
 from opd_lightning.rollout import Rollout
 
 SHAPES = [
