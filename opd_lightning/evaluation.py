@@ -90,8 +90,9 @@ class Evaluator:
         self._horizon = module.rollout.horizon
         self.metrics: dict[str, MeanMetric] = {}
 
-    def act(self, who: str, examples: list[Example], batch_idx: int) -> Trajectories:
-        """A policy acts as it does in validation, ``samples`` times for each example."""
+    def act(self, who: str, examples: list[Example], batch_idx: int, horizon: int | None = None) -> Trajectories:
+        """A policy acts as it does in validation, ``samples`` times for each example, ``horizon`` steps at most
+        (default: as many as in validation)."""
         module, settings = self.module, self.module.evaluation
         rollout = dataclasses.replace(
             module.rollout,
@@ -99,7 +100,7 @@ class Evaluator:
             top_p=settings.top_p,
             top_k=settings.top_k,
             min_p=settings.min_p,
-            horizon=settings.horizon or self._horizon,
+            horizon=horizon or settings.horizon or self._horizon,
         )
         repeated = [example for example in examples for _ in range(settings.samples)]
         seeds = [derived_seed(EVALUATION_DRAWS, module.global_rank, batch_idx, i) for i in range(len(repeated))]

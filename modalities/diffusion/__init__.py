@@ -1,13 +1,13 @@
 """Few-step diffusion: flow-matching models, distilled on the states that their own sampler visits."""
 
-from .fake import LearnedScore
 from .families import AnyFlow, Family, Flux, StableDiffusion3, ZImage
+from .learned_score import LearnedScore
 from .quality import DigitFeatures, Features, Inception, SampleQuality
 from .reward import Brightness, ClipScore
 from .sampler import SDE, Euler, Noising, Renoise, Sampler, Shortcuts
 from .setting import DiffusionDistillation
 from .signal import FlowMatching, InverseError, NoiseLevel, VelocityMatching
-from .velocity_target import AverageVelocity, SameStep, ScoreDifference, TotalDerivative, Velocity, VelocityTarget
+from .velocity_target import AverageVelocity, ScoreDifference, StepVelocity, TotalDerivative, Velocity, VelocityTarget
 from .view import DetailedPrompt, ReferenceImage
 
 __all__ = [
@@ -31,12 +31,12 @@ __all__ = [
     "Noising",
     "ReferenceImage",
     "Renoise",
-    "SameStep",
     "SampleQuality",
     "Sampler",
     "ScoreDifference",
     "Shortcuts",
     "StableDiffusion3",
+    "StepVelocity",
     "TotalDerivative",
     "Velocity",
     "VelocityMatching",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ class Transformer:
         path = shipped(path)
         kind = getattr(diffusers(), pipeline_index(path, revision)["transformer"][1])
         return dict(kind.load_config(path, subfolder="transformer", revision=revision))
+
+
+def save_pipeline(pipe: Any, model: nn.Module, folder: Path, path: str, revision: str | None) -> None:
+    """Writes a pipeline's folder with another transformer, each other part in the dtype that ``path`` stores it in."""
+    for name, part in pipe.components.items():
+        dtype = Transformer.stored_dtype(path, revision, name)
+        if isinstance(part, nn.Module) and dtype is not None:
+            part.to(dtype)  # diffusers loads all of them in float32
+    kind, parts = type(pipe), {**pipe.components, "transformer": model}
+    kind(**parts).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_adapter(pipe: Any, model: PeftModel, folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,12 +15,32 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ...data import STAND_IN
+from ...evaluation import Evaluator
 from ...shipped import shipped
+from ...trajectory import Example, Trajectories
+from .families import Family
 from .images import contact_sheet, log_image
 
-if TYPE_CHECKING:
-    from ...trajectory import Example
-    from .setting import DiffusionDistillation
+
+class Sampling(Protocol):
+    """What `SampleQuality` reads of the setting that samples."""
+
+    @property
+    def evaluator(self) -> Evaluator: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def trainer(self) -> Any: ...
+    @property
+    def loggers(self) -> list[Any]: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def images(self, trajectories: Trajectories) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1]."""
 
 
 class Features(nn.Module, ABC):
@@ -134,17 +154,10 @@ class SampleQuality:
         self._right: dict[int, list[Tensor]] = {}
 
     @torch.no_grad()
-    def see(
-        self, module: DiffusionDistillation, who: str, examples: list[Example], batch_idx: int, steps: list[int]
-    ) -> None:
+    def see(self, module: Sampling, who: str, examples: list[Example], batch_idx: int, steps: list[int]) -> None:
         """Samples a batch of examples at each number of steps."""
-        configured = module.evaluation
         for count in steps:
-            module.evaluation = dataclasses.replace(configured, horizon=count)
-            try:
-                acted = module.evaluator.act(who, examples, batch_idx)
-            finally:
-                module.evaluation = configured
+            acted = module.evaluator.act(who, examples, batch_idx, horizon=count)
             counts = [i for i, example in enumerate(acted.examples) if STAND_IN not in example]
             if not counts:
                 continue
@@ -158,7 +171,7 @@ class SampleQuality:
             if batch_idx == 0 and module.trainer.is_global_zero:
                 self._draw(module, who, images[: self.grid], count)
 
-    def _draw(self, module: DiffusionDistillation, who: str, images: Tensor, count: int) -> None:
+    def _draw(self, module: Sampling, who: str, images: Tensor, count: int) -> None:
         path = module.folder / "grids" / f"{who}_step-{module.global_step}_steps-{count}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(images)
@@ -167,7 +180,7 @@ class SampleQuality:
             log_image(logger, f"{who}/{count}_steps", sheet, module.global_step)
 
     @torch.no_grad()
-    def finish(self, module: DiffusionDistillation, stage: str) -> dict[str, float]:
+    def finish(self, module: Sampling, stage: str) -> dict[str, float]:
         """Everything since the last call, over all ranks."""
         real = self._reference(module)
         values: dict[str, float] = {}
@@ -181,14 +194,14 @@ class SampleQuality:
         self._made, self._right = {}, {}
         return values
 
-    def _everywhere(self, module: DiffusionDistillation, made: Tensor) -> Tensor:
+    def _everywhere(self, module: Sampling, made: Tensor) -> Tensor:
         if module.trainer.world_size == 1:
             return made
         everyone: list[Any] = [None] * module.trainer.world_size
         torch.distributed.all_gather_object(everyone, made)
         return torch.cat(everyone)
 
-    def _reference(self, module: DiffusionDistillation) -> Tensor:
+    def _reference(self, module: Sampling) -> Tensor:
         if self._real is None:
             data = getattr(module.trainer, "datamodule", None)
             splits = [getattr(data, name, None) for name in ("train", "validation", "test")]

@@ -16,10 +16,7 @@ from ...distribution import Gaussian
 from ...finite import Finite
 from ...rollout import derived_seed
 from . import flow
-
-Ask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From rows ``[n]`` of the batch, their latents ``[n, ...]``, and the levels ``[n]`` that a step goes from and to, to
-velocities ``[n, ...]``."""
+from .query import VelocityField
 
 
 @dataclass
@@ -223,7 +220,9 @@ def plan_all(
     return sigma, toward, trained
 
 
-def roll_out(sampler: Sampler, ask: Ask, start: Tensor, sigma: Tensor, toward: Tensor, seeds: Sequence[int]) -> Tensor:
+def roll_out(
+    sampler: Sampler, field: VelocityField, start: Tensor, sigma: Tensor, toward: Tensor, seeds: Sequence[int]
+) -> Tensor:
     """``[B, T, ...]`` the latents after each step, from ``start [B, ...]``; 0 after a trajectory's end."""
     latent = start
     after = []
@@ -236,7 +235,7 @@ def roll_out(sampler: Sampler, ask: Ask, start: Tensor, sigma: Tensor, toward: T
             drawn = [torch.randn(start.shape[1:], generator=draws[row]) for row in rows.tolist()]
             return torch.stack(drawn).to(start.device, start.dtype)
 
-        v = ask(rows, here, sigma[rows, k], toward[rows, k])
+        v = field(rows, here, sigma[rows, k], toward[rows, k])
         latent = torch.zeros_like(start)
         latent[rows] = sampler.step(here, v, sigma[rows, k], sigma[rows, k + 1], noise)
         after.append(latent)

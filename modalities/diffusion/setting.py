@@ -6,32 +6,39 @@ Shape legend: B trajectories, T denoising steps, n states of a chunk, latents ``
 from __future__ import annotations
 
 import copy
-import json
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
-from ...objective import Objective, Weight
+from ...objective import Objective
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
-from ...teacher import Policy, evaluating
+from ...teacher import Policy
 from ...trajectory import Example, OptimizerStep, Trajectories
 from . import flow
-from .fake import LearnedScore
-from .families import Condition, Family, load_family
-from .images import opened, picture
-from .models import Transformer, diffusers, save_adapter, with_adapter
+from .checks import (
+    check_densities,
+    check_finite,
+    check_latents,
+    check_rollout,
+    check_source,
+    check_targets,
+    problem_with_row,
+)
+from .families import Family, load_family
+from .images import picture
+from .learned_score import LearnedScore
+from .models import Transformer, diffusers, save_adapter, save_pipeline, with_adapter
 from .quality import SampleQuality
-from .sampler import Ask, Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
-from .signal import FlowMatching, VelocityMatching
-from .velocity_target import AskHere, Moment, SameStep, VelocityTarget
+from .query import RestrictedField, VelocityField, VisitedStates, bytes_per_state, velocity_field
+from .sampler import Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
+from .velocity_target import StepVelocity, VelocityTarget
 from .view import REFERENCE
 
 
@@ -43,7 +50,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     Args:
         sampler: which states the student visits in training, and which of them are trained. Default: `Euler`.
-        velocity_targets: what each teacher says of a step, by its name. Default: `SameStep`.
+        velocity_targets: what each teacher says of a step, by its name. Default: `StepVelocity`.
         flow_map: whether the student is told where a step ends. Default: if its transformer can be (AnyFlow's).
         height, width: of images in pixels.
         max_sequence_length: tokens of a prompt; longer ones are refused.
@@ -81,11 +88,8 @@ class DiffusionDistillation(OnPolicyDistillation):
         **kwargs: Any,
     ) -> None:
         # before the core's own, which checks that everything fits
-        self.sampler, self.velocity_targets, self.noising = (
-            sampler or Euler(),
-            velocity_targets or {},
-            noising or Noising(),
-        )
+        self.sampler, self.noising = sampler or Euler(), noising or Noising()
+        self.velocity_targets = velocity_targets or {}
         self.quality, self.flow_map = quality, flow_map
         self.network_evaluations = 0
         self._family_settings = {
@@ -100,54 +104,15 @@ class DiffusionDistillation(OnPolicyDistillation):
     # -- building -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        for name, answer in self.velocity_targets.items():
-            if name not in self.teachers:
-                raise ValueError(
-                    f"model.velocity_targets: there is no teacher {name!r}; there are {sorted(self.teachers)}"
-                )
-            for other in sorted(set(answer.asks) - set(self.teachers)):
-                raise ValueError(
-                    f"model.velocity_targets.{name}: {type(answer).__name__} asks {other!r}, which is no teacher: add "
-                    "it to model.teachers with the weights of a LearnedScore"
-                )
-        for i, term in enumerate(self.objective.terms):
-            self._check_signal(f"objective.terms[{i}] ({term.name})", term.signal)
-            for weight in term.weights:
-                self._check_weight(f"objective.terms[{i}] ({term.name})", weight)
+        terms = [(f"objective.terms[{i}] ({term.name})", term) for i, term in enumerate(self.objective.terms)]
+        check_targets(self.velocity_targets, self.teachers)
+        for where, term in terms:
+            check_densities(where, term, self.sampler)
         super().check()
-        for i, term in enumerate(self.objective.terms):
-            where = f"objective.terms[{i}] ({term.name})"
-            of_data = isinstance(term.signal, FlowMatching)
-            if term.teacher in term.teachers:
-                of_data = of_data or self._answer(str(term.teacher)).of_data
-            if of_data and {"dataset"} != ({term.source} if term.source else self.rollout.sources):
-                raise ValueError(f"{where} speaks of noised data only: set its source to dataset")
-        settings = self.rollout
-        if settings.temperature != 1 or settings.top_p or settings.top_k or settings.min_p:
-            raise ValueError("rollout: temperature, top_p, top_k and min_p mean nothing to a sampler of images")
-
-    def _check_signal(self, where: str, signal: Any) -> None:
-        if isinstance(signal, VelocityMatching | FlowMatching):
-            return
-        name = type(signal).__name__
-        if not hasattr(signal, "gaussian"):
-            raise ValueError(
-                f"{where}: {name} is refused here: of Gaussian transitions a policy gradient has the expectation of "
-                "a KL, or zero; use VelocityMatching, or ReverseKL with the sampler SDE"
-            )
-        if not self.sampler.stochastic:
-            raise ValueError(
-                f"{where}: {name} compares densities, which the sampler {type(self.sampler).__name__} has none of; use "
-                "VelocityMatching, or the sampler SDE"
-            )
-
-    def _check_weight(self, where: str, weight: Weight) -> None:
-        densities = "behavior" in weight.needs or any(name.endswith(("entropy", "log_prob")) for name in weight.reads)
-        if densities and not self.sampler.stochastic:
-            raise ValueError(
-                f"{where}: {type(weight).__name__} reads densities, which the sampler {type(self.sampler).__name__} "
-                "has none of; use the sampler SDE"
-            )
+        for where, term in terms:
+            target = self.velocity_target(str(term.teacher)) if term.teacher in term.teachers else None
+            check_source(where, term, target, self.rollout)
+        check_rollout(self.rollout)
 
     def asked_by_parts(self) -> set[str]:
         return {
@@ -182,15 +147,11 @@ class DiffusionDistillation(OnPolicyDistillation):
         rows: dict[str, dict[str, str]] = {"weights": {}, "latents": {}, "says": {}}
         for name, policy in self.policies.items():
             family = policy.processor or self.family
-            if family.latent_shape != self.family.latent_shape:
-                raise ValueError(
-                    f"model.teachers.{name} has latents of shape {family.latent_shape}, the student "
-                    f"{self.family.latent_shape}: they must be those of one autoencoder"
-                )
+            check_latents(name, family, self.family)
             count = sum(p.numel() for p in policy.model.parameters())
             rows["weights"][name] = f"{policy.path} ({count / 1e6:.3g}M)"
             rows["latents"][name] = " × ".join(map(str, family.latent_shape))
-            rows["says"][name] = "" if name == "student" else type(self._answer(name)).__name__
+            rows["says"][name] = "" if name == "student" else type(self.velocity_target(name)).__name__
         if self.flow_map and not self.family.jumps:
             raise ValueError(f"model.flow_map: a {type(self.family.pipe).__name__} can't be told where a step ends")
         return list(rows.items())
@@ -199,21 +160,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         self.configure_model()
         looks = [self.shown([example])[0], *(teacher.look(example) for teacher in self.teachers.values())]
         shown = [seen for seen in looks if seen is not None]
-        for prompt in (seen["prompt"] for seen in shown):
-            if not isinstance(prompt, str):
-                return f"the prompt is no text but {type(prompt).__name__}"
-            length, limit = self.family.tokens(prompt), self.family.max_sequence_length
-            if length > limit:
-                return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
-        if "dataset" in self.rollout.sources and example.get("image") is None:
-            return "image is null, and rollout.behavior.dataset needs one"
-        for column, seen in (("image", example), *((REFERENCE, seen) for seen in shown)):
-            if seen.get(column) is not None:
-                try:
-                    opened(seen[column])
-                except ValueError as error:
-                    return f"{column} can't be read: {error}"
-        return None
+        return problem_with_row(example, shown, self.family, "dataset" in self.rollout.sources)
 
     # -- the methods of a setting ---------------------------------------------------------------------------------
 
@@ -240,15 +187,15 @@ class DiffusionDistillation(OnPolicyDistillation):
         )
         noise = [torch.randn((1, *self.family.latent_shape), generator=generator(seed)) for seed in seeds]
         start = torch.cat(noise).to(device)
-        answer = SameStep() if policy.name == "student" else self._answer(policy.name)
-        asking = self._asking(policy, examples, answer.guidance)
+        target = StepVelocity() if policy.name == "student" else self.velocity_target(policy.name)
+        field = self.velocity_field(policy, examples, target.guidance)
 
-        def ask(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return asking(rows, latent, t, r if answer.jumps else t)
+        def acting(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return field(rows, latent, t, r if target.jumps else t)
 
         with torch.no_grad():
-            after = roll_out(self.sampler, ask, start, sigma, toward, seeds)
-        self._refuse_nonfinite(after, examples)
+            after = roll_out(self.sampler, acting, start, sigma, toward, seeds)
+        check_finite(after, examples)
         acted = self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
         if self.sampler.stochastic:
             acted.behavior_log_probs = self._log_probs(policy, acted)
@@ -294,17 +241,19 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def distribution(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
         is_student = policy.name == "student"
-        answer = SameStep() if is_student else self._answer(policy.name)
+        target = StepVelocity() if is_student else self.velocity_target(policy.name)
         own = self.shown(trajectories.examples, trajectories.student_view)
         examples = own if view is None else view
-        asking = self._asking(policy, examples, answer.guidance)
+        field = self.velocity_field(policy, examples, target.guidance)
         width, device = trajectories.mask.shape[1], trajectories.mask.device
         before = torch.cat([trajectories.observation["start"][:, None], trajectories.actions[:, :-1]], 1)
         seeds = trajectories.observation["seed"].tolist()
 
         @cache
-        def another(name: str) -> Ask:
-            return self._asking(policy, examples) if name == "self" else self._asking(self.policies[name], own)
+        def other_field(name: str) -> VelocityField:
+            if name == "self":
+                return self.velocity_field(policy, examples)
+            return self.velocity_field(self.policies[name], own)
 
         def make(index: Tensor) -> Transition:
             rows, at = index // width, index % width
@@ -312,37 +261,34 @@ class DiffusionDistillation(OnPolicyDistillation):
             t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
 
             if is_student and self.sampler.chained and torch.is_grad_enabled():
-                came = self._chain(asking, trajectories, rows, at)
+                came = self._chain(field, trajectories, rows, at)
                 # what the end of the step owes to the state that it starts from
-                v = asking(rows, came, t, r) + (latent - came) / flow.over(t, latent)
+                v = field(rows, came, t, r) + (latent - came) / flow.over(t, latent)
             elif is_student:
-                v = asking(rows, latent, t, r)
+                v = field(rows, latent, t, r)
             else:
                 after, mine = trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()]
-                moment = Moment(latent, t, r, after, mine, lambda name: AskHere(another(name), rows))
-                v = answer(AskHere(asking, rows), moment)
+                states = VisitedStates(latent, t, r, after, mine, lambda name: RestrictedField(other_field(name), rows))
+                v = target(RestrictedField(field, rows), states)
             return self.sampler.transition(latent, v.to(device), t, r)
 
         trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
-        return Lazy(make, trained, self._bytes_per_state(policy.model))
+        return Lazy(make, trained, bytes_per_state(self.family))
 
-    def _chain(self, asking: Ask, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
+    def _chain(self, field: VelocityField, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
         """``[n, ...]`` the states at steps ``at [n]`` of some trajectories, reached anew with gradient."""
         sigma, toward = trajectories.channels["sigma"], trajectories.channels["toward"]
         latent = trajectories.observation["start"][rows]
         for k in range(int(at.max())):
             on = (at > k).nonzero().squeeze(-1)
             t, r = sigma[rows[on], k], toward[rows[on], k]
-            v = asking(rows[on], latent[on], t, r)
+            v = field(rows[on], latent[on], t, r)
             latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
         return latent
 
-    @property
-    def _jumps(self) -> bool:
-        return self.family.jumps if self.flow_map is None else self.flow_map
-
-    def _answer(self, teacher: str) -> VelocityTarget:
-        return self.velocity_targets.get(teacher) or SameStep()
+    def velocity_target(self, teacher: str) -> VelocityTarget:
+        """What a teacher says of a step."""
+        return self.velocity_targets.get(teacher) or StepVelocity()
 
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         prompts = [example["prompt"] for example in trajectories.examples]
@@ -367,58 +313,14 @@ class DiffusionDistillation(OnPolicyDistillation):
         """``[B, 3, H, W]`` in [0, 1]."""
         return self.family.images(self.ends(trajectories)).cpu()
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    def velocity_field(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> VelocityField:
+        """The velocities of a policy for any of these examples; it is told where a step ends if the student is."""
+        family = policy.processor or self.family
+        jumps = self.family.jumps if self.flow_map is None else self.flow_map
+        return velocity_field(policy, family, examples, guidance, jumps, self._count_evaluations)
 
-    def _conditions(self, examples: list[Example], family: Family) -> list[Condition]:
-        prompts = [example["prompt"] for example in examples]
-        return family.conditions(prompts, [example.get(REFERENCE) for example in examples])
-
-    def _asking(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> Ask:
-        """A policy that can be asked for velocities of any of these examples; it is told where a step ends if the
-        student is."""
-        family: Family = policy.processor or self.family
-        conditions, nothing = self._conditions(examples, family), []
-        if guidance != 1.0:
-            nothing = family.conditions([""] * len(examples), [None] * len(examples))
-
-        def ask(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            mine, r = rows.tolist(), r if self._jumps else t
-            said = velocity([conditions[row] for row in mine], latent, t, r)
-            if guidance == 1.0:
-                return said
-            return flow.guided(said, velocity([nothing[row] for row in mine], latent, t, r), guidance)
-
-        def velocity(seen: list[Condition], latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            self.network_evaluations += len(seen)
-            weight = next(policy.model.parameters())
-            device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
-            parts, order = [], []
-            mode = nullcontext() if torch.is_grad_enabled() else evaluating(policy.model)
-            with policy.active(), mode:
-                for group in family.batches(seen):
-                    at = torch.tensor(group, device=latent.device)
-                    inputs = _to(family.stack([seen[i] for i in group]), device, dtype)
-                    x, start, end = latent[at].to(device, dtype), t[at].to(device), r[at].to(device)
-                    parts.append(family.velocity(policy.model, x, start, end, inputs).to(latent.device))
-                    order.append(at)
-            together = torch.cat(parts)
-            return together if len(parts) == 1 else together[torch.cat(order).argsort()]
-
-        return ask
-
-    def _bytes_per_state(self, model: nn.Module) -> int:
-        """Rough: what a transformer keeps of one state for its backward pass."""
-        config = self.family.config
-        width = config.get("dim") or config.get("num_attention_heads", 8) * config.get("attention_head_dim", 64)
-        layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers", "n_layers")) or 1
-        tokens = self.family.latent_shape[-1] * self.family.latent_shape[-2] // 4
-        return 24 * 4 * width * layers * tokens
-
-    def _refuse_nonfinite(self, latents: Tensor, examples: list[Example]) -> None:
-        finite = latents.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            prompt = examples[int((~finite).nonzero()[0])]["prompt"]
-            raise FloatingPointError(f"the sampler's latents are not finite, first for the prompt {prompt!r}")
+    def _count_evaluations(self, states: int) -> None:
+        self.network_evaluations += states
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -444,7 +346,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         if not len(mine) or weights.has_learned(self.global_step):
             return None  # a stage in which the student does not act, or a step that is begun again
         seen = self.shown(mine.examples, mine.student_view)
-        asking = AskHere(self._asking(self.policies[name], seen), torch.arange(len(mine)))
+        field = RestrictedField(self.velocity_field(self.policies[name], seen), torch.arange(len(mine)))
 
         def average(gradient: Tensor) -> Tensor:
             if self.trainer.world_size == 1:
@@ -452,7 +354,7 @@ class DiffusionDistillation(OnPolicyDistillation):
             return self.trainer.strategy.reduce(gradient, reduce_op="mean")
 
         seeds = [derived_seed(seed, self.global_step) for seed in mine.observation["seed"].tolist()]
-        return weights.learn(asking, self.ends(mine), seeds, average, self.global_step)
+        return weights.learn(field, self.ends(mine), seeds, average, self.global_step)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -474,7 +376,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         evaluations, device = self.network_evaluations, next(policy.model.parameters()).device
         latent = torch.randn((2, *self.family.latent_shape), generator=generator(0)).to(device)
         t, r = torch.tensor([[0.8, 0.3], [0.4, 0.0]], dtype=torch.float64, device=device)
-        said = self._asking(policy, [{"prompt": "a"}])(torch.zeros(2, dtype=torch.long), latent, t, r)
+        said = self.velocity_field(policy, [{"prompt": "a"}])(torch.zeros(2, dtype=torch.long), latent, t, r)
         self.network_evaluations = evaluations
         return said.float().cpu()
 
@@ -484,30 +386,13 @@ class DiffusionDistillation(OnPolicyDistillation):
     def save_student(self, model: Any, folder: Path) -> None:
         """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads, or an adapter for
         ``load_lora_weights``."""
-        pipe = self.family.pipe
         if isinstance(model, PeftModel):
-            save_adapter(pipe, model, folder)
-            return
-        for name, part in pipe.components.items():
-            dtype = Transformer.stored_dtype(self._student_spec.path, self._student_spec.revision, name)
-            if isinstance(part, nn.Module) and dtype is not None:
-                part.to(dtype)  # diffusers loads all of them in float32
-        kind, parts = type(pipe), {**pipe.components, "transformer": model}
-        kind(**parts).save_pretrained(folder)
-        for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
-            config = json.loads(file.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_adapter(self.family.pipe, model, folder)
+        else:
+            save_pipeline(self.family.pipe, model, folder, self._student_spec.path, self._student_spec.revision)
 
     def read_student(self, folder: Path) -> Policy:
         if not (folder / "model_index.json").exists():
             return Policy(with_adapter(self._student_spec.path, self._student_spec.revision, folder), self.family)
         pipe = diffusers().DiffusionPipeline.from_pretrained(folder)
         return Policy(pipe.transformer, self.load_processor(Pretrained(str(folder))))
-
-
-def _to(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-
-    return {name: [move(x) for x in v] if isinstance(v, list) else move(v) for name, v in inputs.items()}

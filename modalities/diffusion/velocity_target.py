@@ -6,56 +6,14 @@ All of them are velocities, so that one squared error serves every method. Shape
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...finite import Finite
 from . import flow
-from .sampler import Ask, generator
-
-
-@dataclass(frozen=True)
-class AskHere:
-    """A policy at n states: from latents ``[n, ...]`` and the levels ``[n]`` that a step goes from and to, to
-    velocities ``[n, ...]``.
-
-    Attributes:
-        ask: the policy, as it sees all trajectories.
-        rows: ``[n]`` the trajectories that the states are of.
-    """
-
-    ask: Ask
-    rows: Tensor
-
-    def __call__(self, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        return self.ask(self.rows, latent, t, r)
-
-    def at(self, states: Tensor) -> AskHere:
-        """At some of the n states only."""
-        return AskHere(self.ask, self.rows[states])
-
-
-@dataclass
-class Moment:
-    """n states that the student visited.
-
-    Attributes:
-        latent: ``[n, ...]``.
-        t, r: ``[n]`` the noise level, and the one that the student is asked to go to.
-        clean: ``[n, ...]`` for states of the data, the image that they were made from; else the next latent.
-        seeds: n numbers of the trajectories, for draws.
-        ask: another policy by its name, as it sees these trajectories, without guidance.
-    """
-
-    latent: Tensor
-    t: Tensor
-    r: Tensor
-    clean: Tensor
-    seeds: list[int]
-    ask: Callable[[str], AskHere]
+from .query import RestrictedField, VisitedStates
+from .sampler import generator
 
 
 class VelocityTarget(Finite, ABC):
@@ -82,25 +40,25 @@ class VelocityTarget(Finite, ABC):
         self.guidance = guidance
 
     @abstractmethod
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        """``[n, ...]``; ``ask`` is the teacher itself, with guidance."""
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        """``[n, ...]``; ``field`` is the teacher's own, with guidance."""
 
 
-class SameStep(VelocityTarget):
+class StepVelocity(VelocityTarget):
     """What it would do itself for the same step: transition matching, D-OPSD. For teachers and students that take few
     steps already; of models that are not told where a step ends, the velocity at the state."""
 
     jumps = True
 
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        return ask(moment.latent, moment.t, moment.r)
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        return field(states.latent, states.t, states.r)
 
 
 class Velocity(VelocityTarget):
     """Its velocity at the state, that of a step of no length."""
 
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        return ask(moment.latent, moment.t, moment.t)
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        return field(states.latent, states.t, states.t)
 
 
 class AverageVelocity(VelocityTarget):
@@ -124,17 +82,17 @@ class AverageVelocity(VelocityTarget):
             raise ValueError(f"AverageVelocity.stride must be > 0, got {stride}")
         self.substeps, self.stride = substeps, stride
 
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        length = moment.t - moment.r
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        length = states.t - states.r
         count = torch.full_like(length, self.substeps)
         if self.stride is not None:
             # less than a rounding error longer than the stride is not longer
             count = (length / self.stride - 1e-6).ceil().clamp(1, self.substeps)
-        latent, total = moment.latent.clone(), torch.zeros_like(moment.latent)
+        latent, total = states.latent.clone(), torch.zeros_like(states.latent)
         for k in range(int(count.max())):
             on = (count > k).nonzero().squeeze(-1)
-            t, after = (moment.t[on] - length[on] * (place / count[on]) for place in (k, k + 1))
-            v = ask.at(on)(latent[on], t, t)
+            t, after = (states.t[on] - length[on] * (place / count[on]) for place in (k, k + 1))
+            v = field.at(on)(latent[on], t, t)
             total[on] += v
             latent[on] = flow.euler(latent[on], v, t, after)
         return total / flow.over(count, total)
@@ -159,18 +117,18 @@ class TotalDerivative(VelocityTarget):
         super().__init__(guidance)
         self.epsilon = epsilon
 
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        x, t, r = moment.latent, moment.t, moment.r
-        v = data_velocity(x, moment.clean, t)
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        x, t, r = states.latent, states.t, states.r
+        v = data_velocity(x, states.clean, t)
         later, sooner = (t + self.epsilon).clamp(max=1), (t - self.epsilon).clamp(min=0)
-        ahead = moment.ask("self")(flow.euler(x, v, t, later), later, r.clamp(max=1))
-        behind = moment.ask("self")(flow.euler(x, v, t, sooner), sooner, torch.minimum(r, sooner))
+        ahead = states.other("self")(flow.euler(x, v, t, later), later, r.clamp(max=1))
+        behind = states.other("self")(flow.euler(x, v, t, sooner), sooner, torch.minimum(r, sooner))
         change = (ahead - behind) / flow.over(later - sooner, x)
         target = v - flow.over(t - r, x) * change.to(x.dtype)
         if self.guidance == 1:
             return target
-        here = moment.ask("self")(x, t, r)
-        unconditional = (ask(x, t, r) - self.guidance * here) / (1 - self.guidance)
+        here = states.other("self")(x, t, r)
+        unconditional = (field(x, t, r) - self.guidance * here) / (1 - self.guidance)
         return self.guidance * target + (1 - self.guidance) * unconditional
 
 
@@ -198,14 +156,14 @@ class ScoreDifference(VelocityTarget):
             raise ValueError(f"ScoreDifference: need 0 <= low < high <= 1, got low={low} and high={high}")
         self.fake, self.low, self.high, self.asks = fake, low, high, (fake,)
 
-    def __call__(self, ask: AskHere, moment: Moment) -> Tensor:
-        x, t = moment.latent, moment.t
-        said = moment.ask("student")(x, t, moment.r)
+    def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
+        x, t = states.latent, states.t
+        said = states.other("student")(x, t, states.r)
         g = flow.clean_estimate(x, said, t).to(x.dtype)
-        s, noise = drawn(moment.seeds, g, self.low, self.high)
+        s, noise = drawn(states.seeds, g, self.low, self.high)
         noisy = flow.noised(g, noise, s).to(x.dtype)
-        real = flow.clean_estimate(noisy, ask(noisy, s, s), s)
-        fake = flow.clean_estimate(noisy, moment.ask(self.fake)(noisy, s, s), s)
+        real = flow.clean_estimate(noisy, field(noisy, s, s), s)
+        fake = flow.clean_estimate(noisy, states.other(self.fake)(noisy, s, s), s)
         size = (g - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         direction = (fake - real) / flow.over(size, g)
         return said + (direction / flow.over(t, g)).to(said.dtype)

@@ -23,9 +23,9 @@ from opd_lightning.modalities.diffusion import (
     Noising,
     ReferenceImage,
     Renoise,
-    SameStep,
     ScoreDifference,
     Shortcuts,
+    StepVelocity,
     TotalDerivative,
     Velocity,
     VelocityMatching,
@@ -71,10 +71,10 @@ def states(module: Any, trajectories: Any) -> list[tuple[int, int, torch.Tensor,
 def says(module: Any, name: str, row: int, latent: torch.Tensor, t: float, r: float, guidance: float = 1.0) -> Any:
     """One policy's velocity at one state, asked for by itself."""
     policy = module.policies[name]
-    asking = module._asking(policy, make_rows(row + 1), guidance)
+    field = module.velocity_field(policy, make_rows(row + 1), guidance)
     with torch.no_grad():
         levels = (torch.tensor([x], dtype=torch.float64) for x in (t, r))
-        return asking(torch.tensor([row]), latent[None], *levels)[0]
+        return field(torch.tensor([row]), latent[None], *levels)[0]
 
 
 # -- rollouts -----------------------------------------------------------------------------------------------------
@@ -272,9 +272,9 @@ def test_guidance_is_one_formula_and_1_is_the_conditional_model(make):
         objective_of(plain, rolled)[0], objective_of(make(velocity_targets={"teacher": Velocity()}), rolled)[0]
     )
     row, _, x, t, _ = states(plain, rolled)[1]
-    asking = plain._asking(plain.policies["teacher"], [{"prompt": ""}])
+    field = plain.velocity_field(plain.policies["teacher"], [{"prompt": ""}])
     with torch.no_grad():
-        nothing = asking(torch.tensor([0]), x[None], *[torch.tensor([t], dtype=torch.float64)] * 2)[0]
+        nothing = field(torch.tensor([0]), x[None], *[torch.tensor([t], dtype=torch.float64)] * 2)[0]
     conditional = says(plain, "teacher", row, x, t, t)
     torch.testing.assert_close(
         says(guided, "teacher", row, x, t, t, 3.0), nothing + 3 * (conditional - nothing), rtol=1e-4, atol=1e-5
@@ -339,11 +339,11 @@ def test_the_gradient_of_distribution_matching_is_the_score_difference_per_pixel
     rolled = on_policy(module, 3)
     loss, gradients = objective_of(module, rolled)
     student = module.policies["student"].model
-    asking = module._asking(module.policies["student"], make_rows(3))
+    field = module.velocity_field(module.policies["student"], make_rows(3))
     total, value = torch.zeros(()), 0.0
     for row, _, x, t, _ in states(module, rolled):
         t_ = torch.tensor([t], dtype=torch.float64)
-        g = x - t * asking(torch.tensor([row]), x[None], t_, torch.zeros_like(t_))[0]
+        g = x - t * field(torch.tensor([row]), x[None], t_, torch.zeros_like(t_))[0]
         draw = generator(int(rolled.observation["seed"][row]), 3)
         s = 0.02 + 0.96 * float(torch.rand((), generator=draw))
         z = (1 - s) * g.detach() + s * torch.randn(g.shape, generator=draw)
@@ -407,7 +407,7 @@ def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
         module = matched(make, pipeline, sampler=sampler)
         rolled = on_policy(module, 3)
         found[chained] = objective_of(module, rolled)
-        asking = module._asking(module.policies["student"], make_rows(3))
+        field = module.velocity_field(module.policies["student"], make_rows(3))
         wanted = torch.zeros(())
         last = (rolled.channels["sigma"] > 0).sum(1) - 1
         for row, k, x, t, r in states(module, rolled):
@@ -419,7 +419,7 @@ def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
             for j in range(k + 1):
                 a, b = (rolled.channels[name][row, j][None] for name in ("sigma", "toward"))
                 latent = latent if chained else latent.detach()
-                latent = flow.euler(latent, asking(moment, latent, a, b), a, b)
+                latent = flow.euler(latent, field(moment, latent, a, b), a, b)
             wanted = wanted - (latent[0] * d / d.numel()).sum() / 3
         parameters = [p for p in module.student.parameters() if p.requires_grad]
         for mine, theirs in zip(found[chained][1], torch.autograd.grad(wanted, parameters), strict=True):
@@ -775,7 +775,7 @@ def test_a_prompt_is_encoded_once_and_a_reference_once_for_each_prompt(make):
 
 
 def test_same_step_is_the_default_answer(make):
-    assert isinstance(make()._answer("teacher"), SameStep)
+    assert isinstance(make().velocity_target("teacher"), StepVelocity)
 
 
 # -- loading ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from ...pretrained import Pretrained
 from ...resume import apply_settings, check_settings, settings_of
 from ...teacher import Policy, TeacherWeights
 from . import flow
-from .velocity_target import AskHere, drawn
+from .query import RestrictedField
+from .velocity_target import drawn
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -69,7 +70,7 @@ class LearnedScore(TeacherWeights):
 
     def learn(
         self,
-        ask: AskHere,
+        field: RestrictedField,
         clean: Tensor,
         seeds: list[int],
         average: Callable[[Tensor], Tensor],
@@ -79,7 +80,7 @@ class LearnedScore(TeacherWeights):
         """Trains it on the student's clean samples ``[n, ...]``.
 
         Args:
-            ask: the model, with gradient.
+            field: the model's, with gradient.
             clean: without gradient.
             seeds: n numbers for the draws.
             average: of a tensor over all ranks.
@@ -95,7 +96,7 @@ class LearnedScore(TeacherWeights):
         for update in range(self.updates):
             s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
             with torch.enable_grad(), self._learner.training_it() as parameters:
-                said = ask(flow.noised(clean, noise, s).to(clean.dtype), s, s)
+                said = field(flow.noised(clean, noise, s).to(clean.dtype), s, s)
                 loss = (said.float() - flow.velocity(clean, noise).float()).square().mean()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.modalities.diffusion.fake import Learner
+from opd_lightning.modalities.diffusion.learned_score import Learner
 
 
 def learner(optimizer=torch.optim.AdamW, **settings) -> Learner:
