@@ -20,28 +20,28 @@ browser:
 demo: install
 	rm -rf runs/demo
 	since=$$(date +%s) && \
-	$(BIN)/opd fit -c opd:text/quickstart.yaml --trainer.default_root_dir=runs/demo --trainer.logger.init_args.save_dir=runs/demo && \
-	$(BIN)/python -m opd_lightning.report runs/demo --since $$since
+	$(BIN)/opd fit -c opd:text/quickstart.yaml --trainer.default_root_dir=runs/demo && \
+	$(BIN)/opd report runs/demo --since $$since
 
 demo-vlm: install
 	rm -rf runs/demo-vlm
 	since=$$(date +%s) && \
-	$(BIN)/opd fit -c opd:vision_language/quickstart.yaml --trainer.default_root_dir=runs/demo-vlm --trainer.logger.init_args.save_dir=runs/demo-vlm && \
-	$(BIN)/python -m opd_lightning.report runs/demo-vlm --since $$since && \
-	$(BIN)/python -m opd_lightning.modalities.vision_language.gallery runs/demo-vlm
+	$(BIN)/opd fit -c opd:vision_language/quickstart.yaml --trainer.default_root_dir=runs/demo-vlm && \
+	$(BIN)/opd report runs/demo-vlm --since $$since && \
+	$(BIN)/opd gallery runs/demo-vlm
 
 demo-gui: install
 	rm -rf runs/demo-gui
 	since=$$(date +%s) && \
-	$(BIN)/opd fit -c opd:gui_grounding/quickstart.yaml --trainer.default_root_dir=runs/demo-gui --trainer.logger.init_args.save_dir=runs/demo-gui && \
-	$(BIN)/python -m opd_lightning.report runs/demo-gui --since $$since && \
-	$(BIN)/python -m opd_lightning.modalities.vision_language.gallery runs/demo-gui
+	$(BIN)/opd fit -c opd:gui_grounding/quickstart.yaml --trainer.default_root_dir=runs/demo-gui && \
+	$(BIN)/opd report runs/demo-gui --since $$since && \
+	$(BIN)/opd gallery runs/demo-gui
 
 demo-diffusion: install
 	rm -rf runs/demo-diffusion
 	since=$$(date +%s) && \
-	$(BIN)/opd fit -c opd:diffusion/quickstart.yaml --trainer.default_root_dir=runs/demo-diffusion --trainer.logger.init_args.save_dir=runs/demo-diffusion && \
-	$(BIN)/python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion --since $$since
+	$(BIN)/opd fit -c opd:diffusion/quickstart.yaml --trainer.default_root_dir=runs/demo-diffusion && \
+	$(BIN)/opd table runs/demo-diffusion --since $$since
 
 check: install
 	$(BIN)/ruff check .

@@ -23,33 +23,33 @@ SOURCE = "python:opd_lightning.modalities.vision_language.readers.easy_vqa"
 def data(folder: str, count: int, seed: int) -> list[str]:
     held_out = f"{{folder: {folder}, split: test, count: 512}}"
     return [
-        f"--data.init_args.train={SOURCE}",
-        f"--data.init_args.train_options={{folder: {folder}, count: {count}, seed: {seed}}}",
-        f"--data.init_args.validation={SOURCE}",
-        f"--data.init_args.validation_options={held_out}",
-        "--data.init_args.columns={completion: answer, answer: answer}",
-        "--model.init_args.evaluation.by=[category]",
+        f"--data.train={SOURCE}",
+        f"--data.train_options={{folder: {folder}, count: {count}, seed: {seed}}}",
+        f"--data.validation={SOURCE}",
+        f"--data.validation_options={held_out}",
+        "--data.columns={completion: answer, answer: answer}",
+        "--model.evaluation.by=[category]",
     ]
 
 
 def main(folder: str) -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
-    either = f"{{class_path: Either, init_args: {{share: 0.8, view: {{class_path: Original}}, otherwise: {SMALL}}}}}"
+    either = f"{{class_path: Either, init_args: {{share: 0.8, view: Original, otherwise: {SMALL}}}}}"
     warm = RUNS / "warm_start"
     opd = [sys.executable, "-m", "opd_lightning"]
-    paths = [f"--trainer.default_root_dir={warm}", f"--trainer.logger.init_args.save_dir={warm}"]
-    more = [f"--model.init_args.student_view={either}", "--trainer.max_steps=400", "--trainer.val_check_interval=200"]
+    into = f"--trainer.default_root_dir={warm}"
+    more = [f"--model.student_view={either}", "--trainer.max_steps=400", "--trainer.val_check_interval=200"]
     subprocess.run(
-        [*opd, "fit", "-c", "opd:vision_language/warm_start.yaml", *paths, *more, *data(folder, 25600, 0)], check=True
+        [*opd, "fit", "-c", "opd:vision_language/warm_start.yaml", into, *more, *data(folder, 25600, 0)], check=True
     )
     subprocess.run([*opd, "export", str(warm / "checkpoints/last.ckpt"), str(RUNS / "student")], check=True)
 
     results = []
     for arm, overlays in {"self-distillation": [], "SFT": ["sft"]}.items():
         extra = [
-            f"--model.init_args.student.path={RUNS / 'student'}",
-            f"--model.init_args.student_view={SMALL}",
-            "--model.init_args.teachers.teacher.view={class_path: Original}",
+            f"--model.student.path={RUNS / 'student'}",
+            f"--model.student_view={SMALL}",
+            "--model.teachers.teacher.view=Original",
             *data(folder, 8000, 1),
         ]
         curves, wall = fit(RUNS / arm, "vision_language", overlays, extra)

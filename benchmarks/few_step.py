@@ -28,7 +28,7 @@ BUDGET = 120_000
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, on-policy": ([], 663, []),
     "flow map, off-policy": (["diffusion/flow_map_off_policy"], 632, []),
-    "flow map from images (AnyFlow stage 1)": (["diffusion/flow_map_forward"], 384, ["--model.init_args.rollout.batch_size=128"]),
+    "flow map from images (AnyFlow stage 1)": (["diffusion/flow_map_forward"], 384, ["--model.rollout.batch_size=128"]),
     "AnyFlow, both stages": (["diffusion/anyflow"], 283, []),
     "distribution matching (DMD2)": (["diffusion/dmd2"], 547, []),
     "velocity matching, guidance 1.5": (["diffusion/transition_matching"], 768, []),
@@ -38,7 +38,7 @@ ARMS: dict[str, tuple[list[str], int, list[str]]] = {
 MEASURED_BEFORE = "flow map, on-policy", "distribution matching (DMD2)"
 TOLD: dict[str, list[str]] = {
     "average, rate 0.0001": [],
-    "live student (rate 1)": ["--model.init_args.teachers.teacher.weights.init_args.rate=1.0"],
+    "live student (rate 1)": ["--model.teachers.teacher.weights.rate=1.0"],
 }
 
 
@@ -58,9 +58,9 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
     folder.mkdir(parents=True)
     stages = halves(folder, updates) if overlays == ["diffusion/anyflow"] else None
     length = [f"--trainer.max_steps={updates}", f"--trainer.val_check_interval={updates}"]
-    epochs = ["--data.init_args.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
+    epochs = ["--data.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
     if arm in ARMS and arm not in MEASURED_BEFORE:
-        extra = [*extra, "--model.init_args.evaluation.before=false"]
+        extra = [*extra, "--model.evaluation.before=false"]
     curves, wall = fit(folder, "diffusion", overlays, [f"--seed_everything={seed}", *length, *extra, *epochs], stages)
     found: dict[str, Any] = {"arm": arm, "seed": seed, "updates": updates, "wall_s": round(wall)}
     found["fid"] = by_steps(curves, "val", -1)

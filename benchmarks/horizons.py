@@ -18,11 +18,11 @@ import yaml
 from methods import fit
 
 RUNS, SEEDS, UPDATES = Path("runs/horizons"), (0, 1, 2), 200
-LAG = "--model.init_args.rollout.max_staleness=8"
+LAG = "--model.rollout.max_staleness=8"
 
 
 def stop(rule: str, **settings: Any) -> dict[str, Any]:
-    made = {"class_path": f"opd_lightning.callbacks.early_stop.{rule}", "init_args": settings}
+    made = {"class_path": rule, "init_args": settings}
     return {"class_path": "EarlyStopRollout", "init_args": {"rule": made}}
 
 

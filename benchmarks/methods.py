@@ -14,13 +14,13 @@ from pathlib import Path
 from opd_lightning.report import Curves, new_figure, read_curves
 
 RUNS = Path("runs/methods")
-SLOWER = ["--model.init_args.optimizer.init_args.lr=3e-4"]
+SLOWER = ["--model.optimizer.lr=3e-4"]
 # The overlay, and what a model and rollouts this small ask for where a paper's defaults are for billions and thousands.
 METHODS: dict[str, list[str]] = {
     "reverse_kl": [],
     "gkd": [],
     "minillm": SLOWER,
-    "esr": ["--model.init_args.rollout.horizon=24"],
+    "esr": ["--model.rollout.horizon=24"],
     "text/opsd": SLOWER,
     "text/sdft": SLOWER,
     "sft": [],
@@ -29,7 +29,7 @@ METHODS: dict[str, list[str]] = {
 FEW = [
     "--trainer.max_steps=500",
     "--trainer.val_check_interval=100",
-    "--data.init_args.train_options.count=200",
+    "--data.train_options.count=200",
 ]
 PROBLEMS = (5, 6, 7)
 
@@ -42,7 +42,7 @@ def fit(
     command = [sys.executable, "-m", "opd_lightning", "fit", "-c", f"opd:{setting}/quickstart.yaml"]
     command += [part for overlay in overlays for part in ("-c", f"opd:methods/{overlay}.yaml")]
     command += [] if file is None else ["-c", str(file)]
-    command += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}", *extra]
+    command += [f"--trainer.default_root_dir={folder}", *extra]
     subprocess.run(command, check=True)
     return read_curves(folder), time.time() - since
 
@@ -61,7 +61,7 @@ def plot(found: dict[str, Curves], path: Path, title: str) -> None:
 def main() -> None:
     results = []
     few = {
-        f"{overlay}, problems {seed}": [*FEW, f"--data.init_args.train_options.seed={seed}"]
+        f"{overlay}, problems {seed}": [*FEW, f"--data.train_options.seed={seed}"]
         for seed in PROBLEMS
         for overlay in ("reverse_kl", "sft")
     }

@@ -20,7 +20,7 @@ from methods import fit, plot
 from opd_lightning.report import Curves
 
 RUNS, SEEDS = Path("runs/seeing"), (0, 1, 2)
-TOLD = "--model.init_args.teachers.teacher.view={class_path: CoordinatesAsText}"
+TOLD = "--model.teachers.teacher.view=CoordinatesAsText"
 ARMS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
     "vision_language": {"self-distillation": ([], []), "SFT": (["sft"], [])},
     "gui_grounding": {"self-distillation": ([], []), "SFT": (["sft"], []), "naive OPSD": ([], [TOLD])},

@@ -17,8 +17,7 @@ from typing import Any, get_args, get_type_hints
 import lightning as L
 from torch import nn
 
-from ..module import OnPolicyDistillation
-from ..module import LRSchedule
+from ..module import LRSchedule, OnPolicyDistillation
 from ..pretrained import Lora, Pretrained
 from ..rollout import Rollout
 from ..teacher import Frozen, Teacher

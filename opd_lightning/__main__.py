@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 
 
@@ -23,17 +24,31 @@ def main() -> None:
         sys.exit(2)
     # its missing CPU kernel concerns nobody who has not asked for quantization
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from .cli import run
-    from .cli_errors import sentence
-
     try:
-        run(sys.argv[1:])
+        execute(sys.argv[1:])
     except Exception as error:
+        from .cli_errors import sentence
+
         text = None if "--traceback" in sys.argv else sentence(error, sources)
         if text is None:
             raise
         sys.stderr.write(printable(text))
         sys.exit(1)
+
+
+def execute(arguments: Sequence[str]) -> None:
+    """Runs a command of `opd` in this process: a run of Lightning's Trainer, or what an entry point registers."""
+    from .entry_points import command
+    from .front import RUNS
+
+    sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]  # for classes and functions of one's own
+    name, *rest = arguments
+    if name not in RUNS:
+        command(name)(rest)
+        return
+    from .cli import run
+
+    run(arguments)
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""`opd fit|validate|test|predict|export|render-gui`: a LightningCLI over settings, objectives and callbacks."""
+"""`opd fit|validate|test|predict`: a LightningCLI over settings, objectives and callbacks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import set_dumper, set_loader
-from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from . import callbacks, data, modalities, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from . import data, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
 from .checkpoint import Checkpoint, check_named, check_ours
 from .cli_errors import Parser
 from .cli_help import print_help
-from .config_file import ConfigError, Text, dump, leaves, load, overlaid
+from .config_file import ConfigError, Source, Text, dump, leaves, load, overlaid
 from .config_keys import Checker, Exactly
-from .export import export
+from .entry_points import import_parts
 from .folder import check_folder
 from .front import front, keys_of, meanings, resolve  # noqa: F401  (resolve: for scripts)
-from .modalities.gui_grounding.render import render_gui
+from .jsonargparse_internals import get_loader_exceptions
 from .module import OnPolicyDistillation
 from .predictions import PredictionWriter
 from .printable import printable
@@ -35,6 +35,12 @@ from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
 set_dumper("yaml", dump)
+
+
+DEFAULTS = {"max_epochs": -1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+"""Of the Trainer: prompts are drawn without end, so steps count, not epochs; ``evaluation.before`` measures first."""
+LOGS = "logs"
+"""Where no logger is named, a CSVLogger writes ``logs/version_…/metrics.csv`` below ``trainer.default_root_dir``."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -75,7 +81,7 @@ class OPDCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [PredictionWriter()]},
+            trainer_defaults={**DEFAULTS, "callbacks": [PredictionWriter()]},
             parser_class=Parser,
             args=arguments,
         )
@@ -83,8 +89,20 @@ class OPDCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Makes the trainer with what its other settings decide: the logger's folder, what validations count."""
+        trainer = self.config_init[self.subcommand].trainer
+        if trainer.logger is None:
+            kwargs["logger"] = CSVLogger(trainer.default_root_dir or os.getcwd(), name=LOGS)
+        if isinstance(trainer.val_check_interval, float | None):  # a share of an epoch, so epochs count
+            kwargs["check_val_every_n_epoch"] = trainer.check_val_every_n_epoch or 1
+        return super().instantiate_trainer(**kwargs)
+
     def before_fit(self) -> None:
-        """A checkpoint or a folder that can't be used is refused before anything is loaded."""
+        """A run without an end is refused, and a checkpoint or folder that can't be used, before anything is loaded."""
+        trainer = self.trainer
+        if trainer.max_steps == trainer.max_epochs == -1 and self.config.fit.trainer.max_time is None:
+            raise ValueError("trainer: nothing says when training ends; set max_steps, max_epochs or max_time")
         check_folder(self.trainer.default_root_dir)
         self._check_checkpoint(self.config.fit.ckpt_path, trains=True)
 
@@ -132,10 +150,25 @@ def kinds_at_the_top(command: str) -> dict[str, Any]:
     return {key: classes.get(key, Any) for key in keys_of(command)}
 
 
+def with_logger(sources: Sequence[Source]) -> list[Source]:
+    """Puts the default logger before the sources where arguments set keys of a logger that nobody names."""
+    trainers = [(source, source.values["trainer"]) for source in sources if "trainer" in source.values]
+    found = {key: [(source, said[key]) for source, said in trainers if isinstance(said, dict) and key in said]
+             for key in ("logger", "default_root_dir")}  # fmt: skip
+    if not found["logger"] or not all(
+        source.keys and isinstance(said, dict) and "class_path" not in said for source, said in found["logger"]
+    ):
+        return list(sources)
+    folder = str(found["default_root_dir"][-1][1]) if found["default_root_dir"] else os.getcwd()
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": folder, "name": LOGS}}
+    return [Source("the default logger", {"trainer": {"logger": logger}}), *sources]
+
+
 def understood(arguments: Sequence[str]) -> list[str]:
     """Arguments for jsonargparse: every key checked, and what files and arguments say as JSON in their places."""
     try:
-        sources = front(arguments)
+        sources = with_logger(front(arguments))
+        import_parts()
         kinds, together, found = kinds_at_the_top(arguments[0]), dict[str, Any](), list[Any](arguments[:1])
         follows = False
         for source in sources:
@@ -158,18 +191,11 @@ def understood(arguments: Sequence[str]) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """What `opd` does with its arguments."""
+    """Trains or evaluates, as the arguments after `opd` say."""
     # Lightning's own use of a deprecated torch helper, and its doubt about arguments that do come from the command line
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     # what was there is gone on from or set aside, which is said
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     torch.set_float32_matmul_precision("high")
-    if arguments[:1] == ["export"]:
-        export(arguments[1:])
-        return
-    if arguments[:1] == ["render-gui"]:
-        render_gui(arguments[1:])
-        return
-    sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]  # for classes and functions of one's own
     OPDCLI(arguments)

@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse._parameter_resolvers import get_signature_parameters
-from jsonargparse._util import import_object
 
-from .config_file import ConfigError, Source, did_you_mean, dotted
+from .config_file import ConfigError, Source, dotted
 from .config_keys import (
     accepted,
     base_of,
@@ -23,9 +21,12 @@ from .config_keys import (
     is_list,
     is_part,
     kinds_of,
+    meant,
     members,
     name_of,
 )
+from .entry_points import packages
+from .jsonargparse_internals import get_signature_parameters, import_object
 
 
 def print_help(
@@ -69,16 +70,15 @@ def _refuse(keys: list[str], below: Mapping[Any, Any], kind: Any) -> NoReturn:
     """Says that there is no such key, or which classes have it."""
     key, holder = keys[-1], dotted(keys[:-1])
     bases = [base for member in members(kind) if (base := base_of(member)) is not None]
-    having = [name for base in bases for name in kinds_of(base) if key in accepted(import_object(name))]
-    if having:
-        names = [name.rpartition(".")[2] for name in having]
+    names = [n for base in bases for n, path in kinds_of(base).items() if key in accepted(import_object(path))]
+    if names:
         raise ConfigError(
             f"{dotted(keys)}: whether there is one depends on the class of {holder}: it is a key of "
             f"{', '.join(names)}. Give the configuration that names the class (-c FILE), or ask for "
             f"--{holder}.help {names[0]}"
         )
     there = f"there are {', '.join(map(str, below))}" if below else f"{holder or 'it'} has no keys"
-    raise ConfigError(f"{dotted(keys)}: no such key{did_you_mean(key, below)}\n  {there}")
+    raise ConfigError(f"{dotted(keys)}: no such key{meant(key, below)}\n  {there}")
 
 
 def _holder(kind: Any, values: Any) -> Any:
@@ -140,7 +140,7 @@ def _explained(keys: list[str], kind: Any, named: str, values: Any, said: str = 
         cls = _class_of(member, named or values)
         if cls is not None:
             base = base_of(member)
-            choices = kinds_of(base) if base is not None else []
+            choices = kinds_of(base) if base is not None else {}
             text = "" if is_abstract(cls) and choices else _arguments(keys, cls)
             more = _list_of(keys, base, choices) if base is not None and not named else ""
             return f"{text}{more}".lstrip("\n")
@@ -169,9 +169,11 @@ def _summary(cls: Any) -> str:
     return (inspect.getdoc(cls) or "").partition("\n\n")[0]
 
 
-def _list_of(keys: list[str], base: type, choices: list[str]) -> str:
+def _list_of(keys: list[str], base: type, choices: Mapping[str, str]) -> str:
+    """A line for each class of a kind; those of packages that register parts come before the libraries'."""
+    ours = packages()
     lines = [f"\nkinds of {base.__name__} (--{dotted(keys)}.help NAME says more):"]
-    for choice in choices:
-        summary = _summary(import_object(choice)).partition("\n")[0]
-        lines.append(f"  {choice.rpartition('.')[2]:<22} {summary}")
+    for name, path in sorted(choices.items(), key=lambda choice: (choice[1].partition(".")[0] not in ours, *choice)):
+        summary = _summary(import_object(path)).partition("\n")[0]
+        lines.append(f"  {name:<22} {summary}")
     return "\n".join(lines) + "\n"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
+
+from .jsonargparse_internals import get_yaml_default_loader, yaml_load
 
 Keys = tuple[str | int, ...]
 

@@ -7,22 +7,22 @@ import importlib
 import inspect
 import types
 import typing
-from collections import abc
+from collections import Counter, abc
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union
 
 import torch
-from jsonargparse._parameter_resolvers import get_signature_parameters
-from jsonargparse._typehints import get_all_subclass_paths, type_to_str
-from jsonargparse._util import import_object
 
 from .config_file import ConfigError, Keys, Source, Text, Whole, did_you_mean, dotted, is_no_number, load, overlaid
+from .jsonargparse_internals import get_all_subclass_paths, get_signature_parameters, import_object, type_to_str
 from .plain_values import refusal
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection, abc.MutableSequence)
+RENAMED = {"policy": "rule", "answers": "velocity_targets", "answer": "answer_format"}
+"""Keys of 0.1 before its words were settled, where the new one is spelled too differently to be guessed."""
 PLAIN = (str, int, float, bool, bytes, complex, object, type(None), Any)
 
 
@@ -76,6 +76,12 @@ def is_part(kind: Any) -> bool:
     return any(is_closed(member) or base_of(member) is not None for member in members(kind))
 
 
+def meant(name: str, known: Mapping[str, Any]) -> str:
+    """Asks whether a key of its nearest spelling was meant, or says what the key is called now."""
+    new = RENAMED.get(name, "")
+    return f"; it is called {new} now" if new in known else did_you_mean(name, known)
+
+
 class Checker:
     """Walks through the values of a source beside the types that take them."""
 
@@ -96,7 +102,7 @@ class Checker:
         for key, value in values.items():
             name = str(key).removesuffix("+")
             if name not in kinds:
-                self.fail((*keys, key), f"{who} has no {name!r}{did_you_mean(name, kinds)}{self._accepts(who, kinds)}")
+                self.fail((*keys, key), f"{who} has no {name!r}{meant(name, kinds)}{self._accepts(who, kinds)}")
             if name != key and isinstance(value, dict) and not is_list(kinds[name]):
                 self.fail((*keys, key), f"only lists are appended to with +; write {name}: (it is merged by name)")
             earlier = before.get(name) if isinstance(before, dict) else None
@@ -261,10 +267,13 @@ def find_class(path: Any, base: type) -> Any:
     if not isinstance(path, str):
         raise ConfigError(f"{path!r} where the name of a {base.__name__} belongs{choices(base)}")
     if "." not in path:
-        named = {name.rpartition(".")[2]: name for name in reversed(get_all_subclass_paths(base))}
-        if path not in named:
-            raise ConfigError(f"there is no {base.__name__} {path!r}{did_you_mean(path, named)}{choices(base)}")
-        path = named[path]
+        named = [name for name in get_all_subclass_paths(base) if _short(name) == path]
+        if not named:
+            near = did_you_mean(path, map(_short, get_all_subclass_paths(base)))
+            raise ConfigError(f"there is no {base.__name__} {path!r}{near}{choices(base)}")
+        if len(named) > 1:
+            raise ConfigError(f"{path} is the name of several: {', '.join(named)}; write the whole name of one")
+        path = named[0]
     try:
         found = import_object(path)
     except Exception as error:  # importing somebody's module may raise anything
@@ -306,9 +315,17 @@ def is_abstract(cls: Any) -> bool:
     return bool(lacks(cls))
 
 
-def kinds_of(base: type) -> list[str]:
-    """Dotted names of the classes of a kind that can be built."""
-    return sorted(name for name in get_all_subclass_paths(base) if _can_be_built(name))
+def kinds_of(base: type) -> dict[str, str]:
+    """Dotted names of the classes of a kind that can be built, by what is enough to name them: the last word, if it is
+    no other's.
+    """
+    paths = sorted(name for name in get_all_subclass_paths(base) if _can_be_built(name))
+    words = Counter(map(_short, paths))
+    return {_short(path) if words[_short(path)] == 1 else path: path for path in paths}
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _can_be_built(name: str) -> bool:
@@ -319,8 +336,8 @@ def _can_be_built(name: str) -> bool:
 
 
 def choices(base: type) -> str:
-    """A line with the short names of all classes of a kind."""
-    names = sorted({name.rpartition(".")[2] for name in kinds_of(base)})
+    """A line with the names of all classes of a kind."""
+    names = sorted(kinds_of(base))
     return f"\n  there are {', '.join(names)}" if names else ""
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from jsonargparse._util import import_object
 from peft import PeftModel
 from torch import Tensor, nn
 
 from .adapters import STUDENT, merged
 from .checkpoint import check_whole, newest_whole
 from .cli_errors import Parser
+from .jsonargparse_internals import import_object
 from .likeness import TOLERANCE, distance, tolerance
 from .model_card import model_card
 from .module import OnPolicyDistillation
@@ -34,7 +34,10 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Parses and runs ``opd export CKPT DIR [--merge BOOL] [--dtype NAME] [--trust_remote_code BOOL]``."""
+    """Writes the student of a checkpoint as a Hugging Face folder.
+
+    ``opd export CKPT DIR [--merge BOOL] [--dtype NAME] [--trust_remote_code BOOL]``
+    """
     parser = Parser(prog="opd export", description="Write the student as a Hugging Face folder.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="a checkpoint of `opd fit`, or a run's folder: its newest one")
     parser.add_argument("folder", type=str, help="where to write; must not exist or be empty")

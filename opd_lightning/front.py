@@ -8,17 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from .config_file import ConfigError, Source, did_you_mean, said
+from .entry_points import commands
 from .shipped import PREFIX, shipped
 
-COMMANDS = {
-    "fit": "train a student",
-    "validate": "measure the student on held-out examples",
-    "test": "the same on the test examples, as a table",
-    "predict": "write what the student answers, one JSON line per example",
-    "export": "write the student of a checkpoint as a Hugging Face folder",
-    "render-gui": "render real web pages as training data for GUI grounding",
+RUNS = {
+    "fit": "trains a student",
+    "validate": "measures the student on held-out examples",
+    "test": "does the same on the test examples, as a table",
+    "predict": "writes what the student answers, one JSON line per example",
 }
-RUNS = ("fit", "validate", "test", "predict")
+"""What Lightning's Trainer does; all other commands are registered by entry points."""
 KEYS = {
     "model": "the setting: student, teachers, objective, rollout, reward, …",
     "data": "prompts, for training and held out",
@@ -47,9 +46,9 @@ def meanings(command: str) -> dict[str, str]:
 
 
 def overview() -> str:
-    commands = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{what}" for name, what in (RUNS | commands()).items())
     return (
-        f"usage: opd COMMAND …\n\nOn-policy distillation.\n\n{commands}\n\n"
+        f"usage: opd COMMAND …\n\nOn-policy distillation.\n\n{lines}\n\n"
         "  -h, --help  this; `opd COMMAND --help` says more\n"
         "  --version   of opd-lightning and the libraries that it runs on\n"
     )
@@ -58,7 +57,7 @@ def overview() -> str:
 def page(command: str) -> str:
     keys = "\n".join(f"  --{key:<19}{what}" for key, what in meanings(command).items())
     return (
-        f"usage: opd {command} -c FILE [-c FILE …] [--key=value …]\n\n{COMMANDS[command].capitalize()}.\n\n"
+        f"usage: opd {command} -c FILE [-c FILE …] [--key=value …]\n\n{RUNS[command].capitalize()}.\n\n"
         "Files are YAML; later ones replace what they name (teachers are merged by name, null removes one), `key+:`\n"
         "appends to a list, and the command line wins over every file. opd:text/quickstart.yaml is one that ships.\n\n"
         f"{keys}\n\n"
@@ -97,11 +96,11 @@ def front(arguments: Sequence[str]) -> list[Source]:
     if arguments[0] == "--version":
         _exit_with(versions())
     command = arguments[0]
-    if command not in COMMANDS:
-        raise ConfigError(
-            f"there is no command {command!r}{did_you_mean(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
-        )
     if command not in RUNS:
+        known = [*RUNS, *commands()]
+        if command not in known:
+            near = did_you_mean(command, known)
+            raise ConfigError(f"there is no command {command!r}{near}; there are {', '.join(known)}")
         return []
     if {"-h", "--help"} & set(arguments):
         _exit_with(page(command))

@@ -9,9 +9,9 @@ from typing import Any, Literal, Union
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse._typehints import type_to_str
 
 from .config_file import did_you_mean
+from .jsonargparse_internals import type_to_str
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 

@@ -1,4 +1,4 @@
-"""What came of a run: ``python -m opd_lightning.report runs/demo`` prints a table and draws the curves."""
+"""What came of a run: ``opd report runs/demo`` prints a table and draws the curves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,10 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """Prints accuracy before and after training, and draws the curves of a run."""
+    parser = argparse.ArgumentParser(prog="opd report", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
     parser.add_argument("--since", type=float, help="when the run began, in seconds since 1970; adds wall_s")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     report(options.run, options.since)

@@ -19,7 +19,7 @@ from typing import IO
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["opd_lightning.cli"])
+FORKS.set_forkserver_preload(["opd_lightning.cli", "opd_lightning.modalities", "opd_lightning.callbacks"])
 
 
 @dataclass

@@ -15,9 +15,9 @@ from tests.processes import last
 from tests.test_resume import PLAIN, configuration
 from tests.tiny import save_model
 
-OPTIMIZER = "--model.init_args.optimizer.init_args"
-FLAT = ["--model.init_args.schedule.name=constant", "--model.init_args.schedule.warmup_steps=0"]
-LORA = "--model.init_args.student.lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
+OPTIMIZER = "--model.optimizer"
+FLAT = ["--model.schedule.name=constant", "--model.schedule.warmup_steps=0"]
+LORA = "--model.student.lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def resume(made, tmp_path):
         ([f"{OPTIMIZER}.weight_decay=0.3"], {"weight_decay": 0.3, "lr": 0.01}),
         ([f"{OPTIMIZER}.betas=[0.5, 0.7]"], {"betas": (0.5, 0.7)}),
         ([f"{OPTIMIZER}.eps=0.001", f"{OPTIMIZER}.amsgrad=false"], {"eps": 0.001}),
-        (["--model.init_args.schedule.warmup_steps=50"], {"lr": 0.001}),  # after 5 of 50 steps
-        (["--model.init_args.schedule.name=linear"], {"lr": 0.0}),  # after all 5
-        (["--model.init_args.schedule.name=linear", f"{OPTIMIZER}.lr=1.0", "--trainer.max_steps=4"], {"lr": 0.0}),
+        (["--model.schedule.warmup_steps=50"], {"lr": 0.001}),  # after 5 of 50 steps
+        (["--model.schedule.name=linear"], {"lr": 0.0}),  # after all 5
+        (["--model.schedule.name=linear", f"{OPTIMIZER}.lr=1.0", "--trainer.max_steps=4"], {"lr": 0.0}),
     ],
 )
 def test_changes_of_the_optimizer_take_effect_and_moments_stay(change, expected, resume):
@@ -79,7 +79,7 @@ def test_the_next_step_is_the_first_with_the_new_rate(resume, made):
 
 
 def test_the_record_says_what_was_done(resume, tmp_path, capsys):
-    config = resume(f"{OPTIMIZER}.lr=0.0001", "--model.init_args.rollout.temperature=0.5")
+    config = resume(f"{OPTIMIZER}.lr=0.0001", "--model.rollout.temperature=0.5")
     state = last(config)
     for says in (state["opd_config"], (config.parent / "config.yaml").read_text(encoding="utf-8")):
         settings = yaml.safe_load(says)["model"]["init_args"]
@@ -108,25 +108,25 @@ def test_a_resume_without_changes_records_none(resume):
     ("change", "message"),
     [
         (
-            ["--model.init_args.optimizer=torch.optim.SGD", f"{OPTIMIZER}.lr=0.1"],
+            ["--model.optimizer=torch.optim.SGD", f"{OPTIMIZER}.lr=0.1"],
             r"AdamW in the checkpoint .*SGD",
         ),
         (
-            ["--model.init_args.optimizer=torch.optim.Adam", f"{OPTIMIZER}.lr=0.1"],
+            ["--model.optimizer=torch.optim.Adam", f"{OPTIMIZER}.lr=0.1"],
             r"optimizer was .*AdamW .*Adam",
         ),
         (
-            ["--model.init_args.student.freeze=embed"],
+            ["--model.student.freeze=embed"],
             r"embed_tokens\.weight was trained in the checkpoint, and .*freeze",
         ),
         ([f"{OPTIMIZER}.amsgrad=true"], r"optimizer: amsgrad was False .* now True, and so it needs 'max_exp_avg_sq'"),
         (
-            ["--model.init_args.student.random_init=true"],
+            ["--model.student.random_init=true"],
             r"student\.random_init is now True: other weights than",
         ),
         ([LORA], r"model\.student\.lora was not set in the checkpoint and is now set"),
         (["--seed_everything=4"], r"seed_everything was 3 in the checkpoint and is now 4"),
-        (["--model.init_args.rollout.batch_size=4"], r"8 prompts per generation"),
+        (["--model.rollout.batch_size=4"], r"8 prompts per generation"),
     ],
 )
 def test_what_could_not_take_effect_is_refused_and_nothing_is_touched(change, message, resume, tmp_path):
@@ -152,12 +152,12 @@ def test_what_could_not_take_effect_is_refused_and_nothing_is_touched(change, me
 )
 def test_another_adapter_is_refused(change, message, resume):
     with pytest.raises(ValueError, match=message):
-        resume(f"--model.init_args.student.lora={change}", of=(LORA,))
+        resume(f"--model.student.lora={change}", of=(LORA,))
 
 
 def test_what_is_trained_is_known_by_name_and_not_by_number(resume):
     """Moments of one layer would be taken for those of another of the same shapes."""
-    key = "--model.init_args.student.freeze=layers"
+    key = "--model.student.freeze=layers"
     with pytest.raises(ValueError, match=r"model\.layers\.1\.\S+ was trained in the checkpoint, and now it is the oth"):
         resume(f"{key}.1", of=(f"{key}.0",))
 
@@ -178,16 +178,16 @@ def test_dropout_of_an_adapter_takes_effect(resume):
 def test_another_base_is_refused_and_one_that_moved_is_not(resume, tmp_path, make_world):
     other = save_model(tmp_path / "other", seed=77)
     with pytest.raises(ValueError, match=r"other holds other weights now than those"):
-        resume(f"--model.init_args.student.path={other}", of=(LORA,))
+        resume(f"--model.student.path={other}", of=(LORA,))
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(make_world("text").student, tmp_path / "moved")
-    assert last(resume(f"--model.init_args.student.path={tmp_path / 'moved'}", of=(LORA,)))["global_step"] == 5
+    assert last(resume(f"--model.student.path={tmp_path / 'moved'}", of=(LORA,)))["global_step"] == 5
 
 
 def test_another_model_is_not_evaluated_with_the_weights_of_a_checkpoint(made, tmp_path):
     other = save_model(tmp_path / "other", hidden=48)
     checkpoint, rows = (made().parent / path for path in ("checkpoints/last.ckpt", "data/rows.jsonl"))
-    changes = [f"--model.init_args.student.path={other}", f"--data.init_args.validation={rows}"]
+    changes = [f"--model.student.path={other}", f"--data.validation={rows}"]
     with pytest.raises(ValueError, match=r"other is another model now .*: student\.\S+ has the shape \[24, 32\] in"):
         run(["validate", "-c", str(made().parent / "run.yaml"), f"--ckpt_path={checkpoint}", *changes])
 
@@ -203,5 +203,5 @@ def test_a_checkpoint_of_weights_only_is_not_resumed(made, tmp_path):
 
 
 def test_a_constant_rate_is_warmed_up_where_that_is_asked_for(made):
-    config = made("--model.init_args.schedule.warmup_steps=6")
+    config = made("--model.schedule.warmup_steps=6")
     assert last(config)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.01 * 3 / 6)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from opd_lightning.__main__ import main
-from opd_lightning.cli import resolve, run
+from opd_lightning.__main__ import execute, main
+from opd_lightning.cli import OPDCLI, resolve, run
 from opd_lightning.shipped import shipped
 from tests.test_resume import PLAIN, configuration
 
@@ -23,7 +23,7 @@ def config(tmp_path, make_world):
 
 def printed(capsys, *arguments: str) -> dict:
     with pytest.raises(SystemExit):
-        run([*arguments, "--print_config"])
+        execute([*arguments, "--print_config"])
     return yaml.safe_load(capsys.readouterr().out)
 
 
@@ -69,9 +69,9 @@ def test_overlays_replace_and_append(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--model.init_args.rollout.horizen=3", "horizen"),
-        ("--model.init_args.rollout.horizon=long", "horizon"),
-        ("--model.init_args.rollout.horizon=0", "rollout.horizon must be >= 1, got 0"),
+        ("--model.rollout.horizen=3", "horizen"),
+        ("--model.rollout.horizon=long", "horizon"),
+        ("--model.rollout.horizon=0", "rollout.horizon must be >= 1, got 0"),
         ("--trainer.max_stepz=3", "max_stepz"),
     ],
 )
@@ -89,6 +89,89 @@ def test_a_wrong_key_in_a_file_names_file_and_key(config, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "horizen" in error
     assert "typo.yaml" in error
+
+
+def test_the_trainer_has_defaults_which_a_file_and_an_argument_replace(tmp_path, capsys):
+    names = ("max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps", "logger")
+    shipped_one = ("fit", "-c", "opd:text/quickstart.yaml")
+    trainer = printed(capsys, *shipped_one)["trainer"]
+    assert [trainer[name] for name in names] == [-1, None, 0, None]
+    (tmp_path / "mine.yaml").write_text("trainer: {max_epochs: 3, num_sanity_val_steps: 1, logger: false}\n", "utf-8")
+    trainer = printed(capsys, *shipped_one, "-c", str(tmp_path / "mine.yaml"), "--trainer.max_epochs=2")["trainer"]
+    assert [trainer[name] for name in names] == [2, None, 1, False]
+
+
+def test_metrics_are_written_below_the_folder_of_the_run_where_no_logger_is_named(config):
+    for version in range(2):
+        run(["fit", "-c", str(config), "--trainer.logger=null", f"--trainer.max_steps={version + 1}"])
+        assert (config.parent / "logs" / f"version_{version}" / "metrics.csv").exists()
+    saved = yaml.safe_load((config.parent / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["trainer"]["logger"] is None, "so that it follows another folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "logger", "init_args"),
+    [
+        (["--trainer.logger.prefix=x"], "CSVLogger", {"save_dir": "runs/quickstart", "name": "logs", "prefix": "x"}),
+        (["--trainer.logger.save_dir=x"], "CSVLogger", {"save_dir": "x", "name": "logs"}),
+        (["--trainer.logger.name=x"], "CSVLogger", {"save_dir": "runs/quickstart", "name": "x"}),
+        (
+            ["--trainer.logger.version=7", "--trainer.default_root_dir=y"],
+            "CSVLogger",
+            {"save_dir": "y", "name": "logs", "version": 7},
+        ),
+        (
+            ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=x"],
+            "TensorBoardLogger",
+            {"save_dir": "x", "name": "lightning_logs"},
+        ),
+    ],
+)
+def test_keys_of_the_logger_are_given_without_naming_it(capsys, arguments, logger, init_args):
+    found = printed(capsys, "fit", "-c", "opd:text/quickstart.yaml", *arguments)["trainer"]["logger"]
+    assert found["class_path"] == f"lightning.pytorch.loggers.{logger}"
+    assert found["init_args"].items() >= init_args.items()
+
+
+def test_a_run_without_an_end_is_refused(config):
+    with pytest.raises(ValueError, match=r"nothing says when training ends; set max_steps, max_epochs or max_time"):
+        run(["fit", "-c", str(config), "--trainer.max_steps=-1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs"),
+    [([], 1), (["--trainer.val_check_interval=0.5"], 1), (["--trainer.val_check_interval=2"], None)],
+)
+def test_validations_count_steps_where_their_interval_is_a_number_of_steps(config, monkeypatch, arguments, epochs):
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    assert OPDCLI(["fit", "-c", str(config), *arguments]).trainer.check_val_every_n_epoch == epochs
+
+
+def test_a_class_without_arguments_is_a_word(config, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "model:\n  init_args:\n    teachers: {teacher: {weights: EMA}}\n    objective:\n      terms:\n"
+        "        - signal: ReverseKL\n          weights: [Entropy, Confidence]\n"
+        "trainer:\n  callbacks: [Samples]\n",
+        encoding="utf-8",
+    )
+    arguments = ("fit", "-c", str(config), "-c", str(overlay))
+    found = printed(capsys, *arguments, "--model.teachers.teacher.weights.rate=0.5")
+    (term,) = found["model"]["init_args"]["objective"]["terms"]
+    assert term["signal"] == {
+        "class_path": "opd_lightning.objective.ReverseKL",
+        "init_args": term["signal"]["init_args"],
+    }
+    assert [weight["class_path"] for weight in term["weights"]] == [
+        "opd_lightning.objective.Entropy", "opd_lightning.objective.Confidence",
+    ]  # fmt: skip
+    weights = found["model"]["init_args"]["teachers"]["teacher"]["weights"]
+    assert weights["class_path"] == "opd_lightning.teacher.EMA"
+    assert weights["init_args"]["rate"] == 0.5
+    assert found["trainer"]["callbacks"][0]["class_path"] == "opd_lightning.callbacks.Samples"
+    again = tmp_path / "printed.yaml"
+    again.write_text(yaml.safe_dump(found), encoding="utf-8")
+    assert printed(capsys, "fit", "-c", str(again)) == found
 
 
 def test_saved_configuration_reruns_the_experiment(config, tmp_path):
@@ -113,7 +196,7 @@ def test_the_command_line_wins_over_the_checkpoint(config, which):
             "-c",
             str(config),
             "--trainer.max_steps=2",
-            "--model.init_args.rollout.horizon=5",
+            "--model.rollout.horizon=5",
             f"--ckpt_path={path}",
         ]
     )
@@ -123,8 +206,8 @@ def test_the_command_line_wins_over_the_checkpoint(config, which):
 
 
 def test_predict_writes_one_line_per_example_and_says_where(config, tiny_data, capsys):
-    short = "--model.init_args.rollout.horizon=4"
-    run(["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", short])
+    short = "--model.rollout.horizon=4"
+    run(["predict", "-c", str(config), f"--data.predict={tiny_data}", short])
     path = config.parent / "predictions-0.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     given = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
@@ -137,7 +220,7 @@ def test_predict_writes_one_line_per_example_and_says_where(config, tiny_data, c
 
 
 def test_an_evaluation_says_whose_student_it_asks_and_keeps_what_was_predicted_before(config, tiny_data, capsys):
-    arguments = ["predict", "-c", str(config), f"--data.init_args.predict={tiny_data}", "--model.rollout.horizon=4"]
+    arguments = ["predict", "-c", str(config), f"--data.predict={tiny_data}", "--model.rollout.horizon=4"]
     with pytest.warns(UserWarning, match=r"without --ckpt_path the student is the configuration's, as yet untrained"):
         run(arguments)
     path = config.parent / "predictions-0.jsonl"
@@ -175,20 +258,20 @@ def test_predictions_need_no_answer_and_show_the_system_turn(config, chat_studen
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
-    models = [f"--model.init_args.student.path={chat_student}", "--model.init_args.reward.class_path=ExactMatch"]
-    models += [f"--model.init_args.teachers.teacher.weights.init_args.pretrained.path={chat_student}"]
-    short = "--model.init_args.rollout.horizon=4"
-    run(["predict", "-c", str(config), f"--data.init_args.predict={rows}", short, *models])
+    models = [f"--model.student.path={chat_student}", "--model.reward.class_path=ExactMatch"]
+    models += [f"--model.teachers.teacher.weights.pretrained.path={chat_student}"]
+    short = "--model.rollout.horizon=4"
+    run(["predict", "-c", str(config), f"--data.predict={rows}", short, *models])
     line = json.loads((config.parent / "predictions-0.jsonl").read_text(encoding="utf-8"))
     assert "be brief" in line["prompt"]
     assert (line["index"], line["reward"]) == (0, None)
 
 
 def test_validate_and_test_report_accuracy(config, tiny_data, capsys):
-    rewarded = ["--model.init_args.reward.class_path=ExactMatch", "--trainer.limit_val_batches=2"]
-    run(["validate", "-c", str(config), f"--data.init_args.validation={tiny_data}", *rewarded])
+    rewarded = ["--model.reward.class_path=ExactMatch", "--trainer.limit_val_batches=2"]
+    run(["validate", "-c", str(config), f"--data.validation={tiny_data}", *rewarded])
     assert "val/accuracy" in capsys.readouterr().out
-    run(["test", "-c", str(config), f"--data.init_args.test={tiny_data}", *rewarded])
+    run(["test", "-c", str(config), f"--data.test={tiny_data}", *rewarded])
     assert "test/accuracy" in capsys.readouterr().out
 
 
@@ -219,19 +302,19 @@ def test_modules_in_the_working_folder_are_found(config, tmp_path, monkeypatch, 
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    found = printed(capsys, "fit", "-c", str(config), "--model.init_args.reward=of_my_own.Short")
+    found = printed(capsys, "fit", "-c", str(config), "--model.reward=of_my_own.Short")
     assert found["model"]["init_args"]["reward"] == {"class_path": "of_my_own.Short"}
 
 
 def test_errors_of_construction_are_a_sentence_and_a_traceback_when_asked_for(config, monkeypatch, capsys):
-    arguments = ["fit", "-c", str(config), "--model.init_args.rollout.temperature=-1"]
+    arguments = ["fit", "-c", str(config), "--model.rollout.temperature=-1"]
     monkeypatch.setattr(sys, "argv", ["opd", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert "error: rollout.temperature must be >= 0" in error
-    assert "what the command line says: --model.init_args.rollout.temperature=-1" in error
+    assert "what the command line says: --model.rollout.temperature=-1" in error
     assert "Traceback" not in error
     monkeypatch.setattr(sys, "argv", ["opd", *arguments, "--traceback"])
     with pytest.raises(ValueError, match=r"rollout\.temperature must be >= 0"):

@@ -58,9 +58,9 @@ def test_parts_of_other_libraries_check_too(problem):
 
 
 def test_arguments_are_places_as_well(problem):
-    text = sentence(problem("seed_everything: 1\n", "--model.init_args.rollout.horizon=0"), Parser.sources)
+    text = sentence(problem("seed_everything: 1\n", "--model.rollout.horizon=0"), Parser.sources)
     assert text is not None
-    assert "what the command line says: --model.init_args.rollout.horizon=0" in text
+    assert "what the command line says: --model.rollout.horizon=0" in text
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_arguments_are_places_as_well(problem):
         ("--trainer.max_time=soon", "error: trainer.max_time: `Timer(duration='soon')` is not"),
         ("--trainer.strategy=ddpp", "error: trainer.strategy can't be built from this: "),
         (
-            "--model.init_args.reward={class_path: CallableReward, init_args: {function: no.thing}}",
+            "--model.reward={class_path: CallableReward, init_args: {function: no.thing}}",
             "error: model.reward.function: ",
         ),
     ],

@@ -91,6 +91,50 @@ def test_a_wrong_name_is_answered_by_who_refused_it(refused, text, messages):
 
 
 @pytest.mark.parametrize(
+    ("base", "text", "message"),
+    [
+        ("text", within(TERMS.format("ReverseKL, normaliser: steps")), "'normaliser'; did you mean normalizer?"),
+        ("text", within("rollout: {behaviour: {student: 1.0}}"), "'behaviour'; did you mean behavior?"),
+        ("text", within("optimiser: {class_path: torch.optim.SGD}"), "'optimiser'; did you mean optimizer?"),
+        (
+            "text",
+            within(TERMS.format("{class_path: JSD, init_args: {support: {k: 20, remainder: renormalise}}}")),
+            "'renormalise'; did you mean renormalize?",
+        ),
+        (
+            "text",
+            within(TERMS.format("{class_path: PolicyGradient, init_args: {advantage: ADVANTAGE}}")).replace(
+                "ADVANTAGE", "{class_path: LogRatio, init_args: {length_normalised: true}}"
+            ),
+            "'length_normalised'; did you mean length_normalized?",
+        ),
+        (
+            "gui_grounding",
+            within("student_view: {class_path: Spotlight, init_args: {colour: red}}"),
+            "'colour'; did you mean color?",
+        ),
+        (
+            "text",
+            "trainer: {callbacks: [{class_path: EarlyStopRollout, init_args: {policy: ChangePoint}}]}\n",
+            "'policy'; it is called rule now",
+        ),
+        (
+            "text",
+            "trainer: {callbacks: [{class_path: TeacherSync, init_args: {policy: Never}}]}\n",
+            "'policy'; it is called rule now",
+        ),
+        ("diffusion", within("answers: {teacher: Velocity}"), "'answers'; it is called velocity_targets now"),
+        ("gui_grounding", within("answer: Normalized1000"), "'answer'; it is called answer_format now"),
+    ],
+)
+def test_a_key_of_before_the_words_were_settled_is_answered_by_the_new_one(capsys, tmp_path, base, text, message):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    error = refusal(capsys, "fit", "-c", f"opd:{base}/quickstart.yaml", "-c", str(tmp_path / "c.yaml"))
+    assert message in error, error
+    assert "c.yaml, line " in error
+
+
+@pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--model.init_args.rollout.horizen=3", "Rollout has no 'horizen'"),
@@ -113,6 +157,7 @@ def test_a_wrong_name_is_answered_by_who_refused_it(refused, text, messages):
         ("--trainer.gradient_clip_val=big", "expected a number or null, got 'big'"),
         ("--model.optimizer=torch.optim.AdamX", "did you mean torch.optim.Adam?"),
         ("--model.optimizer=torch.optm.AdamW", "did you mean torch.optim.AdamW?"),
+        ("--model.optimizer=AdamW", "AdamW is the name of several: torch.optim.AdamW, "),
     ],
 )
 def test_the_command_line_is_read_as_strictly(capsys, argument, message):
@@ -149,7 +194,7 @@ def test_a_class_of_ones_own_that_lacks_methods_is_told_which(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     setting = refusal(capsys, "fit", "--model=half_made.Reach")
     assert "half_made.Reach can't be built: it lacks what every OnPolicyDistillation has: " in setting
-    assert "steps" in setting
+    assert "distribution" in setting
     assert "half_made.Silent can't be built: it lacks what every Reward has: __call__" in refusal(
         capsys, *BASE, "--model.reward=half_made.Silent"
     )

@@ -29,14 +29,14 @@ SMALL = [
     "--trainer.max_steps=2",
     "--trainer.logger=false",
     "--trainer.limit_val_batches=0",
-    "--model.init_args.evaluation.before=false",
-    "--model.init_args.rollout.batch_size=4",
+    "--model.evaluation.before=false",
+    "--model.rollout.batch_size=4",
 ]
 FEW = {
-    "text": "--data.init_args.train_options.count=64",
-    "vision_language": "--data.init_args.train_options.count=64",
-    "gui_grounding": "--data.init_args.train_options.pages=[click-color]",
-    "diffusion": "--data.init_args.train_options.limit=32",
+    "text": "--data.train_options.count=64",
+    "vision_language": "--data.train_options.count=64",
+    "gui_grounding": "--data.train_options.pages=[click-color]",
+    "diffusion": "--data.train_options.limit=32",
 }
 
 

@@ -58,7 +58,7 @@ def trained(tmp_path_factory, world):
 )
 def test_arguments_are_read_strictly(argument, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        run(["export", "nowhere.ckpt", str(tmp_path / "out"), argument])
+        export.export(["nowhere.ckpt", str(tmp_path / "out"), argument])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -67,12 +67,12 @@ def test_arguments_are_read_strictly(argument, message, tmp_path, capsys):
 
 def test_an_adapter_that_is_not_there_is_not_written(trained, tmp_path):
     with pytest.raises(ValueError, match=r"--merge=false writes the adapter alone, and this student has none"):
-        run(["export", str(trained), str(tmp_path / "out"), "--merge=false"])
+        export.export([str(trained), str(tmp_path / "out"), "--merge=false"])
     assert not (tmp_path / "out").exists()
 
 
 def test_exported_student_is_the_trained_one(trained, world, tmp_path):
-    run(["export", str(trained), str(tmp_path / "out")])
+    export.export([str(trained), str(tmp_path / "out")])
     model = world.setting.model_class.from_pretrained(tmp_path / "out")
     state = torch.load(trained, weights_only=True)["state_dict"]
     for name, value in model.state_dict().items():
@@ -105,7 +105,7 @@ def test_model_card_says_what_was_trained_from_what(trained, tmp_path, world):
 
 def test_lora_merged_and_as_adapter(tmp_path, world):
     config = configuration(tmp_path / "run", world, PLAIN)
-    fit(config, "--model.init_args.student.lora.r=4")
+    fit(config, "--model.student.lora.r=4")
     checkpoint = config.parent / "checkpoints" / "last.ckpt"
     names = last(config)["state_dict"]
     assert names
@@ -144,7 +144,7 @@ def test_models_that_see_are_compared_with_an_image(architecture, student, tmp_p
 def test_a_student_beside_an_averaged_teacher_is_exported_alone(tmp_path, make_world):
     world = make_world("text")
     config = configuration(tmp_path / "run", world, {**PLAIN, "teacher": "ema"})
-    fit(config, "--model.init_args.student.lora.r=4")
+    fit(config, "--model.student.lora.r=4")
     assert any(".teacher." in name for name in last(config)["state_dict"])
     export.write(tmp_path / "run", tmp_path / "adapter", merge=False)
     assert not any("teacher" in file.name for file in (tmp_path / "adapter").rglob("*"))

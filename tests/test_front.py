@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 from jsonargparse import Namespace
 
+from opd_lightning.__main__ import execute
 from opd_lightning.cli import OPDCLI, understood
 from opd_lightning.config_file import ConfigError
-from opd_lightning.front import COMMANDS, RUNS, front, keys_of
+from opd_lightning.entry_points import commands
+from opd_lightning.front import RUNS, front, keys_of
 
 
 def answer(capsys, *arguments: str) -> str:
@@ -20,10 +23,23 @@ def answer(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+OWN = ("export", "gallery", "render-gui", "report", "table")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
 def test_help_names_every_command(capsys, arguments):
     text = answer(capsys, *arguments)
-    assert all(f"  {command} " in text for command in ("fit", "validate", "test", "predict", "export", "render-gui"))
+    assert all(re.search(rf"^  {command} +\w+", text, re.MULTILINE) for command in (*RUNS, *OWN))
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_a_command_that_is_registered_has_a_help_of_its_own(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        execute([command, "--help"])
+    assert not caught.value.code
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"usage: opd {command} ")
+    assert commands()[command].split()[-1] in text
 
 
 def test_the_version_names_the_libraries_too(capsys):
@@ -36,7 +52,7 @@ def test_the_version_names_the_libraries_too(capsys):
 @pytest.mark.parametrize("command", RUNS)
 def test_help_of_a_command_names_its_keys(capsys, command):
     text = answer(capsys, command, "-c", "nowhere.yaml", "--help")
-    assert COMMANDS[command].capitalize() in text
+    assert RUNS[command].capitalize() in text
     assert all(f"--{key} " in text for key in (*keys_of(command), "print_config", "traceback", "KEY.help"))
 
 
@@ -71,7 +87,8 @@ def test_what_is_wrong_at_the_top_is_said_at_once(arguments, message):
 def test_none_of_it_imports_a_library():
     script = (
         "import sys\nfrom opd_lightning.front import front\n"
-        "for arguments in (['-h'], ['--version'], ['fit', '--help'], ['fit', '-c', 'nope.yaml'], ['fit', '--x=1']):\n"
+        "for arguments in (['-h'], ['--version'], ['report', 'x'], ['no-command'], "
+        "['fit', '--help'], ['fit', '-c', 'nope.yaml'], ['fit', '--x=1']):\n"
         "    try:\n        front(arguments)\n    except (SystemExit, ValueError):\n        pass\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'diffusers', 'peft'} & set(sys.modules)))\n"
     )
@@ -86,7 +103,7 @@ def test_none_of_it_imports_a_library():
         (["--model.help"], ["kinds of OnPolicyDistillation", "TextDistillation"]),
         (["--model.help", "TextDistillation"], ["raw_prompts: bool = False", "student: Pretrained"]),
         (["--model.help=DiffusionDistillation"], ["DiffusionDistillation", "sampler"]),
-        (["--model.init_args.teachers.any.weights.help"], ["kinds of TeacherWeights", "EMA", "Frozen"]),
+        (["--model.teachers.any.weights.help"], ["kinds of TeacherWeights", "EMA", "Frozen"]),
         (["--model.objective.terms.signal.help", "JSD"], ["JSD", "beta: float"]),
         (["--model.optimizer.help", "torch.optim.SGD"], ["SGD", "momentum"]),
         (["--trainer.help"], ["Trainer", "max_steps"]),
@@ -109,6 +126,24 @@ def test_every_key_has_a_help(capsys, arguments, texts):
     found = capsys.readouterr()
     assert not caught.value.code, found.err
     assert all(text in found.out for text in texts), found.out
+
+
+def help_of(capsys, key: str) -> list[str]:
+    """The names that a key's help lists."""
+    with pytest.raises(SystemExit):
+        understood(["fit", f"--{key}.help"])
+    return re.findall(r"^  ([\w.]+) ", capsys.readouterr().out.partition("kinds of ")[2], re.MULTILINE)
+
+
+def test_help_lists_the_callbacks_of_this_package_before_the_libraries(capsys):
+    names = help_of(capsys, "trainer.callbacks")
+    assert {"CollapseAlarm", "Curriculum", "TeacherSync"} <= set(names[: names.index("EarlyStopping")])
+
+
+def test_help_lists_no_name_twice(capsys):
+    names = help_of(capsys, "model.optimizer")
+    assert len(names) == len(set(names))
+    assert {"torch.optim.AdamW", "bitsandbytes.optim.AdamW", "Adamax"} <= set(names), "two have the name AdamW"
 
 
 def test_help_of_a_key_that_is_none(capsys):

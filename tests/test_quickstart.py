@@ -10,9 +10,8 @@ from opd_lightning.report import report
 
 
 def demo(setting: str, seed: int, folder) -> dict[str, float]:
-    logs = f"--trainer.logger.init_args.save_dir={folder}"
-    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", f"--seed_everything={seed}", logs,
-         f"--trainer.default_root_dir={folder}"])  # fmt: skip
+    arguments = [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *arguments])
     return report(folder)
 
 
@@ -36,9 +35,8 @@ def test_a_student_that_sees_learns_from_itself(setting, gain, tmp_path):
 
 @pytest.mark.slow
 def test_a_few_step_student_closes_most_of_the_gap_and_more_steps_do_no_harm(tmp_path):
-    logs = f"--trainer.logger.init_args.save_dir={tmp_path}"
-    run(["fit", "-c", "opd:diffusion/quickstart.yaml", "--seed_everything=1", logs,
-         f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    arguments = ["--seed_everything=1", f"--trainer.default_root_dir={tmp_path}"]
+    run(["fit", "-c", "opd:diffusion/quickstart.yaml", *arguments])
     found = table.report(tmp_path)
     assert found["gap_closed"] >= 0.6
     after = [found["steps"]["student after"][str(count)] for count in (1, 2, 4, 8, 16, 32)]

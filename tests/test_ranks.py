@@ -15,15 +15,15 @@ from tests.processes import finish, last, start
 from tests.test_configs import ROOT
 from tests.test_resume import PLAIN, configuration
 
-SGD = ["--model.init_args.optimizer.class_path=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
+SGD = ["--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.lr=0.5"]
 SHORT = [
     "--trainer.max_steps=1",
-    "--model.init_args.schedule.warmup_steps=0",
-    "--model.init_args.schedule.name=constant",
+    "--model.schedule.warmup_steps=0",
+    "--model.schedule.name=constant",
 ]
 TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normalizer: weights}]"
-MOMENTUM = [*SGD, "--model.init_args.optimizer.init_args.momentum=0.9"]
-LORA = "--model.init_args.student.lora={r: 4, alpha: 8}"
+MOMENTUM = [*SGD, "--model.optimizer.momentum=0.9"]
+LORA = "--model.student.lora={r: 4, alpha: 8}"
 
 
 def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
@@ -34,7 +34,7 @@ def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
         rollout["micro_batch_size"] = micro_batch // ranks
     config = configuration(folder, world, {"rollout": rollout, "teacher": "ema", "accumulate": 1})
     settings = [f"--trainer.strategy={strategy}", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
-    reward = "--model.init_args.reward.class_path=ExactMatch"
+    reward = "--model.reward.class_path=ExactMatch"
     return start(config, *MOMENTUM, *SHORT, reward, *extra, *settings, ranks=ranks), config
 
 
@@ -83,19 +83,16 @@ def test_two_ranks_train_and_score_like_one(strategy, setting, terms, held_out, 
         setup = {**PLAIN, "rollout": {"batch_size": 8 // ranks, "horizon": 8}}
         config = configuration(folder, make_world(setting), setup)
         extra = [
-            "--model.init_args.reward.class_path=ExactMatch",
+            "--model.reward.class_path=ExactMatch",
             f"--trainer.strategy={'auto' if ranks == 1 else strategy}",
             "--trainer.limit_val_batches=1.0",
             "--trainer.val_check_interval=1",
-            "--trainer.check_val_every_n_epoch=null",
-            f"--data.init_args.validation={validation}",
-            "--data.init_args.validation_batch_size=2",
-            "--trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger",
-            f"--trainer.logger.init_args.save_dir={folder}",
-            "--trainer.logger.init_args.name=logs",
+            f"--data.validation={validation}",
+            "--data.validation_batch_size=2",
+            "--trainer.logger=null",  # the default one, where the file has none
         ]
         if terms:
-            extra.append(f"--model.init_args.objective.terms={terms}")
+            extra.append(f"--model.objective.terms={terms}")
         process = start(config, *SGD, *SHORT, *extra, ranks=ranks)
         finish(process)
         assert "sync_dist" not in process.output, "what is logged is that of all ranks already"
@@ -168,10 +165,10 @@ def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
             "--trainer.limit_val_batches=0",
             "--trainer.logger=false",
             f"--trainer.default_root_dir={folder}",
-            "--data.init_args.train_options.count=64",
-            "--model.init_args.evaluation.before=false",
-            f"--model.init_args.rollout.batch_size={2 // ranks}",
-            "--model.init_args.rollout.behavior={student: 0.7, dataset: 0.3}",
+            "--data.train_options.count=64",
+            "--model.evaluation.before=false",
+            f"--model.rollout.batch_size={2 // ranks}",
+            "--model.rollout.behavior={student: 0.7, dataset: 0.3}",
         ]
         finish(start(ROOT / "text" / "quickstart.yaml", *SGD, *settings, ranks=ranks))
         found[ranks] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -186,7 +183,7 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
     finish(process)
     three, checkpoint = world.write(tmp_path / "three", 3), tmp_path / "checkpoints" / "last.ckpt"
     prompts = sorted(json.loads(line)["prompt"] for line in three.read_text(encoding="utf-8").splitlines())
-    settings = [f"--data.init_args.predict={three}", "--data.init_args.validation_batch_size=1"]
+    settings = [f"--data.predict={three}", "--data.validation_batch_size=1"]
     for strategy in ("ddp", "fsdp2"):
         folder = tmp_path / strategy
         where = [f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={folder}", f"--ckpt_path={checkpoint}"]
@@ -205,7 +202,7 @@ def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(
 ):
     """A generation batch of two optimizer steps, broken off after the first one of the last time it is trained."""
     world = make_world("text")
-    extra = f"--model.init_args.rollout.epochs={epochs}"
+    extra = f"--model.rollout.epochs={epochs}"
     process, unbroken = run(tmp_path / "unbroken", world, "ddp", steps, extra, prompts=16, micro_batch=16)
     finish(process)
     finish(run(tmp_path / "broken", world, "ddp", before, extra, prompts=16, micro_batch=16)[0])

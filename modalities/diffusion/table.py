@@ -1,5 +1,5 @@
-"""What came of a few-step run: ``python -m opd_lightning.modalities.diffusion.table runs/demo-diffusion`` prints
-Frechet distances by number of steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
+"""What came of a few-step run: ``opd table runs/demo-diffusion`` prints Frechet distances by number of
+steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def grid(run: Path, steps: int, most: int, path: Path) -> None:
     picture.save(path)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """Prints Frechet distances by number of denoising steps, and draws the curves of a run."""
+    parser = argparse.ArgumentParser(prog="opd table", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
     parser.add_argument("--steps", type=int, default=4, help="the student's number of steps")
     parser.add_argument("--since", type=float, help="when the run began, in seconds since 1970; adds wall_s")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     report(options.run, options.steps, options.since)

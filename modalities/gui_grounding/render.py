@@ -381,7 +381,9 @@ def render(
 
 
 def render_gui(arguments: Sequence[str]) -> None:
-    """Parses and runs ``opd render-gui OUT [--pages …] [--seed 0] [--count 20] [--elements 2]``.
+    """Renders MiniWoB++ web pages as training data for GUI grounding.
+
+    ``opd render-gui OUT [--pages …] [--seed 0] [--count 20] [--elements 2]``
 
     Raises:
         FileExistsError: the folder holds something already.

@@ -1,5 +1,5 @@
 """What a run's student answered before and after, beside what it and its teacher saw:
-``python -m opd_lightning.modalities.vision_language.gallery runs/demo-vlm`` draws ``gallery.png``.
+``opd gallery runs/demo-vlm`` draws ``gallery.png``.
 
 The held-out examples are the first ones, as `Evaluation.show` has them written to samples.jsonl. Where answers are
 places on the screen (GUI grounding), they are drawn: the target as a rectangle, the student's clicks as crosses.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def _places(axis: Any, old: dict[str, Any], new: dict[str, Any], scale: float) -
             axis.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.5, color=color)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """Draws what a student that sees answered before and after training, beside what it and its teacher saw."""
+    parser = argparse.ArgumentParser(prog="opd gallery", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
-    print(printable(gallery(parser.parse_args().run)))
+    print(printable(gallery(parser.parse_args(arguments).run)))

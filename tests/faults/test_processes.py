@@ -47,7 +47,7 @@ def equal(found: dict, expected: dict) -> None:
 def test_a_signal_finishes_the_step_and_saves(number, code, text, unbroken, tmp_path):
     """With two micro-batches to a step, of which the first may be done."""
     config = configuration(tmp_path, text, EMA)
-    process = start_until_saved(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
+    process = start_until_saved(config, "--trainer.max_steps=1000", "--model.schedule.name=constant")
     os.kill(process.pid, number)
     assert process.end() == code
     assert f"{signal.Signals(number).name}: stopped after" in process.output
@@ -78,7 +78,7 @@ def test_a_run_that_hangs_ends_all_the_same(how, signals, text, tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lasts(text, tmp_path):
     config = configuration(tmp_path, text, PLAIN)
-    first = start_until_saved(config, "--trainer.max_steps=1000", "--model.init_args.schedule.name=constant")
+    first = start_until_saved(config, "--trainer.max_steps=1000", "--model.schedule.name=constant")
     for how in ([], ["--ckpt_path=last"], ["--seed_everything=9", f"--checkpoint.dirpath={tmp_path / 'elsewhere'}"]):
         second = start(config, *how)
         assert second.end() != 0
@@ -86,7 +86,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lasts(text, tmp
         assert f"process {first.pid} on" in second.output
     assert "max_steps: 1000" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
     first.kill()
-    finish(start(config, "--ckpt_path=last", "--trainer.max_steps=8", "--model.init_args.schedule.name=constant"))
+    finish(start(config, "--ckpt_path=last", "--trainer.max_steps=8", "--model.schedule.name=constant"))
 
 
 def test_last_is_the_last_of_the_last_run(text, tmp_path):

@@ -18,9 +18,9 @@ SMALL = [
     "--trainer.max_steps=8",
     "--trainer.val_check_interval=4",
     "--checkpoint.every_n_train_steps=1",
-    "--data.init_args.train_options.count=256",
-    "--data.init_args.validation_options.count=9",
-    "--model.init_args.rollout.batch_size=8",
+    "--data.train_options.count=256",
+    "--data.validation_options.count=9",
+    "--model.rollout.batch_size=8",
 ]
 
 
@@ -32,7 +32,6 @@ def quickstart(folder: Path, overlay: str, *extra: str):
         *ON_A_CPU,
         *SMALL,
         f"--trainer.default_root_dir={folder}",
-        f"--trainer.logger.init_args.save_dir={folder}",
         "--ckpt_path=last",
         *extra,
     )
