@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow test-newest check bench methods seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow test-newest check bench methods methods-tables seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -85,6 +85,10 @@ bench: install .venv-trl/installed
 
 methods: install
 	$(BIN)/python benchmarks/methods.py
+
+# the tables that are made from the heads of configs/methods and configs/overlays
+methods-tables: install
+	$(BIN)/opd methods --update README.md docs/methods.md
 
 seeing: install
 	$(BIN)/python benchmarks/seeing.py

@@ -24,11 +24,12 @@ from opd_lightning.shipped import shipped
 
 RUNS = Path("runs/few_step")
 BUDGET = 120_000
+LARGER = "--model.rollout.batch_size=128"
 # overlays, evaluations per optimizer step (measured; `train/network_evaluations` says them), and more arguments
 ARMS: dict[str, tuple[list[str], int, list[str]]] = {
     "flow map, on-policy": ([], 663, []),
     "flow map, off-policy": (["diffusion/flow_map_off_policy"], 632, []),
-    "flow map from images (AnyFlow stage 1)": (["diffusion/flow_map_forward"], 384, ["--model.rollout.batch_size=128"]),
+    "flow map from images (AnyFlow stage 1)": (["diffusion/flow_map_forward"], 384, [LARGER]),
     "AnyFlow, both stages": (["diffusion/anyflow"], 283, []),
     "distribution matching (DMD2)": (["diffusion/dmd2"], 547, []),
     "velocity matching, guidance 1.5": (["diffusion/transition_matching"], 768, []),
@@ -58,7 +59,7 @@ def train(arm: str, seed: int, overlays: list[str], updates: int, extra: list[st
     folder.mkdir(parents=True)
     stages = halves(folder, updates) if overlays == ["diffusion/anyflow"] else None
     length = [f"--trainer.max_steps={updates}", f"--trainer.val_check_interval={updates}"]
-    epochs = ["--data.train_options.repeat=8"] if "batch_size=128" in " ".join(extra) else []
+    epochs = ["--data.train_options.repeat=8"] if LARGER in extra else []
     if arm in ARMS and arm not in MEASURED_BEFORE:
         extra = [*extra, "--model.evaluation.before=false"]
     curves, wall = fit(folder, "diffusion", overlays, [f"--seed_everything={seed}", *length, *extra, *epochs], stages)

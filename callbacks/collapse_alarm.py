@@ -92,8 +92,8 @@ class CollapseAlarm(L.Callback):
     distributions over a vocabulary; the entropy of a density may be negative, of which there is no share. Logged:
     ``train/repetition`` and ``train/alarms``, how many things are wrong.
 
-    The limits are ours, except for the repetition's; None turns one off. A horizon that a curriculum raises looks like
-    length inflation.
+    The limits are ours; None turns one off. Which rollout repeats itself is StableOPD's rule (2604.08527). A horizon
+    that a curriculum raises looks like length inflation.
 
     Args:
         action: ``warn``, or ``stop``: write ``collapse.ckpt`` into the run's folder and end the run.
@@ -101,8 +101,8 @@ class CollapseAlarm(L.Callback):
         length: times what it was at first. Default 2.
         truncated: rise of the share of rollouts that reach the horizon. Default 0.5.
         repetition: share of rollouts whose last 10 000 steps zlib makes more than ``compression`` times smaller.
-            Default 0.1.
-        compression: default 10 (RepRate of StableOPD, 2604.08527, there of characters).
+            Default 0.1, ours: StableOPD watches this share and sets it no limit.
+        compression: default 10 (StableOPD, 2604.08527, of the last 10 000 characters).
         first_step_kl: KL(student‖teacher) at the first step, in nats. Default 5.
         overlap: the student's mass on what both count among their likeliest steps, as a share of what it was at first.
             Default 0.5.

@@ -68,7 +68,8 @@ class FreshnessControl(L.Callback):
     α = β = λ = 0 is the simple mode, which goes by the lag alone and costs no forward pass. Otherwise an optimizer step
     on stale trajectories costs one more of the student, and two of each teacher whose view has changed.
 
-    Where a term's normalizer is ``steps``, as in the paper, small weights make small steps; with ``weights`` only their
+    Where a term's normalizer is ``steps``, small weights make small steps, as in the paper (whose loss is a mean over
+    trajectories of means over their steps, while ``steps`` counts all trained steps alike); with ``weights`` only their
     proportions count. Logged, as means: ``train/freshness/score``, ``weight``, ``gated`` (share of trajectories that
     count nothing), ``lag``, ``rollout_drift``, ``supervision_drift`` and ``refreshes``.
 

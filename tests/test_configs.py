@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 
 from opd_lightning.cli import OPDCLI, run
+from opd_lightning.methods import Method, read_all
 
 ROOT = Path(__file__).parent.parent / "configs"
-# a method in a setting's folder overlays the quickstart of that setting, the others text's
-OVERLAID_EMA = ("teacher_ema", "teacher_hard_sync", "teacher_frozen")
-OVER = {f"overlays/{name}": ["-c", "opd:methods/text/sdft.yaml"] for name in OVERLAID_EMA}
-METHODS = sorted(
-    path.relative_to(ROOT).with_suffix("").as_posix()
-    for folder in ("methods", "overlays")
-    for path in (ROOT / folder).rglob("*.yaml")
-)
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
     f"{setting}/{path.stem}"
@@ -58,12 +51,33 @@ def test_trainer_overlays_parse(name):
     parse("text/quickstart", f"trainer/{name}")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_method_overlays_run_on_the_quickstart(name, tmp_path):
-    setting = name.split("/")[1] if name.count("/") == 2 else "text"
-    run(["fit", "-c", f"opd:{setting}/quickstart.yaml", *OVER.get(name, []), "-c", f"opd:{name}.yaml",
-         *SMALL, FEW[setting], f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
-    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+def methods(first: bool) -> list:
+    """Each method with the first of the settings that its head names, or with each of the others."""
+    pairs = [(m, s) for m in read_all() for s in m.settings if (s == m.settings[0]) == first]
+    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs]
+
+
+def train(method: Method, setting: str, folder: Path) -> None:
+    """Trains two optimizer steps on the setting's quickstart."""
+    files = [part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml")]
+    run(["fit", *files, *SMALL, FEW[setting], f"--trainer.default_root_dir={folder}"])
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(("method", "setting"), methods(first=True))
+def test_methods_train(method, setting, tmp_path):
+    train(method, setting, tmp_path)
+
+
+@pytest.mark.parametrize(("method", "setting"), methods(first=False))
+def test_methods_parse_in_their_other_settings(method, setting):
+    parse(*method.stack(setting))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "setting"), methods(first=False))
+def test_methods_train_in_their_other_settings(method, setting, tmp_path):
+    train(method, setting, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student"])

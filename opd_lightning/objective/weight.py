@@ -70,9 +70,13 @@ class Window(Weight):
 class Entropy(Weight):
     """exp(−β·H): a soft factor that trusts certain states more (β > 0) or less (β < 0).
 
+    SRPO (2604.02288) weights by exp(−β·H_teacher) and divides by the mean of that over the steps it distills, which
+    keeps the loss's scale; here nothing is divided, so that β makes steps smaller unless the term's ``normalizer`` is
+    ``weights``.
+
     Args:
         of: whose entropy H, in nats at temperature 1.
-        beta: default 1 (SRPO, 2604.02288, weights by exp(−β·H_teacher); its value was not found).
+        beta: default 1 (SRPO).
     """
 
     def __init__(self, of: Literal["teacher", "student"] = "teacher", beta: float = 1.0) -> None:
@@ -140,7 +144,9 @@ class TopEntropy(Weight):
     States whose entropies are equal are in or out together (see `at_least`), so that no rounding chooses among them.
 
     Args:
-        share: default 0.5 (the entropy-only ratio in TIP, 2604.14084; TIP itself ranks by a two-axis score).
+        share: default 0.5, the largest ratio that TIP (2604.14084) keeps. This is not its rule: TIP keeps the top share
+            of each rollout by a score of entropy and disagreement, and its entropy baseline draws steps with
+            probability ∝ H.
         of: whose entropy.
         scope: the quantile is taken over the whole optimizer step on all ranks (``batch``, default) or over each
             trajectory (``row``). Over a batch it costs a forward pass of its own.
