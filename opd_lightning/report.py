@@ -20,6 +20,19 @@ from .printable import cell, printable
 Curves = dict[str, list[tuple[int, float]]]
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """Reads the configuration that a run was made with.
+
+    Raises:
+        FileNotFoundError: the folder holds no run of `opd fit`.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no run of `opd fit`: there is no {path}")
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return config
+
+
 def read_curves(run: Path) -> Curves:
     """Every logged metric as (optimizer step, value), over all of the run's log versions in order.
 
@@ -92,8 +105,7 @@ def draw(curves: Curves, path: Path) -> None:
 
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    curves = read_curves(run)
+    config, curves = read_config(run), read_curves(run)
     found: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
