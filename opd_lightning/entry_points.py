@@ -12,7 +12,7 @@ import ast
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,18 +24,20 @@ OURS = "opd-lightning"
 
 @cache
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Finds the entry points of a group by name; of two of one name, this package's own wins.
+    """Finds the entry points of a group by name; of two of one name, this package's own wins, or the first on the path.
 
     Raises:
         ConfigError: none is this package's own: it was installed before it had any, or not at all.
     """
-    found = sorted(entry_points(group=group), key=_is_ours)
+    # `entry_points()` would see of this package only an egg-info that an early installation left in the folder
+    found = [entry for package in distributions() for entry in package.entry_points if entry.group == group]
+    found.sort(key=_is_ours, reverse=True)
     if not any(map(_is_ours, found)):
         raise ConfigError(
             f"{OURS} has registered no {group}: this installation is older than its code; run `pip install -e .` again "
             "in its folder"
         )
-    return {entry.name: entry for entry in sorted(found, key=lambda entry: (_is_ours(entry), entry.name))}
+    return {entry.name: entry for entry in reversed(found)}
 
 
 def _is_ours(entry: EntryPoint) -> bool:

@@ -76,13 +76,24 @@ def test_parts_of_another_package_that_are_broken_do_no_harm(theirs):
 
 
 def test_an_installation_of_before_the_commands_were_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(entry_points, "entry_points", lambda group: [])
+    monkeypatch.setattr(entry_points, "distributions", lambda: [])
     entry_points.registered.cache_clear()
     with pytest.raises(ConfigError, match=r"this installation is older than its code; run `pip install -e \.` again"):
         overview()
     with pytest.raises(SystemExit):
         understood(QUICKSTART)
     assert "has registered no opd_lightning.parts" in capsys.readouterr().err
+    entry_points.registered.cache_clear()
+
+
+def test_what_an_early_installation_left_in_the_folder_hides_nothing(tmp_path, monkeypatch):
+    left = tmp_path / "opd_lightning.egg-info"
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: opd-lightning\nVersion: 0.0.1\n", encoding="utf-8")
+    (left / "entry_points.txt").write_text("[console_scripts]\nopd = opd_lightning.__main__:main\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry_points.registered.cache_clear()
+    assert "report" in entry_points.commands()
     entry_points.registered.cache_clear()
 
 
