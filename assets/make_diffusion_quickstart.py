@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from opd_lightning.modalities.diffusion.data import NAMES, digits
 from opd_lightning.modalities.diffusion.quality import DigitFeatures
+from opd_lightning.modalities.diffusion.quickstart import NAMES, digits
 
 HERE = Path(__file__).parent / "diffusion_quickstart"
 START = Path("runs/pretrain_diffusion/start")

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Qwen3Config
 
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 
 HERE = Path(__file__).parent / "quickstart"
 SIZES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import torch
 from qwen3_vl import architecture
 from transformers import AutoModelForImageTextToText
 
-from opd_lightning.modalities.vision_language.scenes import scenes
+from opd_lightning.modalities.vision_language.quickstart import scenes
 
 HERE, RUN = Path(__file__).parent / "vision_quickstart" / "student", Path("runs/vision_warm_start")
 

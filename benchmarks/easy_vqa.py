@@ -34,7 +34,7 @@ def data(folder: str, count: int, seed: int) -> list[str]:
 
 def main(folder: str) -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
-    either = f"{{class_path: Either, init_args: {{share: 0.8, view: Original, otherwise: {SMALL}}}}}"
+    either = f"{{class_path: Mixture, init_args: {{share: 0.8, view: Original, otherwise: {SMALL}}}}}"
     warm = RUNS / "warm_start"
     opd = [sys.executable, "-m", "opd_lightning"]
     into = f"--trainer.default_root_dir={warm}"

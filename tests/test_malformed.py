@@ -16,7 +16,7 @@ from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.diffusion import SDE, DetailedPrompt, DiffusionDistillation, ReferenceImage
 from opd_lightning.modalities.gui_grounding import GUIGroundingDistillation, Spotlight
 from opd_lightning.modalities.vision_language import (
-    Chain,
+    Compose,
     Crop,
     Cue,
     HighResolution,
@@ -113,7 +113,7 @@ def chat(folder: Path) -> Made:
 def vision(folder: Path) -> Made:
     row = {"prompt": "what?", "image": "a.png", "image_full": "large.png", "box": [4, 4, 20, 20], "cue": "a"}
     row |= {"completion": "b", "answer": "c"}
-    view = Chain([HighResolution(), Crop(), Cue(), PromptView("{{ completion }} {{ prompt }}")])
+    view = Compose([HighResolution(), Crop(), Cue(), PromptView("{{ completion }} {{ prompt }}")])
     module = made(save_vlm(folder / "s"), view, setting=VisionLanguageDistillation, reward=ExactMatch())
     return module, ImageData, row, (*row, "images")
 
@@ -125,7 +125,7 @@ def screens(folder: Path) -> Made:
 
 def diffusion(folder: Path) -> Made:
     row = {"prompt": "a red dot", "image": str(folder / "a.png"), "seen": str(folder / "a.png"), "caption": "a big dot"}
-    view = Chain([ReferenceImage("seen"), DetailedPrompt()])
+    view = Compose([ReferenceImage("seen"), DetailedPrompt()])
     student = Pretrained(str(save_pipeline(folder / "s", "anyflow")), freeze="image_embedder")
     sizes = {"height": 16, "width": 16, "max_sequence_length": 16, "sampler": SDE()}
     return made(student, view, setting=DiffusionDistillation, **sizes), PromptData, row, tuple(row)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.noise import noise
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.teacher import Live, Teacher

@@ -14,7 +14,7 @@ from opd_lightning.callbacks.knobs import Knob
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.diffusion import DiffusionDistillation
 from opd_lightning.modalities.gui_grounding import AbsolutePixels
-from opd_lightning.modalities.vision_language import Blur, Chain, Downscale, Either
+from opd_lightning.modalities.vision_language import Blur, Compose, Downscale, Mixture
 from opd_lightning.modalities.vision_language.images import images_of
 from opd_lightning.rollout import Rollout, RolloutLoader
 from opd_lightning.student_view import as_it_was, settings_of, shown
@@ -23,8 +23,8 @@ from tests.tiny import attach, fit
 from tests.worlds import World
 
 
-def view() -> Chain:
-    return Chain([Either(Downscale(64), share=0.25), PromptView("Look. {{ prompt }}"), Blur(2.0)])
+def view() -> Compose:
+    return Compose([Mixture(Downscale(64), share=0.25), PromptView("Look. {{ prompt }}"), Blur(2.0)])
 
 
 def test_a_view_is_made_again_from_its_settings():
@@ -78,7 +78,7 @@ class Wordy(View):
 def looking(world: World, **rollout: Any) -> Any:
     settings = {"batch_size": 8, "micro_batch_size": 4, "horizon": 3, **rollout}
     seen = [Wordy(3)] if world.setting is DiffusionDistillation else [Wordy(3), Downscale(64)]
-    return world.module({"teacher": Teacher(Initial())}, rollout=Rollout(**settings), student_view=Chain(seen))
+    return world.module({"teacher": Teacher(Initial())}, rollout=Rollout(**settings), student_view=Compose(seen))
 
 
 def rows_of(world: World, count: int) -> list[Any]:
@@ -141,7 +141,7 @@ def test_a_checkpoint_knows_what_was_seen(eyes, tmp_path):
     assert behind(resumed, again.pending) < 1e-4
 
     other = attach(eyes.module({"teacher": Teacher(Initial())}, rollout=module.rollout), tmp_path)
-    with pytest.raises(ValueError, match=r"sampled with model\.student_view: Chain, which is now none"):
+    with pytest.raises(ValueError, match=r"sampled with model\.student_view: Compose, which is now none"):
         RolloutLoader(rows, other, 0).load_state_dict(state)
 
 
@@ -158,7 +158,7 @@ def test_a_job_of_the_worker_keeps_the_view_of_its_generation(eyes, tmp_path):
 
 def test_a_click_in_pixels_is_read_by_the_screen_that_it_was_written_for(make_world):
     world = make_world("gui_grounding")
-    module = dataclasses.replace(world, settings={**world.settings, "answer": AbsolutePixels()}).module(
+    module = dataclasses.replace(world, settings={**world.settings, "answer_format": AbsolutePixels()}).module(
         {"teacher": Teacher(Initial())}, student_view=Downscale(56)
     )
     (row,) = world.make_rows(1)

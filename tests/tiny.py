@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.text import TextDistillation
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained

@@ -2,19 +2,19 @@
 
 from .data import ImageData
 from .setting import VisionLanguageDistillation
-from .view import Blur, Chain, Crop, Cue, Downscale, Either, HighResolution, Instead, MaskRegion, Resize
+from .view import Blur, ColumnImages, Compose, Crop, Cue, Downscale, HighResolution, MaskRegion, Mixture, Resize
 
 __all__ = [
     "Blur",
-    "Chain",
+    "ColumnImages",
+    "Compose",
     "Crop",
     "Cue",
     "Downscale",
-    "Either",
     "HighResolution",
     "ImageData",
-    "Instead",
     "MaskRegion",
+    "Mixture",
     "Resize",
     "VisionLanguageDistillation",
 ]

@@ -26,7 +26,7 @@ class Crop(View):
     Args:
         margin: what is added on each side, as a share of the box's width and height, up to the image's edge.
             Default 0.1, a choice of this library: Vision-OPD's data set holds crops that were cut in advance (see
-            `Instead`) and does not say how widely.
+            `ColumnImages`) and does not say how widely.
         size: pixels of the crop's longer side after resizing; None: as it was cut.
         keep_original: show the whole image, then the crop.
 
@@ -112,7 +112,7 @@ class HighResolution(View):
         return _resized(example, [large, *others])
 
 
-class Instead(View):
+class ColumnImages(View):
     """The images of another column in place of the example's, such as crops cut in advance; none where it is empty.
 
     The shown example has no `box`.
@@ -205,7 +205,7 @@ class MaskRegion(View):
         return with_images(example, [masked, *others])
 
 
-class Either(View):
+class Mixture(View):
     """One view for a share of the examples, another for the rest: a student that is warm-started on both can later be
     its own teacher through the first.
 
@@ -222,7 +222,7 @@ class Either(View):
 
     def __init__(self, view: View, otherwise: View | None = None, share: float = 0.5) -> None:
         if not 0 <= share <= 1:
-            raise ValueError(f"Either.share is {share}; it must be in [0, 1]")
+            raise ValueError(f"Mixture.share is {share}; it must be in [0, 1]")
         self.view, self.otherwise, self.share = view, otherwise or Original(), share
         self.columns = tuple(dict.fromkeys((*view.columns, *self.otherwise.columns)))
 
@@ -232,7 +232,7 @@ class Either(View):
         return (self.view if chosen else self.otherwise)(example)
 
 
-class Chain(View):
+class Compose(View):
     """Several views, each applied to what the one before it shows; no view where one of them has none.
 
     Raises:
@@ -241,7 +241,7 @@ class Chain(View):
 
     def __init__(self, views: list[View]) -> None:
         if not views:
-            raise ValueError("Chain.views is empty; name at least one view")
+            raise ValueError("Compose.views is empty; name at least one view")
         self.views = views
         self.columns = tuple(dict.fromkeys(column for view in views for column in view.columns))
 

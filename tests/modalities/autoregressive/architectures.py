@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import opd_lightning
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from tests import tiny

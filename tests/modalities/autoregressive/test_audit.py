@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_lightning.audit import audit
 from opd_lightning.modalities.autoregressive import PromptView
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.modalities.vision_language import VisionLanguageDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained

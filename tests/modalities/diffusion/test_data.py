@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from opd_lightning.data import PromptData
-from opd_lightning.modalities.diffusion.data import NAMES, caption, digits, image_folder
+from opd_lightning.modalities.diffusion.data import image_folder
+from opd_lightning.modalities.diffusion.quickstart import NAMES, caption, digits
 from opd_lightning.rows import row_of
 
 

@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from opd_lightning.modalities.diffusion import Brightness, ClipScore, DigitFeatures, Features, SampleQuality
-from opd_lightning.modalities.diffusion.data import digits
 from opd_lightning.modalities.diffusion.images import contact_sheet
 from opd_lightning.modalities.diffusion.quality import compare, precision_and_recall
+from opd_lightning.modalities.diffusion.quickstart import digits
 from opd_lightning.modalities.diffusion.table import by_steps, closed, report
 from tests.tiny import Rows, fit, make_trainer
 from tests.tiny_diffusion import make_rows, tokenizer

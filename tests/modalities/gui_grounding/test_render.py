@@ -1,3 +1,4 @@
+import importlib.util
 import io
 import json
 import shutil
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opd_lightning.modalities.gui_grounding import readers, render
-from opd_lightning.modalities.gui_grounding.render import Browser, Element, Screen
+from opd_lightning.modalities.gui_grounding.screens import targets
+from opd_lightning.modalities.gui_grounding.screens.browser import Browser
+from opd_lightning.modalities.gui_grounding.screens.targets import Element, Screen
 
 
-def element(text: str, at: render.Box, **other: object) -> Element:
+def element(text: str, at: targets.Box, **other: object) -> Element:
     made = Element("button", text, text, at, at, at, interactive=True, holds_text=bool(text), lines=1)
     return replace(made, **other)
 
@@ -45,15 +48,15 @@ OTHER = element("Olin", (2, 120, 158, 134), tag="li")
 )
 def test_the_target_is_the_smallest_element_that_is_rewarded(rewarded: list[Element], target: Element | None) -> None:
     candidates = [AROUND, ROW, ICON, NAME, OTHER]
-    assert render.choose_target(candidates, [float(one in rewarded) for one in candidates]) == target
+    assert targets.choose_target(candidates, [float(one in rewarded) for one in candidates]) == target
 
 
 def test_a_penalty_is_no_reward() -> None:
-    assert render.choose_target([NAME, OTHER], [-1.0, 0.5]) == OTHER
+    assert targets.choose_target([NAME, OTHER], [-1.0, 0.5]) == OTHER
 
 
 def texts(*elements: Element, limit: int = 9) -> list[str]:
-    return [one.text for one in render.choose_elements(screen(*elements), limit)]
+    return [one.text for one in targets.choose_elements(screen(*elements), limit)]
 
 
 def test_elements_are_named_by_a_text_that_is_on_the_screen_once() -> None:
@@ -80,21 +83,21 @@ def test_the_box_is_that_of_what_is_clicked_or_of_the_text_itself() -> None:
     button = element("OK", (4, 60, 60, 80), holds_text=False)
     span = element("OK", (10, 64, 50, 76), tag="span", interactive=False)
     line = element("lorem", (2, 90, 158, 102), tag="div", interactive=False, text_box=(2, 91, 30, 101))
-    chosen = render.choose_elements(screen(button, span, line), 9)
+    chosen = targets.choose_elements(screen(button, span, line), 9)
     assert [one.box for one in chosen] == [button.box, line.text_box]
 
 
 def test_which_elements_are_drawn_depends_on_the_seed_alone() -> None:
     many = [element(f"b{n}", (4, 50 + 10 * n, 40, 60 + 10 * n)) for n in range(10)]
-    drawn = {tuple(e.text for e in render.choose_elements(screen(*many, seed=s), 2)) for s in range(20)}
+    drawn = {tuple(e.text for e in targets.choose_elements(screen(*many, seed=s), 2)) for s in range(20)}
     assert len(drawn) > 5
-    assert render.choose_elements(screen(*many), 2) == render.choose_elements(screen(*many), 2)
-    assert render.choose_elements(screen(*many), 0) == []
+    assert targets.choose_elements(screen(*many), 2) == targets.choose_elements(screen(*many), 2)
+    assert targets.choose_elements(screen(*many), 0) == []
 
 
 def test_rows_say_where_an_element_is_in_the_picture() -> None:
     ok = element("OK", (4, 60, 60, 80))
-    task, named = render.rows_of(screen(ok, seed=7), ok, limit=1)
+    task, named = targets.rows_of(screen(ok, seed=7), ok, limit=1)
     assert task == {
         "image": "images/click-button_00007.png",
         "width": 320,
@@ -110,7 +113,7 @@ def test_rows_say_where_an_element_is_in_the_picture() -> None:
         "label": "OK",
     }
     assert (named["kind"], named["prompt"], named["box"]) == ("element", 'Click on "OK"', task["box"])
-    assert render.rows_of(screen(ICON), ICON, 0)[0]["element_type"] == "icon"
+    assert targets.rows_of(screen(ICON), ICON, 0)[0]["element_type"] == "icon"
 
 
 @given(colors=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=400), width=st.integers(1, 20))
@@ -145,8 +148,8 @@ def test_pages_are_checked_before_the_browser_starts() -> None:
 
 @pytest.mark.parametrize("module", ["selenium", "miniwob"])
 def test_a_missing_library_is_named_with_its_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = render.importlib.util.find_spec
-    monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(ModuleNotFoundError, match=rf"{module}: pip install 'opd-lightning\[gui\]'"):
         Browser()
 
@@ -159,7 +162,7 @@ def test_a_missing_browser_is_named_with_its_packages(
 ) -> None:
     for module in ("selenium", "miniwob"):
         pytest.importorskip(module)
-    monkeypatch.setattr(render.shutil, "which", lambda name: f"/bin/{name}" if name == present else None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == present else None)
     with pytest.raises(FileNotFoundError, match=f"{missing} not installed.*apt-get install chromium chromium-driver"):
         Browser()
 
@@ -200,7 +203,7 @@ def test_a_box_covers_its_element(browser: Browser) -> None:
         one = browser.open("click-color", seed)
         target = browser.target(one)
         assert target is not None
-        x1, y1, x2, y2 = render.row(one, target, "task", one.instruction)["box"]
+        x1, y1, x2, y2 = targets.row(one, target, "task", one.instruction)["box"]
         (color,) = {picture(one.png).getpixel(((x1 + x2) // 2, (y1 + y2) // 2))}
         name = one.instruction.split()[3]
         assert colors[name] == color, one.instruction

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from opd_lightning import cli  # noqa: F401  (so that short class names resolve)
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.vision_language import Cue, VisionLanguageDistillation
-from opd_lightning.modalities.vision_language.scenes import scenes
+from opd_lightning.modalities.vision_language.quickstart import scenes
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import JSD, ImportanceRatio, Objective, Support, Term
 from opd_lightning.shipped import shipped

@@ -15,14 +15,14 @@ from opd_lightning.modalities.vision_language.boxes import problem_with_box
 from opd_lightning.modalities.vision_language.images import images_of
 from opd_lightning.modalities.vision_language.view import (
     Blur,
-    Chain,
+    ColumnImages,
+    Compose,
     Crop,
     Cue,
     Downscale,
-    Either,
     HighResolution,
-    Instead,
     MaskRegion,
+    Mixture,
     Resize,
 )
 from opd_lightning.teacher import Original, View
@@ -35,11 +35,11 @@ VIEWS: list[View] = [
     Resize(100),
     Downscale(20),
     HighResolution(),
-    Instead("other"),
+    ColumnImages("other"),
     Cue(image_column="other"),
     Blur(2),
     MaskRegion(),
-    Chain([Downscale(30), Crop(margin=0), Cue()]),
+    Compose([Downscale(30), Crop(margin=0), Cue()]),
 ]
 
 
@@ -111,7 +111,7 @@ def test_a_crop_is_enlarged_with_its_aspect_and_follows_the_original() -> None:
 
 
 def test_no_box_no_view() -> None:
-    for view in (Crop(), MaskRegion(), Chain([Downscale(8), Crop()])):
+    for view in (Crop(), MaskRegion(), Compose([Downscale(8), Crop()])):
         assert view(example(box=None)) is None
         assert view({"prompt": "?", "image": picture()}) is None
 
@@ -161,8 +161,8 @@ def test_resizing_keeps_the_aspect_and_moves_the_box(
 def test_cropping_after_resizing_is_resizing_after_cropping() -> None:
     smooth = picture(4, 2).resize((400, 200), Image.Resampling.BICUBIC)
     row = example(image=smooth, box=[100, 40, 300, 120])
-    one = shown(Chain([Resize(200), Crop(margin=0)]), row)
-    other = shown(Chain([Crop(margin=0), Resize(100)]), row)
+    one = shown(Compose([Resize(200), Crop(margin=0)]), row)
+    other = shown(Compose([Crop(margin=0), Resize(100)]), row)
     assert one["image"].size == other["image"].size == (100, 40)
     assert np.abs(pixels(one["image"]).astype(int) - pixels(other["image"])).max() < 8
     assert one["box"] == other["box"] == [0, 0, 100, 40]
@@ -170,7 +170,7 @@ def test_cropping_after_resizing_is_resizing_after_cropping() -> None:
 
 def test_downscaling_loses_detail_for_good() -> None:
     row = example()
-    there_and_back = shown(Chain([Downscale(10), Resize(40)]), row)["image"]
+    there_and_back = shown(Compose([Downscale(10), Resize(40)]), row)["image"]
     assert there_and_back.size == (40, 20)
     assert pixels(there_and_back).std() < pixels(row["image"]).std() / 2
 
@@ -187,11 +187,11 @@ def test_high_resolution_is_the_same_picture_with_its_box() -> None:
 
 def test_images_of_another_column_come_instead() -> None:
     crops = [picture(5, 5), picture(6, 6)]
-    assert images_of(shown(Instead("crops"), example(crops=crops))) == crops
-    found = shown(Instead("crops"), example(crops=crops[0]))
+    assert images_of(shown(ColumnImages("crops"), example(crops=crops))) == crops
+    found = shown(ColumnImages("crops"), example(crops=crops[0]))
     assert images_of(found) == crops[:1]
     assert found["box"] is None
-    assert Instead("crops")(example(crops=None)) is Instead("crops")(example(crops=[])) is None
+    assert ColumnImages("crops")(example(crops=None)) is ColumnImages("crops")(example(crops=[])) is None
 
 
 @pytest.mark.parametrize("cue", ["", None])
@@ -199,7 +199,7 @@ def test_an_empty_cue_is_the_plain_view(cue: str | None) -> None:
     row = example(cue=cue, evidence=None)
     assert Cue(image_column="evidence")(row) == row
     answered = PromptView("{{ prompt }} ({{ answer }})")
-    assert Chain([answered, Cue()])(row) == answered(row)
+    assert Compose([answered, Cue()])(row) == answered(row)
 
 
 def test_a_cue_follows_the_question() -> None:
@@ -241,7 +241,7 @@ def test_blurring_keeps_the_mean_and_lowers_the_contrast() -> None:
 
 
 def test_a_chain_reads_what_its_views_read() -> None:
-    assert Chain([Crop(), MaskRegion(), Cue("hint")]).columns == ("box", "hint")
+    assert Compose([Crop(), MaskRegion(), Cue("hint")]).columns == ("box", "hint")
 
 
 def test_views_are_named_in_yaml() -> None:
@@ -251,7 +251,7 @@ def test_views_are_named_in_yaml() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--view", type=View)
     views = [named("Crop", size=64, keep_original=True), named("Cue", column="hint"), named("MaskRegion")]
-    made = parser.instantiate_classes(parser.parse_object({"view": named("Chain", views=views)})).view
+    made = parser.instantiate_classes(parser.parse_object({"view": named("Compose", views=views)})).view
     assert [type(view) for view in made.views] == [Crop, Cue, MaskRegion]
     assert made.columns == ("box", "hint")
 
@@ -265,7 +265,7 @@ def test_views_are_named_in_yaml() -> None:
         (lambda: Downscale(0), r"Downscale\.longest is 0 pixels"),
         (lambda: Blur(0), r"Blur\.radius is 0 pixels"),
         (lambda: Cue(None), r"Cue needs a column or an image_column"),
-        (lambda: Chain([]), r"Chain\.views is empty"),
+        (lambda: Compose([]), r"Compose\.views is empty"),
         (lambda: MaskRegion("grayish"), "unknown color specifier: 'grayish'"),
     ],
 )
@@ -275,11 +275,11 @@ def test_wrong_settings_are_refused(make: Any, message: str) -> None:
 
 
 def test_either_shows_a_fixed_share_of_the_examples_differently():
-    view = Either(Downscale(8), Original(), share=0.3)
+    view = Mixture(Downscale(8), Original(), share=0.3)
     rows = [{"prompt": str(i), "image": Image.new("RGB", (16, 16)), "box": [0, 0, i % 7 + 1, 4]} for i in range(400)]
     small = [view(row)["image"].width == 8 for row in rows]
     assert 80 < sum(small) < 160
-    assert small == [Either(Downscale(8), share=0.3)(dict(row))["image"].width == 8 for row in rows]
-    assert Either(Crop(), MaskRegion()).columns == ("box",)
-    with pytest.raises(ValueError, match=r"Either\.share is 1\.5"):
-        Either(Crop(), share=1.5)
+    assert small == [Mixture(Downscale(8), share=0.3)(dict(row))["image"].width == 8 for row in rows]
+    assert Mixture(Crop(), MaskRegion()).columns == ("box",)
+    with pytest.raises(ValueError, match=r"Mixture\.share is 1\.5"):
+        Mixture(Crop(), share=1.5)

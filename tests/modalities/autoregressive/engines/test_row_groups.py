@@ -12,7 +12,7 @@ import transformers
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
 from opd_lightning.modalities.autoregressive.engines.row_groups import EqualLengths
 from opd_lightning.modalities.autoregressive.models import rope_kinds, rope_switch
-from opd_lightning.modalities.text.sums import character_tokenizer
+from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Initial, Teacher
 from tests.tiny import act, fit, make_module, no_teacher, save_model, teacher_forced

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("sklearn")
 from sklearn.datasets import load_digits
 
-from opd_lightning.modalities.vision_language import scenes as module
+from opd_lightning.modalities.vision_language import quickstart as module
 from opd_lightning.modalities.vision_language.boxes import problem_with_box
-from opd_lightning.modalities.vision_language.scenes import COLORS, is_held_out, scenes
-from opd_lightning.modalities.vision_language.view import Chain, Crop, Resize
+from opd_lightning.modalities.vision_language.quickstart import COLORS, is_held_out, scenes
+from opd_lightning.modalities.vision_language.view import Compose, Crop, Resize
 
 
 def content(rows: list[dict[str, Any]]) -> list[Any]:
@@ -80,7 +80,7 @@ def test_frames_do_not_overlap_and_have_their_color() -> None:
 def test_digits_are_the_handwritten_samples() -> None:
     data = load_digits()
     for row in scenes(20, kinds=["which"], digit=(16, 16), noise=0):
-        inside = Chain([Crop(margin=0), Resize(22)])(row)["image"].crop((3, 3, 19, 19)).resize((8, 8), 5)  # type: ignore[index]
+        inside = Compose([Crop(margin=0), Resize(22)])(row)["image"].crop((3, 3, 19, 19)).resize((8, 8), 5)  # type: ignore[index]
         for one in json.loads(row["scene"])["digits"]:
             assert data.target[one["sample"]] == one["digit"]
         (asked,) = [one for one in json.loads(row["scene"])["digits"] if one["box"] == row["box"]]

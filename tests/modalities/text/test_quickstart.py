@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from opd_lightning.modalities.text.sums import character_tokenizer, is_held_out, scratchpad, sums
+from opd_lightning.modalities.text.quickstart import character_tokenizer, is_held_out, scratchpad, sums
 
 
 def operands(rows: list[dict[str, str]]) -> set[tuple[int, ...]]:

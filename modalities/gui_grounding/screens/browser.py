@@ -1,0 +1,132 @@
+"""Headless Chromium with MiniWoB++'s pages."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import importlib.util
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .targets import AREA, Element, Screen, choose_target
+
+_ELSEWHERE = (590, 340)
+
+
+class Browser:
+    """Headless Chromium with MiniWoB++'s pages; a context manager.
+
+    Raises:
+        ModuleNotFoundError: selenium or miniwob is missing.
+        FileNotFoundError: Chromium or its driver is missing.
+    """
+
+    def __init__(self) -> None:
+        self._pages = pages_folder()
+        chromium, chromedriver = _executables()
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--force-device-scale-factor=2",
+            "--window-size=600,500",
+            "--font-render-hinting=none",
+            "--disable-lcd-text",
+            "--lang=en-US",
+            # else a tile is repainted in part or as a whole as time allows, and its edges are smoothed differently
+            "--disable-partial-raster",
+        ):
+            options.add_argument(argument)
+        self._driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+        source = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+        self._driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        self.version = self._driver.capabilities["browserVersion"]
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._driver.quit()
+
+    def open(self, page: str, seed: int) -> Screen:
+        """The screen of a seed, as a freshly loaded page shows it to somebody who has touched nothing.
+
+        Raises:
+            ValueError: MiniWoB++ has no such page.
+        """
+        path = self._pages / f"{page}.html"
+        if not path.is_file():
+            raise ValueError(f"MiniWoB++ has no page {page!r}; it has {', '.join(all_pages())}")
+        # a pointer that an earlier click left over the area would give the new page hover styles
+        self._mouse("mouseMoved", *_ELSEWHERE)
+        self._driver.get(path.as_uri())
+        self._call("start", seed)
+        png = self._picture()
+        elements = tuple(Element(**element) for element in self._call("elements"))
+        return Screen(page, seed, self._call("instruction"), elements, png)
+
+    def rewards(self, screen: Screen) -> list[float]:
+        """What the open screen gives for a click at the center of each of its elements, each in a new episode."""
+        return self._call("rewards", screen.seed, [asdict(element) for element in screen.elements])
+
+    def click(self, screen: Screen, element: Element) -> float:
+        """The reward of a new episode of the open screen for a click of the mouse at the element's center."""
+        if not self._call("ready", screen.seed, asdict(element)):
+            return 0.0
+        x, y = (element.box[0] + element.box[2]) / 2, (element.box[1] + element.box[3]) / 2
+        self._mouse("mouseMoved", x, y)
+        self._mouse("mousePressed", x, y)
+        self._mouse("mouseReleased", x, y)
+        return self._call("reward")
+
+    def target(self, screen: Screen) -> Element | None:
+        """The element that solves the open screen's task with one click, if there is exactly one."""
+        target = choose_target(screen.elements, self.rewards(screen))
+        return target if target is not None and self.click(screen, target) > 0 else None
+
+    def _picture(self) -> bytes:
+        left, top, width, height = AREA
+        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
+        arguments = {"format": "png", "optimizeForSpeed": True, "clip": clip}
+        return base64.b64decode(self._driver.execute_cdp_cmd("Page.captureScreenshot", arguments)["data"])
+
+    def _mouse(self, event: str, x: float, y: float) -> None:
+        pressed = {} if event == "mouseMoved" else {"button": "left", "clickCount": 1}
+        self._driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": event, "x": x, "y": y, **pressed})
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return self._driver.execute_script(f"return renderer.{function}(...arguments)", *arguments)
+
+
+def pages_folder() -> Path:
+    """Where the installed miniwob keeps its pages.
+
+    Raises:
+        ModuleNotFoundError: selenium or miniwob is missing.
+    """
+    for module in ("selenium", "miniwob"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"rendering needs {module}: pip install 'opd-lightning[gui]'", name=module)
+    return Path(str(importlib.metadata.distribution("miniwob").locate_file("miniwob/html/miniwob")))
+
+
+def all_pages() -> list[str]:
+    return sorted(path.stem for path in pages_folder().glob("*.html"))
+
+
+def _executables() -> tuple[str, str]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromedriver = shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        missing = "Chromium" if chromium is None else "Chromium's driver"
+        raise FileNotFoundError(
+            f"{missing} is not installed; on Debian: apt-get install chromium chromium-driver fonts-liberation"
+        )
+    return chromium, chromedriver
