@@ -49,7 +49,7 @@ class Side:
 
 
 def ours(side: Side, args: argparse.Namespace, full: bool) -> Tensor:
-    from opd_lightning.distribution import Categorical, Head
+    from opd_lightning.distribution import Categorical, Head, Stream
     from opd_lightning.objective import JSD, Confidence, Entropy, ImportanceRatio, Objective, ReverseKL, Term
     from opd_lightning.trajectory import Trajectories
 
@@ -68,7 +68,7 @@ def ours(side: Side, args: argparse.Namespace, full: bool) -> Tensor:
     signal = JSD(args.beta) if args.divergence == "jsd" else ReverseKL()
     weights = [Entropy(beta=0.01), Confidence(), ImportanceRatio()] if full else []
     objective = Objective([Term(signal, weights=weights)], **({"chunk_mib": args.chunk_mib} if args.chunk_mib else {}))
-    return objective(student, {"teacher": teacher}, trajectories, diagnose=full)[0]
+    return objective(student, {"teacher": Stream(teacher)}, trajectories, diagnose=full).loss
 
 
 def peer(side: Side, args: argparse.Namespace) -> Tensor:

@@ -143,7 +143,7 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
 
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
             if clock.ends:
-                self.tokens += int(batch.mask.sum())
+                self.tokens += int(batch.trajectories.mask.sum())
             self.losses.append(float(outputs["loss"]))
             clock.step_ends()
 

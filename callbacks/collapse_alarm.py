@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ..module import OnPolicyDistillation
-from ..trajectory import OptimizerStep, Trajectories
+from ..optimizer_step import MicroBatch, OptimizerStep
 
 LAST = 10_000
 REPETITION = "repetition"
@@ -147,14 +147,13 @@ class CollapseAlarm(L.Callback):
         self.reason: str | None = None
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.ends_optimizer_step or not pl_module.is_logged(trainer.global_step):
+        if not batch.is_last or not pl_module.is_logged(trainer.global_step):
             return
-        assert batch.optimizer_step is not None
         if self.limits[REPETITION] is not None:
-            pl_module.record(REPETITION, self._repeating(batch.optimizer_step))
+            pl_module.record(REPETITION, self._repeating(batch.step))
         told = self._look(pl_module.recorded())
         pl_module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
         for message in told:
@@ -191,13 +190,13 @@ class CollapseAlarm(L.Callback):
         self.wrong = {key: self.wrong.get(key, 0) + 1 for key in found}
         return [message for key, message in found.items() if self.wrong[key] == self.patience]
 
-    def _repeating(self, whole: OptimizerStep) -> Tensor:
+    def _repeating(self, step: OptimizerStep) -> Tensor:
         """``[B]`` 1 for each trajectory that repeats itself."""
         return torch.tensor(
             [
                 float(compressibility(actions[mask][-LAST:]) > self.compression)
-                for part in whole.micro_batches
-                for actions, mask in zip(part.actions.cpu(), part.mask.cpu(), strict=True)
+                for trajectories in step.trajectories
+                for actions, mask in zip(trajectories.actions.cpu(), trajectories.mask.cpu(), strict=True)
             ]
         )
 

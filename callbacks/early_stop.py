@@ -18,8 +18,9 @@ from ..distribution import CategoricalChunk
 from ..module import OnPolicyDistillation
 from ..objective import Divergence, ReverseKL
 from ..objective.steps import Steps
+from ..optimizer_step import MicroBatch, OptimizerStep
 from ..rollout import RolloutCallback, derived_seed
-from ..trajectory import OptimizerStep, Trajectories
+from ..trajectory import Trajectories
 from .knobs import KnobCallback
 
 HORIZON = "rollout.horizon"
@@ -46,7 +47,7 @@ class StopRule:
         """``[B]`` how many of the trained steps of each trajectory stay trained, from the first on; None: all."""
         return None
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
+    def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         """Told of every optimizer step after it."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,14 +120,13 @@ class AdaptiveWindow(StopRule):
         self.longest = longest
         self.horizon = min(self.horizon or self.smallest, longest)
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
+    def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         assert self.horizon is not None
-        step = module.global_step
-        if step % self.every:
+        if module.global_step % self.every:
             return
-        examples = [example for part in whole.micro_batches for example in part.examples][: self.probe]
-        group = torch.cat([part.group for part in whole.micro_batches])[: self.probe].cpu()
-        seeds = [derived_seed(PROBE_DRAWS, step, module.global_rank, i) for i in range(len(examples))]
+        examples = [example for trained in step.trajectories for example in trained.examples][: self.probe]
+        group = torch.cat([trained.group for trained in step.trajectories])[: self.probe].cpu()
+        seeds = [derived_seed(PROBE_DRAWS, module.global_step, module.global_rank, i) for i in range(len(examples))]
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
         sources = ("student", *(name for name in module.rollout.behavior if name != "student"))
@@ -376,12 +376,11 @@ class EarlyStopRollout(KnobCallback, RolloutCallback):
         )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if batch.ends_optimizer_step:
-            assert batch.optimizer_step is not None
-            self.rule.observe(pl_module, batch.optimizer_step)
+        if batch.is_last:
+            self.rule.observe(pl_module, batch.step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from torch import Tensor
 from ..module import OnPolicyDistillation
 from ..objective import ReverseKL, Signal, Term
 from ..objective.steps import Steps
+from ..optimizer_step import MicroBatch, OptimizerStep
 from ..rollout import RolloutLoader
 from ..teacher import Teacher, View
-from ..trajectory import OptimizerStep, Trajectories
+from ..trajectory import Trajectories
 
 Settings = dict[str, Any]
 FOREVER = 2**62
@@ -117,28 +118,26 @@ class FreshnessControl(L.Callback):
             pl_module.objective.terms.append(self._term)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        whole = batch.optimizer_step
-        assert whole is not None
-        if batch.micro_batch:
+        if not batch.is_first:
             return
-        self._remember(pl_module, whole)
-        scores = [self._score(pl_module, part) for part in whole.micro_batches]
-        for part, score in zip(whole.micro_batches, scores, strict=True):
+        self._remember(pl_module, batch.step)
+        scores = [self._score(pl_module, trajectories) for trajectories in batch.step.trajectories]
+        for trajectories, score in zip(batch.step.trajectories, scores, strict=True):
             weight = (score - self.threshold).relu()
-            part.weigh(weight.float().to(part.mask.device))
+            trajectories.weigh(weight.float().to(trajectories.mask.device))
             pl_module.record("freshness/weight", weight)
             pl_module.record("freshness/gated", (weight == 0).double())
         mean = float(pl_module.gather(torch.cat(scores).to(pl_module.device)).mean())
         self._is_stale = mean <= self.refresh_below
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.ends_optimizer_step:
+        if not batch.is_last:
             return
         step = trainer.global_step
         refreshes = self._is_stale and step - self._refreshed >= self.refresh_every
@@ -186,22 +185,23 @@ class FreshnessControl(L.Callback):
         """``[B]`` how far a teacher's answers have moved since it had this view."""
         batch = batch.to(module.device)
         with module.trainer.precision_plugin.forward_context():
-            now, here = module.ask(name, batch)
+            now = module.query(name, batch)
             with _seeing(module.teachers[name], view):
-                then, there = module.ask(name, batch)
+                then = module.query(name, batch)
+            here, there = now.available, then.available
             assert here is not None
             assert there is not None
             steps = Steps.of(batch, {name: here & there})
-            values = module.objective.per_step(now, {name: then}, steps, ReverseKL(), name)
+            values = module.objective.per_step(now.distribution, {name: then}, steps, ReverseKL(), name)
         moved = _row_means(values, batch.mask)
         moved = torch.where(here & there, moved, torch.where(here | there, torch.inf, 0.0))
         return moved.clamp(min=0).cpu()
 
-    def _remember(self, module: OnPolicyDistillation, whole: OptimizerStep) -> None:
+    def _remember(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         now = {name: _settings(t.view) for name, t in module.teachers.items() if t.view is not None}
         if not self._shown or self._shown[-1][1] != now:
             self._shown.append((module.global_step, now))
-        oldest = min(int(part.weights_version.min()) for part in whole.micro_batches)
+        oldest = min(int(batch.weights_version.min()) for batch in step.trajectories)
         while len(self._shown) > 1 and self._shown[1][0] <= oldest:
             self._shown.pop(0)
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..module import OnPolicyDistillation
 from ..objective import CrossEntropy, ReverseKL, Signal
+from ..optimizer_step import MicroBatch
 from ..printable import cell, in_markdown
 from ..trajectory import Trajectories
 
@@ -74,17 +75,16 @@ class Samples(L.Callback):
         _forget(self._path(pl_module), trainer.global_step)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        if batch.micro_batch or trainer.global_step % self.every:
+        if not batch.is_first or trainer.global_step % self.every:
             return
-        assert batch.optimizer_step is not None
         rows: list[Row] = []
-        for part in batch.optimizer_step.micro_batches:
-            wanted = min(len(part), self.count - len(rows))
+        for trajectories in batch.step.trajectories:
+            wanted = min(len(trajectories), self.count - len(rows))
             if wanted:
-                rows += self._rows(pl_module, part.to("cpu").select(torch.arange(wanted)))
+                rows += self._rows(pl_module, trajectories.to("cpu").select(torch.arange(wanted)))
         self._publish(trainer, pl_module, rows)
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:

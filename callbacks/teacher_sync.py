@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..module import OnPolicyDistillation
+from ..optimizer_step import MicroBatch, OptimizerStep
 from ..teacher import EMA
-from ..trajectory import OptimizerStep, Trajectories
 from .curriculum import Schedule
 from .knobs import KnobCallback
 
@@ -27,7 +27,7 @@ class SyncRule:
         """The student's share in the average at the optimizer step after ``step`` ones were done."""
         return 0.0
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
+    def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> bool:
         """Told of every optimizer step after it: whether the teacher shall become the student now."""
         return False
 
@@ -75,7 +75,7 @@ class Every(SyncRule):
             raise ValueError(f"Every.steps must be >= 1, got {steps}")
         self.steps = steps
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
+    def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> bool:
         return module.global_step % self.steps == 0
 
 
@@ -111,12 +111,12 @@ class WhenConsolidated(SyncRule):
         self.last, self.reference = 0, math.nan
         self.seen: list[list[float]] = []  # mean reward, mean and largest length of the last steps
 
-    def observe(self, module: OnPolicyDistillation, whole: OptimizerStep) -> bool:
+    def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> bool:
         def everywhere(values: list[Tensor]) -> Tensor:
             return module.gather(torch.cat(values).float().to(module.device))
 
-        reward = everywhere([part.reward for part in whole.micro_batches if part.reward is not None])
-        length = everywhere([part.length for part in whole.micro_batches])
+        reward = everywhere([batch.reward for batch in step.trajectories if batch.reward is not None])
+        length = everywhere([batch.length for batch in step.trajectories])
         reward = reward[~reward.isnan()]
         if not len(reward):
             return False  # all abstain: there was nothing to see
@@ -124,15 +124,15 @@ class WhenConsolidated(SyncRule):
         rewards, means, longest = zip(*self.seen, strict=True)
         if len(self.seen) == self.window and math.isnan(self.reference):
             self.reference = fmean(rewards)
-        step = module.global_step
+        done = module.global_step
         moves = (
-            step % self.every == 0
-            and step - self.last >= self.rest
+            done % self.every == 0
+            and done - self.last >= self.rest
             and fmean(rewards) > self.reference + self.gain
             and max(longest) <= self.longest * fmean(means)
         )
         if moves:
-            self.last, self.reference = step, fmean(rewards)
+            self.last, self.reference = done, fmean(rewards)
         return moves
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,14 +180,13 @@ class TeacherSync(KnobCallback):
         self.turn(self.rate, self.rule.rate(trainer.global_step))
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not batch.ends_optimizer_step:
+        if not batch.is_last:
             return
-        assert batch.optimizer_step is not None
-        syncs = self.rule.observe(pl_module, batch.optimizer_step)
+        syncs = self.rule.observe(pl_module, batch.step)
         pl_module.record("teacher_sync/syncs", float(syncs))
         if syncs:
             self.turn(self.rate, 1.0)

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..module import OnPolicyDistillation
+from ..optimizer_step import MicroBatch
 from ..rollout import RolloutLoader, derived_seed
 from ..rows import row_of
-from ..trajectory import Example, Trajectories
+from ..trajectory import Example
 
 Weights = dict[str, Tensor]
 DRAWS = 2**34  # keeps its choice of examples apart from other draws
@@ -66,11 +67,11 @@ class WeightExtrapolation(L.Callback):
             self.before = _copy(pl_module)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Trajectories, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
         step = trainer.global_step
-        if not batch.ends_optimizer_step or step & (step - 1):
+        if not batch.is_last or step & (step - 1):
             return
         if self.before is not None:
             self._go_on(trainer, pl_module, self.before)

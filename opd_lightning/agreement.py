@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .audit import show
 from .contract import check_family
 from .diagnostics import Stopwatch
-from .distribution import Distribution, Gaussian
+from .distribution import Gaussian, Stream
 from .objective import Steps
 from .rollout import RolloutLoader, derived_seed
 from .rows import row_of
@@ -127,22 +127,22 @@ class Comparison:
         done = 0
         for part in acted.split(size or len(acted)):
             part = part.to(self._module.device)
-            said, available = self._said(name, part, training)
-            check_family(self._module, said)
-            mine = self._module.objective.per_step(said, {}, Steps.of(part), _of_action).cpu()
+            stream = self._queried(name, part, training)
+            check_family(self._module, stream.distribution)
+            mine = self._module.objective.per_step(stream.distribution, {}, Steps.of(part), _of_action).cpu()
             mine[part.mask.cpu()[:, : mine.shape[1]] & mine.isnan()] = torch.inf
-            if available is not None:
-                mine[~available.cpu()] = torch.nan
+            if stream.available is not None:
+                mine[~stream.available.cpu()] = torch.nan
             values[done : done + len(part), : mine.shape[1]] = mine
             done += len(part)
         return values
 
-    def _said(self, name: str, part: Trajectories, training: bool) -> tuple[Distribution, Tensor | None]:
+    def _queried(self, name: str, part: Trajectories, training: bool) -> Stream:
         if name != "student":
-            return self._module.ask(name, part)
+            return self._module.query(name, part)
         policy = self._module.policies["student"]
         with _training(policy.model) if training else evaluating(policy.model):
-            return self._module.distribution(policy, part), None
+            return Stream(self._module.distribution(policy, part))
 
     def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
         apart = (one - other).abs().masked_fill(one == torch.inf, torch.inf).nanmean(1)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .objective.weight import Weight
 
 OVERLAP_K = 16
-# The stream of a teacher that is asked once more without its view, to log what the view changes
-WITHOUT_VIEW = " without view"
 
 
 class Averages:
@@ -97,12 +95,10 @@ def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
     log_p, p = student.known()
     for name, teacher in chunk.streams.items():
         assert isinstance(teacher, CategoricalChunk)
-        if name.endswith(WITHOUT_VIEW):
-            continue
         here = _where(chunk, name)
         log_q, q = teacher.known()
-        if name + WITHOUT_VIEW in chunk.streams:
-            blind = chunk.streams[name + WITHOUT_VIEW].log_prob(chunk.action)
+        if name in chunk.without_view:
+            blind = chunk.without_view[name].log_prob(chunk.action)
             averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
         log_ratio = log_p - log_q
         reverse, forward = (p * log_ratio).sum(-1), -log_ratio.mul_(q).sum(-1)

@@ -159,10 +159,10 @@ class Evaluator:
                 self._update(name, values)
         if "categorical" not in module.provides:
             return  # nothing is reported of other families
-        teachers, available = module.ask_all(trajectories)
-        if teachers:
+        streams = module.query_all(trajectories)
+        if streams:
             student = module.distribution(module.policies["student"], trajectories)
-            averages = module.objective.diagnose(student, teachers, trajectories, available)
+            averages = module.objective.diagnose(student, streams, trajectories)
             for name, (total, count) in averages.sums.items():
                 if count > 0 and "/kl_" in name:
                     self._update(name, total / count, count)

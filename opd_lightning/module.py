@@ -23,13 +23,14 @@ from .agreement import Agreement, check_agreement, usual_suspects
 from .audit import audit
 from .checkpoint import kept_names, plain_rng_states
 from .contract import check_acted, check_methods, check_prompts, check_scores
-from .diagnostics import WITHOUT_VIEW, Averages, Stopwatch, forget_logged
-from .distribution import Distribution
+from .diagnostics import Averages, Stopwatch, forget_logged
+from .distribution import Distribution, Stream
 from .evaluation import Evaluation, Evaluator
 from .finite import Finite, check_finite
 from .likeness import check_base, check_self_teachers, fingerprint
 from .loading import loading
-from .objective import Objective, Steps
+from .objective import Objective, Steps, availability
+from .optimizer_step import Cache, CachedStream, MicroBatch, OptimizerStep
 from .portable import Portable
 from .pretrained import Pretrained
 from .reward import Reward
@@ -38,8 +39,8 @@ from .rows import blames_rows
 from .scoring import Scoring
 from .sharding import mesh_of, reshard, shard, unsharded
 from .student_view import settings_of, shown
-from .teacher import Frozen, Policy, Said, Teacher, View, check_names, evaluating
-from .trajectory import Example, OptimizerStep, Trajectories
+from .teacher import Frozen, Policy, Teacher, View, check_names, evaluating
+from .trajectory import Example, Trajectories
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -418,19 +419,19 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         mean, std = group_statistics(reward, trajectories.group)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
 
-    def ask(self, name: str, trajectories: Trajectories) -> tuple[Distribution, Tensor | None]:
-        """What a teacher says at every state, without gradient, and for which trajectories ``[B]`` it does."""
+    def query(self, name: str, trajectories: Trajectories) -> Stream:
+        """Evaluates a teacher at every state, without gradient."""
         teacher, policy = self.teachers[name], self.policies[name]
         self.stopwatch.count("teacher", int(trajectories.mask.sum()))
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if teacher.view is None and not teacher.where and not teacher.own_template:
-                return self.distribution(policy, trajectories), None
+                return Stream(self.distribution(policy, trajectories))
             seen = self._look(name, trajectories.examples, trajectories.student_view)
             available = torch.tensor([view is not None for view in seen], device=trajectories.mask.device)
             # where there is no view the student's own prompt keeps the shapes; the term is off there
             mine = self.shown(trajectories.examples, trajectories.student_view)
             seeing = [own if view is None else view for own, view in zip(mine, seen, strict=True)]
-            return self.distribution(policy, trajectories, seeing), available
+            return Stream(self.distribution(policy, trajectories, seeing), available)
 
     @torch.no_grad()
     def per_step(
@@ -457,38 +458,31 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     def _per_step(self, batch: Trajectories, read: Callable[[Steps], Tensor], teacher: str | None) -> Tensor:
         policy = self.policies["student"]
-        streams, available = {}, {}
         with self.trainer.precision_plugin.forward_context():
             with evaluating(policy.model):
                 student = self.distribution(policy, batch)
-            if teacher is not None:
-                streams[teacher], has_view = self.ask(teacher, batch)
-                if has_view is not None:
-                    available[teacher] = has_view
-            return self.objective.per_step(student, streams, Steps.of(batch, available), read, teacher)
+            streams = {} if teacher is None else {teacher: self.query(teacher, batch)}
+            return self.objective.per_step(student, streams, Steps.of(batch, availability(streams)), read, teacher)
 
     # -- training -----------------------------------------------------------------------------------------------
 
     @blames_rows
-    def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
-        whole = batch.optimizer_step
-        assert whole is not None
-        # the trajectories as they were sampled: a precision plugin may have rounded those that it handed over
-        batch = whole.micro_batches[batch.micro_batch].to(self.device)
-        if batch.micro_batch == 0:
-            self._look_ahead(whole)
-        teachers, available = self.ask_all(batch, whole.said[batch.micro_batch])
-        if self._logs_now():
-            teachers |= self._ask_without_views(batch)
-        self.stopwatch.count("student", int(batch.mask.sum()))
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        if batch.is_first:
+            self.prepare(batch.step)
+        trajectories, diagnose = batch.trajectories, self._logs_now()
+        streams = self.query_all(trajectories, batch.cache)
+        if diagnose:
+            streams = self._with_blind(streams, trajectories)
+        self.stopwatch.count("student", int(trajectories.mask.sum()))
         with self.stopwatch.phase("student"):
-            student = self.distribution(self.policies["student"], batch)
+            student = self.distribution(self.policies["student"], trajectories)
         with self.stopwatch.phase("objective"), self._advising():
-            loss, averages = self.objective(student, teachers, batch, available, diagnose=self._logs_now())
-        self._averages.merge(averages)
-        self._describe(batch)
+            output = self.objective(student, streams, trajectories, batch.step.totals, batch.index, diagnose)
+        self._averages.merge(output.metrics)
+        self._describe(trajectories)
         # Lightning divides by the accumulation, and DDP averages over ranks: the normalizer already holds both
-        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def gradient(self, trajectories: Trajectories) -> list[Tensor]:
         """The gradient that training on these trajectories would have, over all ranks, for each trained parameter.
@@ -496,15 +490,15 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimizer steps.
         """
         size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
-        whole = OptimizerStep.of(list(trajectories.split(size)), self.total)
-        self._look_ahead(whole)
+        step = OptimizerStep.of(list(trajectories.split(size)), self.total)
+        self.prepare(step)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
-        for batch, known in zip(whole.micro_batches, whole.said, strict=True):
+        for batch in step:
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-                teachers, available = self.ask_all(batch, known)
-                student = self.distribution(self.policies["student"], batch)
-                loss, _ = self.objective(student, teachers, batch, available)
+                streams = self.query_all(batch.trajectories, batch.cache)
+                student = self.distribution(self.policies["student"], batch.trajectories)
+                loss, _ = self.objective(student, streams, batch.trajectories, step.totals, batch.index)
                 parts = torch.autograd.grad(loss, parameters, allow_unused=True)
             for gradient, part in zip(total, parts, strict=True):
                 if part is not None:
@@ -530,71 +524,69 @@ class OnPolicyDistillation(Portable, L.LightningModule):
                 f"trainer.accumulate_grad_batches the result is the same). {error}"
             ) from error
 
-    def ask_all(
-        self, batch: Trajectories, known: dict[str, Said] | None = None
-    ) -> tuple[dict[str, Distribution], dict[str, Tensor]]:
-        """What every teacher that is on says, and where those that don't always do have something to say.
+    def query_all(self, trajectories: Trajectories, cache: Cache | None = None) -> dict[str, Stream]:
+        """Evaluates every teacher that a term needs now.
 
         Args:
-            batch: a micro-batch.
-            known: what was said of the same micro-batch; read where it holds, added to where it will be read again.
+            trajectories: a micro-batch.
+            cache: streams of the same micro-batch; read where they hold, added to where they will be read again.
         """
-        teachers, available = {}, {}
-        for name in sorted(self.objective.teachers()):
-            teachers[name], has_view = self.ask(name, batch) if known is None else self._ask_once(name, batch, known)
-            if has_view is not None:
-                available[name] = has_view
-        return teachers, available
+        return {
+            name: self.query(name, trajectories) if cache is None else self._query_once(name, trajectories, cache)
+            for name in sorted(self.objective.teachers())
+        }
 
-    def _ask_once(self, name: str, batch: Trajectories, known: dict[str, Said]) -> tuple[Distribution, Tensor | None]:
+    def _query_once(self, name: str, trajectories: Trajectories, cache: Cache) -> Stream:
         # where weights are cut all ranks must ask or none, but views may have changed for the examples of some
         lasts = self.rollout.epochs > 1 and self.teachers[name].weights.stands_still and mesh_of(self._trainer) is None
-        seen = self._look(name, batch.examples, batch.student_view) if lasts else None
-        before = known.pop(name, None)
-        if before is not None and (before.step == self.global_step or (lasts and before.seen == seen)):
+        views = self._look(name, trajectories.examples, trajectories.student_view) if lasts else None
+        cached = cache.pop(name, None)
+        if cached is not None and (cached.step == self.global_step or (lasts and cached.views == views)):
             if lasts:
-                known[name] = before
-            distribution = before.distribution.to(batch.mask.device)
-            assert distribution is not None
-            return distribution, before.available
-        distribution, available = self.ask(name, batch)
-        if lasts or self.objective.looks_ahead:
-            kept = distribution.to("cpu")
+                cache[name] = cached
+            stream = cached.stream.to(trajectories.mask.device)
+            assert stream is not None
+            return stream
+        stream = self.query(name, trajectories)
+        if lasts or self.objective.needs_totals:
+            kept = stream.to("cpu")
             if kept is not None:
-                known[name] = Said(kept, available, self.global_step, seen)
-        return distribution, available
+                cache[name] = CachedStream(kept, self.global_step, views)
+        return stream
 
     @torch.no_grad()
-    def _ask_without_views(self, batch: Trajectories) -> dict[str, Distribution]:
-        """Teachers that have a view, asked without it; only for the log."""
+    def _with_blind(self, streams: dict[str, Stream], trajectories: Trajectories) -> dict[str, Stream]:
+        """Adds what teachers with a view say without it, for the log."""
         if "categorical" not in self.provides:
-            return {}  # nothing is logged of it
-        asked = [name for name in sorted(self.objective.teachers()) if self.teachers[name].view is not None]
-        found = {}
-        for name in asked:
-            with evaluating(self.policies[name].model):
-                found[name + WITHOUT_VIEW] = self.distribution(self.policies[name], batch)
-        return found
+            return streams  # nothing is logged of it
+        blind = dict(streams)
+        for name, stream in streams.items():
+            if self.teachers[name].view is not None:
+                with evaluating(self.policies[name].model):
+                    without_view = self.distribution(self.policies[name], trajectories)
+                blind[name] = dataclasses.replace(stream, without_view=without_view)
+        return blind
 
     @torch.no_grad()
-    def _look_ahead(self, whole: OptimizerStep) -> None:
-        """Statistics and sums of weights over the whole optimizer step, where a term asks for them."""
-        whole.gather = self.gather
-        whole.micro_batches = [micro_batch.to(self.device) for micro_batch in whole.micro_batches]
+    def prepare(self, step: OptimizerStep) -> None:
+        """Moves an optimizer step to the device, with the statistics and sums of weights that its terms ask for."""
+        step.trajectories = [trajectories.to(self.device) for trajectories in step.trajectories]
+        totals = step.totals
+        totals.gather = self.gather
         availables: list[dict[str, Tensor]] = []
-        if self.objective.looks_ahead:
-            whole.statistics = []
-            for batch, known in zip(whole.micro_batches, whole.said, strict=True):
-                teachers, available = self.ask_all(batch, known)
-                steps = Steps.of(batch, available)
-                student = self.distribution(self.policies["student"], batch).at(steps.index)
-                flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
-                whole.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
-                availables.append(available)
+        if self.objective.needs_totals:
+            totals.statistics = []
+            for batch in step:
+                streams = self.query_all(batch.trajectories, batch.cache)
+                steps = Steps.of(batch.trajectories, availability(streams))
+                student = self.distribution(self.policies["student"], batch.trajectories).at(steps.index)
+                flat = {name: stream.at(steps.index) for name, stream in streams.items()}
+                totals.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
+                availables.append(availability(streams))
         elif any(term.normalizer == "weights" for term in self.objective.active):
-            availables = [self._available(batch) for batch in whole.micro_batches]
-        sums = self.objective.weight_sums(whole, availables)
-        whole.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
+            availables = [self._available(trajectories) for trajectories in step.trajectories]
+        sums = self.objective.weight_sums(step.trajectories, totals, availables)
+        totals.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
 
     def _available(self, batch: Trajectories) -> dict[str, Tensor]:
         return {
@@ -680,8 +672,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._averages.add("stopped", batch.stopped.float())
         self._averages.add("staleness", (self.global_step - batch.weights_version).float())
 
-    def on_train_batch_end(self, outputs: Any, batch: Trajectories, batch_idx: int) -> None:
-        if not batch.ends_optimizer_step or not self.is_logged(self.global_step):
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        if not batch.is_last or not self.is_logged(self.global_step):
             return
         values = {f"train/{name}": value for name, value in self.recorded().items()}
         self._averages = Averages(self.device)

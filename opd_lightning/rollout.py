@@ -22,15 +22,15 @@ from torch import Tensor
 from . import fingerprint
 from .contract import check_rollouts
 from .finite import Finite
+from .optimizer_step import Cache, MicroBatch, OptimizerStep
 from .rows import row_of
 from .sharding import mesh_of
-from .trajectory import Example, OptimizerStep, Trajectories
+from .trajectory import Example, Trajectories
 from .worker import RolloutWorker
 
 if TYPE_CHECKING:
     from .module import OnPolicyDistillation
     from .resume import StepStart
-    from .teacher import Said
 
 
 @dataclass
@@ -191,8 +191,8 @@ class RolloutLoader:
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
         self.begun: StepStart | None = None
-        self._round: list[Trajectories] = []
-        self._said: list[dict[str, Said]] = []
+        self._round: list[MicroBatch] = []
+        self._caches: list[Cache] = []
         self._in_step = mesh_of(module.trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
         self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
@@ -210,7 +210,7 @@ class RolloutLoader:
         """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
         return self.generations * self.rounds * self.per_generation
 
-    def __iter__(self) -> Iterator[Trajectories]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         self._leave_behind()
         if self.generation == self.generations:
             self.epoch, self.generation = self.epoch + 1, 0
@@ -245,21 +245,21 @@ class RolloutLoader:
 
     def _hold(self, trajectories: Trajectories | None) -> None:
         self.pending, self._round = trajectories, []
-        self._said = [{} for _ in range(self.per_generation)]
+        self._caches = [{} for _ in range(self.per_generation)]
 
-    def _cut(self, done: int) -> list[Trajectories]:
-        """The pending generation batch, which was trained ``done`` times, in micro-batches of which each knows its
-        optimizer step's totals."""
+    def _cut(self, done: int) -> list[MicroBatch]:
+        """Cuts the pending generation batch, which was trained ``done`` times, into optimizer steps."""
         assert self.pending is not None
-        micro_batches, found = list(self.pending.split(self.size)), []
+        pieces = list(self.pending.split(self.size))
+        micro_batches: list[MicroBatch] = []
         steps = torch.arange(self.per_generation).view(-1, self.accumulate)
         if done:
             number = self.epoch * self.generations + self.generation
             steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
         for mine in steps.tolist():
-            parts, said = zip(*((micro_batches[i], self._said[i]) for i in mine), strict=True)
-            found += OptimizerStep.of(list(parts), self.module.total, list(said)).micro_batches
-        return found
+            caches = [self._caches[i] for i in mine]
+            micro_batches += OptimizerStep.of([pieces[i] for i in mine], self.module.total, caches)
+        return micro_batches
 
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""

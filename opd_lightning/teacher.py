@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
-from .distribution import Distribution
 from .finite import Finite
 from .pretrained import Pretrained
 from .printable import quoted
@@ -271,23 +270,6 @@ def check_names(teachers: Iterable[str]) -> None:
             raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")
         if name == "default" or hasattr(nn.ModuleDict(), name):  # of the student's adapter, and of torch
             raise ValueError(f"model.teachers: {name!r} is taken by the libraries; take another name")
-
-
-@dataclass
-class Said:
-    """What a teacher said of a micro-batch, kept on the CPU to be read again.
-
-    Attributes:
-        distribution: at all B × T states.
-        available: ``[B]`` bool, for which trajectories it had something to say; None: for all.
-        step: optimizer steps that were done then.
-        seen: what it was shown of each example; None: it holds for that optimizer step only.
-    """
-
-    distribution: Distribution
-    available: Tensor | None
-    step: int
-    seen: list[Example | None] | None
 
 
 @contextmanager

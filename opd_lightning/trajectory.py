@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .teacher import Said
-
 Example = dict[str, Any]
+FLAT = ("row", "group", "source", "weights_version", "stopped", "reward", "group_mean", "group_std", "weight")
+"""Fields of `Trajectories` with one number per trajectory."""
 
 
 @dataclass
@@ -45,7 +44,6 @@ class Trajectories:
             not cut when a micro-batch is narrower.)
         student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
             again; None: nobody noted them.
-        optimizer_step, micro_batch: the optimizer step that this micro-batch belongs to, and its place there.
 
     A setting's `sample` fills what the actor knows; ``row``, ``group``, ``source``, ``weights_version`` and the rewards
     are the loader's.
@@ -68,8 +66,6 @@ class Trajectories:
     weight: Tensor | None = None
     channels: dict[str, Tensor] = field(default_factory=dict)
     student_view: dict[str, Any] | None = None
-    optimizer_step: OptimizerStep | None = field(default=None, repr=False)
-    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         for name in ("row", "group", "source", "weights_version"):
@@ -98,12 +94,6 @@ class Trajectories:
         """With zeros for what is not known of rewards, for parts that read them; the term is off there."""
         rewards = {name: getattr(self, name) for name in ("reward", "group_mean", "group_std")}
         return dataclasses.replace(self, **{name: v.nan_to_num() for name, v in rewards.items() if v is not None})
-
-    @property
-    def ends_optimizer_step(self) -> bool:
-        """Whether this is the last micro-batch of its optimizer step."""
-        assert self.optimizer_step is not None
-        return self.micro_batch + 1 == len(self.optimizer_step.micro_batches)
 
     def weigh(self, weight: Tensor) -> None:
         """Multiplies what each trajectory counts by ``weight [B]`` ≥ 0, which no gradient flows through.
@@ -185,7 +175,7 @@ class Trajectories:
         }
         flat: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("row", "group", "source", "weights_version", "stopped", "reward", "group_mean", "group_std")
+            for name in FLAT
             if getattr(first, name) is not None
         }
         return cls(
@@ -199,59 +189,6 @@ class Trajectories:
             student_view=first.student_view,
             **flat,
         )
-
-
-class OptimizerStep:
-    """The micro-batches of one optimizer step on this rank, and the totals that its terms divide by.
-
-    No dataclass on purpose: Lightning casts what it finds in dataclasses to the precision of the model, log-probs too.
-
-    Attributes:
-        micro_batches: in the order in which they are trained.
-        trained_steps: Σ mask over all micro-batches **and all ranks**: the default normalizer Z.
-        rewarded_steps: the same without rows whose reward abstains: Z of the terms that read rewards.
-        weight_sums: by term name, Z of the terms that divide by their sum of weights; filled at the first micro-batch.
-        statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope asked for.
-        said: per micro-batch, by teacher, what will be read again: in this optimizer step, or in another epoch over the
-            same generation batch.
-        gather: concatenates a tensor ``[N]`` over all ranks.
-    """
-
-    def __init__(
-        self,
-        micro_batches: list[Trajectories],
-        trained_steps: float,
-        said: list[dict[str, Said]] | None = None,
-        rewarded_steps: float | None = None,
-    ) -> None:
-        self.micro_batches, self.trained_steps = micro_batches, trained_steps
-        self.rewarded_steps = trained_steps if rewarded_steps is None else rewarded_steps
-        self.said: list[dict[str, Said]] = [{} for _ in micro_batches] if said is None else said
-        self.weight_sums: dict[str, float] | None = None
-        self.statistics: list[dict[str, Tensor]] | None = None
-        self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    @classmethod
-    def of(
-        cls,
-        micro_batches: list[Trajectories],
-        total: Callable[[float], float],
-        said: list[dict[str, Said]] | None = None,
-    ) -> OptimizerStep:
-        """Tells the micro-batches that they belong together; ``total`` sums over ranks."""
-        trained = total(float(sum(int(part.mask.sum()) for part in micro_batches)))
-        rewarded = trained
-        if micro_batches[0].reward is not None:
-            rewarded = total(float(sum(int(part.rewarded_steps) for part in micro_batches)))
-        step = cls(micro_batches, trained, said, rewarded)
-        for place, part in enumerate(micro_batches):
-            part.optimizer_step, part.micro_batch = step, place
-        return step
-
-    def over_batch(self, key: str) -> Tensor:
-        """``[M]`` one statistic at every trained step of the optimizer step, on all ranks."""
-        assert self.statistics is not None
-        return self.gather(torch.cat([values[key] for values in self.statistics]))
 
 
 def _holes(mask: Tensor) -> bool:

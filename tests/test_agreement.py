@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd_lightning.agreement import Agreement, Comparison
-from opd_lightning.distribution import Gaussian
+from opd_lightning.distribution import Gaussian, Stream
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
@@ -242,4 +242,4 @@ def test_an_objective_alone_refuses_other_states(tiny_student, tiny_teacher):
     wide = replace(said, hidden=torch.cat([said.hidden, said.hidden[:, -1:]], 1))
     objective = Objective([Term(ReverseKL())])
     with pytest.raises(ValueError, match="teacher 'teacher'"):
-        objective(said, {"teacher": wide}, acted)
+        objective(said, {"teacher": Stream(wide)}, acted)

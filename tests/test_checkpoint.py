@@ -49,7 +49,7 @@ def fits(world, folder, callbacks=(), checkpoint=None, breaks=None):
             return super().training_step(batch, batch_idx) * (1 + torch.rand(()))
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
-            if batch.ends_optimizer_step:
+            if batch.is_last:
                 logged.append((self.global_step, self.recorded()))
             super().on_train_batch_end(outputs, batch, batch_idx)
 

@@ -26,9 +26,9 @@ from opd_lightning.objective import (
     RewardTimesLogRatio,
     Term,
 )
+from opd_lightning.optimizer_step import OptimizerStep
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Teacher
-from opd_lightning.trajectory import OptimizerStep
 from tests.callbacks import toy
 from tests.tiny import Rows, make_trainer
 
@@ -263,10 +263,10 @@ def test_the_gradient_of_a_log_ratio_is_what_the_formula_says(tmp_path):
     toy.fit(module, tmp_path, steps=1)
     batch = module.act("student", toy.make_rows(6), list(range(6)))
     step = OptimizerStep.of([batch], float)
-    module._look_ahead(step)
-    teachers, available = module.ask_all(batch)
+    module.prepare(step)
+    streams = module.query_all(batch)
     module.student.zero_grad()
-    module.objective(module.distribution(module.policies["student"], batch), teachers, batch, available)[0].backward()
+    module.objective(module.distribution(module.policies["student"], batch), streams, batch, step.totals)[0].backward()
     found = [p.grad.clone() for p in module.student.parameters()]
 
     def log_prob(policy):

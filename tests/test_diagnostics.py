@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning import diagnostics
-from opd_lightning.diagnostics import WITHOUT_VIEW, Averages, Stopwatch
-from opd_lightning.distribution import Gaussian
+from opd_lightning.diagnostics import Averages, Stopwatch
+from opd_lightning.distribution import Gaussian, Stream
 from opd_lightning.objective import Constant, Objective, ReverseKL, Term
 from tests.objective.reference import Policy, batch, examples
 
@@ -68,7 +69,7 @@ def said():
     generator = torch.Generator().manual_seed(0)
     student, viewed, blind = (Policy.random(generator, SHAPE, V) for _ in range(3))
     trajectories = batch(MASK, V)
-    streams = {"teacher": viewed.teacher, "teacher" + WITHOUT_VIEW: blind.teacher}
+    streams = {"teacher": Stream(viewed.teacher, without_view=blind.teacher)}
     log_probs = [x.logits(trajectories.mask).detach().log_softmax(-1) for x in (student, viewed, blind)]
     return student, streams, trajectories, log_probs
 
@@ -95,10 +96,10 @@ def test_the_numbers_equal_their_definitions(said, here, chunk_steps, monkeypatc
         "teacher/privileged_gap": (log_q - log_blind).gather(-1, action).squeeze(-1)[on].mean(),
     }
     objective = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)
-    available = {"teacher": torch.tensor(here)}
-    _, averages = objective(student.distribution, streams, trajectories, available, diagnose=True)
+    streams["teacher"] = dataclasses.replace(streams["teacher"], available=torch.tensor(here))
+    _, averages = objective(student.distribution, streams, trajectories, diagnose=True)
     found = averages.compute()
-    alone = objective.diagnose(student.distribution, streams, trajectories, available).compute()
+    alone = objective.diagnose(student.distribution, streams, trajectories).compute()
     for name, value in expected.items():
         assert alone[name] == pytest.approx(float(value), rel=1e-5), name
         if on.all() or name.startswith("teacher/"):
@@ -109,7 +110,7 @@ def test_the_first_step_is_logged_by_itself(said):
     student, streams, trajectories, (log_p, log_q, _) = said
     reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
     objective = Objective([Term(ReverseKL())])
-    found = objective.diagnose(student.distribution, streams, trajectories, {}).compute()
+    found = objective.diagnose(student.distribution, streams, trajectories).compute()
     # trajectory 1 trains nothing at its first position
     assert found["teacher/kl_first_step"] == pytest.approx(float(reverse[[0, 6]].mean()), rel=1e-5)
 
@@ -147,14 +148,14 @@ def test_gaussians_are_told_per_dimension(scales, here, chunk_steps):
         "teacher/kl_first_step": kl(p, q)[step[on] == 0].mean(),
     }
     objective = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)
-    found = objective.diagnose(student, {"teacher": teacher}, trajectories, {"teacher": torch.tensor(here)}).compute()
+    found = objective.diagnose(student, {"teacher": Stream(teacher, torch.tensor(here))}, trajectories).compute()
     assert found == {name: pytest.approx(float(value), rel=1e-6) for name, value in expected.items()}
 
 
 def test_of_a_sampler_without_noise_there_is_nothing_to_tell():
     student, teacher = gaussians([0.0] * 4)
     trajectories = batch(MASK, V, actions=torch.zeros(3, 4, 2, 5, dtype=torch.float64))
-    assert Objective([Term(ReverseKL())]).diagnose(student, {"teacher": teacher}, trajectories, {}).compute() == {}
+    assert Objective([Term(ReverseKL())]).diagnose(student, {"teacher": Stream(teacher)}, trajectories).compute() == {}
 
 
 def test_a_stopwatch_reports_shares_and_speeds_and_starts_anew(monkeypatch):

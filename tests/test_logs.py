@@ -34,7 +34,7 @@ class At(L.Callback):
         self.steps, self.act = steps, act
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch.ends_optimizer_step and trainer.global_step in self.steps:
+        if batch.is_last and trainer.global_step in self.steps:
             self.act(pl_module)
 
 

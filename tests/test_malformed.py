@@ -162,5 +162,5 @@ def test_each_is_left_out_by_name_or_can_be_used(
         acted.group = torch.arange(len(usable))
         with torch.no_grad():
             module.distribution(module.policies["student"], acted)
-            module.ask("told", acted)
+            module.query("told", acted)
         module.checked_rewards(acted)

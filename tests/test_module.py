@@ -258,16 +258,16 @@ def trained(world, folder, weights, objective=None, anew=False, turn=None, **rol
     losses, asked = [], []
 
     class Watching(world.setting):
-        def ask(self, name, batch):
+        def query(self, name, batch):
             asked.append(name)
-            return super().ask(name, batch)
+            return super().query(name, batch)
 
         def on_train_start(self):
             super().on_train_start()
             asked.clear()  # by the comparison before the first step
 
-        def ask_all(self, batch, known=None):
-            return super().ask_all(batch, None if anew else known)
+        def query_all(self, batch, cache=None):
+            return super().query_all(batch, None if anew else cache)
 
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -363,7 +363,7 @@ def test_sources_route_terms(world, tmp_path):
 
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append(batch)
+            seen.append(batch.trajectories)
             return super().training_step(batch, batch_idx)
 
     module = world.module(world.teacher, objective, setting=Watching, rollout=rollout)

@@ -102,8 +102,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_te
         calls: list[int] = []
         attention = next(m for name, m in module.student.named_modules() if name.endswith("layers.0.self_attn"))
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        teachers, _ = module.ask_all(rolled)
-        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled)
+        streams = module.query_all(rolled)
+        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
         forward = len(calls)
         loss.backward()
         assert len(calls) == (2 * forward if checkpointing else forward), "recomputed in the backward pass"
@@ -221,8 +221,8 @@ def test_the_gradient_of_adapters_is_the_same_after_an_evaluation(quantization, 
 
     def gradients() -> list[torch.Tensor]:
         module.zero_grad()
-        teachers, _ = module.ask_all(batch)
-        module.objective(module.distribution(module.policies["student"], batch), teachers, batch)[0].backward()
+        streams = module.query_all(batch)
+        module.objective(module.distribution(module.policies["student"], batch), streams, batch)[0].backward()
         return [p.grad.clone() for p in module.student.parameters() if p.requires_grad]
 
     before = gradients()

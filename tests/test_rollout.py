@@ -24,6 +24,7 @@ from opd_lightning.objective import (
     Term,
     TopEntropy,
 )
+from opd_lightning.optimizer_step import MicroBatch
 from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
 from opd_lightning.trajectory import Trajectories
 from tests.tiny import LongerIsBetter, Rows, attach, fit, make_module, make_trainer
@@ -61,11 +62,11 @@ def steps_of(loader: RolloutLoader) -> Any:
     return loader.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
 
 
-def train(loader: RolloutLoader) -> Iterator[Trajectories]:
+def train(loader: RolloutLoader) -> Iterator[MicroBatch]:
     """Its micro-batches, epoch after epoch, with an optimizer step after every `accumulate`-th."""
     while True:
         for batch in loader:
-            steps_of(loader).completed += batch.ends_optimizer_step
+            steps_of(loader).completed += batch.is_last
             yield batch
 
 
@@ -77,7 +78,7 @@ def same(mine: Trajectories, theirs: Trajectories) -> None:
         elif field.name in ("observation", "channels"):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
-        elif field.name != "optimizer_step":
+        else:
             assert a == b, field.name
 
 
@@ -144,13 +145,13 @@ def test_one_generation_serves_several_optimizer_steps(built, monkeypatch):
     for i, batch in enumerate(loader):
         batches.append(batch)
         assert len(generated) == i // 4 + 1, "generated when its first micro-batch is asked for, no sooner"
-    assert [batch.micro_batch for batch in batches[:4]] == [0, 1, 0, 1]
-    first, second = batches[0].optimizer_step, batches[2].optimizer_step
-    assert first is batches[1].optimizer_step
+    assert [batch.index for batch in batches[:4]] == [0, 1, 0, 1]
+    first, second = batches[0].step, batches[2].step
+    assert first is batches[1].step
     assert first is not second
     for step, mine in ((first, batches[:2]), (second, batches[2:4])):
-        assert step.micro_batches == mine
-        assert step.trained_steps == sum(int(batch.mask.sum()) for batch in mine)
+        assert step.trajectories == [batch.trajectories for batch in mine]
+        assert step.totals.trained_steps == sum(int(batch.trajectories.mask.sum()) for batch in mine)
     assert all(len(batch) == 2 for batch in batches)
 
 
@@ -165,26 +166,27 @@ def test_a_generation_batch_is_trained_for_several_epochs(built):
         for i in range(3):
             again = batches[3 * start + 8 * i : 3 * start + 8 * i + 8]
             order = []
-            for batch in again:
+            for batch in (micro_batch.trajectories for micro_batch in again):
                 # two members of a group each: the behavior's log-probs tell them apart
-                known = [torch.equal(one.behavior_log_probs, batch.behavior_log_probs) for one in once]
+                known = [torch.equal(one.trajectories.behavior_log_probs, batch.behavior_log_probs) for one in once]
                 order.append(known.index(True))
-                same(dataclasses.replace(batch, micro_batch=0), dataclasses.replace(once[order[-1]], micro_batch=0))
+                same(batch, once[order[-1]].trajectories)
             assert sorted(order) == list(range(8))
             orders.append(order)
-            assert [batch.micro_batch for batch in again] == [0, 1] * 4
+            assert [batch.index for batch in again] == [0, 1] * 4
             for left, right in zip(again[::2], again[1::2], strict=True):
-                assert left.optimizer_step is right.optimizer_step
-                assert left.optimizer_step.micro_batches == [left, right]
-                assert left.optimizer_step.trained_steps == int(left.mask.sum() + right.mask.sum())
+                assert left.step is right.step
+                trained = [left.trajectories, right.trajectories]
+                assert left.step.trajectories == trained
+                assert left.step.totals.trained_steps == sum(int(batch.mask.sum()) for batch in trained)
     assert orders[0] == orders[3] == list(range(8)), "the first time as they were rolled out"
     assert len({str(order) for order in orders}) > 4
-    assert [str(batch.row) for batch in built(**changes, epochs=3)] == [str(batch.row) for batch in batches]
+    assert [str(b.trajectories.row) for b in built(**changes, epochs=3)] == [str(b.trajectories.row) for b in batches]
 
 
 def test_a_group_is_one_prompt_with_different_draws(built, rows):
     loader = built(batch_size=4, group_size=3, horizon=8)
-    batch = next(iter(loader))
+    batch = next(iter(loader)).trajectories
     assert batch.group.tolist() == [draw for draw in batch.group.tolist()[::3] for _ in range(3)]
     assert len(set(batch.group.tolist())) == 4
     for start in range(0, 12, 3):
@@ -197,7 +199,7 @@ def test_a_group_is_one_prompt_with_different_draws(built, rows):
 
 def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
     loader = built()
-    epochs = [[int(row) for batch in loader for row in batch.row] for _ in range(3)]
+    epochs = [[int(row) for batch in loader for row in batch.trajectories.row] for _ in range(3)]
     assert all(sorted(rows) == list(range(24)) for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     again = built()
@@ -216,7 +218,7 @@ def test_no_epoch_of_a_run_is_empty(every_world, tmp_path):
 
 def test_the_same_prompt_is_drawn_anew_in_the_next_epoch(built):
     loader = built(batch_size=24, horizon=8)
-    first, second = next(iter(loader)), next(iter(loader))
+    first, second = next(iter(loader)).trajectories, next(iter(loader)).trajectories
     second_by_row = {int(row): i for i, row in enumerate(second.row)}
     repeated = sum(
         first.actions[i][first.mask[i]].tolist() == second.actions[j][second.mask[j]].tolist()
@@ -229,13 +231,13 @@ def test_the_same_prompt_is_drawn_anew_in_the_next_epoch(built):
 
 def test_draws_do_not_depend_on_the_number_of_ranks(built_everywhere):
     whole = built_everywhere(batch_size=8)
-    one = list(whole)
+    one = [batch.trajectories for batch in whole]
     parts = []
     for rank in range(2):
         loader = built_everywhere(batch_size=4)
         loader.rank, loader.world_size, loader.prompts = rank, 2, 8
         loader.generations = 24 // 8
-        parts.append(list(loader))
+        parts.append([batch.trajectories for batch in loader])
     for batch, left, right in zip(one, *parts, strict=True):
         both = Trajectories.concatenate([left, right], whole.module.padding)
         assert both.row.tolist() == batch.row.tolist()
@@ -250,7 +252,7 @@ def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
 
     class Watching(every_world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append((self.global_step, batch.weights_version.tolist(), batch.optimizer_step.micro_batches))
+            seen.append((self.global_step, batch.trajectories.weights_version.tolist(), batch.step))
             return super().training_step(batch, batch_idx)
 
     module = every_world.module(setting=Watching, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=4))
@@ -264,7 +266,7 @@ def test_the_weights_version_is_the_number_of_steps_done(every_world, tmp_path):
 def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built_everywhere, every_world):
     shares = {"student": 0.3, "dataset": 0.7}
     loader = built_everywhere(rows=every_world.make_rows(200), batch_size=100, group_size=2, behavior=shares)
-    batches = [batch for _ in range(2) for batch in loader]
+    batches = [batch.trajectories for _ in range(2) for batch in loader]
     for batch in batches:
         assert batch.sources == ("student", "dataset")
         by_group = batch.source.view(-1, 2)
@@ -285,7 +287,7 @@ def test_the_dataset_alone_never_asks_the_generator(built_everywhere, every_worl
     """GKD's λ = 0, and SFT."""
     loader = built_everywhere(behavior={"student": 0.0, "dataset": 1.0})
     monkeypatch.setattr(every_world.setting, "sample", lambda *_: pytest.fail("nothing is to be sampled"))
-    for batch in loader:
+    for batch in (micro_batch.trajectories for micro_batch in loader):
         assert set(batch.source.tolist()) == {1}
 
 
@@ -294,7 +296,7 @@ def test_members_keep_their_place_in_a_mixture(built_everywhere, every_world):
     rows = every_world.make_rows(24)
     loader = built_everywhere(batch_size=24, behavior={"student": 0.5, "dataset": 0.5})
     loader.module.reward = LongerIsBetter(2)
-    batch = next(iter(loader))
+    batch = next(iter(loader)).trajectories
     assert batch.reward is not None
     for i, example in enumerate(batch.examples):
         assert example == rows[int(batch.row[i])]
@@ -367,10 +369,8 @@ def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make
     steps_of(resumed).completed = done // 2
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for mine, theirs in zip(train(resumed), expected, strict=False):
-        same(mine, theirs)
-        assert mine.optimizer_step is not None
-        assert theirs.optimizer_step is not None
-        assert mine.optimizer_step.trained_steps == theirs.optimizer_step.trained_steps
+        same(mine.trajectories, theirs.trajectories)
+        assert mine.step.totals == theirs.step.totals
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ from opd_lightning.objective import (
     RewardTimesLogRatio,
     Term,
 )
+from opd_lightning.optimizer_step import OptimizerStep
 from opd_lightning.report import read_curves
 from opd_lightning.reward import CallableReward, Reward
 from opd_lightning.rollout import Rollout, group_statistics
 from opd_lightning.rows import Row
 from opd_lightning.scoring import RewardError, Scoring
-from opd_lightning.trajectory import OptimizerStep
 from tests.callbacks import toy
 from tests.tiny import Rows, make_trainer
 
@@ -182,11 +182,11 @@ TERMS = {
 
 def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
     step = OptimizerStep.of(list(batch.split(3)), float)
-    module._look_ahead(step)
+    module.prepare(step)
     module.student.zero_grad()
-    for part in step.micro_batches:
-        teachers, available = module.ask_all(part)
-        module.objective(module.distribution(module.policies["student"], part), teachers, part, available)[0].backward()
+    for i, part in enumerate(step.trajectories):
+        student = module.distribution(module.policies["student"], part)
+        module.objective(student, module.query_all(part), part, step.totals, i).loss.backward()
     return [p.grad.clone() for p in module.student.parameters()]
 
 

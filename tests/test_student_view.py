@@ -109,13 +109,15 @@ def test_what_is_said_of_a_rollout_does_not_change_with_the_view(seeing):
     rows = rows_of(seeing, 4)
     acted = module.act("student", rows, [1, 2, 3, 4])
     assert behind(module, acted) < 1e-4
-    first = module.ask("teacher", acted)[0]
+    first = module.query("teacher", acted).distribution
     for part in module.student_view.views:
         (argument,) = vars(part)
         Knob(module, f"student_view.views.{module.student_view.views.index(part)}.{argument}").turn(2)
     assert behind(module, acted) < 1e-4
     index = acted.mask.flatten().nonzero().squeeze(-1)
-    for before, after in zip(_values(first, index), _values(module.ask("teacher", acted)[0], index), strict=True):
+    for before, after in zip(
+        _values(first, index), _values(module.query("teacher", acted).distribution, index), strict=True
+    ):
         torch.testing.assert_close(before, after)  # without a view of its own, the teacher sees what the student saw
 
 

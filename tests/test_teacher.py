@@ -94,7 +94,7 @@ def test_a_frozen_teacher_is_nowhere_but_asked(student, teacher, tmp_path):
 
 def test_a_frozen_teacher_gets_no_gradient_and_no_graph(student, teacher):
     module = make_module(student, teacher)
-    said, _ = module.ask("teacher", act(module, make_rows(4)))
+    said = module.query("teacher", act(module, make_rows(4))).distribution
     assert not said.hidden.requires_grad
 
 
@@ -158,7 +158,7 @@ def test_live_is_the_student_now_and_gets_no_gradient(student, lora, tmp_path):
     fit(module, tmp_path, steps=2)
     rolled = act(module, make_rows(4))
     assert torch.equal(log_softmax(module, "teacher", rolled), log_softmax(module, "student", rolled))
-    said, _ = module.ask("teacher", rolled)
+    said = module.query("teacher", rolled).distribution
     assert not said.hidden.requires_grad
 
 
@@ -250,19 +250,19 @@ def test_teachers_are_routed_by_a_column(saved, tiny_student, tiny_teacher):
     objective = Objective([Term(ReverseKL(), "even", name="even"), Term(ReverseKL(), "odd", name="odd")])
     module = make_module(tiny_student, teachers, objective)
     rolled = act(module, make_rows(8))
-    asked, available = module.ask_all(rolled)
-    assert available["even"].tolist() == [True, False] * 4
-    assert available["odd"].tolist() == [False, True] * 4
+    streams = module.query_all(rolled)
+    assert streams["even"].available.tolist() == [True, False] * 4
+    assert streams["odd"].available.tolist() == [False, True] * 4
     with torch.no_grad():
-        loss, averages = objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
+        loss, averages = objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     p = log_softmax(module, "student", rolled)
     kl = {}
     for name in teachers:
         q = log_softmax(module, name, rolled)
         kl[name] = (p.exp() * (p - q)).sum(-1) * rolled.mask
-    chosen = torch.where(available["even"][:, None], kl["even"], kl["odd"])
+    chosen = torch.where(streams["even"].available[:, None], kl["even"], kl["odd"])
     assert float(loss) == pytest.approx(float(chosen.sum() / rolled.mask.sum()), rel=1e-5)
-    even = rolled.mask & available["even"][:, None]
+    even = rolled.mask & streams["even"].available[:, None]
     assert averages.compute()["loss/even"] == pytest.approx(float(kl["even"][even].mean()), rel=1e-5)
 
 
@@ -270,8 +270,8 @@ def test_elsewhere_a_routed_teacher_contributes_nothing(tiny_student, tiny_teach
     teacher = Teacher(Frozen(Pretrained(str(tiny_teacher))), where={"task": "nowhere"})
     module = make_module(tiny_student, {"teacher": teacher})
     rolled = act(module, make_rows(4))
-    asked, available = module.ask_all(rolled)
-    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
+    streams = module.query_all(rolled)
+    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     loss.backward()
     assert float(loss) == 0
     assert all(float(p.grad.abs().sum()) == 0 for p in module.student.parameters())
@@ -283,13 +283,13 @@ def test_an_example_without_a_view_weighs_nothing_under_both_normalizers(tiny_st
         objective = Objective([Term(ReverseKL(), normalizer=normalizer)])
         module = make_module(tiny_student, {"teacher": teacher}, objective)
         rolled = act(module, make_rows(8))
-        asked, available = module.ask_all(rolled)
-        shown = available["teacher"]
+        streams = module.query_all(rolled)
+        shown = streams["teacher"].available
         assert 0 < int(shown.sum()) < 8
         with torch.no_grad():
-            loss, _ = objective(module.distribution(module.policies["student"], rolled), asked, rolled, available)
+            loss, _ = objective(module.distribution(module.policies["student"], rolled), streams, rolled)
         p = log_softmax(module, "student", rolled)
-        q = asked["teacher"].head(asked["teacher"].hidden).log_softmax(-1).detach()
+        q = streams["teacher"].distribution.head(streams["teacher"].distribution.hidden).log_softmax(-1).detach()
         here = rolled.mask & shown[:, None]
         total = ((p.exp() * (p - q)).sum(-1) * here).sum()
         z = here.sum() if normalizer == "weights" else rolled.mask.sum()
@@ -304,7 +304,7 @@ def test_evaluating_is_without_dropout_and_gives_the_mode_back(saved):
     module = make_module(folder, {"teacher": Teacher(Live())})
     rolled = act(module, make_rows(4))
     assert module.student.training
-    first, second = (module.ask("teacher", rolled)[0].hidden for _ in range(2))
+    first, second = (module.query("teacher", rolled).distribution.hidden for _ in range(2))
     assert torch.equal(first, second)
     assert module.student.training
     bare(module.student).eval()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.objective import Steps
-from opd_lightning.trajectory import OptimizerStep, Trajectories
+from opd_lightning.trajectory import Trajectories
 from tests.objective.reference import examples
 
 PAD = {"ids": (-7.0, "left"), "ids_mask": (0.0, "left")}
@@ -160,12 +160,12 @@ def test_sources_with_different_channels_are_refused():
 
 
 def test_the_state_passes_through_a_weights_only_checkpoint():
-    batch = dataclasses.replace(make([3, 1, 2]), sources=("student", "dataset"), micro_batch=1)
+    batch = dataclasses.replace(make([3, 1, 2]), sources=("student", "dataset"))
     file = io.BytesIO()
     torch.save(batch.state_dict(), file)
     file.seek(0)
     back = Trajectories.from_state_dict(torch.load(file, weights_only=True), batch.examples)
-    assert same(back, dataclasses.replace(batch, micro_batch=0))
+    assert same(back, batch)
     assert torch.equal(back.mask, batch.mask)
 
 
@@ -176,10 +176,3 @@ def test_moving_moves_every_tensor():
         if isinstance(value, torch.Tensor):
             assert value.device.type == "meta", item.name
     assert all(tensor.device.type == "meta" for tensor in moved.observation.values())
-
-
-def test_a_statistic_over_the_batch_is_gathered_over_ranks():
-    whole = OptimizerStep([], 3.0)
-    whole.statistics = [{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0])}]
-    whole.gather = lambda values: torch.cat([values, values + 10])
-    assert whole.over_batch("x").tolist() == [1, 2, 3, 11, 12, 13]

@@ -21,9 +21,9 @@ def workers() -> list[threading.Thread]:
 def watched(world, seen, **settings):
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append(
-                (self.global_step, int(batch.weights_version[0]), batch.actions.clone(), batch.behavior_log_probs)
-            )
+            acted = batch.trajectories
+            version = int(acted.weights_version[0])
+            seen.append((self.global_step, version, acted.actions.clone(), acted.behavior_log_probs))
             return super().training_step(batch, batch_idx)
 
     return world.module(setting=Watching, **settings)

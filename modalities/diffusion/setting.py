@@ -17,10 +17,11 @@ from torch import Tensor
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
 from ...objective import Objective
+from ...optimizer_step import OptimizerStep
 from ...pretrained import Pretrained
 from ...rollout import Rollout, derived_seed
 from ...teacher import Policy
-from ...trajectory import Example, OptimizerStep, Trajectories
+from ...trajectory import Example, Trajectories
 from . import flow
 from .checks import (
     check_densities,
@@ -330,17 +331,17 @@ class DiffusionDistillation(OnPolicyDistillation):
         self.record("network_evaluations", float(self.network_evaluations))
         self.network_evaluations = 0
 
-    def _look_ahead(self, whole: OptimizerStep) -> None:
-        super()._look_ahead(whole)
+    def prepare(self, step: OptimizerStep) -> None:
+        super().prepare(step)
         for name, teacher in self.teachers.items():
             if isinstance(teacher.weights, LearnedScore):
-                loss = self._learn(name, teacher.weights, whole)
+                loss = self._learn(name, teacher.weights, step)
                 if loss is not None:
                     self.record(f"learned/{name}", loss)
 
-    def _learn(self, name: str, weights: LearnedScore, whole: OptimizerStep) -> Tensor | None:
+    def _learn(self, name: str, weights: LearnedScore, step: OptimizerStep) -> Tensor | None:
         """A learned score is trained on what the student made for this optimizer step."""
-        mine = Trajectories.concatenate(whole.micro_batches, self.padding)
+        mine = Trajectories.concatenate(step.trajectories, self.padding)
         acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
         mine = mine.select(acted.nonzero().squeeze(-1))
         if not len(mine) or weights.has_learned(self.global_step):

@@ -6,6 +6,7 @@ from .chunk import CategoricalChunk
 from .gaussian import Gaussian, gaussian_kl
 from .head import IMPOSSIBLE, Head
 from .lazy import Lazy
+from .stream import Stream
 
 __all__ = [
     "IMPOSSIBLE",
@@ -16,5 +17,6 @@ __all__ = [
     "GradientAccumulator",
     "Head",
     "Lazy",
+    "Stream",
     "gaussian_kl",
 ]

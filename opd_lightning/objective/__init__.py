@@ -10,7 +10,7 @@ from .divergence import (
     SkewReverseKL,
     TotalVariation,
 )
-from .objective import Objective, Term
+from .objective import LossOutput, Objective, Term, availability
 from .policy_gradient import (
     Advantage,
     GroupRelative,
@@ -51,6 +51,7 @@ __all__ = [
     "ImportanceRatio",
     "LogLinear",
     "LogRatio",
+    "LossOutput",
     "Objective",
     "Outcome",
     "Part",
@@ -70,4 +71,5 @@ __all__ = [
     "TotalVariation",
     "Weight",
     "Window",
+    "availability",
 ]

@@ -8,23 +8,27 @@ Shape legend: B trajectories, N trained steps of the micro-batch, n of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..diagnostics import Averages, chunk_diagnostics
-from ..distribution import Distribution
+from ..distribution import Distribution, Stream
 from ..finite import Finite
+from ..optimizer_step import Totals
 from ..printable import quoted
-from ..trajectory import OptimizerStep, Trajectories
+from ..trajectory import Trajectories
 from .policy_gradient import Advantage, PolicyGradient
 from .signal import Part, Signal
 from .steps import Steps, measure
 from .target import Target
 from .weight import Weight
+
+Available = dict[str, Tensor]
+"""``[B]`` bool by teacher: the trajectories for which it is defined; others are for all."""
 
 
 @dataclass
@@ -73,6 +77,13 @@ class Term:
         """Names whose forward pass the term needs."""
         own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
         return own | set(self.target.streams if self.target else ())
+
+
+class LossOutput(NamedTuple):
+    """A micro-batch's share of the loss, and what is to be logged of it."""
+
+    loss: Tensor
+    metrics: Averages
 
 
 @dataclass
@@ -163,35 +174,37 @@ class Objective:
         return list(found.values())
 
     @property
-    def looks_ahead(self) -> bool:
+    def needs_totals(self) -> bool:
         """Whether the first micro-batch must wait for statistics of the whole optimizer step."""
         return bool(self.statistics_needed({"batch"}))
 
     def measure(
-        self, student: Distribution, teachers: dict[str, Distribution], steps: Steps, scopes: set[str]
+        self, student: Distribution, streams: dict[str, Stream], steps: Steps, scopes: set[str]
     ) -> dict[str, Tensor]:
         """The statistics ``[N]`` that parts of these scopes read, from a pass without gradient."""
         wanted = self.statistics_needed(scopes)
         # a micro-batch without trained steps has its share of every statistic too: none
         nothing = torch.zeros(0, device=steps.index.device)
         found = {steps.for_term(term.stream).key(name): [nothing] for term, name in wanted}
-        for _, chunk in self._opened(student, teachers, steps) if wanted else ():
+        for _, chunk in self._opened(student, streams, steps) if wanted else ():
             for term, name in wanted:
                 seen = self._see(chunk, term)
                 found[seen.key(name)].append(measure(seen, name))
         return {key: torch.cat(values) for key, values in found.items()}
 
-    def weight_sums(self, optimizer_step: OptimizerStep, available: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def weight_sums(
+        self, micro_batches: Sequence[Trajectories], totals: Totals, available: list[Available]
+    ) -> dict[str, Tensor]:
         """Σ of weights over this rank's micro-batches for the terms that divide by it; summed over ranks elsewhere."""
         sums: dict[str, Tensor] = {}
         for term in self.active:
             if term.normalizer == "weights":
                 total = torch.zeros(())
-                for i, micro_batch in enumerate(optimizer_step.micro_batches):
+                for i, micro_batch in enumerate(micro_batches):
                     steps = Steps.of(micro_batch, available[i])
-                    if optimizer_step.statistics is not None:
-                        steps.statistics = optimizer_step.statistics[i]
-                        steps.everywhere = optimizer_step.over_batch
+                    if totals.statistics is not None:
+                        steps.statistics = totals.statistics[i]
+                        steps.everywhere = totals.over_batch
                     total = total + self._weigh(steps.for_term(term.stream), term, term.weights).sum().cpu()
                 assert term.name is not None
                 sums[term.name] = total
@@ -202,56 +215,60 @@ class Objective:
     def __call__(
         self,
         student: Distribution,
-        teachers: dict[str, Distribution],
+        streams: dict[str, Stream],
         trajectories: Trajectories,
-        available: dict[str, Tensor] | None = None,
+        totals: Totals | None = None,
+        micro_batch: int = 0,
         diagnose: bool = False,
-    ) -> tuple[Tensor, Averages]:
-        """This micro-batch's share of the loss, and what is to be logged.
+    ) -> LossOutput:
+        """Evaluates one micro-batch.
 
         Args:
             student: at all B × T states, with gradient.
-            teachers: by name, at all B × T states, without gradient.
-            trajectories: with their ``optimizer_step``, which holds the normalizers; without one the micro-batch
-                stands alone.
-            available: ``[B]`` bool by teacher: for which trajectories it has something to say.
+            streams: teachers by name, at all B × T states, without gradient.
+            trajectories: the micro-batch.
+            totals: what the losses of its optimizer step are divided by; None: the micro-batch stands alone.
+            micro_batch: its place in the optimizer step.
             diagnose: also average the diagnostics that cost an extra look at the vocabulary.
 
         Returns:
-            A scalar connected to ``student``; where nothing is left to train, a zero that still is.
+            A loss connected to ``student``; where nothing is left to train, a zero that still is.
         """
-        _check_states(student, teachers, trajectories)
-        steps = Steps.of(trajectories, available)
-        whole = trajectories.optimizer_step or self._alone(trajectories, student, teachers, available)
-        steps.everywhere = whole.over_batch
-        if whole.statistics is not None:
-            steps.statistics = dict(whole.statistics[trajectories.micro_batch])
+        _check_states(student, streams, trajectories)
+        steps = Steps.of(trajectories, availability(streams))
+        totals = totals or self._alone(trajectories, student, streams)
+        steps.everywhere = totals.over_batch
+        if totals.statistics is not None:
+            steps.statistics = dict(totals.statistics[micro_batch])
 
         averages = Averages(device=trajectories.mask.device)
         self._settle(steps, {"data"})
         self._count_clipped(steps, averages, {"data"})
         steps = self._drop_weightless(steps)
-        student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
+        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
         averages.add("empty_micro_batches", float(not len(steps)))
         if not len(steps):
             inputs = student.accumulator().inputs
-            return torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum(), averages
+            nothing = torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum()
+            return LossOutput(nothing, averages)
 
-        steps.statistics = self.measure(student, teachers, steps, {"row"}) | steps.statistics
+        steps.statistics = self.measure(student, streams, steps, {"row"}) | steps.statistics
         self._settle(steps, {"row", "batch"})
         self._count_clipped(steps, averages, {"row", "batch"})
         factors: dict[str | None, Tensor] = {}
         for term in self.active:
             ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
-            factors[term.name] = ahead * (term.coefficient / self._normalizer(term, whole))
+            factors[term.name] = ahead * (term.coefficient / self._normalizer(term, totals))
 
-        for name in teachers:
+        for name, stream in streams.items():
             read = [factors[term.name] != 0 for term in self.active if name in term.teachers]
-            teachers[name] = teachers[name].only_at(torch.stack(read).any(0)) if read else teachers[name]
+            if read:
+                wanted = stream.distribution.only_at(torch.stack(read).any(0))
+                streams[name] = replace(stream, distribution=wanted)
 
         def evaluate(accumulator: Any) -> Tensor:
             total = torch.zeros((), device=trajectories.mask.device, dtype=torch.float64)
-            for states, chunk in self._opened(student, teachers, steps, accumulator):
+            for states, chunk in self._opened(student, streams, steps, accumulator):
                 if diagnose:
                     chunk_diagnostics(chunk, averages)
                 with torch.enable_grad() if accumulator is not None else torch.no_grad():
@@ -263,22 +280,17 @@ class Objective:
             return total.float()
 
         if not torch.is_grad_enabled():
-            return evaluate(None), averages
+            return LossOutput(evaluate(None), averages)
         accumulator = student.accumulator()
-        return _GradientsInside.apply(evaluate, accumulator, *accumulator.inputs), averages
+        return LossOutput(_GradientsInside.apply(evaluate, accumulator, *accumulator.inputs), averages)
 
     @torch.no_grad()
-    def diagnose(
-        self,
-        student: Distribution,
-        teachers: dict[str, Distribution],
-        trajectories: Trajectories,
-        available: dict[str, Tensor],
-    ) -> Averages:
-        """The diagnostics alone, at every trained step."""
-        steps, averages = Steps.of(trajectories, available), Averages(device=trajectories.mask.device)
-        student, teachers = student.at(steps.index), {name: t.at(steps.index) for name, t in teachers.items()}
-        for _, chunk in self._opened(student, teachers, steps):
+    def diagnose(self, student: Distribution, streams: dict[str, Stream], trajectories: Trajectories) -> Averages:
+        """Averages the diagnostics alone, over every trained step."""
+        steps = Steps.of(trajectories, availability(streams))
+        averages = Averages(device=trajectories.mask.device)
+        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
+        for _, chunk in self._opened(student, streams, steps):
             chunk_diagnostics(chunk, averages)
         return averages
 
@@ -286,7 +298,7 @@ class Objective:
     def per_step(
         self,
         student: Distribution,
-        streams: dict[str, Distribution],
+        streams: dict[str, Stream],
         steps: Steps,
         read: Callable[[Steps], Tensor],
         teacher: str | None = None,
@@ -385,42 +397,40 @@ class Objective:
                 assert term.name is not None
                 averages.add_clipped(term.name, weight, seen.part(weight), self._on(seen, term))
 
-    def _normalizer(self, term: Term, whole: OptimizerStep) -> float:
+    def _normalizer(self, term: Term, totals: Totals) -> float:
         if term.normalizer == "steps":
-            return max(whole.rewarded_steps if "reward" in term.needs else whole.trained_steps, 1.0)
-        assert whole.weight_sums is not None
+            return max(totals.rewarded_steps if "reward" in term.needs else totals.trained_steps, 1.0)
+        assert totals.weight_sums is not None
         assert term.name is not None
-        return whole.weight_sums[term.name] or 1.0
+        return totals.weight_sums[term.name] or 1.0
 
-    def _alone(
-        self,
-        trajectories: Trajectories,
-        student: Distribution,
-        teachers: dict[str, Distribution],
-        available: dict[str, Tensor] | None,
-    ) -> OptimizerStep:
-        trained, rewarded = float(trajectories.mask.sum()), float(trajectories.rewarded_steps)
-        whole = OptimizerStep([trajectories], trained, rewarded_steps=rewarded)
-        steps = Steps.of(trajectories, available)
-        flat = {name: teacher.at(steps.index) for name, teacher in teachers.items()}
-        if self.looks_ahead:
-            whole.statistics = [self.measure(student.at(steps.index), flat, steps, {"batch", "row"})]
-        whole.weight_sums = {name: float(v) for name, v in self.weight_sums(whole, [available or {}]).items()}
-        return whole
+    def _alone(self, trajectories: Trajectories, student: Distribution, streams: dict[str, Stream]) -> Totals:
+        totals = Totals.of([trajectories], float)
+        steps = Steps.of(trajectories, availability(streams))
+        flat = {name: stream.at(steps.index) for name, stream in streams.items()}
+        if self.needs_totals:
+            totals.statistics = [self.measure(student.at(steps.index), flat, steps, {"batch", "row"})]
+        sums = self.weight_sums([trajectories], totals, [availability(streams)])
+        totals.weight_sums = {name: float(v) for name, v in sums.items()}
+        return totals
 
     def _opened(
-        self, student: Distribution, teachers: dict[str, Distribution], steps: Steps, accumulator: Any = None
+        self, student: Distribution, streams: dict[str, Stream], steps: Steps, accumulator: Any = None
     ) -> Iterator[tuple[slice, Steps]]:
         """Each piece of each chunk, and which of the N steps it is; with an ``accumulator``, for a gradient."""
-        kept = sum(teacher.bytes_kept() for teacher in teachers.values())
+        teachers = {name: stream.distribution for name, stream in streams.items()}
+        blind = {name: s.without_view for name, s in streams.items() if s.without_view is not None}
+        kept = sum(teacher.bytes_kept() for teacher in (*teachers.values(), *blind.values()))
         for states in self._chunks(student, len(steps), kept):
-            for policy in (student if accumulator is None else accumulator, *teachers.values()):
+            for policy in (student if accumulator is None else accumulator, *teachers.values(), *blind.values()):
                 policy.prepare(states)
             for piece in _evenly(states, student.piece(states.stop - states.start)):
-                yield piece, self._piece(piece, student if accumulator is None else accumulator, teachers, steps)
+                yield piece, self._piece(piece, student if accumulator is None else accumulator, teachers, blind, steps)
 
     @staticmethod
-    def _piece(states: slice, student: Any, teachers: dict[str, Distribution], steps: Steps) -> Steps:
+    def _piece(
+        states: slice, student: Any, teachers: dict[str, Distribution], blind: dict[str, Distribution], steps: Steps
+    ) -> Steps:
         # a function of its own, so that nothing but what it returns holds the piece
         if isinstance(student, Distribution):
             opened = student.chunk(states)
@@ -428,7 +438,8 @@ class Objective:
             with torch.enable_grad():
                 opened = student.open(states)
         streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-        return steps.at(states, student=opened, streams=streams)
+        without_view = {name: teacher.chunk(states) for name, teacher in blind.items()}
+        return steps.at(states, student=opened, streams=streams, without_view=without_view)
 
     def _chunks(self, student: Distribution, count: int, kept: int = 0) -> Iterator[slice]:
         if not count:  # then a family may not know what a state takes
@@ -465,13 +476,18 @@ def _evenly(states: slice, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, states.stop)) for start in range(states.start, states.stop, size))
 
 
-def _check_states(student: Distribution, teachers: dict[str, Distribution], trajectories: Trajectories) -> None:
+def availability(streams: dict[str, Stream]) -> Available:
+    """For which trajectories each teacher is defined, where that is not all of them."""
+    return {name: stream.available for name, stream in streams.items() if stream.available is not None}
+
+
+def _check_states(student: Distribution, streams: dict[str, Stream], trajectories: Trajectories) -> None:
     """
     Raises:
         TypeError: it is none.
         ValueError: a distribution is not that of one state for every step of the mask.
     """
-    for name, said in {"student": student, **teachers}.items():
+    for name, said in {"student": student, **{name: stream.distribution for name, stream in streams.items()}}.items():
         if not isinstance(said, Distribution):
             raise TypeError(
                 f"`distribution` returned {quoted(said)}, of type {type(said).__name__}; it has to return a "

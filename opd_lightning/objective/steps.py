@@ -32,6 +32,7 @@ class Steps:
     index: Tensor  # [N] into the flattened B × T
     student: CategoricalChunk | Gaussian | None = None
     streams: dict[str, CategoricalChunk | Gaussian] = field(default_factory=dict)
+    without_view: dict[str, CategoricalChunk | Gaussian] = field(default_factory=dict)  # for the log
     available: dict[str, Tensor] = field(default_factory=dict)  # [B] bool, by teacher
     stream: str | None = None  # what "teacher" stands for: `Term.stream`
     target: CategoricalChunk | Gaussian | None = None

@@ -163,7 +163,7 @@ def test_a_growing_horizon_stops_generation_and_is_logged(world, tmp_path):
 
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append((batch.mask.shape[1], self.trainer.callback_metrics.get("knob/rollout.horizon")))
+            seen.append((batch.trajectories.mask.shape[1], self.trainer.callback_metrics.get("knob/rollout.horizon")))
             return super().training_step(batch, batch_idx)
 
     module = world.module(setting=Watching, rollout=Rollout(batch_size=8, horizon=20))
@@ -178,9 +178,9 @@ def test_off_after_a_step_skips_the_teacher(world, tmp_path):
     asked = []
 
     class Watching(world.setting):
-        def ask(self, name, trajectories):
+        def query(self, name, trajectories):
             asked.append(self.global_step)
-            return super().ask(name, trajectories)
+            return super().query(name, trajectories)
 
         def on_train_start(self):
             super().on_train_start()
@@ -200,7 +200,8 @@ def test_stages_give_way_to_one_another_in_the_text_setting(make_world, tmp_path
 
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append({batch.sources[i] for i in batch.source})
+            acted = batch.trajectories
+            seen.append({acted.sources[i] for i in acted.source})
             return super().training_step(batch, batch_idx)
 
     stages = [Stage({"rollout.behavior": {"dataset": 1.0}}, steps=2), Stage({"rollout.behavior": {"student": 1.0}})]

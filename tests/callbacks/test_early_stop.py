@@ -38,7 +38,7 @@ def watching(setting: Any, seen: list[Any]) -> Any:
             return rolled
 
         def training_step(self, batch, batch_idx):
-            seen.append((self.wide, batch.mask.cpu()))
+            seen.append((self.wide, batch.trajectories.mask.cpu()))
             return super().training_step(batch, batch_idx)
 
     return Watching
@@ -51,9 +51,9 @@ def test_first_steps_are_all_that_is_generated_and_asked_for(world, tmp_path):
     asked = []
 
     class Asked(world.setting):
-        def ask(self, name, trajectories):
+        def query(self, name, trajectories):
             asked.append(trajectories.mask.shape[1])
-            return super().ask(name, trajectories)
+            return super().query(name, trajectories)
 
     seen: list[Any] = []
     module = world.module(setting=watching(Asked, seen), evaluation=Evaluation(before=False))
@@ -127,7 +127,7 @@ def test_the_probe_sees_the_gradient_of_training(make_world, tmp_path):
 
     class Compares(world.setting):
         def training_step(self, batch, batch_idx):
-            if batch.micro_batch == 0:
+            if batch.is_first:
                 self.whole = self.trainer.train_dataloader.pending
             return super().training_step(batch, batch_idx)
 

@@ -39,7 +39,7 @@ class Notes(L.Callback):
         self.parts: list[Any] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        parts = batch.optimizer_step.micro_batches
+        parts = batch.step.trajectories
         self.lags.append([int(trainer.global_step - v) for part in parts for v in part.weights_version])
         self.weights.append(torch.cat([part.weight for part in parts]).cpu())
         self.parts.append(parts)

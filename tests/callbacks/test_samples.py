@@ -30,7 +30,7 @@ def test_rows_say_what_was_done_and_how_the_teacher_finds_each_step(world, tmp_p
 
     class Watching(world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append(batch)
+            seen.append(batch.trajectories)
             return super().training_step(batch, batch_idx)
 
     module = world.module(setting=Watching, reward=LongerIsBetter())

@@ -89,9 +89,9 @@ def test_consolidation_is_asked_for(tmp_path):
 @pytest.mark.parametrize(("lengths", "moves"), [([4, 4, 4], True), ([2, 2, 8], True), ([1, 1, 10], False)])
 def test_a_few_trajectories_that_grow_too_long_hold_it_back(lengths, moves):
     module: Any = SimpleNamespace(gather=lambda values: values, global_step=30, device="cpu")
-    whole: Any = SimpleNamespace(micro_batches=[SimpleNamespace(reward=torch.ones(3), length=torch.tensor(lengths))])
+    step: Any = SimpleNamespace(trajectories=[SimpleNamespace(reward=torch.ones(3), length=torch.tensor(lengths))])
     rule = WhenConsolidated(window=1, gain=-1.0, longest=2.0)
-    assert rule.observe(module, whole) == moves
+    assert rule.observe(module, step) == moves
 
 
 def test_the_reference_only_rises(tmp_path):

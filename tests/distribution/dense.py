@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_lightning.distribution import Categorical, Head
+from opd_lightning.distribution import Categorical, Head, Stream
 from opd_lightning.objective import Objective, ReverseKL, Term
 from tests.objective.reference import batch, close, linear
 
@@ -31,7 +31,7 @@ def teacher() -> tuple[Categorical, Tensor]:
 
 def train(student: Categorical, against: Categorical, chunk_steps: int | None = 2) -> Tensor:
     objective = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)
-    return objective(student, {"teacher": against}, batch(MASK, V))[0]
+    return objective(student, {"teacher": Stream(against)}, batch(MASK, V))[0]
 
 
 def expected_loss(logits: Tensor, log_q: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from opd_lightning.distribution import IMPOSSIBLE, Categorical, Head
+from opd_lightning.distribution import IMPOSSIBLE, Categorical, Head, Stream
 from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, ReverseKL, Term
 from tests.distribution.dense import MASK, H, V, compare, seeded, states
 from tests.objective.reference import batch, close, linear
@@ -44,7 +44,7 @@ def test_padded_heads_of_151936_and_152064_rows_give_a_zero_at_equal_weights():
     with torch.no_grad():
         tall.weight[:V], tall.bias[:V] = short.weight[:V], short.bias[:V]
     hidden = states(1).requires_grad_()
-    against = Categorical(hidden.detach(), Head(tall.requires_grad_(False), V))
+    against = Stream(Categorical(hidden.detach(), Head(tall.requires_grad_(False), V)))
     for signal in (ForwardKL(), ReverseKL()):
         loss, _ = Objective([Term(signal)])(Categorical(hidden, Head(short, V)), {"teacher": against}, batch(MASK, V))
         assert abs(loss.item()) < 1e-12

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.distribution import Gaussian, Lazy
+from opd_lightning.distribution import Gaussian, Lazy, Stream
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from tests.distribution.dense import MASK, B, T, compare, seeded
 from tests.objective.reference import batch
@@ -46,18 +46,20 @@ def test_lazy_normals_give_the_gradient_of_the_whole_and_hold_one_chunk(chunk_st
     trajectories = batch(MASK, 3)
     trajectories.actions = torch.zeros(B, T, 3, dtype=torch.float64)
     objective = Objective([Term(ReverseKL()), Term(ForwardKL(), coefficient=0.3)], chunk_steps=chunk_steps)
-    loss, _ = objective(student.lazy(), {"teacher": other.lazy(trained=False)}, trajectories)
+    loss, _ = objective(student.lazy(), {"teacher": Stream(other.lazy(trained=False))}, trajectories)
     assert student.peak == chunk_steps
     whole = Gaussian(student(torch.arange(B * T)).mean.view(B, T, 3), torch.tensor(0.5, dtype=torch.float64))
     said = Gaussian(other(torch.arange(B * T)).mean.detach().view(B, T, 3), torch.tensor(0.5, dtype=torch.float64))
-    expected, _ = objective(whole, {"teacher": said}, trajectories)
+    expected, _ = objective(whole, {"teacher": Stream(said)}, trajectories)
     compare(loss, expected, list(student.layer.parameters()))
 
 
 def test_a_parameter_that_no_lazy_chunk_depends_on_gets_no_gradient():
     student = Field(1)
     trajectories = batch(MASK, 3)
-    loss, _ = Objective([Term(ReverseKL())])(student.lazy(), {"teacher": Field(2).lazy(trained=False)}, trajectories)
+    loss, _ = Objective([Term(ReverseKL())])(
+        student.lazy(), {"teacher": Stream(Field(2).lazy(trained=False))}, trajectories
+    )
     loss.backward()
     assert student.idle.grad is None
     assert student.layer.weight.grad is not None

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from opd_lightning.distribution import Categorical, Head
+from opd_lightning.distribution import Categorical, Head, Stream
 from opd_lightning.trajectory import Trajectories
 
 Formula = Callable[[Tensor, Tensor], Tensor]
@@ -96,6 +96,10 @@ class Policy:
         frozen = self.copy()
         frozen.layer.requires_grad_(False)
         return Categorical(frozen.hidden.detach(), frozen.distribution.head)
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.teacher)
 
     @property
     def possible(self) -> list[int]:

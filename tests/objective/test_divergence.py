@@ -123,7 +123,7 @@ def test_value_and_gradient_equal_the_dense_reference(
 
     signal = make(support=Support(of, k, remainder), temperature=temperature, clip=clip)
     loss, _ = Objective([Term(signal)], chunk_steps=chunk_steps)(
-        student.distribution, {"teacher": teacher.teacher}, trajectories
+        student.distribution, {"teacher": teacher.stream}, trajectories
     )
     close(loss, expected, max(tolerance, 1e-6))
     for actual, wanted in zip(student.gradients(loss), student.gradients(expected), strict=True):
@@ -145,7 +145,7 @@ def test_ids_that_only_the_teacher_rules_out(name, of, remainder):
         logits = student.logits(trajectories.mask)
         expected = dense(formula, logits, teacher.logits(trajectories.mask).detach(), index, of, k, remainder).mean()
         signal = make(support=Support(of, k, remainder))
-        loss, _ = Objective([Term(signal)])(student.distribution, {"teacher": teacher.teacher}, trajectories)
+        loss, _ = Objective([Term(signal)])(student.distribution, {"teacher": teacher.stream}, trajectories)
         close(loss, expected, 1e-6)
         for actual, wanted in zip(student.gradients(loss), student.gradients(expected), strict=True):
             close(actual, wanted, 1e-9)

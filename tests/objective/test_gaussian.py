@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_lightning.distribution import Gaussian
+from opd_lightning.distribution import Gaussian, Stream
 from opd_lightning.objective import (
     JSD,
     AlphaDivergence,
@@ -130,7 +130,7 @@ def test_chunks_give_the_gradient_of_the_whole(learned, chunk_steps):
     inputs = [p.mean.requires_grad_()] + ([p.scale.requires_grad_()] if learned != "no" else [])
     trajectories = batch(MASK, 1)
     expected = torch_kl(p, q)[trajectories.mask.flatten()].mean()
-    loss, _ = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)(p, {"teacher": q}, trajectories)
+    loss, _ = Objective([Term(ReverseKL())], chunk_steps=chunk_steps)(p, {"teacher": Stream(q)}, trajectories)
     close(loss, expected, 1e-6)
     for actual, wanted in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
         close(actual, wanted, 1e-12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_lightning.distribution import Categorical, Head
+from opd_lightning.distribution import Categorical, Head, Stream
 from opd_lightning.objective import (
     JSD,
     Confidence,
@@ -35,7 +35,9 @@ from opd_lightning.objective import (
     TopEntropy,
     Window,
 )
-from opd_lightning.trajectory import OptimizerStep, Trajectories
+from opd_lightning.objective.objective import availability
+from opd_lightning.optimizer_step import Totals
+from opd_lightning.trajectory import Trajectories
 from tests.objective.reference import Policy, batch, close, examples
 
 V, B, T = 9, 6, 5
@@ -73,8 +75,8 @@ class World:
         generator = torch.Generator().manual_seed(seed)
         policies = [Policy.random(generator, (B, T), V, hidden=4, dtype=torch.float32) for _ in range(3)]
         self.student = policies[0]
-        self.teachers = {"teacher": policies[1].teacher, "reference": policies[2].teacher}
-        self.available = {"teacher": torch.tensor([True, True, False, True, True, True])}
+        here = torch.tensor([True, True, False, True, True, True])
+        self.streams = {"teacher": Stream(policies[1].teacher, here), "reference": policies[2].stream}
         reward = torch.rand(B, generator=generator)
         self.trajectories = batch(
             MASK,
@@ -87,47 +89,51 @@ class World:
             source=torch.tensor([0, 0, 1, 0, 1, 0]),
         )
 
-    def rows(self, index: Tensor) -> tuple[Categorical, dict[str, Categorical], Trajectories, dict[str, Tensor]]:
-        student = self.student.distribution
-        return (
-            dataclasses.replace(student, hidden=student.hidden[index]),
-            {name: dataclasses.replace(t, hidden=t.hidden[index]) for name, t in self.teachers.items()},
-            self.trajectories.select(index),
-            {name: here[index] for name, here in self.available.items()},
-        )
+    def rows(self, index: Tensor) -> tuple[Categorical, dict[str, Stream], Trajectories]:
+        def cut(distribution: Any) -> Any:
+            return dataclasses.replace(distribution, hidden=distribution.hidden[index])
+
+        streams = {
+            name: Stream(cut(s.distribution), None if s.available is None else s.available[index])
+            for name, s in self.streams.items()
+        }
+        return cut(self.student.distribution), streams, self.trajectories.select(index)
 
     def whole(self, objective: Objective) -> list[Tensor]:
-        loss, _ = objective(self.student.distribution, self.teachers, self.trajectories, self.available)
+        loss, _ = objective(self.student.distribution, self.streams, self.trajectories)
         return [loss, *self.student.gradients(loss)]
 
     def in_parts(self, objective: Objective, ranks: list[list[Tensor]]) -> list[Tensor]:
         """Loss and gradient summed over the micro-batches ``[K]`` of each rank."""
         parts = [[self.rows(index) for index in rank] for rank in ranks]
-        steps = [OptimizerStep([p[2] for p in rank], float(self.trajectories.mask.sum())) for rank in parts]
-        if objective.looks_ahead:
-            for whole, rank in zip(steps, parts, strict=True):
-                whole.statistics = []
-                for student, teachers, trajectories, available in rank:
-                    here = Steps.of(trajectories, available)
-                    flat = {name: teacher.at(here.index) for name, teacher in teachers.items()}
-                    whole.statistics.append(objective.measure(student.at(here.index), flat, here, {"row", "batch"}))
+        trained = float(self.trajectories.mask.sum())
+        totals = [Totals(trained, trained) for _ in parts]
+        if objective.needs_totals:
+            for own, rank in zip(totals, parts, strict=True):
+                own.statistics = []
+                for student, streams, trajectories in rank:
+                    here = Steps.of(trajectories, availability(streams))
+                    flat = {name: stream.at(here.index) for name, stream in streams.items()}
+                    own.statistics.append(objective.measure(student.at(here.index), flat, here, {"row", "batch"}))
 
         def gather(values: Tensor) -> Tensor:
             """What every rank holds of the statistic of which this rank holds ``values``."""
-            keys = {k for whole in steps for k in whole.statistics[0]}
-            held = {k: [torch.cat([s[k] for s in whole.statistics]) for whole in steps] for k in keys}
+            keys = {k for own in totals for k in own.statistics[0]}
+            held = {k: [torch.cat([s[k] for s in own.statistics]) for own in totals] for k in keys}
             return next(torch.cat(r) for r in held.values() if any(torch.equal(values, x) for x in r))
 
-        for whole in steps:
-            whole.gather = gather
-        sums = [objective.weight_sums(whole, [p[3] for p in rank]) for whole, rank in zip(steps, parts, strict=True)]
-        totals = {name: float(sum(s[name] for s in sums)) for name in sums[0]}
+        for own in totals:
+            own.gather = gather
+        sums = [
+            objective.weight_sums([p[2] for p in rank], own, [availability(p[1]) for p in rank])
+            for own, rank in zip(totals, parts, strict=True)
+        ]
+        weight_sums = {name: float(sum(s[name] for s in sums)) for name in sums[0]}
         total: list[Tensor] = [torch.zeros(()), *(torch.zeros_like(x) for x in self.student.inputs)]
-        for whole, rank in zip(steps, parts, strict=True):
-            whole.weight_sums = totals
-            for i, (student, teachers, trajectories, available) in enumerate(rank):
-                trajectories.optimizer_step, trajectories.micro_batch = whole, i
-                loss, _ = objective(student, teachers, trajectories, available)
+        for own, rank in zip(totals, parts, strict=True):
+            own.weight_sums = weight_sums
+            for i, (student, streams, trajectories) in enumerate(rank):
+                loss, _ = objective(student, streams, trajectories, own, i)
                 total = [a + b for a, b in zip(total, [loss, *self.student.gradients(loss)], strict=True)]
         return total
 
@@ -206,10 +212,10 @@ def test_no_tensor_of_steps_times_vocabulary_is_ever_allocated(name):
         sources=("student", "dataset"),
         source=torch.tensor([0, 0, 1, 1]),
     )
-    teachers = {"teacher": policies[1].teacher, "reference": policies[2].teacher}
+    streams = {"teacher": policies[1].stream, "reference": policies[2].stream}
     student = policies[0].distribution
     with LargestTensor() as largest:
-        loss, _ = Objective(OBJECTIVES[name](), chunk_steps=chunk_steps)(student, teachers, trajectories, diagnose=True)
+        loss, _ = Objective(OBJECTIVES[name](), chunk_steps=chunk_steps)(student, streams, trajectories, diagnose=True)
         loss.backward()
     assert largest.elements <= (chunk_steps + 1) * vocabulary
     with LargestTensor() as dense:
@@ -235,15 +241,15 @@ def test_terms_of_one_class_get_names_of_their_own():
     objective = Objective([Term(ReverseKL()), Term(ReverseKL()), Term(ReverseKL(), name="mine"), Term(ReverseKL())])
     assert [term.name for term in objective.terms] == ["ReverseKL", "ReverseKL_2", "mine", "ReverseKL_3"]
     averages = World(0)
-    _, logged = objective(averages.student.distribution, averages.teachers, averages.trajectories)
+    _, logged = objective(averages.student.distribution, averages.streams, averages.trajectories)
     assert {"loss/ReverseKL", "loss/ReverseKL_2", "loss/mine", "loss/ReverseKL_3"} <= set(logged.compute())
 
 
 def test_without_grad_the_value_is_the_same_and_nothing_is_attached():
     world = World(0)
-    expected, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.teachers, world.trajectories)
+    expected, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.streams, world.trajectories)
     with torch.no_grad():
-        loss, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.teachers, world.trajectories)
+        loss, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.streams, world.trajectories)
     assert loss == expected
     assert not loss.requires_grad
 
@@ -251,7 +257,7 @@ def test_without_grad_the_value_is_the_same_and_nothing_is_attached():
 def test_backward_scales_what_is_there_and_refuses_to_run_twice():
     world = World(0)
     expected = world.whole(Objective([Term(ReverseKL())]))
-    arguments = world.student.distribution, world.teachers, world.trajectories, world.available
+    arguments = world.student.distribution, world.streams, world.trajectories
     loss, _ = Objective([Term(ReverseKL())])(*arguments)
     (loss * 1024).backward(retain_graph=True)
     equal([loss, *(tensor.grad / 1024 for tensor in world.student.inputs)], expected)
@@ -262,10 +268,10 @@ def test_backward_scales_what_is_there_and_refuses_to_run_twice():
 def test_the_mean_loss_of_a_term_is_over_the_steps_it_trains():
     world = World(0)
     terms = [Term(ReverseKL(), weights=[Window(stop=1)])]
-    _, logged = Objective(terms)(world.student.distribution, world.teachers, world.trajectories)
+    _, logged = Objective(terms)(world.student.distribution, world.streams, world.trajectories)
     alone = dataclasses.replace(world.trajectories, mask=world.trajectories.mask.clone())
     alone.mask[:, 1:] = False
-    loss, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.teachers, alone)
+    loss, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.streams, alone)
     assert logged.compute()["loss/ReverseKL"] == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
@@ -282,14 +288,14 @@ def test_with_nothing_to_train_a_zero_touches_every_trained_parameter_and_is_cou
     if why == "mask":
         world.trajectories.mask = torch.zeros_like(world.trajectories.mask)
     objective = Objective([term])
-    loss, averages = objective(world.student.distribution, world.teachers, world.trajectories)
+    loss, averages = objective(world.student.distribution, world.streams, world.trajectories)
     loss.backward()
     assert loss.item() == 0
     for tensor in world.student.inputs:
         assert tensor.grad is not None
         assert (tensor.grad == 0).all()
     world = World(0)
-    _, others = Objective([Term(ReverseKL())])(world.student.distribution, world.teachers, world.trajectories)
+    _, others = Objective([Term(ReverseKL())])(world.student.distribution, world.streams, world.trajectories)
     averages.merge(others)
     assert averages.compute()["empty_micro_batches"] == 0.5
 
@@ -303,11 +309,10 @@ def test_weightless_steps_are_never_projected():
             seen.append(len(hidden))
             return super().forward(hidden)
 
-    teacher = world.teachers["teacher"]
-    counting = Counting(4, V)
-    world.teachers["teacher"] = dataclasses.replace(teacher, head=Head(counting, V))
+    teacher = dataclasses.replace(world.streams["teacher"].distribution, head=Head(Counting(4, V), V))
+    world.streams["teacher"] = Stream(teacher)
     terms = [Term(ReverseKL(), weights=[Window(stop=2)])]
-    Objective(terms)(world.student.distribution, world.teachers, world.trajectories)
+    Objective(terms)(world.student.distribution, world.streams, world.trajectories)
     assert sum(seen) == int(world.trajectories.mask[:, :2].sum())
 
 
@@ -422,7 +427,8 @@ def test_a_signal_that_reads_a_teacher_without_declaring_it_is_told():
 def test_chunks_cover_gradients_of_every_step_once():
     world = World(0)
     objective = Objective([Term(ReverseKL())], chunk_steps=2)
-    loss, _ = objective(world.student.distribution, world.teachers, world.trajectories)
+    world.streams["teacher"] = Stream(world.streams["teacher"].distribution)
+    loss, _ = objective(world.student.distribution, world.streams, world.trajectories)
     hidden = world.student.gradients(loss)[0]
     assert (hidden.abs().sum(-1) > 0).equal(world.trajectories.mask)
     close(hidden[~world.trajectories.mask], torch.zeros_like(hidden[~world.trajectories.mask]), 0)

@@ -69,7 +69,7 @@ class World:
     def loss(self, advantage: Advantage, chunk_steps: int | None = 2, **settings: Any) -> Tensor:
         term = Term(PolicyGradient(advantage, **settings))
         return Objective([term], chunk_steps=chunk_steps)(
-            self.student.distribution, {"teacher": self.teacher.teacher}, self.trajectories
+            self.student.distribution, {"teacher": self.teacher.stream}, self.trajectories
         )[0]
 
     def gradient(self, *args: Any, **settings: Any) -> list[Tensor]:
@@ -229,8 +229,8 @@ def test_returns_to_go_equal_a_loop(seed, discount, normalize, steps):
 
 def test_terms_with_one_teacher_and_different_targets_read_their_own_log_probs():
     world = World(4)
-    other = Policy.random(torch.Generator().manual_seed(9), SHAPE, V).teacher
-    streams = {"teacher": world.teacher.teacher, "reference": other}
+    other = Policy.random(torch.Generator().manual_seed(9), SHAPE, V).stream
+    streams = {"teacher": world.teacher.stream, "reference": other}
 
     def gradient(*terms: Term) -> list[Tensor]:
         return world.student.gradients(
@@ -250,9 +250,7 @@ def test_beside_supervised_completions_without_behavior_log_probs():
     world = World(5, sources=("student", "dataset"), source=torch.tensor([0, 1]))
     world.trajectories.behavior_log_probs[1] = float("nan")
     terms = [Term(PolicyGradient(LogRatio()), source="student"), Term(CrossEntropy(), None, source="dataset")]
-    loss, averages = Objective(terms)(
-        world.student.distribution, {"teacher": world.teacher.teacher}, world.trajectories
-    )
+    loss, averages = Objective(terms)(world.student.distribution, {"teacher": world.teacher.stream}, world.trajectories)
     log_prob = world.log_prob(world.student)
     expected = (-(world.delta * log_prob)[:3].sum() - log_prob[3:].sum()) / 6
     for actual, wanted in zip(world.student.gradients(loss), world.student.gradients(expected), strict=True):

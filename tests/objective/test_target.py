@@ -60,7 +60,7 @@ def test_the_student_is_a_stream_of_its_own_and_detached():
     trajectories = batch([[1, 1, 1]], V)
     term = Term(ForwardKL(), target=LogLinear({"teacher": 0.6, "student": 0.4}))
     assert term.teachers == {"teacher"}
-    loss, _ = Objective([term])(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    loss, _ = Objective([term])(student.distribution, {"teacher": teacher.stream}, trajectories)
     ours, theirs = student.logits(trajectories.mask), teacher.logits(trajectories.mask)
     mixed = (0.6 * theirs + 0.4 * ours).detach()
     expected = dense(lambda p, q: kl(q, p), ours, mixed, torch.zeros(3, dtype=torch.long)).mean()

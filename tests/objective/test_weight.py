@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opd_lightning.distribution import Stream
 from opd_lightning.objective import (
     ByReward,
     Constant,
@@ -97,7 +98,7 @@ def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer
     mask = trajectories.mask
     weight, expected = weights(student, teacher, mask)[which]
     objective = Objective([Term(ReverseKL(), weights=[weight], normalizer=normalizer)], chunk_steps=chunk_steps)
-    loss, averages = objective(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    loss, averages = objective(student.distribution, {"teacher": teacher.stream}, trajectories)
     total = N if normalizer == "steps" else float(expected.sum()) or 1.0
     wanted = (divergences(student, teacher, mask) * expected).sum() / total
     close(loss, wanted, 1e-6)
@@ -111,7 +112,7 @@ def test_weights_multiply_and_each_is_counted(world):
     student, teacher, trajectories = world
     parts = [weights(student, teacher, trajectories.mask)[i] for i in (3, 6, 9)]
     term = Term(ReverseKL(), weights=[weight for weight, _ in parts], coefficient=3.0, normalizer="weights")
-    loss, averages = Objective([term])(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    loss, averages = Objective([term])(student.distribution, {"teacher": teacher.stream}, trajectories)
     product = parts[0][1] * parts[1][1] * parts[2][1]
     expected = 3 * (divergences(student, teacher, trajectories.mask) * product).sum() / product.sum()
     close(loss, expected, 1e-6)
@@ -152,7 +153,7 @@ def test_a_weight_has_no_gradient(world):
     """With a soft weight of the student's own entropy the gradient is weight times that of the divergence."""
     student, teacher, trajectories = world
     loss, _ = Objective([Term(ReverseKL(), weights=[Entropy("student")])])(
-        student.distribution, {"teacher": teacher.teacher}, trajectories
+        student.distribution, {"teacher": teacher.stream}, trajectories
     )
     factor = (-entropy(student, trajectories.mask)).exp()
     expected = (divergences(student, teacher, trajectories.mask) * factor).sum() / N
@@ -162,7 +163,7 @@ def test_a_weight_has_no_gradient(world):
 
 def test_a_weight_that_reads_the_student_leaves_the_other_terms_their_gradient(world):
     student, teacher, trajectories = world
-    streams = {"teacher": teacher.teacher}
+    streams = {"teacher": teacher.stream}
     first = Term(CrossEntropy(), teacher=None, weights=[Entropy("student")])
     second = Term(ReverseKL())
 
@@ -175,7 +176,7 @@ def test_a_weight_that_reads_the_student_leaves_the_other_terms_their_gradient(w
 
 def test_one_weight_object_in_two_terms_is_evaluated_for_each(world):
     student, teacher, trajectories = world
-    streams = {"a": teacher.teacher, "b": Policy.random(torch.Generator().manual_seed(5), SHAPE, V).teacher}
+    streams = {"a": teacher.stream, "b": Policy.random(torch.Generator().manual_seed(5), SHAPE, V).stream}
 
     def loss(*terms: tuple[str, Weight]) -> Tensor:
         listed = [Term(ReverseKL(), teacher=name, weights=[weight]) for name, weight in terms]
@@ -193,7 +194,7 @@ def test_a_term_with_a_source_trains_on_that_behavior_only(world):
     student, teacher, trajectories = world
     trajectories.sources, trajectories.source = ("student", "dataset"), torch.tensor([0, 1, 0])
     terms = [Term(ReverseKL(), source="student"), Term(CrossEntropy(), None, source="dataset", normalizer="weights")]
-    loss, averages = Objective(terms, chunk_steps=2)(student.distribution, {"teacher": teacher.teacher}, trajectories)
+    loss, averages = Objective(terms, chunk_steps=2)(student.distribution, {"teacher": teacher.stream}, trajectories)
     mask = trajectories.mask
     each = divergences(student, teacher, mask)
     log_prob = student.logits(mask).log_softmax(-1).gather(-1, trajectories.actions[mask][:, None]).squeeze(-1)
@@ -209,11 +210,10 @@ def test_a_term_with_a_source_trains_on_that_behavior_only(world):
 @pytest.mark.parametrize("normalizer", ["steps", "weights"])
 def test_without_a_view_a_term_is_off_and_not_in_its_sum_of_weights(world, normalizer):
     student, teacher, trajectories = world
-    available = {"teacher": torch.tensor([True, False, True])}
     weight = Entropy()
     term = Term(ReverseKL(), weights=[weight], normalizer=normalizer)
-    streams = {"teacher": teacher.teacher}
-    loss, _ = Objective([term])(student.distribution, streams, trajectories, available)
+    streams = {"teacher": Stream(teacher.teacher, torch.tensor([True, False, True]))}
+    loss, _ = Objective([term])(student.distribution, streams, trajectories)
     on = ROW != 1
     factor = (-entropy(teacher, trajectories.mask)).exp()
     total = N if normalizer == "steps" else factor[on].sum()
@@ -229,13 +229,13 @@ def test_what_a_teacher_without_a_view_says_is_never_read(world):
     """Rows without a view hold anything at all: their contribution is 0 exactly, in the log as in the gradient."""
     student, teacher, trajectories = world
     trajectories.behavior_log_probs = trajectories.behavior_log_probs.double()
-    available = {"teacher": torch.tensor([True, False, True])}
+    here = torch.tensor([True, False, True])
     found = []
     for filling in (0.0, 1e3):
         said = teacher.teacher
         said.hidden[1] = filling
         terms = [Term(ReverseKL()), Term(PolicyGradient(LogRatio())), Term(CrossEntropy(), None)]
-        loss, averages = Objective(terms)(student.distribution, {"teacher": said}, trajectories, available)
+        loss, averages = Objective(terms)(student.distribution, {"teacher": Stream(said, here)}, trajectories)
         found.append(([loss, *student.gradients(loss)], averages.compute()))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     assert found[0][1] == found[1][1]
@@ -245,10 +245,12 @@ def test_a_target_needs_all_its_streams(world):
     student, teacher, trajectories = world
     from opd_lightning.objective import LogLinear
 
-    streams = {"teacher": teacher.teacher, "reference": student.teacher}
-    available = {"teacher": torch.tensor([True, False, True]), "reference": torch.tensor([True, True, False])}
+    streams = {
+        "teacher": Stream(teacher.teacher, torch.tensor([True, False, True])),
+        "reference": Stream(student.teacher, torch.tensor([True, True, False])),
+    }
     term = Term(ReverseKL(), target=LogLinear({"teacher": 1.25, "reference": -0.25}))
-    loss, _ = Objective([term])(student.distribution, streams, trajectories, available)
+    loss, _ = Objective([term])(student.distribution, streams, trajectories)
     gradient = student.gradients(loss)[0]
     assert (gradient[0, :3] != 0).all()
     assert (gradient[1:] == 0).all()
@@ -298,8 +300,8 @@ def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weight
         for weight in weights:
             weighed.weigh(torch.tensor(weight))
         module.zero_grad()
-        student, (teachers, _) = module.distribution(module.policies["student"], weighed), module.ask_all(weighed)
-        loss, _ = objective(student, teachers, weighed)
+        student = module.distribution(module.policies["student"], weighed)
+        loss, _ = objective(student, module.query_all(weighed), weighed)
         loss.backward()
         return float(loss), torch.cat([p.grad.flatten() for p in module.student.parameters()])
 

@@ -193,9 +193,9 @@ def test_heads_padded_differently_just_work(saved, rows):
     assert module.vocabulary == 17
     table(module)
     rolled = act(module, make_rows(4))
-    teachers, _ = module.ask_all(rolled)
+    streams = module.query_all(rolled)
     with torch.no_grad():
-        loss, averages = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled)
+        loss, averages = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     assert float(loss) > 0
     assert averages.compute()["loss/ReverseKL"] > 0
 

@@ -51,9 +51,9 @@ def test_many_passes_say_and_learn_what_one_does(student, teacher):
     def found(most: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         module.pass_tokens = most
         calls.clear()
-        teachers, available = module.ask_all(rolled)
+        streams = module.query_all(rolled)
         said = module.distribution(module.policies["student"], rolled)
-        loss, _ = module.objective(said, teachers, rolled, available)
+        loss, _ = module.objective(said, streams, rolled)
         module.zero_grad()
         loss.backward()
         return loss.detach(), [parameter.grad for parameter in module.student.parameters()]
@@ -132,9 +132,9 @@ def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):
     """Its prompt has another length in every row, and the same completion."""
     module = make_module(student, frozen(teacher, view=PRIVILEGED))
     rolled = act(module, make_rows(8))
-    distribution, available = module.ask("teacher", rolled)
-    assert available.tolist() == [bool(example["solution"]) for example in rolled.examples]
-    said = distribution.head(distribution.hidden).log_softmax(-1)
+    stream = module.query("teacher", rolled)
+    assert stream.available.tolist() == [bool(example["solution"]) for example in rolled.examples]
+    said = stream.distribution.head(stream.distribution.hidden).log_softmax(-1)
     model, tokenizer = module.policies["teacher"].model, module.tokenizer()
     for i, example in enumerate(rolled.examples):
         shown = (PRIVILEGED(example) or example)["prompt"]
@@ -158,9 +158,9 @@ def test_the_student_itself_without_a_view_is_at_no_distance(any_world, weights,
     objective = Objective([Term(ReverseKL()), Term(ForwardKL())])
     module = any_world.module({"teacher": Teacher(made)}, objective, lora=lora)
     rolled = act(module, any_world.make_rows(8))
-    teachers, available = module.ask_all(rolled)
+    streams = module.query_all(rolled)
     with torch.no_grad():
-        loss, averages = objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
+        loss, averages = objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     found = averages.compute()
     assert found["loss/ReverseKL"] == found["loss/ForwardKL"] == float(loss) == 0.0
 

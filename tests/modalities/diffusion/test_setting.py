@@ -51,9 +51,9 @@ def on_policy(module: Any, count: int = 4, **settings: Any) -> Any:
 
 def objective_of(module: Any, trajectories: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Loss and gradients of a micro-batch that stands alone."""
-    teachers, available = module.ask_all(trajectories)
+    streams = module.query_all(trajectories)
     student = module.distribution(module.policies["student"], trajectories)
-    loss, _ = module.objective(student, teachers, trajectories, available)
+    loss, _ = module.objective(student, streams, trajectories)
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
@@ -413,7 +413,7 @@ def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
         for row, k, x, t, r in states(module, rolled):
             assert k == last[row]
             moment = torch.tensor([row])
-            target = module.ask("teacher", rolled)[0].at(torch.tensor([row * rolled.mask.shape[1] + k]))
+            target = module.query("teacher", rolled).distribution.at(torch.tensor([row * rolled.mask.shape[1] + k]))
             d = (says(module, "student", row, x, t, r) - target.chunk(slice(None)).velocity[0]) * t
             latent = rolled.observation["start"][row][None]
             for j in range(k + 1):
@@ -444,14 +444,14 @@ def test_a_reference_is_seen_by_the_teacher_alone(make):
     index = torch.arange(rolled.mask.numel())
     with torch.no_grad():
         own = student.at(index).chunk(slice(None)).mean
-        told, blind = (module.ask(name, rolled)[0].at(index).chunk(slice(None)).mean for name in views)
+        told, blind = (module.query(name, rolled).distribution.at(index).chunk(slice(None)).mean for name in views)
     assert torch.equal(own, blind), "equal weights and equal views"
     assert not torch.allclose(own, told)
     other = [{**row, "image": row["image"].point(lambda x: 255 - x)} for row in make_rows(4)]
     assert module.teachers["teacher"].look({"prompt": "a", "image": None}) is None
     rolled.examples = other
     with torch.no_grad():
-        again = module.ask("teacher", rolled)[0].at(index).chunk(slice(None)).mean
+        again = module.query("teacher", rolled).distribution.at(index).chunk(slice(None)).mean
     assert not torch.allclose(again, told), "another image, another answer"
 
 
@@ -485,8 +485,8 @@ def test_gradients_do_not_depend_on_chunks_and_memory_not_on_the_number_of_steps
     student = pieces.distribution(pieces.policies["student"], on_policy(pieces, horizon=9))
     made = student.make
     student.make = lambda index: opened.append(len(index)) or made(index)
-    teachers, available = pieces.ask_all(rolled9 := on_policy(pieces, horizon=9))
-    pieces.objective(student, teachers, rolled9, available)[0].backward()
+    streams = pieces.query_all(rolled9 := on_policy(pieces, horizon=9))
+    pieces.objective(student, streams, rolled9)[0].backward()
     assert max(opened) <= 5
     assert sum(opened) == 36
 
@@ -497,7 +497,7 @@ def test_a_teacher_is_asked_only_where_its_term_applies(make):
     module = make(objective=objective, rollout=shares)
     rolled = on_policy(module, 4)
     rolled.sources, rolled.source = ("student", "dataset"), torch.tensor([0, 0, 1, 0])
-    teacher = module.ask("teacher", rolled)[0]
+    teacher = module.query("teacher", rolled).distribution
     asked, made = [], teacher.make
     teacher.make = lambda index: asked.extend((index // 2).tolist()) or made(index)
     student = module.distribution(module.policies["student"], rolled)

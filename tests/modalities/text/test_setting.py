@@ -89,7 +89,7 @@ def test_a_teacher_reads_its_own_template_if_asked_to(chat_student, other_templa
         policy = module.policies["teacher"] if own else None
         assert shown(module, "1+1=", policy).removeprefix("<s>") == text.removeprefix("<s>")
         rolled = act(module, [{"prompt": "1+1="}, {"prompt": "a longer prompt"}])
-        said, available = module.ask("teacher", rolled)
+        stream = module.query("teacher", rolled)
         plain = module.tokenizer()(text, add_special_tokens=False)["input_ids"]
         if own:
             plain = module.collate([{"prompt": "1+1="}], policy)["input_ids"][0].tolist()
@@ -99,8 +99,9 @@ def test_a_teacher_reads_its_own_template_if_asked_to(chat_student, other_templa
             whole = (
                 module.policies["teacher"].model(input_ids=ids[None]).logits[0, -steps - 1 : -1, : module.vocabulary]
             )
+        said = stream.distribution
         assert (said.head(said.hidden)[0, :steps] - whole).abs().max() < 1e-4
-        assert available is None or bool(available.all())
+        assert stream.available is None or bool(stream.available.all())
 
 
 def test_a_view_in_a_chat(chat_student):
@@ -110,7 +111,7 @@ def test_a_view_in_a_chat(chat_student):
     module = make_module(chat_student, {"teacher": Teacher(Frozen(Pretrained(str(chat_student))), view)})
     row = {"prompt": CHAT, "answer": "2"}
     rolled = act(module, [row])
-    said, _ = module.ask("teacher", rolled)
+    said = module.query("teacher", rolled).distribution
     seen = view(row)
     assert seen is not None
     assert "It is 2." in shown(module, seen["prompt"])

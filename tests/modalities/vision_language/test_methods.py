@@ -40,8 +40,8 @@ def overlay(name: str, folder) -> VisionLanguageDistillation:
 
 
 def loss_of(module, rolled):
-    teachers, available = module.ask_all(rolled)
-    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
+    streams = module.query_all(rolled)
+    loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     return loss
 
 
@@ -77,7 +77,7 @@ def test_vision_opd_scores_the_same_response_after_prompts_of_other_lengths(fold
     rolled = act(module, cropless(12))
     shown = [module.teachers["teacher"].look(row) for row in rolled.examples]
     assert module.collate(shown)["input_ids"].shape[1] != rolled.observation["input_ids"].shape[1]
-    distribution, _ = module.ask("teacher", rolled)
+    distribution = module.query("teacher", rolled).distribution
     assert distribution.hidden.shape[:2] == rolled.actions.shape
 
 
@@ -106,7 +106,7 @@ def test_an_empty_cue_is_no_privilege(folder):
     module = overlay("vicur", folder)
     rows = [row | {"cue": ""} for row in cropless(12)]
     rolled = act(module, rows)
-    said, _ = module.ask("teacher", rolled)
+    said = module.query("teacher", rolled).distribution
     own = log_softmax(module, "student", rolled)
     assert (said.head(said.hidden).log_softmax(-1) - own).abs().max() < 1e-6
 
@@ -127,7 +127,7 @@ def test_vicur_gives_the_k1_gradient(folder):
     loss_of(module, rolled).backward()
     found = [p.grad.clone() for p in module.student.parameters()]
     module.student.zero_grad()
-    said, _ = module.ask("teacher", rolled)
+    said = module.query("teacher", rolled).distribution
     teacher = said.head(said.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]
     own = module.distribution(module.policies["student"], rolled)
     student = own.head(own.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]

@@ -77,9 +77,9 @@ def test_a_view_has_its_own_images_and_the_same_actions(vlm_student, vlm_teacher
     module = make(vlm_student, {"teacher": Teacher(Frozen(Pretrained(str(vlm_teacher))), view=view)})
     rows = [row for row in vlm_rows(8) if row["images"]]
     rolled = act(module, rows)
-    distribution, available = module.ask("teacher", rolled)
-    assert bool(available.all())
-    said = distribution.head(distribution.hidden).log_softmax(-1)
+    stream = module.query("teacher", rolled)
+    assert bool(stream.available.all())
+    said = stream.distribution.head(stream.distribution.hidden).log_softmax(-1)
     for i, row in enumerate(rows):
         seen = view(row)
         alone = rolled.select(torch.tensor([i]))
@@ -165,7 +165,7 @@ def test_a_student_view_is_what_student_and_viewless_teachers_see(vlm_student, v
     assert not torch.allclose(in_full["teacher"], degraded["teacher"], atol=1e-2)
     assert torch.equal(log_softmax(hidden, "student", rolled), degraded["student"])
     for module, expected in ((hidden, degraded), (shown, in_full)):
-        said, _ = module.ask("teacher", rolled)
+        said = module.query("teacher", rolled).distribution
         assert (said.head(said.hidden).log_softmax(-1) - expected["teacher"]).abs().max() < 1e-5
 
 
@@ -180,9 +180,9 @@ def test_the_student_itself_with_the_same_images_is_at_no_distance(vlm_student, 
     student.lora = lora
     module = make(student, {"teacher": Teacher(weights(), view=Original())}, Objective([Term(ReverseKL())]))
     rolled = act(module, vlm_rows(8))
-    teachers, available = module.ask_all(rolled)
+    streams = module.query_all(rolled)
     with torch.no_grad():
-        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), teachers, rolled, available)
+        loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     assert abs(float(loss)) < 1e-6
 
 

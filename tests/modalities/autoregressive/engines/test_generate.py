@@ -238,7 +238,8 @@ def test_the_loader_trains_on_what_was_sampled(any_world, tmp_path):
     """The observation of a micro-batch is exactly the prompt that was sampled from, however it was cut."""
 
     module = attach(any_world.module(rollout=Rollout(batch_size=8, micro_batch_size=2, horizon=8)), tmp_path)
-    for batch in RolloutLoader(any_world.make_rows(24), module):
+    for micro_batch in RolloutLoader(any_world.make_rows(24), module):
+        batch = micro_batch.trajectories
         for i, example in enumerate(batch.examples):
             mine = batch.observation["input_ids"][i][batch.observation["attention_mask"][i].bool()]
             assert mine.tolist() == module.collate([example])["input_ids"][0].tolist()
