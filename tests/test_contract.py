@@ -45,7 +45,7 @@ def test_a_setting_without_a_method_is_refused_by_name_when_it_is_built(missing)
 
     setattr(Mine, missing, getattr(OnPolicyDistillation, missing))
     with pytest.raises(
-        TypeError, match=rf"Mine has no method {missing}: a setting implements collate, sample, steps and"
+        TypeError, match=rf"Mine has no method {missing}: a setting implements collate, sample, distribution and"
     ):
         toy.make_module(setting=Mine)
     with pytest.raises(
