@@ -23,7 +23,7 @@ def answer(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-OWN = ("export", "gallery", "render-gui", "report", "table")
+OWN = ("export", "gallery", "methods", "render-gui", "report", "table")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])

@@ -21,7 +21,7 @@ SHORT = [
     "--model.schedule.warmup_steps=0",
     "--model.schedule.name=constant",
 ]
-TERM = "[{signal: {class_path: ReverseKL}, weights: [{class_path: TopEntropy}], normalizer: weights}]"
+TERM = "[{signal: ReverseKL, weights: [TopEntropy], normalizer: weights}]"
 MOMENTUM = [*SGD, "--model.optimizer.momentum=0.9"]
 LORA = "--model.student.lora={r: 4, alpha: 8}"
 

@@ -150,8 +150,8 @@ def diffusion(student: Path, teacher: Path) -> World:
         teacher,
         tiny_diffusion.make_rows,
         Referenced(),
-        yaml_view={"class_path": "opd_lightning.modalities.diffusion.ReferenceImage"},
+        yaml_view={"class_path": "ReferenceImage"},
         settings={**sizes, "sampler": SDE(), "optimizer": tiny.sgd(1e-4)},
-        yaml={**sizes, "sampler": {"class_path": "opd_lightning.modalities.diffusion.SDE"}},
+        yaml={**sizes, "sampler": "SDE"},
         freeze="image_embedder",
     )

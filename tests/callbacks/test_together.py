@@ -112,7 +112,7 @@ trainer:
           init_args: {rate: {class_path: Cosine, init_args: {start: 0.05, end: 0.0, steps: 9}}}
     - {class_path: FreshnessControl, init_args: {anchor: 0.2}}
     - {class_path: CollapseAlarm, init_args: {action: stop, overlap: null}}
-    - {class_path: Samples, init_args: {signal: {class_path: JSD}}}
+    - {class_path: Samples, init_args: {signal: JSD}}
     - {class_path: WeightExtrapolation, init_args: {distances: [2, 4, 8]}}
 """
 

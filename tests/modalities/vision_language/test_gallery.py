@@ -17,9 +17,9 @@ model:
     student: {{path: STUDENT}}
     teachers:
       teacher:
-        weights: {{class_path: Live}}
-        view: {{class_path: Spotlight}}
-    objective: {{terms: [{{signal: {{class_path: ReverseKL}}}}]}}
+        weights: Live
+        view: Spotlight
+    objective: {{terms: [{{signal: ReverseKL}}]}}
     rollout: {{batch_size: 2, horizon: 6}}
     evaluation: {{show: 3}}
 data:
@@ -39,8 +39,8 @@ def finished(tmp_path_factory):
     student = save_vlm(folder / "student")
     (folder / "gui.yaml").write_text(GUI.replace("STUDENT", str(student)), encoding="utf-8")
     run(["fit", "-c", str(folder / "gui.yaml"), f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu",
-         "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0",
-         "--trainer.logger=false", "--trainer.enable_progress_bar=false"])  # fmt: skip
+         "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.logger=false",
+         "--trainer.enable_progress_bar=false"])  # fmt: skip
     return folder
 
 
