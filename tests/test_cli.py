@@ -96,7 +96,9 @@ def test_the_trainer_has_defaults_which_a_file_and_an_argument_replace(tmp_path,
     shipped_one = ("fit", "-c", "opd:text/quickstart.yaml")
     trainer = printed(capsys, *shipped_one)["trainer"]
     assert [trainer[name] for name in names] == [-1, None, 0, None]
-    (tmp_path / "mine.yaml").write_text("trainer: {max_epochs: 3, num_sanity_val_steps: 1, logger: false}\n", "utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        "trainer: {max_epochs: 3, num_sanity_val_steps: 1, logger: false}\n", encoding="utf-8"
+    )
     trainer = printed(capsys, *shipped_one, "-c", str(tmp_path / "mine.yaml"), "--trainer.max_epochs=2")["trainer"]
     assert [trainer[name] for name in names] == [2, None, 1, False]
 
