@@ -42,6 +42,12 @@ def test_a_command_that_is_registered_has_a_help_of_its_own(capsys, command):
     assert commands()[command].split()[-1] in text
 
 
+@pytest.mark.parametrize("command", ["gallery", "report", "table"])
+def test_a_folder_without_a_run_is_named(command, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no run of `opd fit`: there is no .*config\.yaml"):
+        execute([command, str(tmp_path)])
+
+
 def test_the_version_names_the_libraries_too(capsys):
     text = answer(capsys, "--version")
     assert text.startswith("opd-lightning ")

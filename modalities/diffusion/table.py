@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
 from ...printable import cell
-from ...report import Curves, new_figure, read_curves
+from ...report import Curves, new_figure, read_config, read_curves
 
 
 def by_steps(curves: Curves, prefix: str, place: int, metric: str = "fid") -> dict[int, float]:
@@ -38,8 +37,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
     Raises:
         ValueError: the run sampled no frozen teacher (``evaluation.before``).
     """
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    curves = read_curves(run)
+    config, curves = read_config(run), read_curves(run)
     teacher = by_steps(curves, "val/teacher", 0)
     if not teacher:
         raise ValueError(f"{run}: nothing was measured of a frozen teacher; set model.evaluation.before")

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import ArgumentParser
 
 from ...module import OnPolicyDistillation
 from ...printable import printable
-from ...report import new_figure
+from ...report import new_figure, read_config
 from .images import images_of
 
 BEFORE, AFTER, TARGET = "tab:red", "tab:green", "tab:blue"
@@ -32,7 +31,7 @@ def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], li
     Raises:
         FileNotFoundError: the folder holds no run of `opd fit`.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(run)
     parser = ArgumentParser()
     parser.add_subclass_arguments(OnPolicyDistillation, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data")
