@@ -4,29 +4,60 @@ from __future__ import annotations
 
 import hashlib
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ...agreement import ACTED, TRAINING
+from ...distribution import Head
 from ...noise import noise
+from ...pretrained import Pretrained
 from ...printable import printable, quoted
+from ...rollout import Rollout
 from ...sharding import as_forward
-from ...teacher import Policy, evaluating
+from ...teacher import Policy, Teacher, evaluating
 from ...trajectory import Example
+from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, first_line
 from .models import bare, context_length, output_embeddings, rope_kinds
-
-if TYPE_CHECKING:
-    from .setting import AutoregressiveDistillation
+from .rendering import Renderer
 
 SHOWN, RUN = 500, 3
 """Characters of a prompt to look at, and how many equal tokens in a row are written out."""
 
 
-def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, str]]]:
+class Audited(Protocol):
+    """What the audit reads of a setting."""
+
+    policies: dict[str, Policy]
+    teachers: dict[str, Teacher]
+    rollout: Rollout
+    engine: RolloutEngine
+    trials: dict[str, Trial]
+    chat_template_kwargs: dict[str, Any]
+    _student_spec: Pretrained
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def eos(self) -> list[int]: ...
+    @property
+    def padding_id(self) -> int: ...
+    def tokenizer(self, policy: Policy | None = None) -> Any: ...
+    def renderer(self, policy: Policy | None = None) -> Renderer: ...
+    def head(self, policy: Policy) -> Head: ...
+    def stop_ids(self, policy: Policy) -> list[int]: ...
+    def filled_in(self, policy: Policy) -> list[int]: ...
+    def shown(self, examples: list[Example]) -> list[Example]: ...
+    def asked(self, example: Example) -> Example: ...
+    def answered(self, example: Example) -> Example: ...
+    def given(self, example: Example) -> tuple[list[int], list[bool]]: ...
+    def prompt_ids(self, example: Example, policy: Policy | None = None) -> Tensor: ...
+
+
+def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
     """Rows of the table: what, and its value for each role.
 
     Raises:
@@ -74,7 +105,7 @@ def audit_rows(module: AutoregressiveDistillation) -> list[tuple[str, dict[str, 
     ]
 
 
-def check_horizon(module: AutoregressiveDistillation) -> None:
+def check_horizon(module: Audited) -> None:
     """
     Raises:
         ValueError: rollouts are as long as the context of a policy that reads them, so that no prompt is short enough.
@@ -89,7 +120,7 @@ def check_horizon(module: AutoregressiveDistillation) -> None:
             )
 
 
-def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple[str, str]]:
+def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
     """What each policy reads of a row, special tokens and all, and which tokens are trained."""
     (seen,) = module.shown([example])
     found = [("student reads", _spelled(module, module.prompt_ids(seen).tolist()))]
@@ -111,7 +142,48 @@ def readings(module: AutoregressiveDistillation, example: Example) -> list[tuple
     return found
 
 
-def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: str, is_raw: bool) -> str | None:
+def problem_with_row(module: Audited, example: Example) -> str | None:
+    """Why a row can't be used, or None: its prompt, its completion, or what a teacher is shown of it."""
+    (seen,) = module.shown([example])
+    own, rollout = module.prompt_ids(seen), module.rollout
+    if not len(own):
+        return "the prompt is empty"
+    if "dataset" in rollout.sources and module.answered(example).get("completion") is not None:
+        module.given(example)
+    if rollout.max_prompt_length is not None and len(own) > rollout.max_prompt_length:
+        return f"the prompt has {len(own)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
+    room = context_length(module.policies["student"])
+    if len(own) + rollout.horizon > room:
+        return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
+    is_raw = module.renderer().is_raw(seen["prompt"])
+    if problem := problem_with_prompt(module, own, "student", is_raw):
+        return problem
+    if end := module.renderer().rendered_already(module.asked(seen), module.eos):
+        return (
+            f"the prompt holds {end!r}, the end of a turn, and would be put into a turn itself: was it rendered "
+            "already? Give messages; text models read text as it is with model.raw_prompts"
+        )
+    for name, teacher in module.teachers.items():
+        view = teacher.look(example)
+        if view is None:
+            continue
+        policy = module.policies[name]
+        shown = own
+        if teacher.view is not None or teacher.own_template:
+            reader = policy if teacher.own_template else None
+            shown = module.prompt_ids(seen if teacher.view is None else view, reader)
+        if teacher.view is not None and (end := module.renderer().rendered_already(module.asked(view), module.eos)):
+            return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
+        room = context_length(policy) - rollout.horizon
+        limit = min(teacher.max_prompt_length or room, room)
+        if len(shown) > limit:
+            return f"the teacher's prompt has {len(shown)} tokens, the limit of model.teachers.{name} is {limit}"
+        if problem := problem_with_prompt(module, shown, name, is_raw):
+            return problem
+    return None
+
+
+def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -> str | None:
     """Why a policy can't go on from token ids ``[P]``, or None.
 
     Args:
@@ -134,7 +206,7 @@ def problem_with_prompt(module: AutoregressiveDistillation, ids: Tensor, name: s
     return None
 
 
-def _spelled(module: AutoregressiveDistillation, ids: list[int]) -> str:
+def _spelled(module: Audited, ids: list[int]) -> str:
     """Token ids as text; what stands many times in a row, such as an image's tokens, once."""
     decode, text = module.tokenizer().decode, ""
     several: list[int] = []
@@ -148,7 +220,7 @@ def _spelled(module: AutoregressiveDistillation, ids: list[int]) -> str:
     return f"{quoted(text + decode(several), SHOWN)}, {len(ids)} tokens"
 
 
-def _weights(module: AutoregressiveDistillation, name: str) -> str:
+def _weights(module: Audited, name: str) -> str:
     if name == "student":
         return "trained" if module._student_spec.lora is None else f"LoRA r={module._student_spec.lora.r}"
     teacher = module.teachers[name]
@@ -160,7 +232,7 @@ def _dropout(policy: Policy) -> str:
     return f"up to {on:g} in training, as asked for" if on else "off"
 
 
-def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
+def _engine(module: Audited, policy: Policy) -> str:
     """What the policy is let write with; a warning where it is not the engine that was asked for."""
     engine, why = module.engine, module.engine.refusal(policy)
     own = type(engine).__name__ if why is None else f"generate ({why})"
@@ -175,7 +247,7 @@ def _engine(module: AutoregressiveDistillation, policy: Policy) -> str:
     return own
 
 
-def suspects(module: AutoregressiveDistillation, policy: Policy, what: str) -> list[str]:
+def suspects(module: Audited, policy: Policy, what: str) -> list[str]:
     """What may make a policy disagree with itself, in this comparison of `Comparison`."""
     model = bare(policy.model)
     if what == TRAINING:
@@ -188,7 +260,7 @@ def suspects(module: AutoregressiveDistillation, policy: Policy, what: str) -> l
     return [*found, f"{type(model).__name__} reads padding, caches or positions in a way of its own"]
 
 
-def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> str:
+def _template(module: Audited, name: str, policy: Policy) -> str:
     template = policy.processor.chat_template
     if template is None:
         return "none: prompts as they are"
@@ -200,7 +272,7 @@ def _template(module: AutoregressiveDistillation, name: str, policy: Policy) -> 
     )
 
 
-def _compare_tokenizers(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:
+def _compare_tokenizers(module: Audited, name: str, policy: Policy) -> None:
     """By content: the same id must mean the same bytes, however the vocabularies are padded."""
     mine, theirs = module.tokenizer().get_vocab(), module.tokenizer(policy).get_vocab()
     if mine == theirs:
@@ -216,7 +288,7 @@ def _compare_tokenizers(module: AutoregressiveDistillation, name: str, policy: P
 
 
 @torch.no_grad()
-def _check_head(module: AutoregressiveDistillation, name: str, policy: Policy) -> None:
+def _check_head(module: Audited, name: str, policy: Policy) -> None:
     """Hidden states times head must be the model's own logits, or the objective would train something else."""
     model = bare(policy.model)
     if model.base_model is model:

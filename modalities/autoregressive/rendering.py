@@ -6,10 +6,8 @@ the ids of the whole conversation, as far as the student writes it: up to the to
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -20,24 +18,23 @@ from ...chat import Chat, Message, is_answer, problem_with_chat
 from ...printable import quoted
 from ...rows import reason_of
 from ...trajectory import Example
+from .messages import (
+    PLACEHOLDER,
+    holds,
+    options_of,
+    plain,
+    saying_otherwise,
+    shown_text,
+    text_only,
+    tools_of,
+    without_opening,
+)
 from .models import tokenizer_of
 
 COLUMNS = frozenset({"prompt", "completion", "tools", "chat_template_kwargs"})
 """What is read of a row."""
 
 _OURS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data sets call them in a message
-_TAG = re.compile(r"([<\[◁][\w:]+[>\]▷])(\s*)$")  # with which a thought begins
-_TEXT = "TEXT"  # stands for what somebody says, where a template is asked what it writes around it
-
-
-def text_only(chat: Chat, example: Example) -> Chat:
-    """The chat with contents of text, as the templates of language models read them.
-
-    Raises:
-        ValueError: a part of a content is no text.
-    """
-    return [{**message, "content": _joined(message["content"], number)} for number, message in enumerate(chat, 1)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Renderer:
         """
         prompt = example["prompt"]
         if self.is_raw(prompt):
-            for name, there in (("tools", tools_of(example)), ("chat_template_kwargs", _options_of(example))):
+            for name, there in (("tools", tools_of(example)), ("chat_template_kwargs", options_of(example))):
                 if there:
                     raise ValueError(f"the row has {name}, which nothing shows: {self._why_raw()}")
             return str(prompt)
@@ -109,7 +106,7 @@ class Renderer:
         prompt = example["prompt"]
         if self.is_raw(prompt):
             return None
-        said = [_shown(message) for message in self._chat(prompt)]
+        said = [shown_text(message) for message in self._chat(prompt)]
         ends = [token for token, i in self.tokenizer.get_added_vocab().items() if i in stops]
         return next((end for end in ends if any(end in text for text in said)), None)
 
@@ -160,7 +157,7 @@ class Renderer:
         """
         if self.processor.chat_template is None:
             return None
-        chat, row = [{"role": "user", "content": _TEXT}], {"prompt": _TEXT}
+        chat, row = [{"role": "user", "content": PLACEHOLDER}], {"prompt": PLACEHOLDER}
         try:
             behind = self._behind_answer(chat, row)
             asked_again = self._behind_answer(chat, row, {"role": "user", "content": "?"})
@@ -202,18 +199,18 @@ class Renderer:
         ]
         opening = self._opening(prompt, chat, example)
         said = [answer[i] for i in places]
-        if len(turns) == len(said) and all(map(_holds, [opening + turn for turn in turns], said)):
+        if len(turns) == len(said) and all(map(holds, [opening + turn for turn in turns], said)):
             return turns
-        (first, *others) = map(_plain, answer)
+        (first, *others) = map(plain, answer)
         if others or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
             raise ValueError("the chat template does not write the whole completion behind the prompt")
         # such as reasoning that the template leaves out of answers, or begins itself
-        return [_without_opening(first["content"], opening) + self._behind_answer(chat, example)]
+        return [without_opening(first["content"], opening) + self._behind_answer(chat, example)]
 
     def _asked(self, prompt: str, chat: Chat, example: Example) -> str:
         """The prompt as it is written where an answer follows, if that ends alike (Mistral's templates show the system
         message in the last message alone); otherwise the prompt itself."""
-        head = self._render([*chat, {"role": "assistant", "content": _TEXT}], example).rpartition(_TEXT)[0]
+        head = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example).rpartition(PLACEHOLDER)[0]
         own = prompt[len(prompt.rstrip()) :]
         before, end, space = head.rpartition(prompt.split()[-1]) if prompt.strip() else ("", "", head)
         return before + end + own if end and not space.strip() and space.startswith(own) else prompt
@@ -225,8 +222,8 @@ class Renderer:
 
     def _behind_answer(self, chat: Chat, example: Example, *then: Message) -> str:
         """What the template writes behind an answer, and with further messages between it and what is said next."""
-        whole = self._render([*chat, {"role": "assistant", "content": _TEXT}, *then], example)
-        behind = whole.rpartition(_TEXT)[2]
+        whole = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}, *then], example)
+        behind = whole.rpartition(PLACEHOLDER)[2]
         return behind.partition(then[0]["content"])[0] if then else behind
 
     def _cut(self, ids: list[int], end: int) -> list[int]:
@@ -269,7 +266,7 @@ class Renderer:
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
-        prepared = self.prepare([_plain(message) for message in chat], example)
+        prepared = self.prepare([plain(message) for message in chat], example)
         try:
             text = self.processor.apply_chat_template(
                 prepared, tokenize=False, add_generation_prompt=to_be_continued, **options
@@ -298,10 +295,10 @@ class Renderer:
         found, begin = "".join(text.split()), given or 0
         for place, message in list(enumerate(chat))[begin:]:
             # templates may leave out thoughts, and what is said beside a call
-            if _holds(found, message) or message.get("tool_calls"):
+            if holds(found, message) or message.get("tool_calls"):
                 continue
             try:
-                other = [*chat[:place], _saying_otherwise(message), *chat[place + 1 :]]
+                other = [*chat[:place], saying_otherwise(message), *chat[place + 1 :]]
                 lost = self._render(other, example, to_be_continued=given is None) == text
             except Exception:  # what they refuse they read
                 lost = False
@@ -314,7 +311,7 @@ class Renderer:
                 )
 
     def _own_options(self, example: Example) -> dict[str, Any]:
-        options = _options_of(example)
+        options = options_of(example)
         for name in options:
             if name in _OURS or not self._reads(name):
                 why = "is set by the setting itself" if name in _OURS else "is read by no part of the chat template"
@@ -344,120 +341,3 @@ class Renderer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def tools_of(example: Example) -> list[Any]:
-    """The row's tools; none where it has none.
-
-    Raises:
-        ValueError: they are no list, or no JSON.
-    """
-    tools = _read(example, "tools", list) or []
-    return [_without_nulls(_parsed("tools", tool)) for tool in tools]
-
-
-def _options_of(example: Example) -> dict[str, Any]:
-    """The row's options for the template; a null is none, as tables give each row the keys of all others."""
-    options: dict[str, Any] = _without_nulls(_read(example, "chat_template_kwargs", dict) or {})
-    return options
-
-
-def transcript(prompt: str | Chat) -> str:
-    """A whole prompt to look at; of a chat of several messages, each with its role."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and not prompt[0].get("tool_calls"):
-        return _shown(prompt[0])
-    return "\n".join(f"{message['role']}: {_shown(message)}" for message in prompt)
-
-
-def _shown(message: Message) -> str:
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part.get("text", f"<{part.get('type')}>") for part in content)
-    calls = message.get("tool_calls")
-    return content + (json.dumps(calls, ensure_ascii=False) if calls else "")
-
-
-def _read(example: Example, column: str, kind: type) -> Any:
-    """A column that holds a list or an object, or the same as JSON text."""
-    value = _parsed(column, example.get(column))
-    if value not in (None, "") and not isinstance(value, kind):
-        raise ValueError(f"{column} is {quoted(value)}; it must be {'a list' if kind is list else 'an object'}")
-    return value
-
-
-def _parsed(column: str, value: Any) -> Any:
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"{column} is text, but no JSON: {error}") from error
-
-
-def _plain(message: Message) -> Message:
-    """A message as templates take it: without the keys that are null, calls with arguments instead of their JSON; a
-    content that is null is empty."""
-    kept: Message = _without_nulls(message)
-    if calls := kept.get("tool_calls"):
-        kept["tool_calls"] = [_called(call) for call in calls]
-    return {**kept, "content": kept.get("content", "")}
-
-
-def _called(call: Any) -> Any:
-    """A call whose arguments are an object, as templates write them; APIs have them as JSON."""
-    if isinstance(call, dict) and "function" in call:
-        return {**call, "function": _called(call["function"])}
-    if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-        with suppress(ValueError):
-            return {**call, "arguments": json.loads(call["arguments"])}
-    return call
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that tables add to every message and tool."""
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    # what a tool is called with may be null
-    return {k: v if k == "arguments" else _without_nulls(v) for k, v in value.items() if v is not None}
-
-
-def _joined(content: str | list[Any], number: int) -> str:
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f"message {number} has a part that is no text: {quoted(part)}; write {{type: text, text: …}}"
-            )
-    return "".join(part["text"] for part in content)
-
-
-def _holds(turn: str, message: Message) -> bool:
-    """Whether all that a message says is in its turn, whatever white space the template puts between."""
-    content = message.get("content") or ""
-    said = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
-    named = [call.get("name") or "" for call in calls]
-    found = "".join(turn.split())
-    thoughts = [message.get(name) or "" for name in _THOUGHTS]
-    return all("".join(text.split()) in found for text in (*said, *thoughts, *named))
-
-
-def _saying_otherwise(message: Message) -> Message:
-    """The same message with other text in the same places."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": _TEXT}
-    return {**message, "content": [{**part, "text": _TEXT} if "text" in part else part for part in content]}
-
-
-def _without_opening(text: str, opening: str) -> str:
-    """An answer without the tag with which the prompt has begun it already, such as ``<think>``."""
-    tag = _TAG.search(opening)
-    if tag is None or not text.lstrip().startswith(tag[1]):
-        return text
-    return text.lstrip().removeprefix(tag[1]).removeprefix(tag[2])

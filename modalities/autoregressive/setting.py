@@ -26,15 +26,16 @@ from ...sharding import is_sharded
 from ...shipped import shipped
 from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows, check_horizon, problem_with_prompt, readings, suspects
+from .audit import audit_rows, check_horizon, problem_with_row, readings, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
 from .engines.engine import until_stop
 from .engines.row_groups import SwitchingRope, check_dynamic, read
 from .engines.trial import Trial
 from .generation import make_savable
-from .models import bare, context_length, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .messages import transcript
+from .models import bare, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
 from .passes import last_trained, left_align, pass_limits, passes
-from .rendering import COLUMNS, Renderer, transcript
+from .rendering import COLUMNS, Renderer
 
 PROBES, PROBE_TOKENS = 3, 12
 
@@ -375,40 +376,4 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             return str(error)
 
     def _refusal(self, example: Example) -> str | None:
-        (seen,) = self.shown([example])
-        own, rollout = self.prompt_ids(seen), self.rollout
-        if not len(own):
-            return "the prompt is empty"
-        if "dataset" in rollout.sources and self.answered(example).get("completion") is not None:
-            self.given(example)
-        if rollout.max_prompt_length is not None and len(own) > rollout.max_prompt_length:
-            return f"the prompt has {len(own)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
-        room = context_length(self.policies["student"])
-        if len(own) + rollout.horizon > room:
-            return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
-        is_raw = self.renderer().is_raw(seen["prompt"])
-        if problem := problem_with_prompt(self, own, "student", is_raw):
-            return problem
-        if end := self.renderer().rendered_already(self.asked(seen), self.eos):
-            return (
-                f"the prompt holds {end!r}, the end of a turn, and would be put into a turn itself: was it rendered "
-                "already? Give messages; text models read text as it is with model.raw_prompts"
-            )
-        for name, teacher in self.teachers.items():
-            view = teacher.look(example)
-            if view is None:
-                continue
-            policy = self.policies[name]
-            shown = own
-            if teacher.view is not None or teacher.own_template:
-                reader = policy if teacher.own_template else None
-                shown = self.prompt_ids(seen if teacher.view is None else view, reader)
-            if teacher.view is not None and (end := self.renderer().rendered_already(self.asked(view), self.eos)):
-                return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
-            room = context_length(policy) - rollout.horizon
-            limit = min(teacher.max_prompt_length or room, room)
-            if len(shown) > limit:
-                return f"the teacher's prompt has {len(shown)} tokens, the limit of model.teachers.{name} is {limit}"
-            if problem := problem_with_prompt(self, shown, name, is_raw):
-                return problem
-        return None
+        return problem_with_row(self, example)

@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ...chat import is_chat
 from ...teacher import View
 from ...trajectory import Example
-from .rendering import transcript
+from .messages import transcript
 
 _jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opd_lightning.modalities.autoregressive.rendering import Renderer, transcript
+from opd_lightning.modalities.autoregressive.messages import transcript
+from opd_lightning.modalities.autoregressive.rendering import Renderer
 
 # As the models of these names have them, in as far as a conversation with tools needs it: what stands around a turn,
 # what is trimmed, what only an answer or only a prompt has
