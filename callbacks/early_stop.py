@@ -17,7 +17,7 @@ from torch import Tensor
 from ..distribution import CategoricalChunk
 from ..module import OnPolicyDistillation
 from ..objective import Divergence, ReverseKL
-from ..objective.steps import Steps
+from ..objective.steps import OpenSteps
 from ..optimizer_step import MicroBatch, OptimizerStep
 from ..rollout import RolloutCallback, derived_seed
 from ..trajectory import Trajectories
@@ -195,9 +195,10 @@ class ChangePoint(StopRule):
         rows = zip(values, trajectories.mask, trajectories.length.tolist(), strict=True)
         return torch.tensor([self._cut(row[mask], length) for row, mask, length in rows])
 
-    def _read(self, steps: Steps) -> Tensor:
+    def _read(self, steps: OpenSteps) -> Tensor:
         if self.signal != "margin":
-            return steps.statistic(f"teacher_{self.signal}")
+            # LGR's confidence is the largest probability
+            return steps.statistic("teacher/peak" if self.signal == "confidence" else f"teacher/{self.signal}")
         assert isinstance(steps.student, CategoricalChunk)
         log_p = steps.student.log_probs()
         candidates = log_p.topk(min(self.candidates, log_p.shape[-1])).indices

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..module import OnPolicyDistillation
 from ..objective import ReverseKL, Signal, Term
-from ..objective.steps import Steps
+from ..objective.steps import OpenSteps, Steps
 from ..optimizer_step import MicroBatch, OptimizerStep
 from ..rollout import RolloutLoader
 from ..teacher import Teacher, View
@@ -40,8 +40,7 @@ class Anchor(Signal):
     both; but steps drawn from p_then say next to nothing of the paper's once the student has left them.
     """
 
-    def __call__(self, steps: Steps) -> Tensor:
-        assert steps.student is not None
+    def __call__(self, steps: OpenSteps) -> Tensor:
         mine = steps.per_trajectory(_by_student(steps.trajectories))
         log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behavior_log_prob, 0.0)
         log_ratio = log_ratio.clamp(max=LARGEST)

@@ -20,7 +20,7 @@ from .audit import show
 from .contract import check_family
 from .diagnostics import Stopwatch
 from .distribution import Gaussian, Stream
-from .objective import Steps
+from .objective import OpenSteps, Steps
 from .rollout import RolloutLoader, derived_seed
 from .rows import row_of
 from .teacher import evaluating
@@ -220,7 +220,7 @@ def is_rounded(model: nn.Module) -> bool:
     return tf32 or not exact
 
 
-def _of_action(steps: Steps) -> Tensor:
+def _of_action(steps: OpenSteps) -> Tensor:
     """``[n]`` the log-prob of the actions, per number of each; where there is no density, how far it points away."""
     said: Any = steps.student
     if isinstance(said, Gaussian) and not bool((said.scale > 0).all()):

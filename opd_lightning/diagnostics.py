@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distribution import CategoricalChunk, Gaussian, gaussian_kl
-
 if TYPE_CHECKING:
     from lightning import Trainer
-
-    from .objective.steps import Steps
-    from .objective.weight import Weight
-
-OVERLAP_K = 16
 
 
 class Averages:
@@ -35,9 +28,9 @@ class Averages:
         pair = torch.stack([total.sum(), number.sum().double()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def add_clipped(self, term: str, weight: Weight, values: Tensor, on: Tensor) -> None:
-        """The share of a term's steps that one of its weights sets to 0."""
-        self.add(f"clipped/{term}/{type(weight).__name__}", (values == 0) & on, on.float())
+    def add_clipped(self, name: str, values: Tensor, on: Tensor) -> None:
+        """The share of a term's steps that one of its weights sets to 0; ``name``: ``<term>/<weight>``."""
+        self.add(f"clipped/{name}", (values == 0) & on, on.float())
 
     def merge(self, other: Averages) -> None:
         for name, pair in other.sums.items():
@@ -77,67 +70,6 @@ def forget_logged(trainer: Trainer) -> None:
     for result in (trainer._results or {}).values():
         if not result.meta.on_epoch:
             result.reset()
-
-
-@torch.no_grad()
-def chunk_diagnostics(chunk: Steps, averages: Averages) -> None:
-    """Of the open chunk, at temperature 1: entropies, both KLs, first-step KL, top-k overlap, privileged gap.
-
-    The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights. Of
-    Gaussians the first three alone (`_of_gaussians`).
-    """
-    student = chunk.student
-    if isinstance(student, Gaussian):
-        _of_gaussians(chunk, student, averages)
-        return
-    assert student is not None
-    averages.add("student_entropy", student.entropy())
-    log_p, p = student.known()
-    for name, teacher in chunk.streams.items():
-        assert isinstance(teacher, CategoricalChunk)
-        here = _where(chunk, name)
-        log_q, q = teacher.known()
-        if name in chunk.without_view:
-            blind = chunk.without_view[name].log_prob(chunk.action)
-            averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
-        log_ratio = log_p - log_q
-        reverse, forward = (p * log_ratio).sum(-1), -log_ratio.mul_(q).sum(-1)
-        averages.add(f"{name}/kl_student_teacher", reverse * here, here)
-        averages.add(f"{name}/kl_teacher_student", forward * here, here)
-        averages.add(f"{name}/entropy", teacher.entropy() * here, here)
-        first = here * (chunk.position == 0)
-        averages.add(f"{name}/kl_first_step", reverse * first, first)
-        k = min(OVERLAP_K, log_p.shape[-1])
-        mine, theirs = log_p.topk(k).indices, log_q.topk(k).indices
-        shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
-        averages.add(f"{name}/overlap_top{k}", shared.float().mean(-1) * here, here)
-        averages.add(f"{name}/overlap_mass", (p.gather(-1, mine) * shared).sum(-1) * here, here)
-
-
-def _of_gaussians(chunk: Steps, student: Gaussian, averages: Averages) -> None:
-    """Exact, in nats **per dimension** of the event, so that latents of any size compare; densities may have a negative
-    entropy. Steps without a density (of a sampler without noise) count in no mean."""
-    dimensions = student.mean[0].numel()
-    noisy = (student.scale > 0).expand_as(student.mean).flatten(1).all(1)
-
-    def add(name: str, values: Tensor, here: Tensor) -> None:
-        averages.add(name, (values / dimensions).masked_fill(here == 0, 0.0), here)
-
-    add("student_entropy", student.entropy(), noisy.float())
-    for name, teacher in chunk.streams.items():
-        assert isinstance(teacher, Gaussian)
-        here = _where(chunk, name) * noisy
-        add(f"{name}/kl_student_teacher", gaussian_kl(student, teacher), here)
-        add(f"{name}/kl_teacher_student", gaussian_kl(teacher, student), here)
-        add(f"{name}/entropy", teacher.entropy(), here)
-        add(f"{name}/kl_first_step", gaussian_kl(student, teacher), here * (chunk.position == 0))
-
-
-def _where(chunk: Steps, teacher: str) -> Tensor:
-    """``[n]`` 1 at the steps of trajectories of which this teacher has something to say, else 0."""
-    if teacher in chunk.available:
-        return chunk.per_trajectory(chunk.available[teacher]).float()
-    return torch.ones(len(chunk), device=chunk.index.device)
 
 
 class Stopwatch:

@@ -29,7 +29,7 @@ from .evaluation import Evaluation, Evaluator
 from .finite import Finite, check_finite
 from .likeness import check_base, check_self_teachers, fingerprint
 from .loading import loading
-from .objective import Objective, Steps, availability
+from .objective import Objective, OpenSteps, Queried, Steps, availability
 from .optimizer_step import Cache, CachedStream, MicroBatch, OptimizerStep
 from .portable import Portable
 from .pretrained import Pretrained
@@ -435,7 +435,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     @torch.no_grad()
     def per_step(
-        self, trajectories: Trajectories, read: Callable[[Steps], Tensor], teacher: str | None = None
+        self, trajectories: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None = None
     ) -> Tensor:
         """What ``read`` says of every trained step, ``[B, T]`` on the CPU: a look at a generation batch before it is
         trained, in micro-batches and chunks, without gradient.
@@ -456,12 +456,9 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             done += len(part)
         return values
 
-    def _per_step(self, batch: Trajectories, read: Callable[[Steps], Tensor], teacher: str | None) -> Tensor:
-        policy = self.policies["student"]
+    def _per_step(self, batch: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
-            with evaluating(policy.model):
-                student = self.distribution(policy, batch)
-            streams = {} if teacher is None else {teacher: self.query(teacher, batch)}
+            student, streams, batch = self._read(batch, set() if teacher is None else {teacher})
             return self.objective.per_step(student, streams, Steps.of(batch, availability(streams)), read, teacher)
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -478,7 +475,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         with self.stopwatch.phase("student"):
             student = self.distribution(self.policies["student"], trajectories)
         with self.stopwatch.phase("objective"), self._advising():
-            output = self.objective(student, streams, trajectories, batch.step.totals, batch.index, diagnose)
+            output = self.objective(student, streams, trajectories, batch.step.normalizers, diagnose)
         self._averages.merge(output.metrics)
         self._describe(trajectories)
         # Lightning divides by the accumulation, and DDP averages over ranks: the normalizer already holds both
@@ -490,7 +487,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimizer steps.
         """
         size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
-        step = OptimizerStep.of(list(trajectories.split(size)), self.total)
+        step = OptimizerStep(list(self.settle(trajectories).split(size)))
         self.prepare(step)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
@@ -498,7 +495,7 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
                 streams = self.query_all(batch.trajectories, batch.cache)
                 student = self.distribution(self.policies["student"], batch.trajectories)
-                loss, _ = self.objective(student, streams, batch.trajectories, step.totals, batch.index)
+                loss, _ = self.objective(student, streams, batch.trajectories, step.normalizers)
                 parts = torch.autograd.grad(loss, parameters, allow_unused=True)
             for gradient, part in zip(total, parts, strict=True):
                 if part is not None:
@@ -569,29 +566,51 @@ class OnPolicyDistillation(Portable, L.LightningModule):
 
     @torch.no_grad()
     def prepare(self, step: OptimizerStep) -> None:
-        """Moves an optimizer step to the device, with the statistics and sums of weights that its terms ask for."""
+        """Moves an optimizer step to the device and finds what the losses of its micro-batches are divided by."""
         step.trajectories = [trajectories.to(self.device) for trajectories in step.trajectories]
-        totals = step.totals
-        totals.gather = self.gather
-        availables: list[dict[str, Tensor]] = []
-        if self.objective.needs_totals:
-            totals.statistics = []
-            for batch in step:
-                streams = self.query_all(batch.trajectories, batch.cache)
-                steps = Steps.of(batch.trajectories, availability(streams))
-                student = self.distribution(self.policies["student"], batch.trajectories).at(steps.index)
-                flat = {name: stream.at(steps.index) for name, stream in streams.items()}
-                totals.statistics.append(self.objective.measure(student, flat, steps, {"row", "batch"}))
-                availables.append(availability(streams))
-        elif any(term.normalizer == "weights" for term in self.objective.active):
-            availables = [self._available(trajectories) for trajectories in step.trajectories]
-        sums = self.objective.weight_sums(step.trajectories, totals, availables)
-        totals.weight_sums = {name: self.total(float(value)) for name, value in sums.items()}
+        student = self.policies["student"]
+        queried = (
+            (self.distribution(student, batch.trajectories), self.query_all(batch.trajectories, batch.cache))
+            for batch in step
+        )
+        sums = self.objective.weight_sums(queried, step.trajectories)
+        teachers = self.objective.routed_teachers()
+        batches = [(trajectories, self._available(trajectories, teachers)) for trajectories in step.trajectories]
+        step.normalizers = self.objective.normalizers(batches, sums, self.total)
 
-    def _available(self, batch: Trajectories) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def settle(self, trajectories: Trajectories) -> Trajectories:
+        """Evaluates the parts of the objective that see a whole generation batch, before it is trained."""
+        if not self.objective.generation_parts():
+            return trajectories
+        teachers, width = self.objective.generation_streams(), trajectories.mask.shape[1]
+        size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
+        pieces = trajectories.split(size) if teachers is not None else ()
+        with self.trainer.precision_plugin.forward_context():
+            statistics = self.objective.measure((self._read(piece, teachers or set()) for piece in pieces), width)
+
+        def everywhere(values: Tensor) -> Tensor:
+            return self.gather(values.to(self.device)).cpu()
+
+        available = self._available(trajectories, self.objective.teachers())
+        return self.objective.settle(trajectories, available, statistics, everywhere)
+
+    def _read(self, trajectories: Trajectories, teachers: set[str]) -> Queried:
+        """A micro-batch with what the student and some teachers say, without gradient."""
+        trajectories, policy = trajectories.to(self.device), self.policies["student"]
+        with torch.no_grad(), evaluating(policy.model):
+            student = self.distribution(policy, trajectories)
+        return student, {name: self.query(name, trajectories) for name in sorted(teachers)}, trajectories
+
+    def _available(self, trajectories: Trajectories, teachers: set[str]) -> dict[str, Tensor]:
+        """``[B]`` bool by teacher, for those that may be undefined for an example."""
         return {
-            name: torch.tensor([self.teachers[name].look(e) is not None for e in batch.examples], device=self.device)
-            for name in self.objective.teachers()
+            name: torch.tensor(
+                [self.teachers[name].look(example) is not None for example in trajectories.examples],
+                device=trajectories.mask.device,
+            )
+            for name in teachers
+            if self.teachers[name].view is not None or self.teachers[name].where
         }
 
     def total(self, value: float) -> float:

@@ -1,48 +1,13 @@
-"""An optimizer step: its micro-batches on this rank, and the totals that their losses are divided by."""
+"""An optimizer step: its micro-batches on this rank, and what their losses are divided by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .distribution import Stream
 from .trajectory import Trajectories
-
-
-@dataclass
-class Totals:
-    """Sums over all micro-batches of an optimizer step **and all ranks**.
-
-    Attributes:
-        trained_steps: Σ mask: the default normalizer Z.
-        rewarded_steps: the same without rows whose reward abstains: Z of the terms that read rewards.
-        weight_sums: by term name, Z of the terms that divide by their sum of weights.
-        statistics: per micro-batch, the per-step statistics ``[N]`` that parts with a wider scope read.
-        gather: concatenates a tensor ``[N]`` over all ranks.
-    """
-
-    trained_steps: float
-    rewarded_steps: float
-    weight_sums: dict[str, float] | None = None
-    statistics: list[dict[str, Tensor]] | None = None
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    @classmethod
-    def of(cls, micro_batches: Sequence[Trajectories], total: Callable[[float], float]) -> Totals:
-        """Counts the trained steps; ``total`` sums over ranks."""
-        trained = total(float(sum(int(batch.mask.sum()) for batch in micro_batches)))
-        if micro_batches[0].reward is None:
-            return cls(trained, trained)
-        return cls(trained, total(float(sum(int(batch.rewarded_steps) for batch in micro_batches))))
-
-    def over_batch(self, key: str) -> Tensor:
-        """``[M]`` one statistic at every trained step of the optimizer step, on all ranks."""
-        assert self.statistics is not None
-        return self.gather(torch.cat([values[key] for values in self.statistics]))
 
 
 @dataclass(frozen=True)
@@ -69,27 +34,17 @@ class OptimizerStep:
 
     Attributes:
         trajectories: one batch of them per micro-batch, in the order in which they are trained.
-        totals: what their losses are divided by.
+        normalizers: Z by term name, over all micro-batches and ranks; None until the first one is to be trained.
         caches: per micro-batch, by teacher, the streams that will be read again: in this optimizer step, or in another
             epoch over the same generation batch.
     """
 
     trajectories: list[Trajectories]
-    totals: Totals
+    normalizers: dict[str, float] | None = None
     caches: list[Cache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.caches = self.caches or [{} for _ in self.trajectories]
-
-    @classmethod
-    def of(
-        cls,
-        trajectories: Sequence[Trajectories],
-        total: Callable[[float], float],
-        caches: Sequence[Cache] = (),
-    ) -> OptimizerStep:
-        """Makes one of batches of trajectories; ``total`` sums over ranks."""
-        return cls(list(trajectories), Totals.of(trajectories, total), list(caches))
 
     def __len__(self) -> int:
         """Micro-batches."""

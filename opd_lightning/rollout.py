@@ -258,7 +258,7 @@ class RolloutLoader:
             steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
         for mine in steps.tolist():
             caches = [self._caches[i] for i in mine]
-            micro_batches += OptimizerStep.of([pieces[i] for i in mine], self.module.total, caches)
+            micro_batches += OptimizerStep([pieces[i] for i in mine], caches=caches)
         return micro_batches
 
     def _generate(self) -> Trajectories:
@@ -278,7 +278,7 @@ class RolloutLoader:
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
                 trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
-        return trajectories
+        return module.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
         """Sees to it that the generation batches up to number + max_staleness are on their way."""

@@ -262,11 +262,13 @@ def test_the_gradient_of_a_log_ratio_is_what_the_formula_says(tmp_path):
     module = toy.make_module(objective=Objective([Term(PolicyGradient(LogRatio()))]))
     toy.fit(module, tmp_path, steps=1)
     batch = module.act("student", toy.make_rows(6), list(range(6)))
-    step = OptimizerStep.of([batch], float)
+    step = OptimizerStep([batch])
     module.prepare(step)
     streams = module.query_all(batch)
     module.student.zero_grad()
-    module.objective(module.distribution(module.policies["student"], batch), streams, batch, step.totals)[0].backward()
+    module.objective(module.distribution(module.policies["student"], batch), streams, batch, step.normalizers)[
+        0
+    ].backward()
     found = [p.grad.clone() for p in module.student.parameters()]
 
     def log_prob(policy):

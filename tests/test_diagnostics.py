@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_lightning import diagnostics
 from opd_lightning.diagnostics import Averages, Stopwatch
 from opd_lightning.distribution import Gaussian, Stream
-from opd_lightning.objective import Constant, Objective, ReverseKL, Term
+from opd_lightning.objective import Objective, ReverseKL, Term, diagnostics
 from tests.objective.reference import Policy, batch, examples
 
 V = 6
@@ -60,7 +60,7 @@ def test_over_ranks_also_counts_what_only_one_rank_has(monkeypatch):
 def test_the_share_that_a_weight_clips_is_over_the_steps_where_its_term_is_on():
     averages = Averages()
     on = torch.tensor([True, True, True, False])
-    averages.add_clipped("KL", Constant(), torch.tensor([0.0, 1.0, 0.5, 0.0]), on)
+    averages.add_clipped("KL/Constant", torch.tensor([0.0, 1.0, 0.5, 0.0]), on)
     assert averages.compute()["clipped/KL/Constant"] == pytest.approx(1 / 3)
 
 
@@ -160,7 +160,7 @@ def test_of_a_sampler_without_noise_there_is_nothing_to_tell():
 
 def test_a_stopwatch_reports_shares_and_speeds_and_starts_anew(monkeypatch):
     now = [7.0]
-    monkeypatch.setattr(diagnostics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     watch = Stopwatch()
     with watch.phase("rollout"):
         now[0] += 3

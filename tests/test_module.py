@@ -9,6 +9,7 @@ from opd_lightning.module import LRSchedule, default_optimizer, in_place
 from opd_lightning.objective import (
     ByReward,
     CrossEntropy,
+    Entropy,
     GroupRelative,
     LogLinear,
     LogRatio,
@@ -16,7 +17,6 @@ from opd_lightning.objective import (
     PolicyGradient,
     ReverseKL,
     Term,
-    TopEntropy,
     Window,
 )
 from opd_lightning.pretrained import Lora, Pretrained
@@ -320,10 +320,10 @@ def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["frozen", "live"])
-def test_looking_ahead_over_an_optimizer_step_asks_a_teacher_once(world, made, tmp_path):
+def test_a_normalizer_that_reads_distributions_asks_a_teacher_once(world, made, tmp_path):
     def run(**how):
         weights = Live() if made == "live" else Frozen(Pretrained(str(world.teacher)))
-        objective = Objective([Term(ReverseKL(), weights=[TopEntropy(0.4, scope="batch")])])
+        objective = Objective([Term(ReverseKL(), weights=[Entropy("teacher")], normalizer="weights")])
         return trained(world, tmp_path, weights, objective, **how)
 
     found, anew = run(), run(anew=True)

@@ -181,12 +181,12 @@ TERMS = {
 
 
 def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
-    step = OptimizerStep.of(list(batch.split(3)), float)
+    step = OptimizerStep(list(batch.split(3)))
     module.prepare(step)
     module.student.zero_grad()
-    for i, part in enumerate(step.trajectories):
+    for part in step.trajectories:
         student = module.distribution(module.policies["student"], part)
-        module.objective(student, module.query_all(part), part, step.totals, i).loss.backward()
+        module.objective(student, module.query_all(part), part, step.normalizers).loss.backward()
     return [p.grad.clone() for p in module.student.parameters()]
 
 

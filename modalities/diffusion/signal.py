@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...objective import Signal, Steps, Weight
+from ...objective import OpenSteps, Part, Signal, Steps, Weight
 from .sampler import Transition
 from .velocity_target import data_velocity
+
+ADVICE = Part.advice | {"latents": "only samplers of images have velocities (DiffusionDistillation)"}
 
 
 class VelocityMatching(Signal):
@@ -17,8 +19,9 @@ class VelocityMatching(Signal):
     in which all answers come."""
 
     needs = frozenset({"teacher", "latents"})
+    advice = ADVICE
 
-    def __call__(self, steps: Steps) -> Tensor:
+    def __call__(self, steps: OpenSteps) -> Tensor:
         assert isinstance(steps.student, Transition)
         return (steps.student.velocity - steps.teacher.velocity).square().flatten(1).mean(1)
 
@@ -27,8 +30,9 @@ class FlowMatching(Signal):
     """mean (v_student − (ε − x₀))² over the latent of noised data: how flow models are pretrained. Asks no teacher."""
 
     needs = frozenset({"latents"})
+    advice = ADVICE
 
-    def __call__(self, steps: Steps) -> Tensor:
+    def __call__(self, steps: OpenSteps) -> Tensor:
         assert isinstance(steps.student, Transition)
         start = steps.trajectories.observation["start"][steps.trajectory]
         v = data_velocity(start, steps.action, steps.channel("sigma"))
@@ -51,6 +55,7 @@ class NoiseLevel(Weight):
 
     scope = "data"
     needs = frozenset({"latents"})
+    advice = ADVICE
 
     def __init__(self, power: float = 2.0, of: Literal["level", "interval"] = "level") -> None:
         if of not in ("level", "interval"):
@@ -77,6 +82,7 @@ class InverseError(Weight):
     """
 
     needs = frozenset({"teacher", "latents"})
+    advice = ADVICE
 
     def __init__(self, power: float = 1.0, floor: float = 1e-3) -> None:
         if power < 0 or floor <= 0:
@@ -84,5 +90,6 @@ class InverseError(Weight):
         self.power, self.floor = power, floor
 
     def __call__(self, steps: Steps) -> Tensor:
+        assert isinstance(steps, OpenSteps)
         with torch.no_grad():
             return (VelocityMatching()(steps) + self.floor) ** -self.power

@@ -32,6 +32,9 @@ class DigitSignificance(Weight):
     """
 
     needs = frozenset({"digits"})
+    advice = Weight.advice | {
+        "digits": "only settings that read numbers out of tokens know them (GUIGroundingDistillation)"
+    }
     scope = "data"
 
     def __init__(self, cap: int | None = None, other: float = 0.1) -> None:

@@ -10,7 +10,9 @@ from .divergence import (
     SkewReverseKL,
     TotalVariation,
 )
-from .objective import LossOutput, Objective, Term, availability
+from .generation import Generation
+from .loss_pass import availability
+from .objective import LossOutput, Objective, Queried
 from .policy_gradient import (
     Advantage,
     GroupRelative,
@@ -20,9 +22,10 @@ from .policy_gradient import (
     RewardTimesLogRatio,
 )
 from .signal import CrossEntropy, Part, Signal
-from .steps import Steps
+from .steps import STATISTICS, OpenSteps, Steps
 from .support import Support
 from .target import LogLinear, Target
+from .term import Term
 from .weight import (
     ByReward,
     Confidence,
@@ -38,6 +41,7 @@ from .weight import (
 
 __all__ = [
     "JSD",
+    "STATISTICS",
     "Advantage",
     "AlphaDivergence",
     "ByReward",
@@ -47,16 +51,19 @@ __all__ = [
     "Divergence",
     "Entropy",
     "ForwardKL",
+    "Generation",
     "GroupRelative",
     "ImportanceRatio",
     "LogLinear",
     "LogRatio",
     "LossOutput",
     "Objective",
+    "OpenSteps",
     "Outcome",
     "Part",
     "PassRate",
     "PolicyGradient",
+    "Queried",
     "ReverseKL",
     "RewardPlusLogRatio",
     "RewardTimesLogRatio",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..distribution import CategoricalChunk, Gaussian, gaussian_kl
 from .signal import Signal
-from .steps import Steps
+from .steps import OpenSteps
 from .support import Support
 
 
@@ -168,7 +168,7 @@ class Divergence(Signal):
         """``[n]``"""
         raise TypeError(f"{type(self).__name__} between Gaussians has no closed form; use ForwardKL or ReverseKL")
 
-    def __call__(self, steps: Steps) -> Tensor:
+    def __call__(self, steps: OpenSteps) -> Tensor:
         if isinstance(steps.student, Gaussian):
             if self.support != FULL or self.temperature != 1 or self.clip is not None:
                 raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")

@@ -1,82 +1,35 @@
-"""The objective: a sum of terms, evaluated chunk by chunk over the flattened trained steps.
+"""Objective: a sum of terms.
 
     L(θ) = Σ_k c_k · (1/Z_k) Σ_{i,t} m_it · w_k(i,t) · ℓ_k( p_θ(·|s_it), q_k(·|v_k(s_it)) )
 
-Shape legend: B trajectories, N trained steps of the micro-batch, n of a chunk.
+`LossPass` evaluates it on one micro-batch. Shape legend: B trajectories, T steps, N trained steps of a micro-batch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..diagnostics import Averages, chunk_diagnostics
+from ..diagnostics import Averages
 from ..distribution import Distribution, Stream
 from ..finite import Finite
-from ..optimizer_step import Totals
 from ..printable import quoted
 from ..trajectory import Trajectories
-from .policy_gradient import Advantage, PolicyGradient
-from .signal import Part, Signal
-from .steps import Steps, measure
-from .target import Target
-from .weight import Weight
+from .chunks import Chunks, ChunkSize
+from .diagnostics import chunk_diagnostics
+from .generation import Generation
+from .loss_pass import LossPass, availability
+from .signal import Part
+from .steps import OpenSteps, Steps, statistic_key
+from .term import Term
 
-Available = dict[str, Tensor]
-"""``[B]`` bool by teacher: the trajectories for which it is defined; others are for all."""
-
-
-@dataclass
-class Term:
-    """One summand of the objective.
-
-    Args:
-        signal: what a step contributes.
-        teacher: an entry of ``model.teachers``; None for signals that ask no teacher.
-        weights: multiplied with each other.
-        target: turns the teacher's distribution into another one first.
-        source: only trajectories of this behavior policy (``student``, ``dataset`` or a teacher's name); None: all.
-        coefficient: c, a public knob; at 0 the term and its teacher's forward pass are skipped.
-        normalizer: Z. ``steps``: all trained steps of the optimizer step, whatever the weights, but for a term that
-            reads rewards those of rows whose reward abstains; ``weights``: the sum of this term's weights over it.
-            Steps where the term is off (another source, no view, no reward) weigh 0.
-        name: in logs; default: the signal's class name.
-    """
-
-    signal: Signal
-    teacher: str | None = "teacher"
-    weights: list[Weight] = field(default_factory=list)
-    target: Target | None = None
-    source: str | None = None
-    coefficient: float = 1.0
-    normalizer: Literal["steps", "weights"] = "steps"
-    name: str | None = None
-
-    __setattr__ = Finite.__setattr__
-
-    def parts(self) -> list[Part]:
-        extra = [self.signal.advantage] if isinstance(self.signal, PolicyGradient) else []
-        return [self.signal, *extra, *self.weights]
-
-    @property
-    def needs(self) -> set[str]:
-        return set().union(*(part.needs for part in self.parts()))
-
-    @property
-    def stream(self) -> str | None:
-        """Name of what the term compares with: its teacher, or what its target makes of it."""
-        return self.teacher if self.target is None else f"{self.teacher} as {self.name}'s target"
-
-    @property
-    def teachers(self) -> set[str]:
-        """Names whose forward pass the term needs."""
-        own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
-        return own | set(self.target.streams if self.target else ())
+Queried = tuple[Distribution, dict[str, Stream], Trajectories]
+"""A micro-batch with the student's and the teachers' distributions at its B × T states."""
 
 
 class LossOutput(NamedTuple):
@@ -118,26 +71,25 @@ class Objective:
     def active(self) -> list[Term]:
         return [term for term in self.terms if term.coefficient != 0]
 
+    @property
+    def chunk_size(self) -> ChunkSize:
+        return ChunkSize(self.chunk_mib, self.chunk_steps)
+
     def teachers(self) -> set[str]:
         """Whose forward pass is needed now."""
         return set().union(*(term.teachers for term in self.active))
 
-    def check(self, teachers: set[str], provides: set[str], sources: set[str]) -> None:
-        """Refuse what cannot be served, naming the part and what is missing.
+    def check(self, teachers: Set[str], provides: Set[str], sources: Set[str]) -> None:
+        """Refuses what cannot be served, naming the part and what is missing.
 
         Args:
             teachers: names in model.teachers.
             provides: which of `Part.needs` the run offers, besides teachers.
             sources: behavior policies that act in this run.
+
+        Raises:
+            ValueError: a term asks for something else.
         """
-        advice = {
-            "reward": "set model.reward (a setting whose `rewards` has rewards of its own names it in `provides`)",
-            "group": "set rollout.group_size > 1",
-            "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
-            "categorical": "only distributions over a vocabulary have it",
-            "digits": "only settings that read numbers out of tokens know them (GUIGroundingDistillation)",
-            "latents": "only samplers of images have velocities (DiffusionDistillation)",
-        }
         for i, term in enumerate(self.terms):
             where = f"objective.terms[{i}] ({term.name})"
             for name in sorted(term.teachers - teachers):
@@ -154,71 +106,142 @@ class Objective:
                 for need in sorted(part.needs - {"teacher"} - provides):
                     known = need == "behavior" and term.source not in (None, "dataset")
                     if not known:
-                        how = advice.get(
-                            need, "this setting does not name it in `provides`, where it says what it offers"
+                        unknown = "this setting does not name it in `provides`, where it says what it offers"
+                        raise ValueError(
+                            f"{where}: {type(part).__name__} needs '{need}': {part.advice.get(need, unknown)}"
                         )
-                        raise ValueError(f"{where}: {type(part).__name__} needs '{need}': {how}")
 
-    # -- what has to be known before the first chunk ------------------------------------------------------------
+    # -- before a generation batch is trained ---------------------------------------------------------------------
 
-    def statistics_needed(self, scopes: set[str]) -> list[tuple[Term, str]]:
-        """Statistics that parts of these scopes read, with the term whose teacher is meant."""
-        found = {}
-        for term in self.active:
-            for part in term.parts():
-                if part.scope in scopes or (
-                    term.normalizer == "weights" and "batch" in scopes and part in term.weights
-                ):
-                    for name in part.reads:
-                        found[term.stream if name.startswith("teacher") else "", name] = (term, name)
-        return list(found.values())
+    def generation_parts(self) -> list[tuple[Term, Part]]:
+        """Parts that are settled when a generation batch is whole, with their terms."""
+        return [(term, part) for term in self.active for part in term.parts() if part.scope == "generation"]
+
+    def generation_streams(self) -> set[str] | None:
+        """Teachers whose distributions those parts read; None: they read none, not even the student's."""
+        reading = [(term, part) for term, part in self.generation_parts() if part.reads]
+        if not reading:
+            return None
+        own = (term.compared for term, part in reading if any(name.startswith("teacher/") for name in part.reads))
+        return set().union(*own, *(part.streams for _, part in reading))
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Queried], width: int) -> dict[str, Tensor]:
+        """Measures what those parts read, by `statistic_key`: ``[B, width]`` on the CPU over all micro-batches, NaN
+        where nothing is trained and where the stream is not defined."""
+        reads = {
+            statistic_key(name, term.stream): (term, name)
+            for term, part in self.generation_parts()
+            for name in part.reads
+        }
+        rows: dict[str, list[Tensor]] = {key: [] for key in reads}
+        for student, streams, trajectories in batches:
+            steps = Steps.of(trajectories, availability(streams))
+            shape = (len(trajectories), width)
+            values = {key: torch.full(shape, torch.nan, device=steps.index.device) for key in reads}
+            for _, chunk in Chunks.at(student, streams, steps, self.chunk_size).opened():
+                for key, (term, name) in reads.items():
+                    value = term.measured(chunk, name).float()
+                    for teacher in term.compared if name.startswith("teacher/") else {name.split("/")[0]} - {"student"}:
+                        value = value.masked_fill(~chunk.knows(teacher), torch.nan)
+                    values[key][chunk.trajectory, chunk.position] = value
+                del chunk
+            for key, value in values.items():
+                rows[key].append(value.cpu())
+        return {key: torch.cat(value) for key, value in rows.items()}
+
+    def settle(
+        self,
+        trajectories: Trajectories,
+        available: dict[str, Tensor],
+        statistics: dict[str, Tensor],
+        everywhere: Callable[[Tensor], Tensor],
+    ) -> Trajectories:
+        """Adds a channel for each part of scope ``generation`` (`Term.channel`).
+
+        Args:
+            trajectories: a generation batch, on the CPU.
+            available: ``[B]`` bool by teacher, as in `availability`.
+            statistics: ``[B, T]`` by `statistic_key` (`measure`).
+            everywhere: concatenates over ranks.
+        """
+        steps = Steps.of(trajectories, available)
+        channels = dict(trajectories.channels)
+        for term, part in self.generation_parts():
+            on = torch.zeros_like(trajectories.mask)
+            on.view(-1)[steps.index] = term.on(steps)
+            reads = {name: statistics[statistic_key(name, term.stream)] for name in part.reads}
+            channels[term.channel(part)] = part.settle(Generation(steps.trajectories, on, reads, everywhere)).detach()
+        return dataclasses.replace(trajectories, channels=channels)
+
+    # -- before an optimizer step ---------------------------------------------------------------------------------
 
     @property
     def needs_totals(self) -> bool:
-        """Whether the first micro-batch must wait for statistics of the whole optimizer step."""
-        return bool(self.statistics_needed({"batch"}))
+        """Whether some Z is known after a forward pass over the whole optimizer step only."""
+        return any(term.sums_distributions for term in self.active)
 
-    def measure(
-        self, student: Distribution, streams: dict[str, Stream], steps: Steps, scopes: set[str]
-    ) -> dict[str, Tensor]:
-        """The statistics ``[N]`` that parts of these scopes read, from a pass without gradient."""
-        wanted = self.statistics_needed(scopes)
-        # a micro-batch without trained steps has its share of every statistic too: none
-        nothing = torch.zeros(0, device=steps.index.device)
-        found = {steps.for_term(term.stream).key(name): [nothing] for term, name in wanted}
-        for _, chunk in self._opened(student, streams, steps) if wanted else ():
-            for term, name in wanted:
-                seen = self._see(chunk, term)
-                found[seen.key(name)].append(measure(seen, name))
-        return {key: torch.cat(values) for key, values in found.items()}
+    def normalizers(
+        self,
+        batches: Iterable[tuple[Trajectories, dict[str, Tensor]]],
+        weight_sums: Iterable[dict[str, float]],
+        total: Callable[[float], float],
+    ) -> dict[str, float]:
+        """Z by term name (`Term.normalizer`).
+
+        Args:
+            batches: the micro-batches of an optimizer step, with the availability of `routed_teachers`.
+            weight_sums: of each micro-batch (`weight_sums`), for the terms whose weights read distributions.
+            total: sums over ranks.
+        """
+        sums = dict.fromkeys((term.name for term in self.active), 0.0)
+        for trajectories, available in batches:
+            steps = Steps.of(trajectories, available)
+            for term in self.active:
+                if term.normalizer == "steps":
+                    sums[term.name] += int(trajectories.rewarded_steps if "reward" in term.needs else len(steps))
+                elif term.normalizer == "on":
+                    sums[term.name] += int(term.on(steps).sum())
+                elif term.normalizer == "trajectories":
+                    sums[term.name] += len(steps.trajectory[term.on(steps)].unique())
+                elif not term.sums_distributions:
+                    sums[term.name] += float(term.known(steps).double().sum())
+        for weights in weight_sums:
+            for name, value in weights.items():
+                sums[name] += value
+        totals = {name: total(value) for name, value in sums.items()}
+        # with nothing to train Z is arbitrary
+        return {name: value or 1.0 for name, value in totals.items()}
+
+    def routed_teachers(self) -> set[str]:
+        """Teachers whose availability decides Z."""
+        return set().union(*(term.compared for term in self.active if term.normalizer != "steps"))
 
     def weight_sums(
-        self, micro_batches: Sequence[Trajectories], totals: Totals, available: list[Available]
-    ) -> dict[str, Tensor]:
-        """Σ of weights over this rank's micro-batches for the terms that divide by it; summed over ranks elsewhere."""
-        sums: dict[str, Tensor] = {}
-        for term in self.active:
-            if term.normalizer == "weights":
-                total = torch.zeros(())
-                for i, micro_batch in enumerate(micro_batches):
-                    steps = Steps.of(micro_batch, available[i])
-                    if totals.statistics is not None:
-                        steps.statistics = totals.statistics[i]
-                        steps.everywhere = totals.over_batch
-                    total = total + self._weigh(steps.for_term(term.stream), term, term.weights).sum().cpu()
-                assert term.name is not None
-                sums[term.name] = total
-        return sums
+        self, queried: Iterable[tuple[Distribution, dict[str, Stream]]], batches: Sequence[Trajectories]
+    ) -> list[dict[str, float]]:
+        """Σ of weights by term name, for the terms that are divided by it and read distributions, per micro-batch.
 
-    # -- the evaluation -----------------------------------------------------------------------------------------
+        Args:
+            queried: student and teachers of each micro-batch; not evaluated where no term needs it.
+            batches: the micro-batches.
+        """
+        terms = [term for term in self.active if term.sums_distributions]
+        if not terms:
+            return []
+        return [
+            LossPass(terms, student, streams, trajectories, self.chunk_size).weight_sums()
+            for (student, streams), trajectories in zip(queried, batches, strict=True)
+        ]
+
+    # -- the evaluation -------------------------------------------------------------------------------------------
 
     def __call__(
         self,
         student: Distribution,
         streams: dict[str, Stream],
         trajectories: Trajectories,
-        totals: Totals | None = None,
-        micro_batch: int = 0,
+        normalizers: dict[str, float] | None = None,
         diagnose: bool = False,
     ) -> LossOutput:
         """Evaluates one micro-batch.
@@ -227,72 +250,39 @@ class Objective:
             student: at all B × T states, with gradient.
             streams: teachers by name, at all B × T states, without gradient.
             trajectories: the micro-batch.
-            totals: what the losses of its optimizer step are divided by; None: the micro-batch stands alone.
-            micro_batch: its place in the optimizer step.
+            normalizers: Z of its optimizer step, by term name; None: the micro-batch stands alone, as a generation
+                batch of its own.
             diagnose: also average the diagnostics that cost an extra look at the vocabulary.
 
         Returns:
             A loss connected to ``student``; where nothing is left to train, a zero that still is.
         """
         _check_states(student, streams, trajectories)
-        steps = Steps.of(trajectories, availability(streams))
-        totals = totals or self._alone(trajectories, student, streams)
-        steps.everywhere = totals.over_batch
-        if totals.statistics is not None:
-            steps.statistics = dict(totals.statistics[micro_batch])
+        if normalizers is None:
+            trajectories, normalizers = self._alone(student, streams, trajectories)
+        evaluation = LossPass(self.active, student, streams, trajectories, self.chunk_size)
+        return LossOutput(evaluation.run(normalizers, diagnose), evaluation.metrics)
 
-        averages = Averages(device=trajectories.mask.device)
-        self._settle(steps, {"data"})
-        self._count_clipped(steps, averages, {"data"})
-        steps = self._drop_weightless(steps)
-        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
-        averages.add("empty_micro_batches", float(not len(steps)))
-        if not len(steps):
-            inputs = student.accumulator().inputs
-            nothing = torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum()
-            return LossOutput(nothing, averages)
-
-        steps.statistics = self.measure(student, streams, steps, {"row"}) | steps.statistics
-        self._settle(steps, {"row", "batch"})
-        self._count_clipped(steps, averages, {"row", "batch"})
-        factors: dict[str | None, Tensor] = {}
-        for term in self.active:
-            ahead = self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data", "row", "batch"}))
-            factors[term.name] = ahead * (term.coefficient / self._normalizer(term, totals))
-
-        for name, stream in streams.items():
-            read = [factors[term.name] != 0 for term in self.active if name in term.teachers]
-            if read:
-                wanted = stream.distribution.only_at(torch.stack(read).any(0))
-                streams[name] = replace(stream, distribution=wanted)
-
-        def evaluate(accumulator: Any) -> Tensor:
-            total = torch.zeros((), device=trajectories.mask.device, dtype=torch.float64)
-            for states, chunk in self._opened(student, streams, steps, accumulator):
-                if diagnose:
-                    chunk_diagnostics(chunk, averages)
-                with torch.enable_grad() if accumulator is not None else torch.no_grad():
-                    loss = self._chunk_loss(chunk, {name: f[states] for name, f in factors.items()}, averages)
-                    if accumulator is not None:
-                        accumulator.close(loss)
-                total += loss.detach()
-                del chunk, loss  # nothing of a piece may be alive when the next is opened
-            return total.float()
-
-        if not torch.is_grad_enabled():
-            return LossOutput(evaluate(None), averages)
-        accumulator = student.accumulator()
-        return LossOutput(_GradientsInside.apply(evaluate, accumulator, *accumulator.inputs), averages)
+    def _alone(
+        self, student: Distribution, streams: dict[str, Stream], trajectories: Trajectories
+    ) -> tuple[Trajectories, dict[str, float]]:
+        if self.generation_parts():
+            statistics = self.measure([(student, streams, trajectories)], trajectories.mask.shape[1])
+            available = {name: here.cpu() for name, here in availability(streams).items()}
+            settled = self.settle(trajectories.to("cpu"), available, statistics, lambda values: values)
+            trajectories = settled.to(trajectories.mask.device)
+        sums = self.weight_sums([(student, streams)], [trajectories])
+        return trajectories, self.normalizers([(trajectories, availability(streams))], sums, float)
 
     @torch.no_grad()
     def diagnose(self, student: Distribution, streams: dict[str, Stream], trajectories: Trajectories) -> Averages:
         """Averages the diagnostics alone, over every trained step."""
+        metrics = Averages(device=trajectories.mask.device)
         steps = Steps.of(trajectories, availability(streams))
-        averages = Averages(device=trajectories.mask.device)
-        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
-        for _, chunk in self._opened(student, streams, steps):
-            chunk_diagnostics(chunk, averages)
-        return averages
+        for _, chunk in Chunks.at(student, streams, steps, self.chunk_size).opened():
+            chunk_diagnostics(chunk, metrics)
+            del chunk
+        return metrics
 
     @torch.no_grad()
     def per_step(
@@ -300,7 +290,7 @@ class Objective:
         student: Distribution,
         streams: dict[str, Stream],
         steps: Steps,
-        read: Callable[[Steps], Tensor],
+        read: Callable[[OpenSteps], Tensor],
         teacher: str | None = None,
     ) -> Tensor:
         """``[B, T]`` what ``read`` says of the trained steps, chunk by chunk; NaN elsewhere.
@@ -310,175 +300,18 @@ class Objective:
             streams: teachers by name, at all B × T states.
             steps: all trained steps.
             read: from the n steps of an open chunk to ``[n]``.
-            teacher: which of the streams ``steps.teacher`` stands for; NaN where it has nothing to say.
+            teacher: which of the streams ``steps.teacher`` stands for; NaN where it is not defined.
         """
         _check_states(student, streams, steps.trajectories)
         shape = steps.trajectories.mask.shape
         values = torch.full(shape, torch.nan, device=steps.index.device, dtype=torch.float32)
-        student, streams = student.at(steps.index), {name: stream.at(steps.index) for name, stream in streams.items()}
-        for _, chunk in self._opened(student, streams, steps):
-            said = read(chunk.for_term(teacher, chunk.streams[teacher] if teacher is not None else None)).float()
-            if teacher in chunk.available:
-                said = said.masked_fill(~chunk.per_trajectory(chunk.available[teacher]), torch.nan)
-            values.view(-1)[chunk.index] = said
+        for _, chunk in Chunks.at(student, streams, steps, self.chunk_size).opened():
+            here = read(chunk.for_term(teacher, chunk.streams[teacher] if teacher is not None else None)).float()
+            if teacher is not None:
+                here = here.masked_fill(~chunk.knows(teacher), torch.nan)
+            values.view(-1)[chunk.index] = here
+            del chunk
         return values
-
-    def _chunk_loss(self, chunk: Steps, factors: dict[str | None, Tensor], averages: Averages) -> Tensor:
-        losses = []
-        for term in self.active:
-            seen = self._see(chunk, term)
-            assert term.name is not None
-            values = term.signal(seen)
-            factor = factors[term.name]
-            for weight in _of_scope(term, {"step"}):
-                local = weight(seen).detach()
-                averages.add_clipped(term.name, weight, local, self._on(seen, term))
-                factor = factor * local
-            # an infinite loss at a step of weight 0 must not turn into NaN
-            on = factor != 0
-            losses.append(torch.where(on, values * factor, 0.0).sum())
-            averages.add(f"loss/{term.name}", torch.where(on, values.detach(), 0.0), on.float())
-        return torch.stack(losses).sum()
-
-    def _settle(self, steps: Steps, scopes: set[str]) -> None:
-        """Evaluates the weights and advantages of these scopes once, for all N steps."""
-        for term in self.active:
-            for part in term.parts():
-                if part.scope in scopes and isinstance(part, Weight | Advantage):
-                    steps.parts[id(part), term.stream] = part(steps.for_term(term.stream)).detach()
-
-    def _drop_weightless(self, steps: Steps) -> Steps:
-        """Without the steps that no term gives a weight, unless some part wants to see whole rows."""
-        parts = [part for term in self.active for part in term.parts()]
-        if any(part.scope in ("row", "batch") for part in parts):
-            return steps
-        known = [self._weigh(steps.for_term(term.stream), term, _of_scope(term, {"data"})) for term in self.active]
-        kept = (
-            torch.stack([weight > 0 for weight in known]).any(0)
-            if known
-            else steps.index.new_zeros(0, dtype=torch.bool)
-        )
-        return steps.at(kept.nonzero().squeeze(-1))
-
-    def _see(self, chunk: Steps, term: Term) -> Steps:
-        """The open chunk as a term sees it: with its target built, if it has a teacher."""
-        if not term.teachers:
-            return chunk.for_term(term.stream)
-        assert term.teacher is not None
-        target = chunk.streams[term.teacher]
-        if term.target is not None:
-            target = term.target({**chunk.streams, "teacher": target, "student": chunk.student})  # type: ignore[dict-item]
-        return chunk.for_term(term.stream, target)
-
-    def _on(self, steps: Steps, term: Term) -> Tensor:
-        """``[N]`` bool: where the term applies at all."""
-        on = torch.ones(len(steps), dtype=torch.bool, device=steps.index.device)
-        for name in term.teachers & set(steps.available):
-            on &= steps.per_trajectory(steps.available[name])
-        if term.source is not None:
-            on &= steps.per_trajectory(steps.trajectories.source == steps.trajectories.sources.index(term.source))
-        if "reward" in term.needs and steps.abstained is not None:
-            on &= ~steps.per_trajectory(steps.abstained)
-        return on
-
-    def _weigh(self, steps: Steps, term: Term, weights: list[Weight]) -> Tensor:
-        """``[N]`` product of the trajectory's weight and some of the term's, 0 where the term is off."""
-        product = self._on(steps, term).float()
-        if steps.trajectories.weight is not None:
-            product = product * steps.per_trajectory(steps.trajectories.weight)
-        for weight in weights:
-            product = product * steps.part(weight).detach()
-        return product
-
-    def _count_clipped(self, steps: Steps, averages: Averages, scopes: set[str]) -> None:
-        for term in self.active:
-            seen = steps.for_term(term.stream)
-            for weight in _of_scope(term, scopes):
-                assert term.name is not None
-                averages.add_clipped(term.name, weight, seen.part(weight), self._on(seen, term))
-
-    def _normalizer(self, term: Term, totals: Totals) -> float:
-        if term.normalizer == "steps":
-            return max(totals.rewarded_steps if "reward" in term.needs else totals.trained_steps, 1.0)
-        assert totals.weight_sums is not None
-        assert term.name is not None
-        return totals.weight_sums[term.name] or 1.0
-
-    def _alone(self, trajectories: Trajectories, student: Distribution, streams: dict[str, Stream]) -> Totals:
-        totals = Totals.of([trajectories], float)
-        steps = Steps.of(trajectories, availability(streams))
-        flat = {name: stream.at(steps.index) for name, stream in streams.items()}
-        if self.needs_totals:
-            totals.statistics = [self.measure(student.at(steps.index), flat, steps, {"batch", "row"})]
-        sums = self.weight_sums([trajectories], totals, [availability(streams)])
-        totals.weight_sums = {name: float(v) for name, v in sums.items()}
-        return totals
-
-    def _opened(
-        self, student: Distribution, streams: dict[str, Stream], steps: Steps, accumulator: Any = None
-    ) -> Iterator[tuple[slice, Steps]]:
-        """Each piece of each chunk, and which of the N steps it is; with an ``accumulator``, for a gradient."""
-        teachers = {name: stream.distribution for name, stream in streams.items()}
-        blind = {name: s.without_view for name, s in streams.items() if s.without_view is not None}
-        kept = sum(teacher.bytes_kept() for teacher in (*teachers.values(), *blind.values()))
-        for states in self._chunks(student, len(steps), kept):
-            for policy in (student if accumulator is None else accumulator, *teachers.values(), *blind.values()):
-                policy.prepare(states)
-            for piece in _evenly(states, student.piece(states.stop - states.start)):
-                yield piece, self._piece(piece, student if accumulator is None else accumulator, teachers, blind, steps)
-
-    @staticmethod
-    def _piece(
-        states: slice, student: Any, teachers: dict[str, Distribution], blind: dict[str, Distribution], steps: Steps
-    ) -> Steps:
-        # a function of its own, so that nothing but what it returns holds the piece
-        if isinstance(student, Distribution):
-            opened = student.chunk(states)
-        else:
-            with torch.enable_grad():
-                opened = student.open(states)
-        streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
-        without_view = {name: teacher.chunk(states) for name, teacher in blind.items()}
-        return steps.at(states, student=opened, streams=streams, without_view=without_view)
-
-    def _chunks(self, student: Distribution, count: int, kept: int = 0) -> Iterator[slice]:
-        if not count:  # then a family may not know what a state takes
-            return iter(())
-        size = self.chunk_steps or max(1, self.chunk_mib * 2**20 // (student.bytes_per_state() + kept))
-        return _evenly(slice(0, count), size)
-
-
-class _GradientsInside(torch.autograd.Function):
-    """Evaluates a loss and its gradients in one go; backward only scales what is already there."""
-
-    @staticmethod
-    def forward(ctx: Any, evaluate: Callable[[Any], Tensor], accumulator: Any, *inputs: Tensor) -> Tensor:
-        loss = evaluate(accumulator)
-        ctx.gradients = [
-            None if g is None else g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)
-        ]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
-        return None, None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
-
-
-def _evenly(states: slice, size: int) -> Iterator[slice]:
-    """Parts of at most ``size``, of equal length, so that no small rest costs a pass of its own."""
-    count = states.stop - states.start
-    if not count:
-        return iter(())
-    size = math.ceil(count / math.ceil(count / size))
-    return (slice(start, min(start + size, states.stop)) for start in range(states.start, states.stop, size))
-
-
-def availability(streams: dict[str, Stream]) -> Available:
-    """For which trajectories each teacher is defined, where that is not all of them."""
-    return {name: stream.available for name, stream in streams.items() if stream.available is not None}
 
 
 def _check_states(student: Distribution, streams: dict[str, Stream], trajectories: Trajectories) -> None:
@@ -501,7 +334,3 @@ def _check_states(student: Distribution, streams: dict[str, Stream], trajectorie
                 "belongs at t, none behind the last action; what is kept for each step belongs in "
                 "Trajectories.channels, which are cut with the mask, and not in the observation"
             )
-
-
-def _of_scope(term: Term, scopes: set[str]) -> list[Weight]:
-    return [weight for weight in term.weights if weight.scope in scopes]

@@ -9,20 +9,24 @@ Shape legend: n steps of a chunk, N of a micro-batch.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .signal import Part, Scope, Signal
-from .steps import Steps, to_rows
+from .steps import OpenSteps, Steps, to_rows
 
-LOG_PROBS = frozenset({"student_log_prob", "teacher_log_prob"})
+LOG_PROBS = frozenset({"student/log_prob", "teacher/log_prob"})
+Against = Literal["student", "behavior"]
 
 
-def log_ratio(steps: Steps) -> Tensor:
-    """``[n]`` δ = log q(y) − log p_θ(y) at the sampled action, without gradient."""
-    return steps.statistic("teacher_log_prob") - steps.statistic("student_log_prob")
+def log_ratio(steps: Steps, against: Against = "student") -> Tensor:
+    """``[n]`` δ = log q(y) − log p(y) at the sampled action, without gradient; p is the student as it is now, or as it
+    acted."""
+    own = steps.statistic("student/log_prob") if against == "student" else steps.behavior_log_prob
+    return steps.statistic("teacher/log_prob") - own
 
 
 def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalize: bool) -> Tensor:
@@ -47,17 +51,21 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, low: fl
 
 
 class Advantage(Part, ABC):
-    """How much better than expected a sampled step was; without gradient."""
+    """How much better than expected a sampled step was, without gradient: one of scope ``generation`` implements
+    `settle`, any other `__call__`."""
 
-    @abstractmethod
     def __call__(self, steps: Steps) -> Tensor:
-        """``[n]`` (``[N]`` when the scope is ``row`` or ``batch``)."""
+        """``[n]`` of the `OpenSteps` of a chunk for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
+        raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
 
 
 class LogRatio(Advantage):
-    """δ = log q(y) − log p_θ(y), or its discounted return-to-go.
+    """δ = log q(y) − log p(y), or its discounted return-to-go.
 
     Args:
+        against: whose p: the student's as it is now (``student``, default: Lightning OPD, 2604.13010, and OPSD,
+            2601.18734), or as it acted (``behavior``: K1 of Thinking Machines' recipe, of TCOD, 2604.24005, and of
+            MiniLLM). The same in the first optimizer step after acting.
         clip: bound on |δ| (Lightning OPD, 2604.13010, uses 10). None: no bound.
         discount: γ of the return-to-go; 0 (default) keeps the immediate step only, as in Thinking Machines' recipe.
             MiniLLM (2306.08543) uses 0.95.
@@ -65,9 +73,16 @@ class LogRatio(Advantage):
     """
 
     needs = frozenset({"teacher", "behavior"})
-    reads = LOG_PROBS
 
-    def __init__(self, clip: float | None = None, discount: float = 0.0, length_normalized: bool = False) -> None:
+    def __init__(
+        self,
+        clip: float | None = None,
+        discount: float = 0.0,
+        length_normalized: bool = False,
+        against: Against = "student",
+    ) -> None:
+        if against not in ("student", "behavior"):
+            raise ValueError(f"advantage.against is student or behavior, not {against!r}")
         if not 0 <= discount <= 1:
             raise ValueError(f"advantage.discount must be in [0, 1], got {discount}")
         if clip is not None and clip <= 0:
@@ -75,10 +90,12 @@ class LogRatio(Advantage):
         if length_normalized and discount == 0:
             raise ValueError("advantage.length_normalized: there is no return to normalize while discount is 0")
         self.clip, self.discount, self.length_normalized = clip, discount, length_normalized
+        self.against = against
+        self.reads = LOG_PROBS if against == "student" else LOG_PROBS - {"student/log_prob"}
         self.scope = "row" if discount else "step"
 
     def __call__(self, steps: Steps) -> Tensor:
-        ratio = log_ratio(steps)
+        ratio = log_ratio(steps, self.against)
         if self.clip is not None:
             ratio = ratio.clamp(-self.clip, self.clip)
         if not self.discount:
@@ -118,18 +135,19 @@ class RewardPlusLogRatio(GroupRelative):
     Args:
         coefficient: c, default 1 (no source: papers tune it).
         scale: as in `GroupRelative`.
+        against: as in `LogRatio`.
     """
 
     needs = GroupRelative.needs | LogRatio.needs
     scope: Scope = "step"
-    reads = LOG_PROBS
 
-    def __init__(self, coefficient: float = 1.0, scale: bool = True) -> None:
+    def __init__(self, coefficient: float = 1.0, scale: bool = True, against: Against = "student") -> None:
         super().__init__(scale)
-        self.coefficient = coefficient
+        self.coefficient, self.against = coefficient, against
+        self.reads = LOG_PROBS if against == "student" else LOG_PROBS - {"student/log_prob"}
 
     def __call__(self, steps: Steps) -> Tensor:
-        return super().__call__(steps) + self.coefficient * log_ratio(steps)
+        return super().__call__(steps) + self.coefficient * log_ratio(steps, self.against)
 
 
 class RewardTimesLogRatio(GroupRelative):
@@ -138,14 +156,12 @@ class RewardTimesLogRatio(GroupRelative):
     RLSD (2604.03128).
 
     Args:
-        share: λ, default 0.5 (RLSD starts there and decays it to 0 over 50 steps).
+        share: λ, default 0.5 (RLSD starts there and decays it to 0 over 50 steps). At 0 no teacher is asked.
         clip: ε, default 0.2 (RLSD).
         scale: as in `GroupRelative`.
     """
 
-    needs = GroupRelative.needs | LogRatio.needs
     scope: Scope = "step"
-    reads = LOG_PROBS
 
     def __init__(self, share: float = 0.5, clip: float = 0.2, scale: bool = True) -> None:
         super().__init__(scale)
@@ -155,8 +171,18 @@ class RewardTimesLogRatio(GroupRelative):
             raise ValueError(f"advantage.clip must be in (0, 1], or the sign could flip; got {clip}")
         self.share, self.clip = share, clip
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return GroupRelative.needs | (LogRatio.needs if self.share else frozenset())
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return LOG_PROBS if self.share else frozenset()
+
     def __call__(self, steps: Steps) -> Tensor:
         advantage = super().__call__(steps)
+        if not self.share:
+            return advantage
         # the exponent is bounded before exp, so that one impossible step cannot overflow
         factor = (advantage.sign() * log_ratio(steps)).clamp(-20, 20).exp().clamp(1 - self.clip, 1 + self.clip)
         return advantage * ((1 - self.share) + self.share * factor)
@@ -189,12 +215,14 @@ class PolicyGradient(Signal):
         self.clip_high = clip if clip_high is None else clip_high
         if min(self.clip, self.clip_high) <= 0:
             raise ValueError(f"signal.clip and clip_high must be > 0, got {self.clip} and {self.clip_high}")
-        self.needs = advantage.needs | {"behavior"}
-        self.reads = advantage.reads
 
-    def __call__(self, steps: Steps) -> Tensor:
-        assert steps.student is not None
-        advantage = steps.part(self.advantage).detach()
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.advantage.needs | {"behavior"}
+
+    def __call__(self, steps: OpenSteps) -> Tensor:
+        assert steps.advantage is not None
+        advantage = steps.advantage
         log_prob, old = steps.student.log_prob(steps.action), steps.behavior_log_prob
         # unknown where another term trains (`check` sees to that); its NaN would survive a weight of 0 in the gradient
         old = torch.where(old.isnan(), log_prob.detach(), old)

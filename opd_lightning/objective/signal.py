@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..finite import Finite
-from .steps import Steps
+from .generation import Generation
+from .steps import OpenSteps
 
-Scope = Literal["data", "step", "row", "batch"]
+Scope = Literal["data", "step", "row", "generation"]
 
 
 class Part(Finite):
     """Something a term is made of, and what it asks of those who serve it.
 
     Attributes:
-        needs: any of ``teacher``, ``reward`` (a reward is configured), ``group`` (group_size > 1),
-            ``behavior`` (behavior log-probs: not for dataset completions), ``categorical``,
-            ``digits`` (a channel of the trajectories that GUI grounding fills), ``latents`` (diffusion).
+        needs: what the run must provide, any of ``teacher``, ``reward`` (a reward is configured), ``group``
+            (group_size > 1), ``behavior`` (behavior log-probs: not for dataset completions), ``categorical``, or a name
+            of a setting's or a callback's `provides`.
         scope: ``data``: reads only the trajectories, so it is known before any model runs. ``step``: its own step.
-            ``row``: all steps of the trajectory. ``batch``: the whole optimizer step on all ranks.
-        reads: the statistics (`steps.STATISTICS`) that it reads; declared so that a wider scope can be served.
+            ``row``: all steps of the trajectory. ``generation``: the whole generation batch on all ranks, groups
+            included; evaluated once, when it is rolled out (`Generation`).
+        reads: the statistics that it reads (`Steps.statistic`), such as ``teacher/entropy``; the stream may also be an
+            entry of ``model.teachers`` that the part asks for by this, without which the term stays on.
+        advice: what provides a need, for the message where nothing does.
     """
 
     needs: frozenset[str] = frozenset()
     scope: Scope = "step"
     reads: frozenset[str] = frozenset()
+    advice: ClassVar[dict[str, str]] = {
+        "reward": "set model.reward (a setting whose `rewards` has rewards of its own names it in `provides`)",
+        "group": "set rollout.group_size > 1",
+        "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
+        "categorical": "only distributions over a vocabulary have it",
+    }
+
+    def settle(self, generation: Generation) -> Tensor:
+        """``[B, T]`` on the CPU, of a weight or an advantage of scope ``generation``."""
+        raise NotImplementedError(f"{type(self).__name__} has the scope generation, but no method settle")
+
+    @property
+    def streams(self) -> set[str]:
+        """Entries of model.teachers that it reads beside the term's own."""
+        return {name.split("/")[0] for name in self.reads} - {"student", "teacher"}
 
 
 class Signal(Part, ABC):
     """ℓ(p_θ, q) at every step, differentiable in the student."""
 
     @abstractmethod
-    def __call__(self, steps: Steps) -> Tensor:
+    def __call__(self, steps: OpenSteps) -> Tensor:
         """``[n]`` losses; nothing is reduced, masked or weighted here."""
 
 
 class CrossEntropy(Signal):
     """−log p_θ(action): with dataset completions this is supervised fine-tuning (SFT); it asks no teacher."""
 
-    def __call__(self, steps: Steps) -> Tensor:
-        assert steps.student is not None
+    def __call__(self, steps: OpenSteps) -> Tensor:
         return -steps.student.log_prob(steps.action)

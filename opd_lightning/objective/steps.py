@@ -16,64 +16,70 @@ from torch import Tensor
 from ..distribution import CategoricalChunk, Gaussian
 from ..trajectory import Trajectories
 
-# What a part may read of the distributions themselves; "teacher" stands for the term's own teacher.
-STATISTICS = ("student_entropy", "teacher_entropy", "student_log_prob", "teacher_log_prob", "teacher_confidence")
+Chunk = CategoricalChunk | Gaussian
+
+STATISTICS: dict[str, Callable[[Any, OpenSteps], Tensor]] = {
+    "entropy": lambda distribution, steps: distribution.entropy(),
+    "log_prob": lambda distribution, steps: distribution.log_prob(steps.action),
+    "confidence": lambda distribution, steps: distribution.confidence(),
+    "peak": lambda distribution, steps: distribution.known()[1].amax(-1),
+}
+"""What a part may read of a stream, ``[n]`` from an open chunk: entropy in nats, log-prob of the action, 1 − H/log V,
+the largest probability. Others may be added under a name of their own."""
 
 
 @dataclass
 class Steps:
-    """The trained steps of a micro-batch, flattened to N, and what is known at each.
+    """The trained steps of a micro-batch, flattened to N, and what is known of them before any chunk is opened.
 
-    Distributions are there only while a chunk is open; the statistics that a part of wider scope declared are there
-    for all N steps (``statistics``), otherwise they are computed from the open chunk.
+    Attributes:
+        trajectories: the micro-batch; rewards that abstain read as 0.
+        index: ``[N]`` into the flattened B × T.
+        available: ``[B]`` bool by teacher: the trajectories for which it is defined; others are for all.
+        abstained: ``[B]`` bool: whose reward abstains; None without rewards.
+        statistics: ``[N]`` by `statistic_key`.
+        stream: what "teacher" stands for (`Term.stream`).
     """
 
     trajectories: Trajectories
-    index: Tensor  # [N] into the flattened B × T
-    student: CategoricalChunk | Gaussian | None = None
-    streams: dict[str, CategoricalChunk | Gaussian] = field(default_factory=dict)
-    without_view: dict[str, CategoricalChunk | Gaussian] = field(default_factory=dict)  # for the log
-    available: dict[str, Tensor] = field(default_factory=dict)  # [B] bool, by teacher
-    stream: str | None = None  # what "teacher" stands for: `Term.stream`
-    target: CategoricalChunk | Gaussian | None = None
+    index: Tensor
+    available: dict[str, Tensor] = field(default_factory=dict)
+    abstained: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    # values of parts of wider scope, by the part's id and the stream that it reads
-    parts: dict[tuple[int, str | None], Tensor] = field(default_factory=dict)
-    everywhere: Callable[[str], Tensor] | None = None
-    abstained: Tensor | None = None  # [B] bool: whose reward abstains, which parts read as 0
+    stream: str | None = None
 
     @classmethod
     def of(cls, trajectories: Trajectories, available: dict[str, Tensor] | None = None) -> Steps:
+        """All trained steps of a micro-batch."""
         index = trajectories.mask.flatten().nonzero().squeeze(-1)
-        known = trajectories.without_abstentions()
-        return cls(known, index, available=available or {}, abstained=trajectories.abstained)
+        return cls(trajectories.without_abstentions(), index, available or {}, trajectories.abstained)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def at(self, states: slice | Tensor, **changes: Any) -> Steps:
-        """Some of the steps; ``changes`` sets the open chunk's distributions."""
-        return Steps(
+    def at(self, states: slice | Tensor) -> Steps:
+        """Some of the steps."""
+        return replace(self, index=self.index[states], statistics=self._cut(states))
+
+    def opened(self, states: slice, student: Chunk, streams: dict[str, Chunk], blind: dict[str, Chunk]) -> OpenSteps:
+        """Some of the steps, with the distributions of an open chunk."""
+        return OpenSteps(
             self.trajectories,
             self.index[states],
-            available=self.available,
-            statistics={name: values[states] for name, values in self.statistics.items()},
-            parts={part: values[states] for part, values in self.parts.items()},
-            everywhere=self.everywhere,
-            abstained=self.abstained,
-            **changes,
+            self.available,
+            self.abstained,
+            self._cut(states),
+            student=student,
+            streams=streams,
+            without_view=blind,
         )
 
-    def for_term(self, stream: str | None, target: CategoricalChunk | Gaussian | None = None) -> Steps:
-        """The same steps as one term sees them: what "teacher" stands for."""
-        return replace(self, stream=stream, target=target)
+    def _cut(self, states: slice | Tensor) -> dict[str, Tensor]:
+        return {key: values[states] for key, values in self.statistics.items()}
 
-    @property
-    def teacher(self) -> Any:
-        """The distribution that the term compares the student with (its teacher's, after the target)."""
-        if self.target is None:
-            raise RuntimeError("this term has no teacher; a signal that reads one must declare it in `needs`")
-        return self.target
+    def for_stream(self, stream: str | None) -> Steps:
+        """The same steps as one term sees them: what "teacher" stands for."""
+        return replace(self, stream=stream)
 
     @cached_property
     def trajectory(self) -> Tensor:
@@ -103,46 +109,67 @@ class Steps:
         """``[B]`` → ``[N]``: each step takes its trajectory's value."""
         return values[self.trajectory]
 
-    def part(self, part: Callable[[Steps], Tensor]) -> Tensor:
-        """``[n]`` the value of an advantage or a weight: looked up if its scope is wider than a step."""
-        key = id(part), self.stream
-        return self.parts[key] if key in self.parts else part(self)
-
-    def key(self, name: str) -> str:
-        """Under which a statistic is kept: a teacher's under the stream's name."""
-        return f"{self.stream}/{name}" if name.startswith("teacher") else name
+    def knows(self, teacher: str) -> Tensor:
+        """``[N]`` bool: where a teacher is defined (its view shows something)."""
+        if teacher not in self.available:
+            return torch.ones(len(self), dtype=torch.bool, device=self.index.device)
+        return self.per_trajectory(self.available[teacher])
 
     def statistic(self, name: str) -> Tensor:
-        """``[N]``, without gradient: one of `STATISTICS`, for the term's own stream."""
-        key = self.key(name)
+        """``[N]``, without gradient: ``<stream>/<what>``, where the stream is ``student``, ``teacher`` (the term's own)
+        or an entry of ``model.teachers``, and what one of `STATISTICS`."""
+        return self.statistics[statistic_key(name, self.stream)]
+
+
+@dataclass
+class OpenSteps(Steps):
+    """The n steps of an open chunk, with the distributions there.
+
+    Attributes:
+        student: with gradient while the chunk is trained.
+        streams: teachers by name.
+        without_view: teachers by name, without their view, for the log.
+        target: what the term compares the student with: its teacher's distribution, after the target.
+        advantage: ``[n]`` of the term's policy gradient.
+    """
+
+    student: Chunk = None  # type: ignore[assignment]
+    streams: dict[str, Chunk] = field(default_factory=dict)
+    without_view: dict[str, Chunk] = field(default_factory=dict)
+    target: Chunk | None = None
+    advantage: Tensor | None = None
+
+    def for_term(self, stream: str | None, target: Chunk | None) -> OpenSteps:
+        """The same steps as one term sees them: what "teacher" stands for, and its distribution."""
+        return replace(self, stream=stream, target=target)
+
+    @property
+    def teacher(self) -> Any:
+        """The distribution that the term compares the student with (its teacher's, after the target)."""
+        if self.target is None:
+            raise RuntimeError("this term has no teacher; a signal that reads one must declare it in `needs`")
+        return self.target
+
+    def statistic(self, name: str) -> Tensor:
+        key = statistic_key(name, self.stream)
         if key not in self.statistics:
-            self.statistics[key] = measure(self, name)
+            self.statistics[key] = self._measured(name)
         return self.statistics[key]
 
-    def over_batch(self, name: str) -> Tensor:
-        """``[M]`` a statistic at every trained step of the optimizer step, on all ranks (scope ``batch`` only)."""
-        assert self.everywhere is not None
-        return self.everywhere(self.key(name))
+    @torch.no_grad()
+    def _measured(self, name: str) -> Tensor:
+        stream, what = name.split("/")
+        if stream in ("student", "teacher"):
+            distribution = self.student if stream == "student" else self.teacher
+        else:
+            distribution = self.streams[stream]
+        return STATISTICS[what](distribution, self).detach()
 
 
-def measure(steps: Steps, name: str) -> Tensor:
-    """One of `STATISTICS` ``[n]`` from an open chunk, without gradient."""
-    who, _, what = name.partition("_")
-    distribution = steps.student if who == "student" else steps.teacher
-    assert distribution is not None
-    with torch.no_grad():
-        if what == "entropy":
-            return distribution.entropy()
-        if what == "confidence":
-            assert isinstance(distribution, CategoricalChunk)
-            return distribution.confidence()
-        return distribution.log_prob(steps.action).detach()
-
-
-def row_sum(steps: Steps, values: Tensor) -> Tensor:
-    """``[N]`` → ``[B]``"""
-    total = values.new_zeros(len(steps.trajectories))
-    return total.index_add(0, steps.trajectory, values)
+def statistic_key(name: str, stream: str | None) -> str:
+    """Names the statistic ``<stream>/<what>`` by its stream, where "teacher" stands for ``stream``."""
+    of, what = name.split("/")
+    return f"{stream}/{what}" if of == "teacher" else name
 
 
 def to_rows(steps: Steps, values: Tensor) -> Tensor:

@@ -1,27 +1,29 @@
 """Weights: how much a step counts. Never negative, always without gradient; a term multiplies all of its own.
 
-Shape legend: n steps of a chunk, N of a micro-batch, M of the optimizer step on all ranks.
+Shape legend: n steps of a chunk, N of a micro-batch, B trajectories of T steps of a generation batch, M steps of all
+ranks.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .generation import Generation
 from .signal import Part
 from .steps import Steps
 
 
 class Weight(Part, ABC):
-    """w(i, t) ≥ 0."""
+    """w(i, t) ≥ 0: one of scope ``generation`` implements `settle`, any other `__call__`."""
 
-    @abstractmethod
     def __call__(self, steps: Steps) -> Tensor:
-        """``[n]`` (``[N]`` when the scope is wider than a step)."""
+        """``[n]`` of the `OpenSteps` of a chunk for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
+        raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
 
 
 class Constant(Weight):
@@ -82,10 +84,10 @@ class Entropy(Weight):
     def __init__(self, of: Literal["teacher", "student"] = "teacher", beta: float = 1.0) -> None:
         self.of, self.beta = of, beta
         self.needs = frozenset({"teacher"}) if of == "teacher" else frozenset()
-        self.reads = frozenset({f"{of}_entropy"})
+        self.reads = frozenset({f"{of}/entropy"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        return (-self.beta * steps.statistic(f"{self.of}_entropy")).exp()
+        return (-self.beta * steps.statistic(f"{self.of}/entropy")).exp()
 
 
 class Confidence(Weight):
@@ -95,10 +97,10 @@ class Confidence(Weight):
     """
 
     needs = frozenset({"teacher", "categorical"})
-    reads = frozenset({"teacher_confidence"})
+    reads = frozenset({"teacher/confidence"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        return steps.statistic("teacher_confidence")
+        return steps.statistic("teacher/confidence")
 
 
 class ImportanceRatio(Weight):
@@ -109,7 +111,7 @@ class ImportanceRatio(Weight):
     """
 
     needs = frozenset({"behavior"})
-    reads = frozenset({"student_log_prob"})
+    reads = frozenset({"student/log_prob"})
 
     def __init__(self, cap: float = 2.0) -> None:
         if cap <= 0:
@@ -117,7 +119,7 @@ class ImportanceRatio(Weight):
         self.cap = cap
 
     def __call__(self, steps: Steps) -> Tensor:
-        log_ratio = steps.statistic("student_log_prob") - steps.behavior_log_prob
+        log_ratio = steps.statistic("student/log_prob") - steps.behavior_log_prob
         return log_ratio.exp().clamp(max=self.cap)
 
 
@@ -148,34 +150,37 @@ class TopEntropy(Weight):
             of each rollout by a score of entropy and disagreement, and its entropy baseline draws steps with
             probability ∝ H.
         of: whose entropy.
-        scope: the quantile is taken over the whole optimizer step on all ranks (``batch``, default) or over each
-            trajectory (``row``). Over a batch it costs a forward pass of its own.
+        scope: the quantile is taken over the whole generation batch on all ranks (default), where the term is on, or
+            over each trajectory (``row``). Over a batch it costs a forward pass when the batch is rolled out.
     """
 
     def __init__(
         self,
         share: float = 0.5,
         of: Literal["teacher", "student"] = "student",
-        scope: Literal["row", "batch"] = "batch",
+        scope: Literal["row", "generation"] = "generation",
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"weight.share must be in (0, 1], got {share}")
         self.share, self.of, self.scope = share, of, scope
         self.needs = frozenset({"teacher"}) if of == "teacher" else frozenset()
-        self.reads = frozenset({f"{of}_entropy"})
+        self.reads = frozenset({f"{of}/entropy"})
 
     def __call__(self, steps: Steps) -> Tensor:
-        entropy = steps.statistic(f"{self.of}_entropy").float()
-        if self.scope == "batch":
-            everywhere = steps.over_batch(f"{self.of}_entropy")
-            if not len(everywhere):
-                return entropy
-            return (entropy >= at_least(everywhere, self.share)).float()
+        entropy = steps.statistic(f"{self.of}/entropy").float()
         chosen = torch.zeros_like(entropy)
         for row in steps.trajectory.unique():
             mine = steps.trajectory == row
             chosen[mine] = (entropy[mine] >= at_least(entropy[mine], self.share)).float()
         return chosen
+
+    def settle(self, generation: Generation) -> Tensor:
+        entropy = generation.statistics[f"{self.of}/entropy"]
+        on = generation.on & ~entropy.isnan()
+        everywhere = generation.everywhere(entropy[on])
+        if not len(everywhere):
+            return torch.zeros_like(entropy)
+        return (on & (entropy >= at_least(everywhere, self.share))).float()
 
 
 class Outcome(Weight):

@@ -160,9 +160,8 @@ LOGITS = st.integers(0, 10**6).map(
 
 def evaluate(signal: Divergence, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """``[5]`` from logits ``[5, V]``."""
-    steps = Steps.of(batch([[1] * 5], V))
-    steps.student, steps.target = CategoricalChunk(student), CategoricalChunk(teacher)
-    return signal(steps)
+    steps = Steps.of(batch([[1] * 5], V)).opened(slice(None), CategoricalChunk(student), {}, {})
+    return signal(steps.for_term("teacher", CategoricalChunk(teacher)))
 
 
 @pytest.mark.parametrize("of", ["teacher", "student", "union", "sampled"])
@@ -272,8 +271,8 @@ def test_temperature_is_the_signals_own_and_is_not_squared_back():
 def test_clipped_ids_have_no_gradient():
     student = torch.tensor([[0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[3.0, 0.0, -1.0]], dtype=torch.float64)
-    steps = Steps.of(batch([[1]], 3))
-    steps.student, steps.target = CategoricalChunk(student), CategoricalChunk(teacher)
+    steps = Steps.of(batch([[1]], 3)).opened(slice(None), CategoricalChunk(student), {}, {})
+    steps.target = CategoricalChunk(teacher)
     log_p, log_q = student.detach().log_softmax(-1), teacher.log_softmax(-1)
     terms = KL(log_q, log_p)
     assert float(terms.max()) > 0.05

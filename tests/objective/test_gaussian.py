@@ -47,8 +47,8 @@ def normals(seed: int, scales: str = "tensor") -> tuple[Gaussian, Gaussian]:
 def evaluate(signal: Divergence, p: Gaussian, q: Gaussian) -> Tensor:
     """``[6]`` at all states."""
     steps = Steps.of(batch([[1, 1, 1]] * 2, 1))
-    steps.student, steps.target = p.at(steps.index), q.at(steps.index)
-    return signal(steps)
+    opened = steps.opened(slice(None), p.at(steps.index), {}, {})
+    return signal(opened.for_term("teacher", q.at(steps.index)))
 
 
 def torch_kl(a: Gaussian, b: Gaussian) -> Tensor:

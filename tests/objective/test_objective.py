@@ -25,6 +25,7 @@ from opd_lightning.objective import (
     LogLinear,
     LogRatio,
     Objective,
+    OpenSteps,
     Outcome,
     PolicyGradient,
     ReverseKL,
@@ -33,15 +34,27 @@ from opd_lightning.objective import (
     Support,
     Term,
     TopEntropy,
+    Weight,
     Window,
 )
+from opd_lightning.objective.chunks import Chunks, ChunkSize
 from opd_lightning.objective.objective import availability
-from opd_lightning.optimizer_step import Totals
 from opd_lightning.trajectory import Trajectories
 from tests.objective.reference import Policy, batch, close, examples
 
 V, B, T = 9, 6, 5
 MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
+
+
+class Surer(Weight):
+    """1 where the reference is surer of the action than the term's teacher: two streams in one weight."""
+
+    needs = frozenset({"teacher"})
+    reads = frozenset({"teacher/log_prob", "reference/log_prob"})
+
+    def __call__(self, steps: Steps) -> Tensor:
+        return (steps.statistic("reference/log_prob") > steps.statistic("teacher/log_prob")).float()
+
 
 OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "plain": lambda: [Term(ReverseKL())],
@@ -53,6 +66,15 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
         Term(ReverseKL(), weights=[TopEntropy(0.6, of="teacher")]),
     ],
     "a quantile of the row": lambda: [Term(ReverseKL(), weights=[TopEntropy(0.5, scope="row")], normalizer="weights")],
+    "means over where it is on and over trajectories": lambda: [
+        Term(ReverseKL(), weights=[Window(stop=3)], normalizer="on"),
+        Term(JSD(), weights=[Entropy()], normalizer="trajectories"),
+        Term(PolicyGradient(LogRatio(discount=0.9)), source="student", normalizer="trajectories"),
+    ],
+    "weights that read the open chunk, and another stream": lambda: [
+        Term(ReverseKL(), weights=[Surer()], normalizer="weights"),
+        Term(CrossEntropy(), None, weights=[Entropy("student")], normalizer="weights"),
+    ],
     "policy gradient": lambda: [
         Term(PolicyGradient(LogRatio(discount=0.9))),
         Term(PolicyGradient(RewardPlusLogRatio()), weights=[Outcome(1.0, 0.5)], normalizer="weights"),
@@ -103,39 +125,36 @@ class World:
         loss, _ = objective(self.student.distribution, self.streams, self.trajectories)
         return [loss, *self.student.gradients(loss)]
 
+    def settled(self, objective: Objective) -> Trajectories:
+        """The trajectories with the channels of parts that see the whole generation batch."""
+        statistics = objective.measure([(self.student.distribution, self.streams, self.trajectories)], T)
+        return objective.settle(self.trajectories, availability(self.streams), statistics, lambda values: values)
+
     def in_parts(self, objective: Objective, ranks: list[list[Tensor]]) -> list[Tensor]:
         """Loss and gradient summed over the micro-batches ``[K]`` of each rank."""
+        self.trajectories = self.settled(objective)
         parts = [[self.rows(index) for index in rank] for rank in ranks]
-        trained = float(self.trajectories.mask.sum())
-        totals = [Totals(trained, trained) for _ in parts]
-        if objective.needs_totals:
-            for own, rank in zip(totals, parts, strict=True):
-                own.statistics = []
-                for student, streams, trajectories in rank:
-                    here = Steps.of(trajectories, availability(streams))
-                    flat = {name: stream.at(here.index) for name, stream in streams.items()}
-                    own.statistics.append(objective.measure(student.at(here.index), flat, here, {"row", "batch"}))
-
-        def gather(values: Tensor) -> Tensor:
-            """What every rank holds of the statistic of which this rank holds ``values``."""
-            keys = {k for own in totals for k in own.statistics[0]}
-            held = {k: [torch.cat([s[k] for s in own.statistics]) for own in totals] for k in keys}
-            return next(torch.cat(r) for r in held.values() if any(torch.equal(values, x) for x in r))
-
-        for own in totals:
-            own.gather = gather
-        sums = [
-            objective.weight_sums([p[2] for p in rank], own, [availability(p[1]) for p in rank])
-            for own, rank in zip(totals, parts, strict=True)
-        ]
-        weight_sums = {name: float(sum(s[name] for s in sums)) for name in sums[0]}
+        normalizers = self.normalizers(objective, parts)
         total: list[Tensor] = [torch.zeros(()), *(torch.zeros_like(x) for x in self.student.inputs)]
-        for own, rank in zip(totals, parts, strict=True):
-            own.weight_sums = weight_sums
-            for i, (student, streams, trajectories) in enumerate(rank):
-                loss, _ = objective(student, streams, trajectories, own, i)
-                total = [a + b for a, b in zip(total, [loss, *self.student.gradients(loss)], strict=True)]
+        for student, streams, trajectories in (part for rank in parts for part in rank):
+            loss, _ = objective(student, streams, trajectories, normalizers)
+            total = [a + b for a, b in zip(total, [loss, *self.student.gradients(loss)], strict=True)]
         return total
+
+    @staticmethod
+    def normalizers(objective: Objective, parts: list[list[Any]]) -> dict[str, float]:
+        """Z, with a sum over ranks that each of them asks for in the same order."""
+        asked: list[list[float]] = []
+        for rank in parts:
+            sums: list[float] = []
+            objective.normalizers(
+                [(trajectories, availability(streams)) for _, streams, trajectories in rank],
+                objective.weight_sums([part[:2] for part in rank], [part[2] for part in rank]),
+                lambda value, sums=sums: sums.append(value) or value,
+            )
+            asked.append(sums)
+        totals = iter([sum(values) for values in zip(*asked, strict=True)])
+        return objective.normalizers([], [], lambda _: next(totals))
 
 
 def equal(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -171,13 +190,16 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
 def test_the_size_of_a_chunk_follows_from_a_budget_in_bytes():
     student = Categorical(torch.zeros(100, 4), Head(torch.nn.Linear(4, 2**16), 2**16))
     assert student.bytes_per_state() == 3 * 2**17
-    sizes = [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=5)._chunks(student, 100)]
-    assert sizes == [13] * 7 + [9]
-    beside_a_teacher = Objective([Term(ReverseKL())], chunk_mib=8)._chunks(student, 100, student.bytes_kept())
-    assert [c.stop - c.start for c in beside_a_teacher] == [10] * 10
-    assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_mib=1)._chunks(student, 3)] == [2, 1]
+
+    def sizes(count: int, size: ChunkSize, **streams: Stream) -> list[int]:
+        steps = Steps.of(batch([[1] * count], V))
+        return [states.stop - states.start for states in Chunks(student, streams, steps, size).cut()]
+
+    assert sizes(100, ChunkSize(5)) == [13] * 7 + [9]
+    assert sizes(100, ChunkSize(8), teacher=Stream(student)) == [10] * 10
+    assert sizes(3, ChunkSize(1)) == [2, 1]
     # evenly cut, so that no small rest costs a pass of its own
-    assert [c.stop - c.start for c in Objective([Term(ReverseKL())], chunk_steps=90)._chunks(student, 100)] == [50, 50]
+    assert sizes(100, ChunkSize(192, steps=90)) == [50, 50]
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
@@ -421,7 +443,7 @@ def test_an_objective_without_terms_or_with_an_impossible_chunk_is_refused():
 
 def test_a_signal_that_reads_a_teacher_without_declaring_it_is_told():
     with pytest.raises(RuntimeError, match="this term has no teacher; a signal that reads one must declare it"):
-        _ = Steps.of(batch([[1]], V)).teacher
+        _ = OpenSteps.of(batch([[1]], V)).teacher
 
 
 def test_chunks_cover_gradients_of_every_step_once():

@@ -149,13 +149,13 @@ def test_an_upper_clip_defaults_to_the_lower_one():
 def test_an_advantage_has_no_gradient():
     world = World()
     student = world.student.distribution
-    steps = Steps.of(world.trajectories).for_term("teacher")
+    steps = Steps.of(world.trajectories)
     opened = student.at(steps.index).accumulator().open(slice(0, 6))
     teacher = world.teacher.teacher.at(steps.index).chunk(slice(0, 6))
     assert opened.logits.requires_grad
     for advantage, expected in advantages(world):
         if advantage.scope != "row":
-            seen = steps.at(slice(0, 6), student=opened, streams={"teacher": teacher}).for_term("teacher", teacher)
+            seen = steps.opened(slice(0, 6), opened, {"teacher": teacher}, {}).for_term("teacher", teacher)
             value = advantage(seen)
             assert value.grad_fn is None
             close(value, expected, 1e-6)
@@ -163,7 +163,7 @@ def test_an_advantage_has_no_gradient():
 
 def test_an_advantage_that_forgets_to_detach_is_detached_for_it():
     class Leaky(LogRatio):
-        def __call__(self, steps: Steps) -> Tensor:
+        def __call__(self, steps: Any) -> Tensor:
             return steps.teacher.log_prob(steps.action) - steps.student.log_prob(steps.action)
 
     world = World(1)
@@ -177,9 +177,10 @@ def test_rlsd_never_flips_the_sign_of_the_reward(seed, share, clip):
     world = World(seed)
     world.teacher.layer.bias.data.mul_(50)  # large log-ratios, some impossible steps
     advantage = RewardTimesLogRatio(share, clip)
-    steps = Steps.of(world.trajectories).for_term("teacher")
-    steps.student = world.student.distribution.at(steps.index).chunk(slice(0, 6))
-    steps.target = world.teacher.teacher.at(steps.index).chunk(slice(0, 6))
+    everything = Steps.of(world.trajectories)
+    student = world.student.distribution.at(everything.index).chunk(slice(0, 6))
+    teacher = world.teacher.teacher.at(everything.index).chunk(slice(0, 6))
+    steps = everything.opened(slice(0, 6), student, {"teacher": teacher}, {}).for_term("teacher", teacher)
     value, reward = advantage(steps), world.group_relative
     assert (value * reward >= 0).all()
     assert (value.abs() >= reward.abs() * (1 - share * clip) - 1e-6).all()

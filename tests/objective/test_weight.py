@@ -182,7 +182,7 @@ def test_one_weight_object_in_two_terms_is_evaluated_for_each(world):
         listed = [Term(ReverseKL(), teacher=name, weights=[weight]) for name, weight in terms]
         return Objective(listed)(student.distribution, streams, trajectories)[0]
 
-    for scope in ("row", "batch"):
+    for scope in ("row", "generation"):
         shared = TopEntropy(0.3, of="teacher", scope=scope)
         close(loss(("a", shared), ("b", shared)), loss(("a", shared)) + loss(("b", shared)), 1e-6)
 

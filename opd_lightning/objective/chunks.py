@@ -1,0 +1,121 @@
+"""Chunks: the trained steps of a micro-batch, opened piece by piece, so that no logits outlive their piece.
+
+Shape legend: N trained steps of a micro-batch, n of a piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distribution import Distribution, GradientAccumulator, Stream
+from .steps import OpenSteps, Steps
+
+
+@dataclass(frozen=True)
+class ChunkSize:
+    """How many steps are projected to logits at once: as many as fit into ``mib`` MiB, or ``steps`` of them."""
+
+    mib: int
+    steps: int | None = None
+
+    def of(self, bytes_per_state: int) -> int:
+        return self.steps or max(1, self.mib * 2**20 // bytes_per_state)
+
+
+@dataclass
+class Chunks:
+    """Student and teachers at the N trained steps of a micro-batch.
+
+    Attributes:
+        student: at the N steps.
+        streams: teachers by name, at the N steps.
+        steps: the N steps.
+        size: of a chunk.
+    """
+
+    student: Distribution
+    streams: dict[str, Stream]
+    steps: Steps
+    size: ChunkSize
+
+    @classmethod
+    def at(cls, student: Distribution, streams: dict[str, Stream], steps: Steps, size: ChunkSize) -> Chunks:
+        """Restricts distributions at all B × T states to the N steps."""
+        flat = {name: stream.at(steps.index) for name, stream in streams.items()}
+        return cls(student.at(steps.index), flat, steps, size)
+
+    def opened(self, accumulator: GradientAccumulator | None = None) -> Iterator[tuple[slice, OpenSteps]]:
+        """Opens each piece of each chunk; with an ``accumulator`` the student has a gradient, and whoever iterates
+        closes every piece.
+
+        Yields:
+            Which of the N steps it is, and the open piece, of which nothing may be alive when the next is opened.
+        """
+        teachers = {name: stream.distribution for name, stream in self.streams.items()}
+        blind = {name: s.without_view for name, s in self.streams.items() if s.without_view is not None}
+        student = self.student if accumulator is None else accumulator
+        everyone = (student, *teachers.values(), *blind.values())
+        for states in self.cut():
+            for policy in everyone:
+                policy.prepare(states)
+            for piece in _evenly(states, self.student.piece(states.stop - states.start)):
+                yield piece, self._piece(piece, student, teachers, blind)
+
+    def _piece(
+        self,
+        states: slice,
+        student: Distribution | GradientAccumulator,
+        teachers: dict[str, Distribution],
+        blind: dict[str, Distribution],
+    ) -> OpenSteps:
+        # a function of its own, so that nothing but what it returns holds the piece
+        if isinstance(student, Distribution):
+            opened = student.chunk(states)
+        else:
+            with torch.enable_grad():
+                opened = student.open(states)
+        streams = {name: teacher.chunk(states) for name, teacher in teachers.items()}
+        without_view = {name: teacher.chunk(states) for name, teacher in blind.items()}
+        return self.steps.opened(states, opened, streams, without_view)
+
+    def cut(self) -> Iterator[slice]:
+        """Which of the N steps make a chunk."""
+        if not len(self.steps):  # then a family may not know what a state takes
+            return iter(())
+        teachers = (one for stream in self.streams.values() for one in (stream.distribution, stream.without_view))
+        kept = sum(teacher.bytes_kept() for teacher in teachers if teacher is not None)
+        return _evenly(slice(0, len(self.steps)), self.size.of(self.student.bytes_per_state() + kept))
+
+
+class GradientsInside(torch.autograd.Function):
+    """Evaluates a loss and its gradients in one go; backward only scales what is already there."""
+
+    @staticmethod
+    def forward(ctx: Any, evaluate: Callable[[Any], Tensor], accumulator: Any, *inputs: Tensor) -> Tensor:
+        loss = evaluate(accumulator)
+        ctx.gradients = [
+            None if g is None else g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)
+        ]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
+        return None, None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
+
+
+def _evenly(states: slice, size: int) -> Iterator[slice]:
+    """Cuts into slices of at most ``size``, of equal length, so that no small rest costs a pass of its own."""
+    count = states.stop - states.start
+    if not count:
+        return iter(())
+    size = math.ceil(count / math.ceil(count / size))
+    return (slice(start, min(start + size, states.stop)) for start in range(states.start, states.stop, size))

@@ -1,0 +1,33 @@
+"""Generation: a whole generation batch, for the parts of a term that are settled before it is trained.
+
+Shape legend: B trajectories of this rank, T steps, M values of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..trajectory import Trajectories
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a part of scope ``generation`` sees, once, when a generation batch is rolled out and its groups are whole.
+
+    What it returns, ``[B, T]``, is kept with the trajectories (and in checkpoints): it does not depend on how the batch
+    is cut into micro-batches, optimizer steps and ranks, nor on how often it is trained.
+
+    Attributes:
+        trajectories: the batch, on the CPU; rewards that abstain read as 0.
+        on: ``[B, T]`` bool: the trained steps where the term applies.
+        statistics: ``[B, T]`` by ``<stream>/<what>`` (`Part.reads`), NaN where a stream is not defined.
+        everywhere: concatenates values ``[M]`` over all ranks, each of which must call it.
+    """
+
+    trajectories: Trajectories
+    on: Tensor
+    statistics: dict[str, Tensor]
+    everywhere: Callable[[Tensor], Tensor]

@@ -1,0 +1,146 @@
+"""Term: one summand of the objective.
+
+Shape legend: N trained steps of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..finite import Finite
+from .policy_gradient import Advantage, PolicyGradient
+from .signal import Part, Scope, Signal
+from .steps import OpenSteps, Steps
+from .target import Target
+from .weight import Weight
+
+Normalizer = Literal["steps", "on", "trajectories", "weights"]
+
+
+@dataclass
+class Term:
+    """One summand of the objective.
+
+    Args:
+        signal: what a step contributes.
+        teacher: an entry of ``model.teachers``; None for signals that ask no teacher.
+        weights: multiplied with each other.
+        target: turns the teacher's distribution into another one first.
+        source: only trajectories of this behavior policy (``student``, ``dataset`` or a teacher's name); None: all.
+        coefficient: c, a public knob; at 0 the term and its teacher's forward pass are skipped.
+        normalizer: Z, a sum over the optimizer step and all ranks, in which steps where the term is off (another
+            source, no view, no reward) weigh 0. ``steps``: all trained steps, also where the term is off, but for a
+            term that reads rewards those of rows whose reward abstains. ``on``: the trained steps where it is on
+            (SDPO's mean over masked tokens, 2601.20802). ``trajectories``: the trajectories where it is on, each step
+            counting 1/T of its trajectory's T: the mean of per-trajectory means (1/len in GRPO, OPSD, f-OPD).
+            ``weights``: the sum of this term's weights.
+        name: in logs; default: the signal's class name.
+    """
+
+    signal: Signal
+    teacher: str | None = "teacher"
+    weights: list[Weight] = field(default_factory=list)
+    target: Target | None = None
+    source: str | None = None
+    coefficient: float = 1.0
+    normalizer: Normalizer = "steps"
+    name: str = ""
+
+    __setattr__ = Finite.__setattr__
+
+    @property
+    def advantage(self) -> Advantage | None:
+        """Of its policy gradient; None for other signals."""
+        return self.signal.advantage if isinstance(self.signal, PolicyGradient) else None
+
+    def parts(self) -> list[Part]:
+        extra = [] if self.advantage is None else [self.advantage]
+        return [self.signal, *extra, *self.weights]
+
+    def weights_of(self, *scopes: Scope) -> list[Weight]:
+        return [weight for weight in self.weights if weight.scope in scopes]
+
+    @property
+    def needs(self) -> set[str]:
+        return set().union(*(part.needs for part in self.parts()))
+
+    @property
+    def stream(self) -> str | None:
+        """Name of what the term compares with: its teacher, or what its target makes of it."""
+        return self.teacher if self.target is None else f"{self.teacher} as {self.name}'s target"
+
+    @property
+    def compared(self) -> set[str]:
+        """Teachers without which the term is off: its own, and those of its target."""
+        own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
+        return own | set(self.target.streams if self.target else ())
+
+    @property
+    def teachers(self) -> set[str]:
+        """Names whose forward pass the term needs: those that it compares with, and those that its parts read."""
+        return self.compared.union(*(part.streams for part in self.parts()))
+
+    def channel(self, part: Part) -> str:
+        """Name of the channel that keeps the values of one of its parts of scope ``generation``."""
+        settled = [other for other in self.parts() if other.scope == "generation"]
+        place = next(i for i, other in enumerate(settled) if other is part)
+        return f"{self.name}/{type(part).__name__}" + (f"_{place + 1}" if place else "")
+
+    def value(self, part: Weight | Advantage, steps: Steps) -> Tensor:
+        """``[N]`` one of its weights, or its advantage, without gradient."""
+        if part.scope == "generation":
+            # a term that is turned on in the middle of a generation batch begins with the next
+            settled = self.channel(part) in steps.trajectories.channels
+            return steps.channel(self.channel(part)) if settled else steps.index.new_zeros(len(steps)).float()
+        return part(steps.for_stream(self.stream)).detach()
+
+    def on(self, steps: Steps) -> Tensor:
+        """``[N]`` bool: where the term applies at all."""
+        on = torch.ones(len(steps), dtype=torch.bool, device=steps.index.device)
+        for name in self.compared:
+            on &= steps.knows(name)
+        if self.source is not None:
+            on &= steps.per_trajectory(steps.trajectories.source == steps.trajectories.sources.index(self.source))
+        if "reward" in self.needs and steps.abstained is not None:
+            on &= ~steps.per_trajectory(steps.abstained)
+        return on
+
+    def counts(self, steps: Steps) -> Tensor:
+        """``[N]`` how much a step counts before any weight: 0 where the term is off, the trajectory's weight elsewhere,
+        by 1/T of a trajectory's T steps for the normalizer ``trajectories``."""
+        counts = self.on(steps).float()
+        if steps.trajectories.weight is not None:
+            counts = counts * steps.per_trajectory(steps.trajectories.weight)
+        if self.normalizer == "trajectories":
+            counts = counts / steps.per_trajectory(steps.trajectories.length.clamp(min=1))
+        return counts
+
+    def known(self, steps: Steps) -> Tensor:
+        """``[N]`` the same times the weights that are known from the trajectories."""
+        counts = self.counts(steps)
+        for weight in self.weights_of("data", "generation"):
+            counts = counts * self.value(weight, steps)
+        return counts
+
+    @property
+    def sums_distributions(self) -> bool:
+        """Whether its Z is known after a forward pass over the whole optimizer step only."""
+        return self.normalizer == "weights" and bool(self.weights_of("step", "row"))
+
+    def seen(self, chunk: OpenSteps) -> OpenSteps:
+        """The open chunk as the term sees it: with its target built, if it compares with a teacher."""
+        target = None
+        if self.compared:
+            assert self.teacher is not None
+            target = chunk.streams[self.teacher]
+            if self.target is not None:
+                target = self.target({**chunk.streams, "teacher": target, "student": chunk.student})
+        return chunk.for_term(self.stream, target)
+
+    def measured(self, chunk: OpenSteps, name: str) -> Tensor:
+        """``[n]`` a statistic that one of its parts reads; only its own teacher's needs the target."""
+        return (self.seen(chunk) if name.startswith("teacher/") else chunk).statistic(name)
