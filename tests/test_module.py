@@ -241,7 +241,7 @@ def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
     """A coefficient of 0 skips its forward pass."""
     objective = Objective([Term(ReverseKL(), coefficient=0.0), Term(CrossEntropy(), teacher=None)])
     module = world.module(world.teacher, objective)
-    monkeypatch.setattr(module, "ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(module, "query", lambda *_: pytest.fail("asked"))
     world.fit(module, tmp_path)
 
 
