@@ -197,7 +197,6 @@ class ChangePoint(StopRule):
 
     def _read(self, steps: OpenSteps) -> Tensor:
         if self.signal != "margin":
-            # LGR's confidence is the largest probability
             return steps.statistic("teacher/peak" if self.signal == "confidence" else f"teacher/{self.signal}")
         assert isinstance(steps.student, CategoricalChunk)
         log_p = steps.student.log_probs()
