@@ -32,4 +32,7 @@ class Finite:
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):
             check_finite(f"{type(self).__name__}.{name}", value)
-        object.__setattr__(self, name, value)
+        if isinstance(self, Finite):  # a torch module registers its parameters here
+            super(Finite, self).__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)

@@ -6,7 +6,7 @@ Shape legend: N trained steps of a micro-batch, n of a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,9 @@ class GradientsInside(torch.autograd.Function):
     """Evaluates a loss and its gradients in one go; backward only scales what is already there."""
 
     @staticmethod
-    def forward(ctx: Any, evaluate: Callable[[Any], Tensor], accumulator: Any, *inputs: Tensor) -> Tensor:
-        loss = evaluate(accumulator)
-        ctx.gradients = [
-            None if g is None else g.to(x.dtype) for g, x in zip(accumulator.gradients, inputs, strict=True)
-        ]
+    def forward(ctx: Any, evaluate: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *inputs: Tensor) -> Tensor:
+        loss, gradients = evaluate()
+        ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
         return loss
 
     @staticmethod
@@ -109,7 +107,7 @@ class GradientsInside(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
-        return None, None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
+        return None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
 
 
 def _evenly(states: slice, size: int) -> Iterator[slice]:

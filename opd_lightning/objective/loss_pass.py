@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics import Averages
 from ..distribution import Distribution, GradientAccumulator, Stream
@@ -87,29 +87,34 @@ class LossPass:
             diagnose: also average the diagnostics that cost an extra look at the vocabulary.
         """
         self.metrics.add("empty_micro_batches", float(not len(self.steps)))
+        parameters = part_parameters(self.terms)
         if not len(self.steps):
-            inputs = self.chunks.student.accumulator().inputs
+            inputs = [*self.chunks.student.accumulator().inputs, *parameters]
             return torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum()
         shares = [self._share(term, term.coefficient / normalizers[term.name]) for term in self.terms]  # 3.
         self._restrict(shares)
 
-        def evaluate(accumulator: GradientAccumulator | None) -> Tensor:  # 4.
+        def evaluate(accumulator: GradientAccumulator | None) -> tuple[Tensor, list[Tensor | None]]:  # 4.
             total = torch.zeros((), device=self.steps.index.device, dtype=torch.float64)
+            gradients: list[Tensor | None] = [None] * len(parameters)
             for states, chunk in self.chunks.opened(accumulator):
                 if diagnose:
                     chunk_diagnostics(chunk, self.metrics)
                 with torch.enable_grad() if accumulator is not None else torch.no_grad():
                     loss = self._chunk_loss(shares, states, chunk)
                     if accumulator is not None:
+                        if parameters:
+                            pieces = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                            gradients = [_sum(one, other) for one, other in zip(gradients, pieces, strict=True)]
                         accumulator.close(loss)
                 total += loss.detach()
                 del chunk, loss  # tensors of this piece must be freed before the next is opened
-            return total.float()
+            return total.float(), [*(accumulator.gradients if accumulator is not None else ()), *gradients]
 
         if not torch.is_grad_enabled():
-            return evaluate(None)
+            return evaluate(None)[0]
         accumulator = self.chunks.student.accumulator()
-        loss: Tensor = GradientsInside.apply(evaluate, accumulator, *accumulator.inputs)
+        loss: Tensor = GradientsInside.apply(lambda: evaluate(accumulator), *accumulator.inputs, *parameters)
         return loss
 
     @torch.no_grad()
@@ -200,6 +205,18 @@ class LossPass:
                 metrics.add_clipped(f"{share.term.name}/{type(weight).__name__}", values, share.term.on(seen))
             factor = factor * values
         return factor
+
+
+def part_parameters(terms: Sequence[Term]) -> list[nn.Parameter]:
+    """Parameters of parts that are torch modules, such as a projection; they are trained with the student."""
+    modules = {part: None for term in terms for part in term.parts() if isinstance(part, nn.Module)}
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 def availability(streams: dict[str, Stream]) -> dict[str, Tensor]:

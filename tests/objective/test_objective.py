@@ -454,3 +454,36 @@ def test_chunks_cover_gradients_of_every_step_once():
     hidden = world.student.gradients(loss)[0]
     assert (hidden.abs().sum(-1) > 0).equal(world.trajectories.mask)
     close(hidden[~world.trajectories.mask], torch.zeros_like(hidden[~world.trajectories.mask]), 0)
+
+
+# -- parts with parameters --------------------------------------------------------------------------------------------
+
+
+class Scaled(ReverseKL, torch.nn.Module):
+    """A divergence times a number that is learned with the student."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def __call__(self, steps: OpenSteps) -> Tensor:
+        return ReverseKL.__call__(self, steps) * self.scale
+
+
+@pytest.mark.parametrize("chunk_steps", [1, 3, None])
+def test_parameters_of_a_part_have_the_gradient_of_the_loss(chunk_steps):
+    world = World(0)
+    plain, _ = Objective([Term(ReverseKL())])(world.student.distribution, world.streams, world.trajectories)
+    expected = [gradient / 2 for gradient in world.student.gradients(plain)]
+    part = Scaled()
+    objective = Objective([Term(part)], chunk_steps=chunk_steps)
+    loss, _ = objective(world.student.distribution, world.streams, world.trajectories)
+    equal([2 * loss, *world.student.gradients(loss)], [plain, *expected])
+    (gradient,) = torch.autograd.grad(
+        objective(world.student.distribution, world.streams, world.trajectories).loss, [part.scale]
+    )
+    close(gradient, plain.detach(), 1e-6)
+    with torch.no_grad():
+        alone, _ = objective(world.student.distribution, world.streams, world.trajectories)
+    close(alone, loss.detach(), 1e-7)
