@@ -1,6 +1,6 @@
 """Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
-from ..rollout import RolloutCallback
+from ..callback import DistillationCallback, Stateful
 from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
@@ -18,6 +18,7 @@ __all__ = [
     "CollapseAlarm",
     "Cosine",
     "Curriculum",
+    "DistillationCallback",
     "EarlyStopRollout",
     "Every",
     "FirstSteps",
@@ -28,11 +29,11 @@ __all__ = [
     "Never",
     "OnPlateau",
     "Piecewise",
-    "RolloutCallback",
     "Samples",
     "Schedule",
     "Stage",
     "Staircase",
+    "Stateful",
     "StopRule",
     "SyncRule",
     "TeacherSync",

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
-from ..optimizer_step import MicroBatch, OptimizerStep
+from ..optimizer_step import OptimizerStep
 
 LAST = 10_000
 REPETITION = "repetition"
@@ -83,7 +84,7 @@ SIGNS = (
 )
 
 
-class CollapseAlarm(L.Callback):
+class CollapseAlarm(DistillationCallback):
     """Watches what is logged, and how much rollouts repeat themselves.
 
     It looks at the optimizer steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
@@ -112,6 +113,8 @@ class CollapseAlarm(L.Callback):
     Raises:
         ValueError: a value out of range.
     """
+
+    remembers = ("first", "wrong")
 
     def __init__(
         self,
@@ -146,34 +149,30 @@ class CollapseAlarm(L.Callback):
         self.wrong: dict[str, int] = {}  # looks on end
         self.reason: str | None = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.is_last or not pl_module.is_logged(trainer.global_step):
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if not module.is_logged(module.global_step):
             return
         if self.limits[REPETITION] is not None:
-            pl_module.record(REPETITION, self._repeating(batch.step))
-        told = self._look(pl_module.recorded())
-        pl_module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
-        for message in told:
-            rank_zero_warn(f"optimizer step {trainer.global_step}: {message}")
-        if told and self.action == "stop":
-            self.reason, trainer.should_stop = told[0], True
+            module.record(REPETITION, self._repeating(step))
+        messages = self._test(module.recorded())
+        module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
+        for message in messages:
+            rank_zero_warn(f"optimizer step {module.global_step}: {message}")
+        if messages and self.action == "stop":
+            self.reason, module.trainer.should_stop = messages[0], True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.reason is not None:
-            assert isinstance(pl_module, OnPolicyDistillation)
-            path = pl_module.folder / "collapse.ckpt"
+            path = f"{trainer.default_root_dir}/collapse.ckpt"
             trainer.save_checkpoint(path)
             rank_zero_info(f"CollapseAlarm: stopped after optimizer step {trainer.global_step}, saved as {path}")
 
-    def _look(self, values: dict[str, float]) -> list[str]:
-        """What is to be told now."""
-        found: dict[str, str] = {}
+    def _test(self, values: dict[str, float]) -> list[str]:
+        """Compares what was recorded with the limits, and returns the messages that are due now."""
+        warnings: dict[str, str] = {}
         for name, value in values.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                found[name] = f"{name} is {value}: lower the learning rate, clip gradients, or train in float32"
+                warnings[name] = f"{name} is {value}: lower the learning rate, clip gradients, or train in float32"
                 self.wrong[name] = max(self.wrong.get(name, 0), self.patience - 1)
             for sign in SIGNS:
                 limit = self.limits[sign.name]
@@ -186,9 +185,9 @@ class CollapseAlarm(L.Callback):
                 if sign.name == "entropy":  # a student of a sure teacher shall become sure
                     start = min([start, *(other for teacher, other in values.items() if teacher.endswith("/entropy"))])
                 if sign.is_bad(value, start, limit):
-                    found[f"{sign.name} {name}"] = f"train/{name} is {value:.3g}, against {start:.3g}: {sign.advice}"
-        self.wrong = {key: self.wrong.get(key, 0) + 1 for key in found}
-        return [message for key, message in found.items() if self.wrong[key] == self.patience]
+                    warnings[f"{sign.name} {name}"] = f"train/{name} is {value:.3g}, against {start:.3g}: {sign.advice}"
+        self.wrong = {key: self.wrong.get(key, 0) + 1 for key in warnings}
+        return [message for key, message in warnings.items() if self.wrong[key] == self.patience]
 
     def _repeating(self, step: OptimizerStep) -> Tensor:
         """``[B]`` 1 for each trajectory that repeats itself."""
@@ -199,12 +198,6 @@ class CollapseAlarm(L.Callback):
                 for actions, mask in zip(trajectories.actions.cpu(), trajectories.mask.cpu(), strict=True)
             ]
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "wrong": self.wrong}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first, self.wrong = state_dict["first"], state_dict["wrong"]
 
 
 def compressibility(actions: Tensor) -> float:

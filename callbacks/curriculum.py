@@ -13,12 +13,14 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..callback import Stateful
 from ..module import OnPolicyDistillation
+from ..optimizer_step import OptimizerStep
 from ..worker import refuse_teachers
 from .knobs import KnobCallback
 
 
-class Schedule(ABC):
+class Schedule(Stateful, ABC):
     """A value over optimizer steps."""
 
     @abstractmethod
@@ -29,15 +31,8 @@ class Schedule(ABC):
     def ends(self) -> list[Any]:
         """The values that it comes to, or lies between: if they can be served, all can."""
 
-    def watch(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027  (most go by the step alone)
+    def watch(self, metrics: Mapping[str, Any]) -> None:
         """Told of ``trainer.callback_metrics`` after every validation."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `watch` left behind; a function of the step alone has nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 class Linear(Schedule):
@@ -247,16 +242,12 @@ class Curriculum(KnobCallback):
     def knobs(self) -> tuple[str, ...]:
         return tuple(self.schedules)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._rehearse(trainer, pl_module)
-
-    def _rehearse(self, trainer: L.Trainer, module: Any) -> None:
-        """Every stage and every end of a schedule once, so that what is refused is refused now."""
+    def check(self, module: OnPolicyDistillation) -> None:
+        """Turns the knobs to every stage and every end of a schedule once, so that what is refused is refused now."""
+        super().check(module)
         needed: dict[str, str] = {}
 
-        def check() -> None:
+        def rehearse() -> None:
             module.check()
             if module.rollout.max_staleness:
                 refuse_teachers(module.rollout)
@@ -264,23 +255,23 @@ class Curriculum(KnobCallback):
 
         for start in self.starts[: len(self.stages)]:
             self._turn_all(start)
-            check()
+            rehearse()
         for knob, schedule in self.schedules.items():
             self._turn_all(0)
             for value in schedule.ends() if not self.stages or knob not in self.stages[0].knobs else ():
                 self.turn(knob, value)
-                check()
+                rehearse()
         self._turn_all(0)
-        columns = getattr(getattr(getattr(trainer, "datamodule", None), "train", None), "column_names", None)
+        columns = getattr(getattr(getattr(module.trainer, "datamodule", None), "train", None), "column_names", None)
         for column, who in needed.items():
             if columns is not None and column not in columns:
                 raise ValueError(f"a stage of the curriculum needs the column {column!r} ({who}), which the data lacks")
 
-    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        self._turn_all(trainer.global_step)
+    def advance(self, module: OnPolicyDistillation) -> None:
+        self._turn_all(module.global_step)
         if self.stages:
-            number = sum(start <= trainer.global_step for start in self.starts)
-            if trainer.global_step in self.starts:
+            number = sum(start <= module.global_step for start in self.starts)
+            if module.global_step in self.starts:
                 name = self.stages[number - 1].name
                 rank_zero_info(f"Curriculum: stage {number} of {len(self.stages)} {name}".rstrip())
 
@@ -288,12 +279,10 @@ class Curriculum(KnobCallback):
         for knob, schedule in self.schedules.items():
             self.turn(knob, schedule(step))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         if self.stages:
-            pl_module.log("curriculum/stage", float(sum(start < trainer.global_step for start in self.starts)))
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            module.log("curriculum/stage", float(sum(start < module.global_step for start in self.starts)))
+        super().on_optimizer_step_end(module, step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:

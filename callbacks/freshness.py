@@ -6,21 +6,19 @@ Shape legend: B trajectories of an optimizer step on this rank, n steps of a chu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
 from ..objective import ReverseKL, Signal, Term
 from ..objective.steps import OpenSteps, Steps
-from ..optimizer_step import MicroBatch, OptimizerStep
+from ..optimizer_step import OptimizerStep
 from ..rollout import RolloutLoader
-from ..teacher import Teacher, View
+from ..teacher import View
 from ..trajectory import Trajectories
 
 Settings = dict[str, Any]
@@ -47,7 +45,7 @@ class Anchor(Signal):
         return log_ratio.expm1() - log_ratio
 
 
-class FreshnessControl(L.Callback):
+class FreshnessControl(DistillationCallback):
     """f-OPD (2605.17862): every trajectory has a freshness, which decides how much it counts.
 
     With τ optimizer steps between acting and training,
@@ -86,6 +84,8 @@ class FreshnessControl(L.Callback):
         ValueError: a value out of range.
     """
 
+    remembers = ("refreshed", "shown")
+
     def __init__(
         self,
         rollout_drift: float = 1.0,
@@ -106,46 +106,31 @@ class FreshnessControl(L.Callback):
             )
         self.rollout_drift, self.supervision_drift, self.threshold = rollout_drift, supervision_drift, threshold
         self.anchor, self.refresh_below, self.refresh_every = anchor, refresh_below, refresh_every
-        self._refreshed, self._is_stale = -FOREVER, False
-        # settings of every teacher's view, with the optimizer step from which on it had them
-        self._shown: list[tuple[int, dict[str, Settings]]] = []
-        self._term = Term(Anchor(), teacher=None, coefficient=anchor, name="anchor")
+        self.refreshed, self._is_stale = -FOREVER, False
+        # pairs of an optimizer step and the settings that every teacher's view had from then on
+        self.shown: list[list[Any]] = []
+        self.terms = (Term(Anchor(), teacher=None, coefficient=anchor, name="anchor"),) if anchor else ()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if stage == "fit" and self.anchor and self._term not in pl_module.objective.terms:
-            pl_module.objective.terms.append(self._term)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.is_first:
-            return
-        self._remember(pl_module, batch.step)
-        scores = [self._score(pl_module, trajectories) for trajectories in batch.step.trajectories]
-        for trajectories, score in zip(batch.step.trajectories, scores, strict=True):
+    def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        self._remember(module, step)
+        scores = [self._score(module, trajectories) for trajectories in step.trajectories]
+        for trajectories, score in zip(step.trajectories, scores, strict=True):
             weight = (score - self.threshold).relu()
             trajectories.weigh(weight.float().to(trajectories.mask.device))
-            pl_module.record("freshness/weight", weight)
-            pl_module.record("freshness/gated", (weight == 0).double())
-        mean = float(pl_module.gather(torch.cat(scores).to(pl_module.device)).mean())
+            module.record("freshness/weight", weight)
+            module.record("freshness/gated", (weight == 0).double())
+        mean = float(module.gather(torch.cat(scores).to(module.device)).mean())
         self._is_stale = mean <= self.refresh_below
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.is_last:
-            return
-        step = trainer.global_step
-        refreshes = self._is_stale and step - self._refreshed >= self.refresh_every
-        pl_module.record("freshness/refreshes", float(refreshes))
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        done = module.global_step
+        refreshes = self._is_stale and done - self.refreshed >= self.refresh_every
+        module.record("freshness/refreshes", float(refreshes))
         if refreshes:
-            assert isinstance(trainer.train_dataloader, RolloutLoader)
-            trainer.train_dataloader.refresh()
-            self._refreshed = step
-            rank_zero_info(f"FreshnessControl: step {step}: rollouts were too stale, rolling out again")
+            assert isinstance(module.trainer.train_dataloader, RolloutLoader)
+            module.trainer.train_dataloader.refresh()
+            self.refreshed = done
+            rank_zero_info(f"FreshnessControl: step {done}: rollouts were too stale, rolling out again")
 
     def _score(self, module: OnPolicyDistillation, batch: Trajectories) -> Tensor:
         """``[B]`` freshness."""
@@ -185,8 +170,7 @@ class FreshnessControl(L.Callback):
         batch = batch.to(module.device)
         with module.trainer.precision_plugin.forward_context():
             now = module.query(name, batch)
-            with _seeing(module.teachers[name], view):
-                then = module.query(name, batch)
+            then = module.query(name, batch, view)
             here, there = now.available, then.available
             assert here is not None
             assert there is not None
@@ -198,22 +182,15 @@ class FreshnessControl(L.Callback):
 
     def _remember(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         now = {name: _settings(t.view) for name, t in module.teachers.items() if t.view is not None}
-        if not self._shown or self._shown[-1][1] != now:
-            self._shown.append((module.global_step, now))
+        if not self.shown or self.shown[-1][1] != now:
+            self.shown.append([module.global_step, now])
         oldest = min(int(batch.weights_version.min()) for batch in step.trajectories)
-        while len(self._shown) > 1 and self._shown[1][0] <= oldest:
-            self._shown.pop(0)
+        while len(self.shown) > 1 and self.shown[1][0] <= oldest:
+            self.shown.pop(0)
 
     def _settings_at(self, version: int) -> dict[str, Settings]:
-        known = [shown for since, shown in self._shown if since <= version]
-        return known[-1] if known else self._shown[0][1]  # older than what this callback has seen of the run
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"refreshed": self._refreshed, "shown": [[since, shown] for since, shown in self._shown]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._refreshed = state_dict["refreshed"]
-        self._shown = [(since, shown) for since, shown in state_dict["shown"]]
+        until = [settings for since, settings in self.shown if since <= version]
+        return until[-1] if until else self.shown[0][1]  # older than what this callback has seen of the run
 
 
 def _by_student(batch: Trajectories) -> Tensor:
@@ -247,13 +224,3 @@ def _with(view: View, settings: Settings) -> View:
         elif name in settings:
             setattr(made, name, settings[name])
     return made
-
-
-@contextmanager
-def _seeing(teacher: Teacher, view: View) -> Iterator[None]:
-    """Within it the teacher has another view."""
-    own, teacher.view = teacher.view, view
-    try:
-        yield
-    finally:
-        teacher.view = own

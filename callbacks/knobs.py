@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, get_args, get_type_hints
 
 import lightning as L
 from torch import nn
 
+from ..callback import DistillationCallback
 from ..module import LRSchedule, OnPolicyDistillation
+from ..optimizer_step import OptimizerStep
 from ..pretrained import Lora, Pretrained
 from ..rollout import Rollout
 from ..teacher import Frozen, Teacher
@@ -139,7 +141,7 @@ class Knob:
         return type(self.owner)(**{**arguments, self.argument: value})
 
 
-class KnobCallback(L.Callback, ABC):
+class KnobCallback(DistillationCallback):
     """A callback that turns knobs. Two that turn the same one are refused before training.
 
     What a knob was when an optimizer step began is logged as ``knob/<path>``. A subclass names its knobs and turns them
@@ -156,21 +158,20 @@ class KnobCallback(L.Callback, ABC):
     def state_key(self) -> str:
         return self._generate_state_key(knobs=self.knobs)
 
-    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        """Turns the knobs: before the first rollout, and after each of ``trainer.global_step`` optimizer steps."""
+    def advance(self, module: OnPolicyDistillation) -> None:
+        """Turns the knobs: before the first rollout, and after each of ``module.global_step`` optimizer steps."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """
+    def check(self, module: OnPolicyDistillation) -> None:
+        """Finds its knobs, which can be read and turned from then on.
+
         Raises:
             ValueError: a knob that isn't there, or that another callback turns, too.
         """
-        assert isinstance(pl_module, OnPolicyDistillation)
-        self._held = {path: Knob(pl_module, path) for path in self.knobs}
-        everyone = [callback for callback in trainer.callbacks if isinstance(callback, KnobCallback)]  # type: ignore[attr-defined]
-        for other in everyone:
+        self._held = {path: Knob(module, path) for path in self.knobs}
+        for other in [callback for callback in module.trainer.callbacks if isinstance(callback, KnobCallback)]:  # type: ignore[attr-defined]
             for path in other.knobs:
                 for mine in self._held.values():
-                    if (other is not self or path != mine.path) and mine.overlaps(Knob(pl_module, path)):
+                    if (other is not self or path != mine.path) and mine.overlaps(Knob(module, path)):
                         raise ValueError(
                             f"trainer.callbacks: {type(self).__name__} ({mine.path}) and {type(other).__name__} "
                             f"({path}) turn the same knob; keep one of them"
@@ -185,19 +186,13 @@ class KnobCallback(L.Callback, ABC):
         self._held[path].turn(value)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        self.advance(trainer, pl_module)
+        self.advance(pl_module)  # type: ignore[arg-type]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        assert isinstance(pl_module, OnPolicyDistillation)
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         for path, knob in self._held.items():
             for name, value in _numbers(path, knob.value).items():
-                pl_module.log(f"knob/{name}", value)
-        self.advance(trainer, pl_module)
+                module.log(f"knob/{name}", value)
+        self.advance(module)
 
 
 def _arguments(owner: Any) -> list[str]:

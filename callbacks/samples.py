@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
 from ..objective import CrossEntropy, ReverseKL, Signal
-from ..optimizer_step import MicroBatch
+from ..optimizer_step import OptimizerStep
 from ..printable import cell, in_markdown
 from ..trajectory import Trajectories
 
@@ -24,7 +25,7 @@ COLUMNS = ("prompt", "completion", "reward", "length", "signal")
 Row = dict[str, Any]
 
 
-class Samples(L.Callback):
+class Samples(DistillationCallback):
     """Shows the first rollouts of an optimizer step as they are about to be trained, with a signal at each step.
 
     On the console the steps are shaded by the signal, the darkest red being the table's largest. The same rows go to
@@ -59,33 +60,29 @@ class Samples(L.Callback):
         if teacher is None and "teacher" in self.signal.needs:
             raise ValueError(f"Samples.signal: {type(self.signal).__name__} needs a teacher; name one")
         self.every, self.count, self.teacher, self.console = every, count, teacher, console
+        self.asks = frozenset() if teacher is None else frozenset({teacher})
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if self.teacher is not None and self.teacher not in pl_module.teachers:
-            known = sorted(pl_module.teachers)
+    def check(self, module: OnPolicyDistillation) -> None:
+        if self.teacher is not None and self.teacher not in module.teachers:
+            known = sorted(module.teachers)
             raise ValueError(f"Samples.teacher: no {self.teacher!r} in model.teachers, which has {known}")
-        if "categorical" in self.signal.needs - pl_module.provides:
+        if "categorical" in self.signal.needs - module.provides:
             raise ValueError(
                 f"Samples.signal: {type(self.signal).__name__} needs a vocabulary, which this setting lacks"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        _forget(self._path(pl_module), trainer.global_step)
+        _forget(self._path(trainer), trainer.global_step)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if not batch.is_first or trainer.global_step % self.every:
+    def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if module.global_step % self.every:
             return
         rows: list[Row] = []
-        for trajectories in batch.step.trajectories:
+        for trajectories in step.trajectories:
             wanted = min(len(trajectories), self.count - len(rows))
             if wanted:
-                rows += self._rows(pl_module, trajectories.to("cpu").select(torch.arange(wanted)))
-        self._publish(trainer, pl_module, rows)
+                rows += self._rows(module, trajectories.to("cpu").select(torch.arange(wanted)))
+        self._publish(module.trainer, rows)
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
         values = module.per_step(shown, self.signal, self.teacher)
@@ -113,9 +110,9 @@ class Samples(L.Callback):
         return rows
 
     @rank_zero_only
-    def _publish(self, trainer: L.Trainer, module: OnPolicyDistillation, rows: list[Row]) -> None:
-        module.folder.mkdir(parents=True, exist_ok=True)
-        with self._path(module).open("a", encoding="utf-8") as file:
+    def _publish(self, trainer: L.Trainer, rows: list[Row]) -> None:
+        self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
+        with self._path(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.console:
             Console().print(render(rows, f"optimizer step {trainer.global_step}: {type(self.signal).__name__}"))
@@ -131,8 +128,8 @@ class Samples(L.Callback):
                 experiment.log_text(logger.run_id, markdown(data), f"rollouts/step-{trainer.global_step}.md")
 
     @staticmethod
-    def _path(module: OnPolicyDistillation) -> Path:
-        return module.folder / "rollouts.jsonl"
+    def _path(trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "rollouts.jsonl"
 
 
 @rank_zero_only

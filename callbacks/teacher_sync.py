@@ -6,19 +6,19 @@ import math
 from statistics import fmean
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ..callback import Stateful
 from ..module import OnPolicyDistillation
-from ..optimizer_step import MicroBatch, OptimizerStep
+from ..optimizer_step import OptimizerStep
 from ..teacher import EMA
 from .curriculum import Schedule
 from .knobs import KnobCallback
 
 
-class SyncRule:
+class SyncRule(Stateful):
     """When the teacher moves."""
 
     needs_reward = False
@@ -30,13 +30,6 @@ class SyncRule:
     def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> bool:
         """Told of every optimizer step after it: whether the teacher shall become the student now."""
         return False
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it remembers."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 class Average(SyncRule):
@@ -99,6 +92,7 @@ class WhenConsolidated(SyncRule):
     """
 
     needs_reward = True
+    remembers = ("last", "reference", "seen")
 
     def __init__(
         self, rest: int = 30, window: int = 5, every: int = 5, gain: float = 0.05, longest: float = 3.2
@@ -135,9 +129,6 @@ class WhenConsolidated(SyncRule):
             self.last, self.reference = done, fmean(rewards)
         return moves
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"last": self.last, "reference": self.reference, "seen": self.seen}
-
 
 class TeacherSync(KnobCallback):
     """Moves a teacher whose weights are `EMA`; the rate that these were given is replaced by the rule's.
@@ -166,33 +157,26 @@ class TeacherSync(KnobCallback):
     def knobs(self) -> tuple[str, ...]:
         return (self.rate,)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        found = pl_module.teachers.get(self.teacher)
-        if found is not None and not isinstance(found.weights, EMA):
-            kind = type(found.weights).__name__
+    def check(self, module: OnPolicyDistillation) -> None:
+        teacher = module.teachers.get(self.teacher)
+        if teacher is not None and not isinstance(teacher.weights, EMA):
+            kind = type(teacher.weights).__name__
             raise ValueError(f"TeacherSync.teacher: {self.teacher}'s weights are {kind}, which never move; use EMA")
-        if self.rule.needs_reward and not pl_module.has_rewards:
+        if self.rule.needs_reward and not module.has_rewards:
             raise ValueError(f"TeacherSync.rule: {type(self.rule).__name__} reads rewards; set model.reward")
-        super().setup(trainer, pl_module, stage)
+        super().check(module)
 
-    def advance(self, trainer: L.Trainer, module: OnPolicyDistillation) -> None:
-        self.turn(self.rate, self.rule.rate(trainer.global_step))
+    def advance(self, module: OnPolicyDistillation) -> None:
+        self.turn(self.rate, self.rule.rate(module.global_step))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not batch.is_last:
-            return
-        syncs = self.rule.observe(pl_module, batch.step)
-        pl_module.record("teacher_sync/syncs", float(syncs))
-        if syncs:
-            self.turn(self.rate, 1.0)
-            pl_module.teachers[self.teacher].weights.update(0)
-            self.advance(trainer, pl_module)
-            rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimizer step {trainer.global_step}")
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        super().on_optimizer_step_end(module, step)
+        syncs = self.rule.observe(module, step)
+        module.record("teacher_sync/syncs", float(syncs))
+        weights = module.teachers[self.teacher].weights
+        if syncs and isinstance(weights, EMA):
+            weights.copy_student()
+            rank_zero_info(f"TeacherSync: {self.teacher} is the student of optimizer step {module.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
         return self.rule.state_dict()

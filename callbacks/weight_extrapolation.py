@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
-from ..optimizer_step import MicroBatch
+from ..optimizer_step import OptimizerStep
 from ..rollout import RolloutLoader, derived_seed
 from ..rows import row_of
+from ..sharding import refuse_sharded
 from ..trajectory import Example
 
 Weights = dict[str, Tensor]
 DRAWS = 2**34  # keeps its choice of examples apart from other draws
 
 
-class WeightExtrapolation(L.Callback):
+class WeightExtrapolation(DistillationCallback):
     """EffOPD (2605.11739): after 1, 2, 4, 8, … optimizer steps, weights further along the way are tried out.
 
     The way is Δ, from the weights with which training went on at the last power of two (at first: from the beginning)
@@ -45,6 +45,8 @@ class WeightExtrapolation(L.Callback):
             strategy that shards the student.
     """
 
+    remembers = ("before",)
+
     def __init__(self, distances: Sequence[float] = (2.0, 4.0, 6.0, 8.0, 10.0), examples: int = 50) -> None:
         if not distances or distances[0] <= 0 or list(distances) != sorted(set(distances)):
             raise ValueError(f"WeightExtrapolation.distances must be positive and rise, got {list(distances)}")
@@ -53,33 +55,25 @@ class WeightExtrapolation(L.Callback):
         self.distances, self.examples = tuple(distances), examples
         self.before: Weights | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if not pl_module.has_rewards:
+    def check(self, module: OnPolicyDistillation) -> None:
+        if not module.has_rewards:
             raise ValueError("WeightExtrapolation chooses by reward: set model.reward")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            name = type(trainer.strategy).__name__
-            raise ValueError(f"WeightExtrapolation: {name} shards the student, whose weights it could not put back")
+        refuse_sharded(module.trainer, "WeightExtrapolation", "whose weights it could not put back")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        if trainer.global_step == 0:
-            self.before = _copy(pl_module)
+    def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if module.global_step == 0:
+            self.before = _copy(module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicyDistillation)
-        step = trainer.global_step
-        if not batch.is_last or step & (step - 1):
-            return
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if module.global_step & (module.global_step - 1):
+            return  # no power of two
         if self.before is not None:
-            self._go_on(trainer, pl_module, self.before)
-        self.before = _copy(pl_module)
+            self._go_on(module, self.before)
+        self.before = _copy(module)
 
     @torch.no_grad()
-    def _go_on(self, trainer: L.Trainer, module: OnPolicyDistillation, before: Weights) -> None:
-        now, examples = _copy(module), self._draw(trainer)
+    def _go_on(self, module: OnPolicyDistillation, before: Weights) -> None:
+        now, examples = _copy(module), self._draw(module.trainer)
 
         def place(distance: float) -> None:
             for name, weight in _trained(module).items():
@@ -95,7 +89,7 @@ class WeightExtrapolation(L.Callback):
         place(accepted)
         module.record("extrapolation/distance", accepted)
         module.record("extrapolation/reward", best)
-        rank_zero_info(f"WeightExtrapolation: step {trainer.global_step}: went {accepted} further, reward {best:.3f}")
+        rank_zero_info(f"WeightExtrapolation: step {module.global_step}: went {accepted} further, reward {best:.3f}")
 
     def _draw(self, trainer: L.Trainer) -> list[Example]:
         """This rank's share of the examples."""
@@ -117,12 +111,6 @@ class WeightExtrapolation(L.Callback):
             total, count = total + float(reward.nansum()), count + int((~reward.isnan()).sum())
         everyone = module.total(float(count))
         return module.total(total) / everyone if everyone else math.nan
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict["before"]
 
 
 def _trained(module: OnPolicyDistillation) -> Weights:

@@ -91,12 +91,15 @@ class OPDCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Makes the trainer with what its other settings decide: the logger's folder, what validations count."""
-        trainer = self.config_init[self.subcommand].trainer
-        if trainer.logger is None:
-            kwargs["logger"] = CSVLogger(trainer.default_root_dir or os.getcwd(), name=LOGS)
-        if isinstance(trainer.val_check_interval, float | None):  # a share of an epoch, so epochs count
-            kwargs["check_val_every_n_epoch"] = trainer.check_val_every_n_epoch or 1
-        return super().instantiate_trainer(**kwargs)
+        settings = self.config_init[self.subcommand].trainer
+        if settings.logger is None:
+            kwargs["logger"] = CSVLogger(settings.default_root_dir or os.getcwd(), name=LOGS)
+        if isinstance(settings.val_check_interval, float | None):  # a share of an epoch, so epochs count
+            kwargs["check_val_every_n_epoch"] = settings.check_val_every_n_epoch or 1
+        trainer = super().instantiate_trainer(**kwargs)
+        self.model.trainer = trainer
+        self.model.check()  # who asks, acts and provides is known with the callbacks
+        return trainer
 
     def before_fit(self) -> None:
         """A run without an end is refused, and a checkpoint or folder that can't be used, before anything is loaded."""

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from . import resume
 from .agreement import Agreement, check_agreement, usual_suspects
 from .audit import audit
+from .callback import DistillationCallback
 from .checkpoint import kept_names, plain_rng_states
 from .contract import check_acted, check_methods, check_prompts, check_scores
 from .diagnostics import Averages, Stopwatch, forget_logged
@@ -244,6 +245,8 @@ class OnPolicyDistillation(Portable, L.LightningModule):
     def check(self) -> None:
         """Whether the parts fit together, as the knobs are now.
 
+        Who acts, who is asked and what is provided is known once callbacks are: when there is a trainer.
+
         Raises:
             ValueError: a part needs something that this run does not offer; the message names both.
         """
@@ -251,22 +254,35 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         for name, teacher in self.teachers.items():
             teacher.name = name
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
-        provides = set(self.provides)
-        if self.has_rewards:
-            provides.add("reward")
-        elif self.evaluation.by:
+        if self.evaluation.by and not self.has_rewards:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
-        if self.rollout.group_size > 1:
-            provides.add("group")
-        if "dataset" not in self.rollout.sources:
-            provides.add("behavior")
-        self.objective.check(set(self.teachers), provides, self.rollout.sources)
         for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
             raise ValueError(
                 f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
             )
+        self.objective.check(set(self.teachers))
+        if self._trainer is not None:
+            self._check_served()
+
+    @property
+    def callbacks(self) -> list[DistillationCallback]:
+        """Callbacks of the trainer that follow its optimizer steps, in its order."""
+        everyone: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in everyone if isinstance(callback, DistillationCallback)]
+
+    def _check_served(self) -> None:
+        """Whether callbacks and settings together serve what the objective needs, and need what there is."""
+        sources = self.rollout.sources.union(*(callback.sources for callback in self.callbacks))
+        provides = set(self.provides).union(*(callback.provides for callback in self.callbacks))
+        if self.has_rewards:
+            provides.add("reward")
+        if self.rollout.group_size > 1:
+            provides.add("group")
+        if "dataset" not in sources:
+            provides.add("behavior")
+        self.objective.check(set(self.teachers), provides, sources)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
-        idle = set(self.teachers) - asked - self.rollout.sources
+        idle = set(self.teachers) - asked.union(sources, *(callback.asks for callback in self.callbacks))
         if idle and not any(not term.teachers for term in self.objective.terms):
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
 
@@ -381,11 +397,13 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         acted = check_acted(self, self.sample(policy, theirs, seeing, rollout, seeds), seeing)
         return dataclasses.replace(acted, observation=acted.observation | prompts, examples=examples)
 
-    def _look(self, name: str, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example | None]:
+    def _look(
+        self, name: str, examples: list[Example], settings: dict[str, Any] | None = None, view: View | None = None
+    ) -> list[Example | None]:
         """What a teacher is shown of each example; without a view of its own, what the student sees."""
         teacher = self.teachers[name]
-        seen = [teacher.look(example) for example in examples]
-        if teacher.view is not None or self.student_view is None:
+        seen = [teacher.look(example, view) for example in examples]
+        if (view or teacher.view) is not None or self.student_view is None:
             return seen
         return [None if look is None else own for look, own in zip(seen, self.shown(examples, settings), strict=True)]
 
@@ -419,14 +437,14 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         mean, std = group_statistics(reward, trajectories.group)
         return dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
 
-    def query(self, name: str, trajectories: Trajectories) -> Stream:
-        """Evaluates a teacher at every state, without gradient."""
+    def query(self, name: str, trajectories: Trajectories, view: View | None = None) -> Stream:
+        """Evaluates a teacher at every state, without gradient; ``view``: in place of its own."""
         teacher, policy = self.teachers[name], self.policies[name]
         self.stopwatch.count("teacher", int(trajectories.mask.sum()))
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
-            if teacher.view is None and not teacher.where and not teacher.own_template:
+            if (view or teacher.view) is None and not teacher.where and not teacher.own_template:
                 return Stream(self.distribution(policy, trajectories))
-            seen = self._look(name, trajectories.examples, trajectories.student_view)
+            seen = self._look(name, trajectories.examples, trajectories.student_view, view)
             available = torch.tensor([view is not None for view in seen], device=trajectories.mask.device)
             # where there is no view the student's own prompt keeps the shapes; the term is off there
             mine = self.shown(trajectories.examples, trajectories.student_view)
@@ -480,29 +498,6 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._describe(trajectories)
         # Lightning divides by the accumulation, and DDP averages over ranks: the normalizer already holds both
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-
-    def gradient(self, trajectories: Trajectories) -> list[Tensor]:
-        """The gradient that training on these trajectories would have, over all ranks, for each trained parameter.
-
-        Neither ``.grad`` nor what is logged changes. Every rank must ask, between optimizer steps.
-        """
-        size, _ = self.rollout.micro_batches(self.trainer.accumulate_grad_batches)
-        step = OptimizerStep(list(self.settle(trajectories).split(size)))
-        self.prepare(step)
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        total = [torch.zeros_like(p) for p in parameters]
-        for batch in step:
-            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-                streams = self.query_all(batch.trajectories, batch.cache)
-                student = self.distribution(self.policies["student"], batch.trajectories)
-                loss, _ = self.objective(student, streams, batch.trajectories, step.normalizers)
-                parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for gradient, part in zip(total, parts, strict=True):
-                if part is not None:
-                    gradient += part
-        if self.trainer.world_size > 1:
-            total = [self.trainer.strategy.reduce(gradient, reduce_op="sum") for gradient in total]
-        return total
 
     @contextmanager
     def _advising(self) -> Iterator[None]:
@@ -708,6 +703,11 @@ class OnPolicyDistillation(Portable, L.LightningModule):
         self._place_teachers()
 
     def configure_callbacks(self) -> list[L.Callback]:
+        # comes first of all, and on every rank: before data are read and models loaded
+        self.check()
+        terms = [term for callback in self.callbacks for term in callback.terms if term not in self.objective.terms]
+        if terms:  # a setting's checks are about the terms that people wrote
+            self.objective = dataclasses.replace(self.objective, terms=[*self.objective.terms, *terms])
         return [EndOfRollouts()]
 
     def on_validation_start(self) -> None:

@@ -6,7 +6,6 @@ Shape legend: P prompts of a generation batch on this rank, B = P × group_size 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -275,9 +274,8 @@ class RolloutLoader:
         if trajectories.reward is not None:
             module.record("reward", trajectories.reward[~trajectories.reward.isnan()])
             module.record("abstained", trajectories.reward.isnan())
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RolloutCallback):
-                trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
+        for callback in module.callbacks:
+            trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
         return module.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
@@ -446,17 +444,6 @@ class RolloutLoader:
         places = torch.arange(len(everyone)).view(len(parts), pieces, -1).transpose(0, 1).reshape(pieces, -1)
         mine: Tensor = places.chunk(self.world_size, 1)[self.rank]
         return everyone.select(mine.flatten())
-
-
-class RolloutCallback(L.Callback):
-    """A callback that sees every generation batch between acting and training."""
-
-    @abstractmethod
-    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
-        """The generation batch ``[B, T]`` as it is to be trained, on the CPU and with rewards if there are any.
-
-        Steps that leave the mask are not trained and count in no normalizer. Every rank is asked at the same time.
-        """
 
 
 class EndOfRollouts(L.Callback):

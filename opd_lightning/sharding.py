@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -105,6 +112,16 @@ def mesh_of(trainer: L.Trainer | None) -> Any:
             "gradients and checkpoints know only how fsdp2 cuts weights; it also cuts gradients and optimizer state"
         )
     return None
+
+
+def refuse_sharded(trainer: Any, who: str, why: str) -> None:
+    """Refuses a strategy under which no rank holds the whole student.
+
+    Raises:
+        ValueError: ``who`` cannot work with it, and ``why``: "which …" or "whose …", of the student.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(f"{who}: {type(trainer.strategy).__name__} shards the student, {why}")
 
 
 def shard(model: nn.Module, mesh: Any) -> None:

@@ -168,22 +168,29 @@ class EMA(TeacherWeights):
     def state(self) -> nn.Module | None:
         return self._copy
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
-        if step % self.every or self.rate == 0:
-            return
+        if step % self.every == 0 and self.rate:
+            self._move(self.rate, step)
+
+    def copy_student(self) -> None:
+        """Makes the average the student as it is now."""
+        self._move(1.0, 0)
+
+    @torch.no_grad()
+    def _move(self, rate: float, seed: int) -> None:
+        """Averages the student in; ``seed`` is of the rounding, so that a resumed run draws the same."""
         if self._average is not None:
-            self._average.update(self.rate)
+            self._average.update(rate)
         elif self._copy is not None:
             reshard(self._copy)
             device = next(self._copy.parameters()).device
-            generator = torch.Generator(device).manual_seed(step)  # a resumed run draws the same
+            generator = torch.Generator(device).manual_seed(seed)
             for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):
                 own, other = slice_of(mine), slice_of(theirs).to(mine.device)
                 if own.dtype in ROUNDED_BITS:
-                    own.copy_(rounded_at_random(own.float().lerp_(other.float(), self.rate), own.dtype, generator))
+                    own.copy_(rounded_at_random(own.float().lerp_(other.float(), rate), own.dtype, generator))
                 else:
-                    own.lerp_(other.to(own.dtype), self.rate)
+                    own.lerp_(other.to(own.dtype), rate)
 
 
 ROUNDED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -221,15 +228,16 @@ class Teacher:
 
     __setattr__ = Finite.__setattr__
 
-    def look(self, example: Example) -> Example | None:
-        """The example as this teacher sees it, or None where it has nothing to say.
+    def look(self, example: Example, view: View | None = None) -> Example | None:
+        """Shows the example to this teacher through its view, or another one; None where it has nothing to say.
 
         Raises:
             ValueError: as in `shown_by`.
         """
         if any(example.get(column) != value for column, value in self.where.items()):
             return None
-        return example if self.view is None else shown_by(self.view, example, f"model.teachers.{self.name}.view")
+        view = view or self.view
+        return example if view is None else shown_by(view, example, f"model.teachers.{self.name}.view")
 
 
 def shown_by(view: View, example: Example, key: str) -> Example | None:

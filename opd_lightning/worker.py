@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from .sharding import refuse_sharded
 from .student_view import as_it_was, settings_of
 from .teacher import Policy, frozen_copy
 from .trajectory import Trajectories
@@ -50,9 +50,7 @@ class RolloutWorker:
         refuse_teachers(module.rollout)
         if getattr(student.model, "is_quantized", False):
             raise ValueError(f"{key}: a quantized student can't be copied for the worker; set it to 0")
-        if not isinstance(module.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            name = type(module.trainer.strategy).__name__
-            raise ValueError(f"{key}: {name} shards the student, which then has no copy to act with; set it to 0")
+        refuse_sharded(module.trainer, key, "which then has no copy to act with; set it to 0")
         self._module, self._student = module, student.model
         # shares everything with the module but what a rollout changes: model, processor, caches
         self._actor = copy.copy(module)

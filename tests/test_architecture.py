@@ -35,7 +35,6 @@ LONG_FILES = {
 LARGE_CLASSES = {"opd_lightning.module.OnPolicyDistillation"}
 COPIED_MODULES = {"modalities/diffusion/setting.py", "opd_lightning/agreement.py", "opd_lightning/worker.py"}
 SWAPPED_ATTRIBUTES = {
-    "opd_lightning.callbacks.freshness: teacher.view",
     "opd_lightning.modalities.vision_language.data: self._try_again",
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opd_lightning.agreement import Agreement
-from opd_lightning.callbacks import RolloutCallback, TeacherSync, WeightExtrapolation, WhenConsolidated
+from opd_lightning.callbacks import DistillationCallback, TeacherSync, WeightExtrapolation, WhenConsolidated
 from opd_lightning.distribution import Gaussian
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.modalities.diffusion import Euler, VelocityMatching
@@ -168,7 +168,7 @@ def test_log_probs_that_nobody_knows_are_refused_where_a_part_reads_them(tmp_pat
             toy.fit(toy.make_module(setting=unknown, objective=Objective([term])), tmp_path / "read", steps=1)
 
 
-class Forgetful(RolloutCallback):
+class Forgetful(DistillationCallback):
     """Looks, and returns nothing."""
 
     def on_rollouts(self, module, trajectories):
@@ -239,9 +239,10 @@ def test_a_setting_may_have_rewards_without_a_verifier(tmp_path):
     assert trainer.callback_metrics["train/reward"] < 0
 
 
-def test_without_rewards_what_reads_them_is_still_refused():
+def test_without_rewards_what_reads_them_is_still_refused(tmp_path):
+    module = toy.make_module(objective=Objective([Term(ReverseKL(), weights=[Outcome()])]))
     with pytest.raises(ValueError, match=r"Outcome needs 'reward': set model\.reward .* `rewards` .* `provides`"):
-        toy.make_module(objective=Objective([Term(ReverseKL(), weights=[Outcome()])]))
+        toy.fit(module, tmp_path)
 
 
 # -- log-probs without a vocabulary ---------------------------------------------------------------------------------

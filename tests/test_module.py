@@ -22,7 +22,7 @@ from opd_lightning.objective import (
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
-from tests.tiny import LongerIsBetter, fit, make_module, no_teacher, sgd, teacher_forced
+from tests.tiny import LongerIsBetter, attach, fit, make_module, no_teacher, sgd, teacher_forced
 
 
 def build(**settings):
@@ -42,13 +42,19 @@ REFUSED = {
         {"objective": Objective([Term(ReverseKL(), teacher=None)])},
         r"ReverseKL needs a teacher; name an entry of model\.teachers",
     ),
-    "idle teacher": (
-        {"teacher": {**LIVE, "other": Teacher(Live())}},
-        r"model\.teachers: nobody asks \['other'\]; name them in a term or remove them",
-    ),
     "unknown behavior": (
         {"teacher": LIVE, "rollout": Rollout(behavior={"expert": 1.0})},
         r"rollout\.behavior names 'expert', which is no entry of model\.teachers: \['teacher'\]",
+    ),
+    "unread target": (
+        {"objective": Objective([Term(CrossEntropy(), None, target=LogLinear({"teacher": 1.0}))])},
+        r"\.target: CrossEntropy compares with no teacher, so nothing reads the target",
+    ),
+}
+UNSERVED = {
+    "idle teacher": (
+        {"teacher": {**LIVE, "other": Teacher(Live())}},
+        r"model\.teachers: nobody asks \['other'\]; name them in a term or remove them",
     ),
     "no reward": (
         {"teacher": LIVE, "objective": Objective([Term(ReverseKL(), weights=[ByReward()])])},
@@ -66,29 +72,34 @@ REFUSED = {
         {"teacher": LIVE, "objective": Objective([Term(ReverseKL(), source="dataset")])},
         r"\.source: nobody called 'dataset' acts; rollout\.behavior: \['student'\]",
     ),
-    "unread target": (
-        {"objective": Objective([Term(CrossEntropy(), None, target=LogLinear({"teacher": 1.0}))])},
-        r"\.target: CrossEntropy compares with no teacher, so nothing reads the target",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_served_is_refused_when_built(name):
+def test_what_cannot_work_is_refused_when_built(name):
     settings, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         build(**settings)
 
 
-def test_what_can_be_served_is_built():
-    build(teacher=LIVE, rollout=Rollout(behavior={"teacher": 1.0}), objective=no_teacher())
-    build(
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_nobody_serves_is_refused_when_callbacks_are_known_and_before_anything_is_loaded(name, tmp_path):
+    settings, message = UNSERVED[name]
+    with pytest.raises(ValueError, match=message):
+        fit(build(**settings), tmp_path)
+
+
+def test_what_can_be_served_is_built(tmp_path):
+    acts = build(teacher=LIVE, rollout=Rollout(behavior={"teacher": 1.0}), objective=no_teacher())
+    mixes = build(
         teacher=LIVE,
         rollout=MIXED,
         objective=Objective(
             [Term(PolicyGradient(LogRatio()), source="student"), Term(CrossEntropy(), source="dataset")]
         ),
     )
+    for module in (acts, mixes):
+        attach(module, tmp_path).check()
 
 
 def test_a_falling_schedule_needs_an_end(tiny_student, tmp_path):

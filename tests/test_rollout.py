@@ -202,9 +202,9 @@ def test_every_prompt_comes_once_per_epoch_and_the_order_changes(built):
     assert all(sorted(rows) == list(range(24)) for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     again = built()
-    assert [int(row) for batch in again for row in batch.row] == epochs[0]
+    assert [int(row) for batch in again for row in batch.trajectories.row] == epochs[0]
     other = built(seed=1)
-    assert [int(row) for batch in other for row in batch.row] != epochs[0]
+    assert [int(row) for batch in other for row in batch.trajectories.row] != epochs[0]
 
 
 def test_no_epoch_of_a_run_is_empty(every_world, tmp_path):
@@ -419,7 +419,7 @@ def test_no_epoch_repeats_anothers_order_or_draws(every_world, tmp_path):
 
     class Watching(every_world.setting):
         def training_step(self, batch, batch_idx):
-            seen.append((batch.row.tolist(), batch.group.tolist()))
+            seen.append((batch.trajectories.row.tolist(), batch.trajectories.group.tolist()))
             return super().training_step(batch, batch_idx)
 
     module = every_world.alone(setting=Watching, rollout=Rollout(batch_size=24, horizon=2))

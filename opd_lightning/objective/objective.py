@@ -79,13 +79,13 @@ class Objective:
         """Whose forward pass is needed now."""
         return set().union(*(term.teachers for term in self.active))
 
-    def check(self, teachers: Set[str], provides: Set[str], sources: Set[str]) -> None:
+    def check(self, teachers: Set[str], provides: Set[str] | None = None, sources: Set[str] | None = None) -> None:
         """Refuses what cannot be served, naming the part and what is missing.
 
         Args:
             teachers: names in model.teachers.
-            provides: which of `Part.needs` the run offers, besides teachers.
-            sources: behavior policies that act in this run.
+            provides: which of `Part.needs` the run offers, besides teachers; None: not known yet.
+            sources: behavior policies that act in this run; None: not known yet.
 
         Raises:
             ValueError: a term asks for something else.
@@ -94,7 +94,7 @@ class Objective:
             where = f"objective.terms[{i}] ({term.name})"
             for name in sorted(term.teachers - teachers):
                 raise ValueError(f"{where}: no teacher '{name}' in model.teachers, which has {sorted(teachers)}")
-            if term.coefficient != 0 and term.source is not None and term.source not in sources:
+            if sources is not None and term.coefficient != 0 and term.source not in sources | {None}:
                 raise ValueError(
                     f"{where}.source: nobody called '{term.source}' acts; rollout.behavior: {sorted(sources)}"
                 )
@@ -103,7 +103,7 @@ class Objective:
             for part in term.parts():
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
-                for need in sorted(part.needs - {"teacher"} - provides):
+                for need in sorted(part.needs - {"teacher"} - provides) if provides is not None else ():
                     known = need == "behavior" and term.source not in (None, "dataset")
                     if not known:
                         unknown = "this setting does not name it in `provides`, where it says what it offers"

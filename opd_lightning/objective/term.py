@@ -104,7 +104,9 @@ class Term:
         for name in self.compared:
             on &= steps.knows(name)
         if self.source is not None:
-            on &= steps.per_trajectory(steps.trajectories.source == steps.trajectories.sources.index(self.source))
+            sources = steps.trajectories.sources  # a callback may let it act now and then
+            place = sources.index(self.source) if self.source in sources else -1
+            on &= steps.per_trajectory(steps.trajectories.source == place)
         if "reward" in self.needs and steps.abstained is not None:
             on &= ~steps.per_trajectory(steps.abstained)
         return on

@@ -20,12 +20,13 @@ from opd_lightning.callbacks import (
     LowCorrection,
     StopRule,
 )
-from opd_lightning.callbacks.early_stop import falls_at
+from opd_lightning.callbacks.early_stop.adaptive_window import gradient_of
+from opd_lightning.callbacks.early_stop.change_point import falls_at
 from opd_lightning.evaluation import Evaluation
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.rollout import Rollout
 from tests.callbacks import toy
-from tests.tiny import LongerIsBetter, sgd
+from tests.tiny import LongerIsBetter, act, attach, log_softmax, sgd
 
 
 def watching(setting: Any, seen: list[Any]) -> Any:
@@ -133,7 +134,7 @@ def test_the_probe_sees_the_gradient_of_training(make_world, tmp_path):
 
         def on_before_optimizer_step(self, optimizer):
             before = [p.grad.clone() for p in self.student.parameters()]
-            found = self.gradient(self.whole)
+            found = gradient_of(self, self.whole)
             compared.extend(zip(found, before, [p.grad for p in self.student.parameters()], strict=True))
 
     module = world.module(setting=Compares, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=10))
@@ -196,6 +197,16 @@ def test_a_change_point_of_a_vocabulary_leaves_a_prefix(signal, make_world, tmp_
     ((_, mask),) = seen
     assert not (mask[:, 1:] & ~mask[:, :-1]).any()
     assert mask[:, 0].all()
+
+
+def test_the_teachers_confidence_is_its_largest_probability(make_world, tmp_path):
+    """LGR (2605.30833): max_u q(u), against softmax over all of the vocabulary; not 1 − H / log V."""
+    module = make_world("text").module()
+    attach(module, tmp_path)
+    rolled = act(module, make_world("text").make_rows(6), horizon=5)
+    values = module.per_step(rolled, ChangePoint("confidence")._read, "teacher")
+    dense = log_softmax(module, "teacher", rolled).double().exp().amax(-1)
+    assert torch.allclose(values[rolled.mask].double(), dense[rolled.mask], atol=1e-6)
 
 
 def keep(rule: StopRule, *rows: list[float], step: int = 100) -> list[int]:

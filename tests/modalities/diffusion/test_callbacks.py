@@ -19,7 +19,7 @@ def widths(module, folder, callbacks, steps=4):
     seen, train = [], module.training_step
 
     def watch(batch, batch_idx):
-        seen.append(int((batch.channels["sigma"] > 0).sum(1).max()))
+        seen.append(int((batch.trajectories.channels["sigma"] > 0).sum(1).max()))
         return train(batch, batch_idx)
 
     module.training_step = watch

@@ -29,7 +29,7 @@ from opd_lightning.modalities.vision_language import Downscale
 from opd_lightning.objective import Confidence, Objective, ReverseKL, Term
 from opd_lightning.rollout import Rollout
 from opd_lightning.teacher import EMA, Initial, Original, Teacher
-from tests.tiny import act, fit, log_softmax, make_module, no_teacher
+from tests.tiny import act, attach, fit, log_softmax, make_module, no_teacher
 from tests.tiny_vlm import gui_rows, save_vlm
 
 FORMATS = [
@@ -158,12 +158,13 @@ def test_a_view_that_tells_the_answer_is_warned_of(folder, view):
         make(folder, {"teacher": Teacher(Initial(), view=Spotlight())}, load=False)
 
 
-def test_digit_weights_need_a_setting_that_knows_digits(folder):
+def test_digit_weights_need_a_setting_that_knows_digits(folder, tmp_path):
     from opd_lightning.modalities.vision_language import VisionLanguageDistillation
 
     objective = Objective([Term(ReverseKL(), weights=[DigitSignificance()])])
+    module = make_module(folder, folder, objective, setting=VisionLanguageDistillation, load=False)
     with pytest.raises(ValueError, match=r"DigitSignificance needs 'digits': .*GUIGroundingDistillation"):
-        make_module(folder, folder, objective, setting=VisionLanguageDistillation, load=False)
+        attach(module, tmp_path).check()
 
 
 # -- rows that cannot be used -----------------------------------------------------------------------------------
