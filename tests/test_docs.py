@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opd_lightning.__main__ import execute
 from opd_lightning.callbacks import Curriculum, Linear
+from opd_lightning.distribution import CategoricalChunk
+from opd_lightning.methods import read
+from opd_lightning.objective import STATISTICS, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout import Rollout
 from opd_lightning.scoring import Scoring
@@ -18,6 +23,13 @@ from tests.callbacks import toy
 from tests.tiny import LongerIsBetter, act, fit, make_module, sgd, teacher_forced
 from tests.tiny_vlm import vlm_rows
 
+SMALL = [
+    "--trainer.max_steps=2",
+    "--trainer.logger=false",
+    "--trainer.limit_val_batches=0",
+    "--model.evaluation.before=false",
+    "--model.rollout.batch_size=4",
+]
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -28,6 +40,54 @@ def example(page: str) -> tuple[str, dict[str, Any]]:
     exec(compile(code, page, "exec"), defined)
     assert len(code.splitlines()) < 60
     return code, defined
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of somebody who is no developer of this package; what is imported from it is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_add_a_method(folder):
+    part, formula, _ = blocks("add_a_method.md", "python")
+    (overlay,), (command,) = blocks("add_a_method.md", "yaml"), blocks("add_a_method.md", "sh")
+    (folder / "edge.py").write_text(part, encoding="utf-8")
+    (folder / "edge.yaml").write_text(overlay, encoding="utf-8")
+    opd, *arguments = command.split()
+    assert opd == "opd"
+    execute([*arguments, *SMALL, "--data.train_options.count=64", f"--trainer.default_root_dir={folder / 'runs'}"])
+    assert (folder / "runs" / "checkpoints" / "last.ckpt").exists()
+    # its head is one, its test passes, and its settled part settles
+    for name, text in (("text/quickstart.yaml", ""), ("methods/text/edge.yaml", overlay)):
+        path = folder / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert read(path, folder / "configs").paper == "2605.23493"
+    defined: dict[str, Any] = {"__name__": "edge"}
+    exec(part + formula, defined)
+    settled = Objective([Term(ReverseKL(), weights=[defined["AboveAverage"]()], normalizer="on")])
+    loss = settled(defined["student"], defined["streams"], defined["batch"]).loss
+    assert torch.isclose(loss, defined["loss"]), "the same five steps are above average"
+
+
+def test_a_statistic_of_ones_own():
+    *_, statistic = blocks("add_a_method.md", "python")
+    before = set(STATISTICS)
+    exec(statistic, {"__name__": "example"})
+    chunk = CategoricalChunk(torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 9.0, -9.0, -9.0]]))
+    assert torch.allclose(STATISTICS["top2"](chunk, None), torch.tensor([0.5, 1.0]))
+    for name in set(STATISTICS) - before:
+        del STATISTICS[name]
 
 
 def test_add_a_view():
