@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: F401
 if TYPE_CHECKING:  # the same names, for whoever checks types
+    from .callback import DistillationCallback
     from .data import PromptData
     from .distribution import Categorical, Gaussian, Head
     from .evaluation import Evaluation
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
     from .trajectory import Example, Trajectories
 
 _NAMES = {
+    "callback": "DistillationCallback",
     "data": "PromptData",
     "distribution": "Categorical Gaussian Head",
     "evaluation": "Evaluation",
