@@ -1,4 +1,4 @@
-"""What a policy says about the next step: `Categorical` (hidden states and a head), `Gaussian` or `Lazy` normals."""
+"""Distributions over the next step: `Categorical` (hidden states and a head), `Gaussian` or `Lazy` normals."""
 
 from .base import Distribution, GradientAccumulator
 from .categorical import Categorical

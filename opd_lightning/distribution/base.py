@@ -20,14 +20,14 @@ class Distribution(ABC):
 
     @abstractmethod
     def at(self, index: Tensor) -> Distribution:
-        """The N states at ``index [N]`` of the flattened B × T."""
+        """Restricts it to the N states at ``index [N]`` of the flattened B × T."""
 
     @abstractmethod
     def bytes_per_state(self) -> int:
-        """Memory that one state takes while its chunk is open."""
+        """Estimates the memory that one state takes while its chunk is open."""
 
     def bytes_kept(self) -> int:
-        """What of it a chunk of the student keeps in memory, where this is a teacher."""
+        """Estimates the bytes per state that a teacher adds to an open chunk of the student."""
         return 0
 
     @abstractmethod
@@ -36,21 +36,21 @@ class Distribution(ABC):
 
     @abstractmethod
     def chunk(self, states: slice) -> Any:
-        """The family's chunk at some of the N states, without gradient; valid until others are prepared or opened."""
+        """Opens some of the N states without gradient, as a chunk; valid until the next is opened or prepared."""
 
     def prepare(self, states: slice) -> None:  # noqa: B027  (only a vocabulary has something to prepare)
-        """Does what is better done at once for a chunk, before pieces of it are opened."""
+        """Computes what is shared by the pieces of a chunk, before any is opened (a vocabulary's logits)."""
 
     def piece(self, count: int) -> int:
-        """How many states of a chunk of ``count`` are opened together."""
+        """Returns how many states of a chunk of ``count`` are opened together."""
         return count
 
     def to(self, device: torch.device | str) -> Distribution | None:
-        """The same, with what it holds on another device; None where it holds nothing and is made when it is opened."""
+        """Moves its tensors to another device; None where it holds none and is evaluated when it is opened."""
         return None
 
     def only_at(self, states: Tensor) -> Distribution:
-        """The same, where nobody reads what it says at the others than ``states [N]`` (bool)."""
+        """Restricts evaluation to ``states [N]`` (bool); values at the others are undefined."""
         return self
 
 
@@ -66,11 +66,12 @@ class GradientAccumulator(ABC):
         return self.sums
 
     def prepare(self, states: slice) -> None:  # noqa: B027
-        """As `Distribution.prepare`; each piece of the chunk is then opened and closed once, in order."""
+        """Prepares a chunk, as `Distribution.prepare`; each piece is then opened and closed once, in order."""
 
     @abstractmethod
-    def open(self, states: slice) -> Any: ...
+    def open(self, states: slice) -> Any:
+        """Opens some of the N states as leaves of a graph of their own, so that `close` can differentiate."""
 
     @abstractmethod
     def close(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` (a scalar that depends on the open chunk) and drop the chunk."""
+        """Adds the gradient of ``loss`` (a scalar that depends on the open chunk) and drops the chunk."""

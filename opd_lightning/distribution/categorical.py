@@ -63,9 +63,9 @@ class Categorical(Distribution):
         return _CategoricalGradient(self)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Some ids after the other, with their weight and bias of a plain head in the compute dtype.
+        """Yields blocks of ids, each with its weight and bias of a plain head in the compute dtype.
 
-        All at once where that is float32: a cast, or a product before it is added to a float32 sum, takes memory.
+        One block where that is float32: blocks bound the memory of casts, and of products before a float32 sum.
         """
         weight, bias = (None if tensor is None else tensor.detach() for tensor in self.head.linear(None))
         assert weight is not None
@@ -76,7 +76,7 @@ class Categorical(Distribution):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """In which a plain head is computed."""
+        """Compute dtype of a plain head."""
         return compute_dtype(self.hidden) or self.head.linear(None)[0].dtype
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class Categorical(Distribution):
         self._prepared = states
 
     def raw(self, states: slice) -> Tensor:
-        """Raw logits ``[n, V]``, which may be overwritten."""
+        """Returns the raw logits ``[n, V]``, projected if they are not prepared; they may be overwritten."""
         if not self._prepared.start <= states.start < states.stop <= self._prepared.stop:
             self.prepare(states)
         assert self._raw is not None
@@ -117,6 +117,8 @@ class Categorical(Distribution):
 
 
 class _CategoricalGradient(GradientAccumulator):
+    """Gradients of the hidden states and of the head's trained parameters, added up chunk by chunk."""
+
     def __init__(self, student: Categorical) -> None:
         self._student, self._head, self._hidden = student, student.head, student.hidden
         self._parameters = student.head.trainable()
@@ -140,6 +142,7 @@ class _CategoricalGradient(GradientAccumulator):
             self.prepare(states)
         self._states = states
         if self._head.is_plain:
+            # log-probabilities, and in the end the gradient, take the place of the raw logits
             self._gradient_here = self._student.raw(states)
             self._leaf = wide(self._gradient_here).detach().requires_grad_()
             return CategoricalChunk(self._leaf, owned=True)
@@ -160,25 +163,26 @@ class _CategoricalGradient(GradientAccumulator):
             self._add_up()
 
     def _add_up(self) -> None:
-        """From the logits' gradients of a whole chunk to those of the inputs."""
+        """Adds the gradients of the inputs, made from the logits' gradients of a whole chunk."""
         if not self._head.is_linear:
             leaves = [self._open_hidden, *self._parameters]
-            parts = torch.autograd.grad(self._projected, leaves, self._gradient)
+            gradients = torch.autograd.grad(self._projected, leaves, self._gradient)
             del self._projected, self._gradient, self._gradient_here
-            self.sums[0][self._prepared] = parts[0]
-            for total, part in zip(self.sums[1:], parts[1:], strict=True):
-                total.add_(part)
+            self.sums[0][self._prepared] = gradients[0]
+            for total, gradient in zip(self.sums[1:], gradients[1:], strict=True):
+                total.add_(gradient)
             return
-        raw = self._student.raw(self._prepared)
-        hidden = self._hidden[self._prepared].detach().to(raw.dtype)
+        # `close` left the gradients in the buffer of the raw logits
+        logits_gradient = self._student.raw(self._prepared)
+        hidden = self._hidden[self._prepared].detach().to(logits_gradient.dtype)
         sums = {id(parameter): total for parameter, total in zip(self._parameters, self.sums[1:], strict=True)}
-        of_weight, of_bias = (sums.get(id(part)) for part in (self._head.module.weight, self._head.module.bias))
+        of_weight, of_bias = (sums.get(id(tensor)) for tensor in (self._head.module.weight, self._head.module.bias))
         for ids, weight, _ in self._student.blocks():
-            part = raw[:, ids]
-            self.sums[0][self._prepared] += part @ weight
+            gradient = logits_gradient[:, ids]
+            self.sums[0][self._prepared] += gradient @ weight
             if of_bias is not None:
-                of_bias[ids] += part.sum(0)
-            if of_weight is not None and of_weight.dtype == part.dtype:
-                of_weight[ids].addmm_(part.T, hidden)
+                of_bias[ids] += gradient.sum(0)
+            if of_weight is not None and of_weight.dtype == gradient.dtype:
+                of_weight[ids].addmm_(gradient.T, hidden)
             elif of_weight is not None:
-                of_weight[ids] += part.T @ hidden
+                of_weight[ids] += gradient.T @ hidden

@@ -1,4 +1,4 @@
-"""CategoricalChunk: what a policy over a vocabulary says while its logits exist.
+"""CategoricalChunk: a policy over a vocabulary, while its logits exist.
 
 Shape legend: n states of one piece, V vocabulary.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class CategoricalChunk:
-    """What a policy says at the n states of one piece; everything derived from its logits is computed once.
+    """Distributions at the n states of one piece; whatever is derived from the logits is computed once.
 
     Attributes:
         logits: ``[n, V]`` float32 (or float64), up to a constant per state.
@@ -29,9 +29,9 @@ class CategoricalChunk:
         self._entropy: Tensor | None = None
 
     def known(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, without gradient.
+        """Returns log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, no gradient.
 
-        To be read only: others read them too.
+        To be read only: all readers share them.
         """
         if temperature not in self._known:
             with torch.no_grad():
@@ -39,34 +39,34 @@ class CategoricalChunk:
         return self._known[temperature]
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
-        """``[n, V]`` log-softmax of the logits divided by ``temperature``, with gradient where the logits have one."""
+        """Returns log-probabilities ``[n, V]`` at ``temperature``, with gradient where the logits have one."""
         if not self.logits.requires_grad:
             return self.known(temperature)[0]
         if temperature not in self._log_probs:
-            # whoever asks first may do so under no_grad (a weight, a target); the signal still needs the gradient
+            # the first reader may be under no_grad (a weight, a target); the signal still needs the gradient
             with torch.enable_grad():
                 self._log_probs[temperature] = _LogProbs.apply(self.logits, *self.known(temperature), temperature)
         return self._log_probs[temperature]
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """``[n]`` log-probability of the given ids ``[n]`` at temperature 1."""
+        """Returns the log-probability ``[n]`` of the ids ``action [n]`` at temperature 1."""
         value: Tensor = _LogProb.apply(self.logits, *self.known(), action)
         return value
 
     def entropy(self) -> Tensor:
-        """``[n]`` in nats, without gradient."""
+        """Returns the entropy ``[n]`` in nats, without gradient."""
         if self._entropy is None:
             log_probs, probs = self.known()
             self._entropy = -(probs * log_probs).sum(-1)
         return self._entropy
 
     def confidence(self) -> Tensor:
-        """``[n]`` in [0, 1], without gradient: 1 − H / log V; 0 for a uniform distribution, 1 for a certain one."""
+        """Returns 1 − H / log V ``[n]``, in [0, 1] from uniform to certain, without gradient."""
         return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
 
 
 def normalize_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
+    """Computes log-probabilities ``[n, V]``, in place, and probabilities, with one exponential for both."""
     highest = logits.amax(-1, keepdim=True)
     probs = (logits - highest).exp_()
     total = probs.sum(-1, keepdim=True)

@@ -42,17 +42,17 @@ class Gaussian(Distribution):
         )
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """``[n]`` log-density of ``action [n, ...]``, summed over the event."""
+        """Returns the log-density ``[n]`` of ``action [n, ...]``, summed over the event."""
         return torch.distributions.Normal(self.mean, self.scale).log_prob(action).flatten(1).sum(1)
 
     def entropy(self) -> Tensor:
-        """``[n]`` in nats, summed over the event, without gradient; of a density, so it may be negative."""
-        each = self.scale.detach().log() + 0.5 * math.log(2 * math.pi * math.e)
-        return each.expand_as(self.mean).flatten(1).sum(1)
+        """Returns the differential entropy ``[n]`` in nats, summed over the event, no gradient; may be negative."""
+        per_dimension = self.scale.detach().log() + 0.5 * math.log(2 * math.pi * math.e)
+        return per_dimension.expand_as(self.mean).flatten(1).sum(1)
 
 
 def gaussian_kl(a: Gaussian, b: Gaussian) -> Tensor:
-    """``[n]`` KL(a‖b) of independent normals, summed over the event."""
+    """Returns KL(a‖b) ``[n]`` of independent normals, summed over the event."""
     ratio = a.scale / b.scale
     terms = 0.5 * (ratio.square() + ((a.mean - b.mean) / b.scale).square() - 1) - ratio.log()
     return terms.flatten(1).sum(1)
@@ -73,8 +73,8 @@ class _GaussianGradient(GradientAccumulator):
         return self._open
 
     def close(self, loss: Tensor) -> None:
-        for total, part in zip(self.sums, torch.autograd.grad(loss, self._leaves), strict=True):
-            if total.dim() == 0:
-                total.add_(part)
+        for total, gradient in zip(self.sums, torch.autograd.grad(loss, self._leaves), strict=True):
+            if total.dim() == 0:  # one scale for all states: every chunk contributes
+                total.add_(gradient)
             else:
-                total[self._states] = part
+                total[self._states] = gradient

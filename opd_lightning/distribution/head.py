@@ -41,14 +41,14 @@ class Head:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the raw logits of a plain head are the logits."""
+        """True where the raw logits of a linear head are the logits: no scale, no cap."""
         return self.is_linear and self.scale == 1.0 and self.softcap is None
 
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Raw logits ``[n, vocabulary]`` in the compute dtype."""
+        """Returns the raw logits ``[n, vocabulary]`` in the compute dtype."""
         if self.is_linear:
             weight, bias = self.linear(compute_dtype(hidden))
             return F.linear(hidden.to(weight.dtype), weight, bias)
@@ -56,7 +56,7 @@ class Head:
             return self.module(hidden)[..., : self.vocabulary]
 
     def linear(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[vocabulary, H]`` and bias of a plain head, cut to the vocabulary, in the compute dtype."""
+        """Returns weight ``[vocabulary, H]`` and bias of a plain head in ``dtype``; None: as they are stored."""
         module: Any = self.module
         weight = module.weight[: self.vocabulary]
         bias = None if module.bias is None else module.bias[: self.vocabulary]
@@ -65,7 +65,7 @@ class Head:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Scale, cap and suppress, in float32 (float64 stays)."""
+        """Scales, caps and suppresses raw logits, in float32 (float64 stays)."""
         logits = wide(raw)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -80,10 +80,11 @@ class Head:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 if it is so already."""
+    """Casts to float32; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype | None:
+    """Returns the dtype of autocast on the hidden states' device; None where it is off."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -14,15 +14,15 @@ from .gaussian import Gaussian
 
 @dataclass
 class Lazy(Distribution):
-    """Normals that are made when their chunk is opened, for policies that cost a forward pass per state: a denoiser at
-    every noise level. Memory then grows with the chunk and not with the number of states.
+    """Normals that are evaluated when their chunk is opened, for policies that cost a forward pass per state: a
+    denoiser at every noise level. Memory then grows with the chunk and not with the number of states.
 
     Attributes:
         make: from an index ``[n]`` into the flattened B × T states to `Gaussian` of n states.
-        parameters: the trained ones among what it is made of; none for a teacher.
+        parameters: the trained parameters of the policy; none for a teacher.
         size: bytes that one state takes while its chunk is open, activations included.
-        index: ``[N]`` the states that are meant; None, before `at`: all of them.
-        asked: ``[N]`` bool, where it is read; elsewhere it says nothing of worth. None: everywhere.
+        index: ``[N]`` into the flattened B × T; None, before `at`: all states.
+        asked: ``[N]`` bool, states to evaluate; others hold placeholder values. None: all.
     """
 
     make: Callable[[Tensor], Gaussian]
@@ -48,24 +48,25 @@ class Lazy(Distribution):
             return self.opened(states)
 
     def opened(self, states: slice) -> Gaussian:
+        """Evaluates some of the N states, with gradient where autograd is on."""
         assert self.index is not None
         if self.asked is None or bool(self.asked[states].all()):
             return self.make(self.index[states])
         return self._partly(self.index[states], self.asked[states])
 
     def _partly(self, index: Tensor, asked: Tensor) -> Gaussian:
-        # one state is made anyway, for the shape
+        # one state is evaluated anyway, for the shape of the event
         where = asked if bool(asked.any()) else torch.arange(len(index), device=index.device) < 1
-        made = self.make(index[where])
+        evaluated = self.make(index[where])
 
         def spread(values: Tensor) -> Tensor:
-            if not values.dim():
+            if not values.dim():  # a scale that all states share
                 return values
             wide = values.new_ones(len(index), *values.shape[1:])
             wide[where] = values
             return wide
 
-        return replace(made, **{item.name: spread(getattr(made, item.name)) for item in fields(made)})
+        return replace(evaluated, **{item.name: spread(getattr(evaluated, item.name)) for item in fields(evaluated)})
 
 
 class _LazyGradient(GradientAccumulator):
@@ -83,8 +84,8 @@ class _LazyGradient(GradientAccumulator):
         return self._student.opened(states)
 
     def close(self, loss: Tensor) -> None:
-        parts = torch.autograd.grad(loss, self.inputs, allow_unused=True)
-        for i, part in enumerate(parts):
-            if part is not None:
-                self.sums[i].add_(part)
+        gradients = torch.autograd.grad(loss, self.inputs, allow_unused=True)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.sums[i].add_(gradient)
                 self._reached[i] = True

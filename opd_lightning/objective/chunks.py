@@ -25,6 +25,7 @@ class ChunkSize:
     steps: int | None = None
 
     def of(self, bytes_per_state: int) -> int:
+        """Returns the number of steps of a chunk, at least 1."""
         return self.steps or max(1, self.mib * 2**20 // bytes_per_state)
 
 
@@ -55,14 +56,14 @@ class Chunks:
         closes every piece.
 
         Yields:
-            Which of the N steps it is, and the open piece, of which nothing may be alive when the next is opened.
+            The slice of the N steps and the open piece; all tensors of a piece must be freed before the next is opened.
         """
         teachers = {name: stream.distribution for name, stream in self.streams.items()}
         blind = {name: s.without_view for name, s in self.streams.items() if s.without_view is not None}
         student = self.student if accumulator is None else accumulator
-        everyone = (student, *teachers.values(), *blind.values())
+        policies = (student, *teachers.values(), *blind.values())
         for states in self.cut():
-            for policy in everyone:
+            for policy in policies:
                 policy.prepare(states)
             for piece in _evenly(states, self.student.piece(states.stop - states.start)):
                 yield piece, self._piece(piece, student, teachers, blind)
@@ -85,16 +86,16 @@ class Chunks:
         return self.steps.opened(states, opened, streams, without_view)
 
     def cut(self) -> Iterator[slice]:
-        """Which of the N steps make a chunk."""
+        """Cuts the N steps into chunks."""
         if not len(self.steps):  # then a family may not know what a state takes
             return iter(())
-        teachers = (one for stream in self.streams.values() for one in (stream.distribution, stream.without_view))
-        kept = sum(teacher.bytes_kept() for teacher in teachers if teacher is not None)
-        return _evenly(slice(0, len(self.steps)), self.size.of(self.student.bytes_per_state() + kept))
+        teachers = (side for stream in self.streams.values() for side in (stream.distribution, stream.without_view))
+        teacher_bytes = sum(teacher.bytes_kept() for teacher in teachers if teacher is not None)
+        return _evenly(slice(0, len(self.steps)), self.size.of(self.student.bytes_per_state() + teacher_bytes))
 
 
 class GradientsInside(torch.autograd.Function):
-    """Evaluates a loss and its gradients in one go; backward only scales what is already there."""
+    """Evaluates a loss and its gradients in one go; backward only scales the gradients, which are there already."""
 
     @staticmethod
     def forward(ctx: Any, evaluate: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *inputs: Tensor) -> Tensor:

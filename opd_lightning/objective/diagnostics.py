@@ -1,4 +1,4 @@
-"""What is logged of an open chunk: entropies, KLs, overlap and what a view changes.
+"""Diagnostics of an open chunk: entropies, KLs, overlap and the effect of a view.
 
 Shape legend: n steps of a chunk.
 """
@@ -17,10 +17,10 @@ OVERLAP_K = 16
 
 @torch.no_grad()
 def chunk_diagnostics(chunk: OpenSteps, averages: Averages) -> None:
-    """Of the open chunk, at temperature 1: entropies, both KLs, first-step KL, top-k overlap, privileged gap.
+    """Adds entropies, both KLs, first-step KL, top-k overlap and privileged gap, at temperature 1, to ``averages``.
 
     The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights. Of
-    Gaussians the first three alone (`_of_gaussians`).
+    Gaussians the first three alone (`_of_gaussians`). Steps where a teacher is not defined count in none of its means.
     """
     student = chunk.student
     if isinstance(student, Gaussian):
@@ -36,6 +36,7 @@ def chunk_diagnostics(chunk: OpenSteps, averages: Averages) -> None:
             blind = chunk.without_view[name].log_prob(chunk.action)
             averages.add(f"{name}/privileged_gap", (teacher.log_prob(chunk.action) - blind) * here, here)
         log_ratio = log_p - log_q
+        # in place for the second: one tensor [n, V] less
         reverse, forward = (p * log_ratio).sum(-1), -log_ratio.mul_(q).sum(-1)
         averages.add(f"{name}/kl_student_teacher", reverse * here, here)
         averages.add(f"{name}/kl_teacher_student", forward * here, here)
@@ -43,15 +44,17 @@ def chunk_diagnostics(chunk: OpenSteps, averages: Averages) -> None:
         first = here * (chunk.position == 0)
         averages.add(f"{name}/kl_first_step", reverse * first, first)
         k = min(OVERLAP_K, log_p.shape[-1])
-        mine, theirs = log_p.topk(k).indices, log_q.topk(k).indices
-        shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
+        student_ids, teacher_ids = log_p.topk(k).indices, log_q.topk(k).indices
+        shared = (student_ids[:, :, None] == teacher_ids[:, None, :]).any(-1)
         averages.add(f"{name}/overlap_top{k}", shared.float().mean(-1) * here, here)
-        averages.add(f"{name}/overlap_mass", (p.gather(-1, mine) * shared).sum(-1) * here, here)
+        averages.add(f"{name}/overlap_mass", (p.gather(-1, student_ids) * shared).sum(-1) * here, here)
 
 
 def _of_gaussians(chunk: OpenSteps, student: Gaussian, averages: Averages) -> None:
-    """Exact, in nats **per dimension** of the event, so that latents of any size compare; densities may have a negative
-    entropy. Steps without a density (of a sampler without noise) count in no mean."""
+    """Adds entropies and KLs in closed form, in nats **per dimension** of the event: latents of any size compare.
+
+    Densities may have a negative entropy. Steps without a density (of a sampler without noise) count in no mean.
+    """
     dimensions = student.mean[0].numel()
     noisy = (student.scale > 0).expand_as(student.mean).flatten(1).all(1)
 

@@ -24,29 +24,30 @@ from .support import Support
 
 
 def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """``[n, K]`` a·(log a − log b), whose sum is KL(a‖b)."""
+    """Returns a·(log a − log b) ``[n, K]``, whose sum is KL(a‖b)."""
     return log_a.exp() * (log_a - log_b)
 
 
 def forward_kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q‖p) = Σ q·(log q − log p)."""
+    """Returns the terms ``[n, K]`` of KL(q‖p) = Σ q·(log q − log p)."""
     return kl_terms(log_q, log_p)
 
 
 def reverse_kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) = Σ p·(log p − log q)."""
+    """Returns the terms ``[n, K]`` of KL(p‖q) = Σ p·(log p − log q)."""
     return kl_terms(log_p, log_q)
 
 
 def log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share·a + (1 − share)·b), elementwise, for 0 < share < 1."""
+    """Returns log(share·a + (1 − share)·b), elementwise, for 0 < share < 1."""
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
 def jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """β·KL(q‖m) + (1−β)·KL(p‖m) with m = β·q + (1−β)·p; KL(q‖p) at β = 0 and KL(p‖q) at β = 1.
+    """Returns the terms ``[n, K]`` of β·KL(q‖m) + (1−β)·KL(p‖m), m = β·q + (1−β)·p.
 
-    The formula itself vanishes at both ends, where JSD/β → KL(q‖p) and JSD/(1−β) → KL(p‖q) (GKD, 2306.13649).
+    KL(q‖p) at β = 0 and KL(p‖q) at β = 1: the formula itself vanishes at both ends, where JSD/β → KL(q‖p) and
+    JSD/(1−β) → KL(p‖q) (GKD, 2306.13649).
     """
     if beta == 0.0:
         return forward_kl_terms(log_p, log_q)
@@ -57,17 +58,20 @@ def jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def skew_forward_kl_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """KL(q ‖ α·q + (1−α)·p) (DistiLLM, 2402.03898)."""
+    """Returns the terms ``[n, K]`` of KL(q ‖ α·q + (1−α)·p) (DistiLLM, 2402.03898)."""
     return kl_terms(log_q, log_mixture(log_q, log_p, alpha))
 
 
 def skew_reverse_kl_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """KL(p ‖ α·p + (1−α)·q) (DistiLLM, 2402.03898)."""
+    """Returns the terms ``[n, K]`` of KL(p ‖ α·p + (1−α)·q) (DistiLLM, 2402.03898)."""
     return kl_terms(log_p, log_mixture(log_p, log_q, alpha))
 
 
 def alpha_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """(q^α p^(1−α) − α·q − (1−α)·p) / (α(α−1)): each ≥ 0; KL(q‖p) at α = 1 and KL(p‖q) at α = 0 (Amari)."""
+    """Returns (q^α p^(1−α) − α·q − (1−α)·p) / (α(α−1)) ``[n, K]``, each ≥ 0 (Amari).
+
+    KL(q‖p) at α = 1 and KL(p‖q) at α = 0, the limits.
+    """
     if alpha == 1.0:
         return forward_kl_terms(log_p, log_q)
     if alpha == 0.0:
@@ -77,12 +81,12 @@ def alpha_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 
 def total_variation_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½|p − q|."""
+    """Returns ½|p − q| ``[n, K]``."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs()
 
 
 def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
-    """``[n]`` (∫ q^α p^(1−α) − 1) / (α(α−1)), in closed form.
+    """Returns (∫ q^α p^(1−α) − 1) / (α(α−1)) ``[n]``, in closed form.
 
     Raises:
         ValueError: the integral diverges: α·σ_p² + (1−α)·σ_q² ≤ 0 somewhere (possible outside 0 ≤ α ≤ 1).
@@ -104,7 +108,7 @@ def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
 
 
 def gaussian_total_variation(p: Gaussian, q: Gaussian) -> Tensor:
-    """``[n]`` erf(‖(μ_p − μ_q)/σ‖ / (2√2)), for equal scales.
+    """Returns erf(‖(μ_p − μ_q)/σ‖ / (2√2)) ``[n]``, for equal scales.
 
     Raises:
         ValueError: the scales differ (there is no closed form then).
@@ -148,12 +152,13 @@ class Divergence(Signal):
 
     @abstractmethod
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """``[n, K]`` contributions of each id."""
+        """Returns the contribution ``[n, K]`` of each id; their sum is the divergence."""
 
     def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ of the contributions ``[n]`` and its gradient in the student's logits ``[n, V]``, at temperature 1.
+        """Returns the sum of the contributions ``[n]`` and its gradient in the student's logits ``[n, V]``.
 
-        Written down where it spares tensors of this size; this one asks autograd. Arguments are to be read only.
+        At temperature 1. This one uses autograd; divergences with a written gradient spare tensors of this size.
+        Arguments are to be read only.
         """
         with torch.enable_grad():
             leaf = log_p.detach().requires_grad_()
@@ -165,7 +170,11 @@ class Divergence(Signal):
         return (terms if self.clip is None else terms.clamp(max=self.clip)).sum(-1)
 
     def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:
-        """``[n]``"""
+        """Returns the divergence ``[n]`` between normals in closed form.
+
+        Raises:
+            TypeError: there is none.
+        """
         raise TypeError(f"{type(self).__name__} between Gaussians has no closed form; use ForwardKL or ReverseKL")
 
     def __call__(self, steps: OpenSteps) -> Tensor:
@@ -184,7 +193,7 @@ class Divergence(Signal):
 
 
 class _OverVocabulary(torch.autograd.Function):
-    """``[n]`` a divergence over the full vocabulary; its gradient is made beside the value."""
+    """Divergence ``[n]`` over the full vocabulary; its gradient is computed beside the value."""
 
     @staticmethod
     def forward(
@@ -263,15 +272,18 @@ class JSD(Divergence):
             return end.with_gradient(log_p, log_q, p, q)
         tiny = torch.finfo(p.dtype).tiny  # where both are 0 the contributions are 0 × a finite number
         log_m = (p * (1 - self.beta)).add_(q, alpha=self.beta).clamp_(min=tiny).log_()
-        mine = (log_p - log_m).mul_(p).mul_(1 - self.beta)
-        share = mine.sum(-1)
-        value = share + torch.sub(log_q, log_m, out=log_m).mul_(q).sum(-1) * self.beta
-        return value, mine.addcmul_(p, share[:, None], value=-1.0)
+        terms = (log_p - log_m).mul_(p).mul_(1 - self.beta)
+        student_part = terms.sum(-1)
+        value = student_part + torch.sub(log_q, log_m, out=log_m).mul_(q).sum(-1) * self.beta
+        # derivatives of p·log p and of both log m cancel: p·(1 − ((1−β)·p + β·q)/m) = 0
+        return value, terms.addcmul_(p, student_part[:, None], value=-1.0)
 
 
 class _Skewed(Divergence):
-    """Args:
-    alpha: share of the first argument mixed into the second, in (0, 1). Default 0.1 (DistiLLM, 2402.03898).
+    """KL against a mixture of both sides.
+
+    Args:
+        alpha: share of the first argument mixed into the second, in (0, 1). Default 0.1 (DistiLLM, 2402.03898).
     """
 
     def __init__(
@@ -322,7 +334,7 @@ class AlphaDivergence(Divergence):
 
 
 class TotalVariation(Divergence):
-    """½·Σ|p − q|, in [0, 1]."""
+    """Total variation ½·Σ|p − q|, in [0, 1]."""
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return total_variation_terms(log_p, log_q)

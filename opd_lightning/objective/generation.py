@@ -15,9 +15,9 @@ from ..trajectory import Trajectories
 
 @dataclass(frozen=True)
 class Generation:
-    """What a part of scope ``generation`` sees, once, when a generation batch is rolled out and its groups are whole.
+    """Input of a part of scope ``generation``, once, when a generation batch is rolled out and its groups are complete.
 
-    What it returns, ``[B, T]``, is kept with the trajectories (and in checkpoints): it does not depend on how the batch
+    The result, ``[B, T]``, is kept with the trajectories (and in checkpoints): it does not depend on how the batch
     is cut into micro-batches, optimizer steps and ranks, nor on how often it is trained.
 
     Attributes:

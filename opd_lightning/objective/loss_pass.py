@@ -35,12 +35,12 @@ class Share:
     advantage: Tensor | None
 
     def seen(self, chunk: OpenSteps, states: slice) -> OpenSteps:
-        """The open chunk as the term sees it, with its target and its advantage."""
-        seen = self.term.seen(chunk)
+        """Adds the term's target and its advantage to an open chunk of the steps ``states``."""
+        view = self.term.seen(chunk)
         advantage = self.term.advantage
         if advantage is not None:
-            seen.advantage = (advantage(seen) if self.advantage is None else self.advantage[states]).detach()
-        return seen
+            view.advantage = (advantage(view) if self.advantage is None else self.advantage[states]).detach()
+        return view
 
 
 class LossPass:
@@ -119,7 +119,7 @@ class LossPass:
 
     @torch.no_grad()
     def weight_sums(self) -> dict[str, float]:
-        """Σ of weights over this micro-batch, by term name."""
+        """Sums the weights over this micro-batch, by term name."""
         shares = [self._share(term, 1.0) for term in self.terms]
         sums = {share.term.name: torch.zeros((), dtype=torch.float64) for share in shares}
         reading = [share for share in shares if share.term.weights_of("step")]
@@ -134,7 +134,7 @@ class LossPass:
         return {name: float(total) for name, total in sums.items()}
 
     def _wanted(self, steps: Steps) -> Tensor:
-        """``[N]`` bool: the steps to which some term gives a weight; all of them if a part sees whole rows."""
+        """Selects the steps to which some term gives a weight, ``[N]`` bool; all if a part reads whole rows."""
         wanted = torch.zeros(len(steps), dtype=torch.bool, device=steps.index.device)
         for term in self.terms:
             for weight in term.weights_of("data", "generation"):
@@ -146,7 +146,7 @@ class LossPass:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """The statistics ``[N]`` that parts of scope ``row`` read."""
+        """Measures the statistics ``[N]`` that parts of scope ``row`` read."""
         reads = {
             statistic_key(name, term.stream): (term, name)
             for term in self.terms
@@ -163,7 +163,7 @@ class LossPass:
         self.steps.statistics = {key: torch.cat(pieces) for key, pieces in values.items()}
 
     def _share(self, term: Term, scale: float) -> Share:
-        """A term's factor, but for the weights that read the open chunk, and its advantage."""
+        """Computes a term's factor, but for the weights that read the open chunk, and its advantage."""
         steps = self.steps
         factor = term.counts(steps)
         for weight in term.weights_of("data", "generation", "row"):
@@ -172,11 +172,12 @@ class LossPass:
                 self.metrics.add_clipped(f"{term.name}/{type(weight).__name__}", values, term.on(steps))
             factor = factor * values
         advantage = term.advantage
-        known = advantage is not None and advantage.scope != "step"
-        return Share(term, factor * scale, term.value(advantage, steps) if advantage is not None and known else None)
+        if advantage is None or advantage.scope == "step":
+            return Share(term, factor * scale, None)
+        return Share(term, factor * scale, term.value(advantage, steps))
 
     def _restrict(self, shares: list[Share]) -> None:
-        """Has every teacher evaluated at those steps alone where a term with a factor reads it."""
+        """Restricts every teacher to the steps where a term that reads it has a factor."""
         streams = self.chunks.streams
         for name, stream in streams.items():
             read = [share.factor != 0 for share in shares if name in share.term.teachers]
@@ -187,9 +188,9 @@ class LossPass:
     def _chunk_loss(self, shares: list[Share], states: slice, chunk: OpenSteps) -> Tensor:
         losses = []
         for share in shares:
-            seen = share.seen(chunk, states)
-            values = share.term.signal(seen)
-            factor = self._weighed(share, seen, share.factor[states], self.metrics)
+            view = share.seen(chunk, states)
+            values = share.term.signal(view)
+            factor = self._weighed(share, view, share.factor[states], self.metrics)
             # an infinite loss at a step of weight 0 must not turn into NaN
             on = factor != 0
             losses.append(torch.where(on, values * factor, 0.0).sum())
@@ -197,12 +198,12 @@ class LossPass:
         return torch.stack(losses).sum()
 
     @staticmethod
-    def _weighed(share: Share, seen: OpenSteps, factor: Tensor, metrics: Averages | None = None) -> Tensor:
-        """``[n]`` the factor with the weights that read the open chunk."""
+    def _weighed(share: Share, view: OpenSteps, factor: Tensor, metrics: Averages | None = None) -> Tensor:
+        """Multiplies a factor ``[n]`` with the weights that read the open chunk."""
         for weight in share.term.weights_of("step"):
-            values = weight(seen).detach()
+            values = weight(view).detach()
             if metrics is not None:
-                metrics.add_clipped(f"{share.term.name}/{type(weight).__name__}", values, share.term.on(seen))
+                metrics.add_clipped(f"{share.term.name}/{type(weight).__name__}", values, share.term.on(view))
             factor = factor * values
         return factor
 
@@ -220,5 +221,5 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def availability(streams: dict[str, Stream]) -> dict[str, Tensor]:
-    """``[B]`` bool by teacher: for which trajectories it is defined, where that is not all of them."""
+    """Returns the trajectories ``[B]`` (bool) for which a teacher is defined, by teacher, where that is not all."""
     return {name: stream.available for name, stream in streams.items() if stream.available is not None}

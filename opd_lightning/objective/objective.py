@@ -33,7 +33,7 @@ Queried = tuple[Distribution, dict[str, Stream], Trajectories]
 
 
 class LossOutput(NamedTuple):
-    """A micro-batch's share of the loss, and what is to be logged of it."""
+    """Loss of a micro-batch, its share of the optimizer step's, and metrics for the log."""
 
     loss: Tensor
     metrics: Averages
@@ -41,7 +41,7 @@ class LossOutput(NamedTuple):
 
 @dataclass
 class Objective:
-    """A list of terms.
+    """Sum of terms.
 
     Args:
         terms: summed.
@@ -61,11 +61,11 @@ class Objective:
             raise ValueError("objective.terms is empty: nothing would be trained")
         if self.chunk_mib < 1 or (self.chunk_steps is not None and self.chunk_steps < 1):
             raise ValueError(f"objective: chunk_mib={self.chunk_mib} and chunk_steps={self.chunk_steps} must be >= 1")
-        seen: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for term in self.terms:
             name = term.name or type(term.signal).__name__
-            seen[name] = seen.get(name, 0) + 1
-            term.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+            counts[name] = counts.get(name, 0) + 1
+            term.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
 
     @property
     def active(self) -> list[Term]:
@@ -76,7 +76,7 @@ class Objective:
         return ChunkSize(self.chunk_mib, self.chunk_steps)
 
     def teachers(self) -> set[str]:
-        """Whose forward pass is needed now."""
+        """Names the teachers whose forward pass a term needs, at its present coefficient."""
         return set().union(*(term.teachers for term in self.active))
 
     def check(self, teachers: Set[str], provides: Set[str] | None = None, sources: Set[str] | None = None) -> None:
@@ -104,8 +104,9 @@ class Objective:
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
                 for need in sorted(part.needs - {"teacher"} - provides) if provides is not None else ():
-                    known = need == "behavior" and term.source not in (None, "dataset")
-                    if not known:
+                    # policies that act store their log-probs; only dataset completions have none
+                    acts = need == "behavior" and term.source not in (None, "dataset")
+                    if not acts:
                         unknown = "this setting does not name it in `provides`, where it says what it offers"
                         raise ValueError(
                             f"{where}: {type(part).__name__} needs '{need}': {part.advice.get(need, unknown)}"
@@ -114,16 +115,19 @@ class Objective:
     # -- before a generation batch is trained ---------------------------------------------------------------------
 
     def generation_parts(self) -> list[tuple[Term, Part]]:
-        """Parts that are settled when a generation batch is whole, with their terms."""
+        """Lists the parts of scope ``generation``, with their terms."""
         return [(term, part) for term in self.active for part in term.parts() if part.scope == "generation"]
 
     def generation_streams(self) -> set[str] | None:
-        """Teachers whose distributions those parts read; None: they read none, not even the student's."""
+        """Names the teachers whose distributions those parts read.
+
+        None where they read no distribution, not even the student's: then no forward pass is needed.
+        """
         reading = [(term, part) for term, part in self.generation_parts() if part.reads]
         if not reading:
             return None
-        own = (term.compared for term, part in reading if any(name.startswith("teacher/") for name in part.reads))
-        return set().union(*own, *(part.streams for _, part in reading))
+        compared = (term.compared for term, part in reading if any(name.startswith("teacher/") for name in part.reads))
+        return set().union(*compared, *(part.streams for _, part in reading))
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Queried], width: int) -> dict[str, Tensor]:
@@ -178,7 +182,7 @@ class Objective:
 
     @property
     def needs_totals(self) -> bool:
-        """Whether some Z is known after a forward pass over the whole optimizer step only."""
+        """True where some Z is known only after a forward pass over the whole optimizer step."""
         return any(term.sums_distributions for term in self.active)
 
     def normalizers(
@@ -187,7 +191,7 @@ class Objective:
         weight_sums: Iterable[dict[str, float]],
         total: Callable[[float], float],
     ) -> dict[str, float]:
-        """Z by term name (`Term.normalizer`).
+        """Computes Z by term name (`Term.normalizer`).
 
         Args:
             batches: the micro-batches of an optimizer step, with the availability of `routed_teachers`.
@@ -214,13 +218,13 @@ class Objective:
         return {name: value or 1.0 for name, value in totals.items()}
 
     def routed_teachers(self) -> set[str]:
-        """Teachers whose availability decides Z."""
+        """Names the teachers whose availability decides Z."""
         return set().union(*(term.compared for term in self.active if term.normalizer != "steps"))
 
     def weight_sums(
         self, queried: Iterable[tuple[Distribution, dict[str, Stream]]], batches: Sequence[Trajectories]
     ) -> list[dict[str, float]]:
-        """Σ of weights by term name, for the terms that are divided by it and read distributions, per micro-batch.
+        """Sums the weights by term name and micro-batch, for terms whose Z is that sum and reads distributions.
 
         Args:
             queried: student and teachers of each micro-batch; not evaluated where no term needs it.
@@ -293,7 +297,7 @@ class Objective:
         read: Callable[[OpenSteps], Tensor],
         teacher: str | None = None,
     ) -> Tensor:
-        """``[B, T]`` what ``read`` says of the trained steps, chunk by chunk; NaN elsewhere.
+        """Evaluates ``read`` at the trained steps, chunk by chunk: ``[B, T]``, NaN elsewhere.
 
         Args:
             student: at all B × T states.
@@ -315,21 +319,23 @@ class Objective:
 
 
 def _check_states(student: Distribution, streams: dict[str, Stream], trajectories: Trajectories) -> None:
-    """
+    """Refuses distributions that a setting returned for other states.
+
     Raises:
-        TypeError: it is none.
+        TypeError: it is no `Distribution`.
         ValueError: a distribution is not that of one state for every step of the mask.
     """
-    for name, said in {"student": student, **{name: stream.distribution for name, stream in streams.items()}}.items():
-        if not isinstance(said, Distribution):
+    teachers = {name: stream.distribution for name, stream in streams.items()}
+    for name, distribution in {"student": student, **teachers}.items():
+        if not isinstance(distribution, Distribution):
             raise TypeError(
-                f"`distribution` returned {quoted(said)}, of type {type(said).__name__}; it has to return a "
-                "Distribution, such as a Categorical or a Gaussian, at every state of the trajectories"
+                f"`distribution` returned {quoted(distribution)}, of type {type(distribution).__name__}; it has to "
+                "return a Distribution, such as a Categorical or a Gaussian, at every state of the trajectories"
             )
-        if said.states not in (None, tuple(trajectories.mask.shape)):
+        if distribution.states not in (None, tuple(trajectories.mask.shape)):
             raise ValueError(
                 f"`distribution` returned for the {'student' if name == 'student' else f'teacher {name!r}'} "
-                f"distributions at {' × '.join(map(str, said.states or ()))} states; the trajectories have "
+                f"distributions at {' × '.join(map(str, distribution.states or ()))} states; the trajectories have "
                 f"{' × '.join(map(str, trajectories.mask.shape))} (their mask): the state that action t was taken in "
                 "belongs at t, none behind the last action; what is kept for each step belongs in "
                 "Trajectories.channels, which are cut with the mask, and not in the observation"

@@ -23,19 +23,22 @@ Against = Literal["student", "behavior"]
 
 
 def log_ratio(steps: Steps, against: Against = "student") -> Tensor:
-    """``[n]`` δ = log q(y) − log p(y) at the sampled action, without gradient; p is the student as it is now, or as it
-    acted."""
-    own = steps.statistic("student/log_prob") if against == "student" else steps.behavior_log_prob
-    return steps.statistic("teacher/log_prob") - own
+    """Returns δ = log q(y) − log p(y) ``[n]`` at the sampled action, without gradient.
+
+    p is the student as it is now (``student``), or as it acted (``behavior``).
+    """
+    log_prob = steps.statistic("student/log_prob") if against == "student" else steps.behavior_log_prob
+    return steps.statistic("teacher/log_prob") - log_prob
 
 
 def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalize: bool) -> Tensor:
-    """``[B, T]`` Σ_{i≥t} discount^(i−t)·values_i over the trained steps of a row.
+    """Returns Σ_{i≥t} discount^(i−t)·values_i ``[B, T]`` over the trained steps of a row.
 
     With ``normalize`` divided by the number of trained steps left, t included (MiniLLM's length normalization).
     """
     total, left = torch.zeros_like(values), torch.zeros_like(values)
     running, count = values.new_zeros(len(values)), values.new_zeros(len(values))
+    # backwards, one trained step after the other; untrained steps in between pass the running sum on
     for t in reversed(range(values.shape[1])):
         here = mask[:, t]
         running = torch.where(here, values[:, t] + discount * running, running)
@@ -45,22 +48,24 @@ def returns_to_go(values: Tensor, mask: Tensor, discount: float, normalize: bool
 
 
 def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """``[n]`` −min(ρA, clip(ρ, 1−low, 1+high)·A) with ρ = exp(log_prob − old_log_prob) (PPO)."""
+    """Returns −min(ρA, clip(ρ, 1−low, 1+high)·A) ``[n]`` with ρ = exp(log_prob − old_log_prob) (PPO)."""
     ratio = (log_prob - old_log_prob).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 class Advantage(Part, ABC):
-    """How much better than expected a sampled step was, without gradient: one of scope ``generation`` implements
-    `settle`, any other `__call__`."""
+    """Advantage of a sampled step, without gradient.
+
+    A subclass of scope ``generation`` implements `settle`, any other `__call__`.
+    """
 
     def __call__(self, steps: Steps) -> Tensor:
-        """``[n]`` of the `OpenSteps` of a chunk for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
+        """Returns ``[n]`` of an open chunk's `OpenSteps` for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
         raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
 
 
 class LogRatio(Advantage):
-    """δ = log q(y) − log p(y), or its discounted return-to-go.
+    """Log-ratio δ = log q(y) − log p(y), or its discounted return-to-go.
 
     Args:
         against: whose p: the student's as it is now (``student``, default: Lightning OPD, 2604.13010, and OPSD,
@@ -106,7 +111,7 @@ class LogRatio(Advantage):
 
 
 class GroupRelative(Advantage):
-    """A = (R − group mean) / (group standard deviation + 1e-6) (GRPO, 2402.03300).
+    """Advantage A = (R − group mean) / (group standard deviation + 1e-6) (GRPO, 2402.03300).
 
     Args:
         scale: divide by the standard deviation (default). False is Dr. GRPO (2503.20783).
@@ -130,7 +135,7 @@ class GroupRelative(Advantage):
 
 
 class RewardPlusLogRatio(GroupRelative):
-    """A + c·δ: the teacher still teaches where a group's rewards are all equal.
+    """Advantage A + c·δ: the teacher still teaches where a group's rewards are all equal.
 
     Args:
         coefficient: c, default 1 (no source: papers tune it).
@@ -151,7 +156,7 @@ class RewardPlusLogRatio(GroupRelative):
 
 
 class RewardTimesLogRatio(GroupRelative):
-    """A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size.
+    """Advantage A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size.
 
     RLSD (2604.03128).
 
@@ -189,7 +194,7 @@ class RewardTimesLogRatio(GroupRelative):
 
 
 class PolicyGradient(Signal):
-    """The clipped importance-weighted surrogate −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), A detached.
+    """Clipped importance-weighted surrogate −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), A detached.
 
     ρ is the ratio of the student's probability now to the one stored when the step was sampled, both at temperature 1.
     On the first pass over a rollout ρ = 1 and the gradient is −A·∇log p_θ(y).

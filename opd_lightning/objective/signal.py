@@ -1,4 +1,4 @@
-"""Signals: what one step contributes to the loss. Shape legend: n steps of a chunk."""
+"""Signals: the loss of one step. Shape legend: n steps of a chunk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Scope = Literal["data", "step", "row", "generation"]
 
 
 class Part(Finite):
-    """Something a term is made of, and what it asks of those who serve it.
+    """Component of a term, with what it needs of the run.
 
     Attributes:
         needs: what the run must provide, any of ``teacher``, ``reward`` (a reward is configured), ``group``
@@ -40,7 +40,7 @@ class Part(Finite):
     }
 
     def settle(self, generation: Generation) -> Tensor:
-        """``[B, T]`` on the CPU, of a weight or an advantage of scope ``generation``."""
+        """Returns the values ``[B, T]``, on the CPU, of a weight or an advantage of scope ``generation``."""
         raise NotImplementedError(f"{type(self).__name__} has the scope generation, but no method settle")
 
     @property
@@ -50,15 +50,15 @@ class Part(Finite):
 
 
 class Signal(Part, ABC):
-    """ℓ(p_θ, q) at every step, differentiable in the student."""
+    """Loss ℓ(p_θ, q) at every step, differentiable in the student."""
 
     @abstractmethod
     def __call__(self, steps: OpenSteps) -> Tensor:
-        """``[n]`` losses; nothing is reduced, masked or weighted here."""
+        """Returns the losses ``[n]``; nothing is reduced, masked or weighted here."""
 
 
 class CrossEntropy(Signal):
-    """−log p_θ(action): with dataset completions this is supervised fine-tuning (SFT); it asks no teacher."""
+    """Cross-entropy −log p_θ(action), without a teacher; on dataset completions supervised fine-tuning (SFT)."""
 
     def __call__(self, steps: OpenSteps) -> Tensor:
         return -steps.student.log_prob(steps.action)

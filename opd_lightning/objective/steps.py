@@ -1,4 +1,4 @@
-"""What signals, targets and weights read: the trained steps of a micro-batch, whole or one chunk of them.
+"""Steps: the trained steps of a micro-batch, or of one chunk, as signals, targets and weights read them.
 
 Shape legend: N trained steps of a micro-batch, n of a chunk, B trajectories.
 """
@@ -24,13 +24,13 @@ STATISTICS: dict[str, Callable[[Any, OpenSteps], Tensor]] = {
     "confidence": lambda distribution, steps: distribution.confidence(),
     "peak": lambda distribution, steps: distribution.known()[1].amax(-1),
 }
-"""What a part may read of a stream, ``[n]`` from an open chunk: entropy in nats, log-prob of the action, 1 − H/log V,
-the largest probability. Others may be added under a name of their own."""
+"""Statistics of a stream that a part may read, ``[n]`` from an open chunk: entropy in nats, log-prob of the action,
+1 − H/log V, the largest probability. Others may be added under a name of their own."""
 
 
 @dataclass
 class Steps:
-    """The trained steps of a micro-batch, flattened to N, and what is known of them before any chunk is opened.
+    """Trained steps of a micro-batch, flattened to N, and what is known of them before any chunk is opened.
 
     Attributes:
         trajectories: the micro-batch; rewards that abstain read as 0.
@@ -50,7 +50,7 @@ class Steps:
 
     @classmethod
     def of(cls, trajectories: Trajectories, available: dict[str, Tensor] | None = None) -> Steps:
-        """All trained steps of a micro-batch."""
+        """Collects all trained steps of a micro-batch."""
         index = trajectories.mask.flatten().nonzero().squeeze(-1)
         return cls(trajectories.without_abstentions(), index, available or {}, trajectories.abstained)
 
@@ -58,11 +58,11 @@ class Steps:
         return len(self.index)
 
     def at(self, states: slice | Tensor) -> Steps:
-        """Some of the steps."""
+        """Restricts them to some of the N steps."""
         return replace(self, index=self.index[states], statistics=self._cut(states))
 
     def opened(self, states: slice, student: Chunk, streams: dict[str, Chunk], blind: dict[str, Chunk]) -> OpenSteps:
-        """Some of the steps, with the distributions of an open chunk."""
+        """Restricts them to the steps of an open chunk, and adds its distributions."""
         return OpenSteps(
             self.trajectories,
             self.index[states],
@@ -78,52 +78,55 @@ class Steps:
         return {key: values[states] for key, values in self.statistics.items()}
 
     def for_stream(self, stream: str | None) -> Steps:
-        """The same steps as one term sees them: what "teacher" stands for."""
+        """Names the stream that "teacher" stands for, as one term reads these steps."""
         return replace(self, stream=stream)
 
     @cached_property
     def trajectory(self) -> Tensor:
-        """``[N]`` which trajectory a step belongs to."""
+        """Trajectory of each step, ``[N]`` into B."""
         return self.index // self.trajectories.mask.shape[1]
 
     @cached_property
     def position(self) -> Tensor:
-        """``[N]`` how many steps came before it in its trajectory."""
+        """Position t of each step in its trajectory, ``[N]``."""
         return self.index % self.trajectories.mask.shape[1]
 
     @cached_property
     def action(self) -> Tensor:
-        """``[N, ...]``"""
+        """Sampled actions ``[N, ...]``."""
         return self.trajectories.actions.flatten(0, 1)[self.index]
 
     @cached_property
     def behavior_log_prob(self) -> Tensor:
-        """``[N]``"""
+        """Log-probs ``[N]`` of the actions under the policy that acted; NaN where it stored none."""
         return self.trajectories.behavior_log_probs.flatten()[self.index]
 
     def channel(self, name: str) -> Tensor:
-        """``[N, ...]`` what the setting knows of each step, such as the ``digits`` that a token writes."""
+        """Returns a setting's values ``[N, ...]`` at each step, such as the ``digits`` that a token writes."""
         return self.trajectories.channels[name].flatten(0, 1)[self.index]
 
     def per_trajectory(self, values: Tensor) -> Tensor:
-        """``[B]`` → ``[N]``: each step takes its trajectory's value."""
+        """Repeats each trajectory's value ``[B]`` at its steps, ``[N]``."""
         return values[self.trajectory]
 
     def knows(self, teacher: str) -> Tensor:
-        """``[N]`` bool: where a teacher is defined (its view shows something)."""
+        """Returns where a teacher is defined (its view shows something), ``[N]`` bool."""
         if teacher not in self.available:
             return torch.ones(len(self), dtype=torch.bool, device=self.index.device)
         return self.per_trajectory(self.available[teacher])
 
     def statistic(self, name: str) -> Tensor:
-        """``[N]``, without gradient: ``<stream>/<what>``, where the stream is ``student``, ``teacher`` (the term's own)
-        or an entry of ``model.teachers``, and what one of `STATISTICS`."""
+        """Returns the statistic ``<stream>/<what>`` ``[N]``, without gradient.
+
+        The stream is ``student``, ``teacher`` (the term's own) or an entry of ``model.teachers``, and ``what`` one of
+        `STATISTICS`.
+        """
         return self.statistics[statistic_key(name, self.stream)]
 
 
 @dataclass
 class OpenSteps(Steps):
-    """The n steps of an open chunk, with the distributions there.
+    """Steps of an open chunk, n of them, with the distributions there.
 
     Attributes:
         student: with gradient while the chunk is trained.
@@ -140,12 +143,12 @@ class OpenSteps(Steps):
     advantage: Tensor | None = None
 
     def for_term(self, stream: str | None, target: Chunk | None) -> OpenSteps:
-        """The same steps as one term sees them: what "teacher" stands for, and its distribution."""
+        """Sets the stream that "teacher" stands for and its distribution, as one term reads these steps."""
         return replace(self, stream=stream, target=target)
 
     @property
     def teacher(self) -> Any:
-        """The distribution that the term compares the student with (its teacher's, after the target)."""
+        """Distribution that the term compares the student with (its teacher's, after the target)."""
         if self.target is None:
             raise RuntimeError("this term has no teacher; a signal that reads one must declare it in `needs`")
         return self.target
@@ -173,7 +176,7 @@ def statistic_key(name: str, stream: str | None) -> str:
 
 
 def to_rows(steps: Steps, values: Tensor) -> Tensor:
-    """``[N]`` → ``[B, T]``, zero where nothing is trained."""
+    """Spreads values ``[N]`` over ``[B, T]``, zero where nothing is trained."""
     rows = values.new_zeros(steps.trajectories.mask.shape)
     rows.view(-1)[steps.index] = values
     return rows

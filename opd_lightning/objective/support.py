@@ -1,4 +1,4 @@
-"""Supports: on which part of the vocabulary student and teacher are compared, and what happens to the rest.
+"""Supports: the part of the vocabulary on which student and teacher are compared, and what happens to the rest.
 
 Shape legend: n states, V vocabulary, K support size.
 """
@@ -16,7 +16,7 @@ from ..distribution import IMPOSSIBLE
 
 @dataclass(frozen=True)
 class Support:
-    """Where a divergence over a vocabulary is evaluated.
+    """Support of a divergence over a vocabulary.
 
     Args:
         of: ``full`` vocabulary; the ``teacher``'s or the ``student``'s k likeliest ids; their ``union``; or the
@@ -47,18 +47,18 @@ class Support:
             raise ValueError("support.remainder: one sampled id renormalizes to probability 1 on both sides")
 
     def is_full(self, vocabulary: int) -> bool:
-        """Whether it leaves out none of so many ids."""
+        """Tells whether it holds all of so many ids."""
         return self.of == "full" or (self.k is not None and self.k >= vocabulary)
 
     def restrict(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs ``[n, V]`` of both sides on the support: ``[n, K]``, or with a tail ``[n, K+1]``."""
+        """Restricts log-probs ``[n, V]`` of both sides to the support: ``[n, K]``, or with a tail ``[n, K+1]``."""
         ids, repeated = self._ids(student, teacher, action)
         if ids is None:
             return student, teacher
         return self._gather(student, ids, repeated), self._gather(teacher, ids, repeated)
 
     def _ids(self, student: Tensor, teacher: Tensor, action: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Ids ``[n, K]`` (None: all), and which of them stand there a second time ``[n, K]`` (None: none)."""
+        """Selects ids ``[n, K]`` (None: all) and marks duplicates among them ``[n, K]`` bool (None: there are none)."""
         if self.is_full(student.shape[-1]):
             return None, None
         if self.of == "sampled":
@@ -68,19 +68,20 @@ class Support:
             return teacher.topk(self.k).indices, None
         if self.of == "student":
             return student.topk(self.k).indices, None
+        # sorted, so that an id of both sides has its duplicate beside it
         ids = torch.cat([teacher.topk(self.k).indices, student.topk(self.k).indices], -1).sort(-1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
         return ids, repeated
 
     def _gather(self, log_probs: Tensor, ids: Tensor, repeated: Tensor | None) -> Tensor:
-        kept = log_probs.gather(-1, ids)
+        selected = log_probs.gather(-1, ids)
         if repeated is not None:
-            kept = kept.masked_fill(repeated, IMPOSSIBLE)
+            selected = selected.masked_fill(repeated, IMPOSSIBLE)
         if self.remainder == "drop":
-            return kept
+            return selected
         if self.remainder == "renormalize":
-            return kept.log_softmax(-1)
+            return selected.log_softmax(-1)
         # Summing what is left is exact where 1 − Σ would be rounding noise; a support that holds all leaves IMPOSSIBLE.
         rest = log_probs.scatter(-1, ids, IMPOSSIBLE).logsumexp(-1, keepdim=True)
-        return torch.cat([kept, rest.clamp(min=IMPOSSIBLE)], -1)
+        return torch.cat([selected, rest.clamp(min=IMPOSSIBLE)], -1)

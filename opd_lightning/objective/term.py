@@ -26,7 +26,7 @@ class Term:
     """One summand of the objective.
 
     Args:
-        signal: what a step contributes.
+        signal: loss of a step.
         teacher: an entry of ``model.teachers``; None for signals that ask no teacher.
         weights: multiplied with each other.
         target: turns the teacher's distribution into another one first.
@@ -54,14 +54,16 @@ class Term:
 
     @property
     def advantage(self) -> Advantage | None:
-        """Of its policy gradient; None for other signals."""
+        """Advantage of its policy gradient; None for other signals."""
         return self.signal.advantage if isinstance(self.signal, PolicyGradient) else None
 
     def parts(self) -> list[Part]:
+        """Lists the signal, its advantage and the weights."""
         extra = [] if self.advantage is None else [self.advantage]
         return [self.signal, *extra, *self.weights]
 
     def weights_of(self, *scopes: Scope) -> list[Weight]:
+        """Selects its weights of these scopes."""
         return [weight for weight in self.weights if weight.scope in scopes]
 
     @property
@@ -70,14 +72,14 @@ class Term:
 
     @property
     def stream(self) -> str | None:
-        """Name of what the term compares with: its teacher, or what its target makes of it."""
+        """Name of the stream that the term compares with: its teacher, or its target's result."""
         return self.teacher if self.target is None else f"{self.teacher} as {self.name}'s target"
 
     @property
     def compared(self) -> set[str]:
         """Teachers without which the term is off: its own, and those of its target."""
-        own = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
-        return own | set(self.target.streams if self.target else ())
+        teacher = {self.teacher} if self.teacher is not None and "teacher" in self.needs else set()
+        return teacher | set(self.target.streams if self.target else ())
 
     @property
     def teachers(self) -> set[str]:
@@ -85,13 +87,13 @@ class Term:
         return self.compared.union(*(part.streams for part in self.parts()))
 
     def channel(self, part: Part) -> str:
-        """Name of the channel that keeps the values of one of its parts of scope ``generation``."""
-        settled = [other for other in self.parts() if other.scope == "generation"]
-        place = next(i for i, other in enumerate(settled) if other is part)
-        return f"{self.name}/{type(part).__name__}" + (f"_{place + 1}" if place else "")
+        """Names the channel that keeps the values of one of its parts of scope ``generation``."""
+        settled = [candidate for candidate in self.parts() if candidate.scope == "generation"]
+        index = next(i for i, candidate in enumerate(settled) if candidate is part)
+        return f"{self.name}/{type(part).__name__}" + (f"_{index + 1}" if index else "")
 
     def value(self, part: Weight | Advantage, steps: Steps) -> Tensor:
-        """``[N]`` one of its weights, or its advantage, without gradient."""
+        """Evaluates one of its weights, or its advantage: ``[N]``, without gradient."""
         if part.scope == "generation":
             # a term that is turned on in the middle of a generation batch begins with the next
             settled = self.channel(part) in steps.trajectories.channels
@@ -99,7 +101,7 @@ class Term:
         return part(steps.for_stream(self.stream)).detach()
 
     def on(self, steps: Steps) -> Tensor:
-        """``[N]`` bool: where the term applies at all."""
+        """Returns the steps where the term applies at all, ``[N]`` bool."""
         on = torch.ones(len(steps), dtype=torch.bool, device=steps.index.device)
         for name in self.compared:
             on &= steps.knows(name)
@@ -112,8 +114,11 @@ class Term:
         return on
 
     def counts(self, steps: Steps) -> Tensor:
-        """``[N]`` how much a step counts before any weight: 0 where the term is off, the trajectory's weight elsewhere,
-        by 1/T of a trajectory's T steps for the normalizer ``trajectories``."""
+        """Returns each step's factor ``[N]`` before any weight.
+
+        0 where the term is off, the trajectory's weight elsewhere; for the normalizer ``trajectories`` divided by the
+        trajectory's T steps.
+        """
         counts = self.on(steps).float()
         if steps.trajectories.weight is not None:
             counts = counts * steps.per_trajectory(steps.trajectories.weight)
@@ -122,7 +127,7 @@ class Term:
         return counts
 
     def known(self, steps: Steps) -> Tensor:
-        """``[N]`` the same times the weights that are known from the trajectories."""
+        """Multiplies `counts` ``[N]`` with the weights that are known before a forward pass."""
         counts = self.counts(steps)
         for weight in self.weights_of("data", "generation"):
             counts = counts * self.value(weight, steps)
@@ -130,11 +135,11 @@ class Term:
 
     @property
     def sums_distributions(self) -> bool:
-        """Whether its Z is known after a forward pass over the whole optimizer step only."""
+        """True where Z is known only after a forward pass over the whole optimizer step."""
         return self.normalizer == "weights" and bool(self.weights_of("step", "row"))
 
     def seen(self, chunk: OpenSteps) -> OpenSteps:
-        """The open chunk as the term sees it: with its target built, if it compares with a teacher."""
+        """Adds the target to an open chunk, if the term compares with a teacher."""
         target = None
         if self.compared:
             assert self.teacher is not None
@@ -144,5 +149,5 @@ class Term:
         return chunk.for_term(self.stream, target)
 
     def measured(self, chunk: OpenSteps, name: str) -> Tensor:
-        """``[n]`` a statistic that one of its parts reads; only its own teacher's needs the target."""
+        """Returns a statistic ``[n]`` that one of its parts reads; only ``teacher/…`` needs the target."""
         return (self.seen(chunk) if name.startswith("teacher/") else chunk).statistic(name)

@@ -1,4 +1,4 @@
-"""Weights: how much a step counts. Never negative, always without gradient; a term multiplies all of its own.
+"""Weights: the factor of a step's loss. Never negative, always without gradient; a term multiplies all of its own.
 
 Shape legend: n steps of a chunk, N of a micro-batch, B trajectories of T steps of a generation batch, M steps of all
 ranks.
@@ -19,15 +19,18 @@ from .steps import Steps
 
 
 class Weight(Part, ABC):
-    """w(i, t) ≥ 0: one of scope ``generation`` implements `settle`, any other `__call__`."""
+    """Factor w(i, t) ≥ 0 of a step's loss.
+
+    A subclass of scope ``generation`` implements `settle`, any other `__call__`.
+    """
 
     def __call__(self, steps: Steps) -> Tensor:
-        """``[n]`` of the `OpenSteps` of a chunk for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
+        """Returns ``[n]`` of an open chunk's `OpenSteps` for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
         raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
 
 
 class Constant(Weight):
-    """The same weight everywhere.
+    """Constant weight.
 
     Args:
         value: default 1, the reference arm of every weighting.
@@ -45,7 +48,7 @@ class Constant(Weight):
 
 
 class Window(Weight):
-    """1 for the steps start ≤ t < stop of each trajectory, 0 elsewhere.
+    """Weight 1 for the steps start ≤ t < stop of each trajectory, 0 elsewhere.
 
     This picks which steps are *trained*; how far rollouts *go* is `Rollout.horizon`. The two are not interchangeable
     (ESR, 2605.27028: the first 100 steps generated beat 100 steps picked from full rollouts).
@@ -70,7 +73,7 @@ class Window(Weight):
 
 
 class Entropy(Weight):
-    """exp(−β·H): a soft factor that trusts certain states more (β > 0) or less (β < 0).
+    """Soft factor exp(−β·H) that trusts certain states more (β > 0) or less (β < 0).
 
     SRPO (2604.02288) weights by exp(−β·H_teacher) and divides by the mean of that over the steps it distills, which
     keeps the loss's scale; here nothing is divided, so that β makes steps smaller unless the term's ``normalizer`` is
@@ -91,9 +94,10 @@ class Entropy(Weight):
 
 
 class Confidence(Weight):
-    """1 − H(teacher) / log V, in [0, 1] (GUI-SD, 2605.00642): 0 where the teacher knows nothing, 1 where it is certain.
+    """Teacher's confidence 1 − H / log V, in [0, 1] (GUI-SD, 2605.00642).
 
-    H at temperature 1; V counts every row of the head that can be an action.
+    0 where the teacher is uniform, 1 where it is certain. H at temperature 1; V counts every row of the head that can
+    be an action.
     """
 
     needs = frozenset({"teacher", "categorical"})
@@ -104,7 +108,7 @@ class Confidence(Weight):
 
 
 class ImportanceRatio(Weight):
-    """min(p_θ(action) / p_behavior(action), cap): 1 while rollouts are fresh.
+    """Importance ratio min(p_θ(action) / p_behavior(action), cap): 1 while rollouts are fresh.
 
     Args:
         cap: default 2 (Vision-OPD, 2605.18740).
@@ -124,24 +128,24 @@ class ImportanceRatio(Weight):
 
 
 EQUAL = 1e-5
-"""How far apart, in nats or as a share of the larger, two computations of the same entropy may be: a state is computed
-in another company in another micro-batch."""
+"""Tolerance, in nats or as a share of the larger, between two computations of the same entropy: in another micro-batch
+a state has another padding, and its sums another order."""
 
 
 def at_least(values: Tensor, share: float) -> Tensor:
-    """The value that the highest ``share`` of ``values [M]`` reach, a scalar.
+    """Returns the value that the highest ``share`` of ``values [M]`` reach, a scalar.
 
-    That is the value at the (1 − share) quantile, or the next higher one where it lies between two, lowered by as much
+    The value at the (1 − share) quantile, or the next higher one where it lies between two, lowered by as much
     as equal values may differ: whatever equals it is in.
     """
-    # a whole rank that is not quite whole in floating point is that rank
+    # 1e-6: an integral rank may lie a rounding error above its integer
     rank = math.ceil((1 - share) * (len(values) - 1) - 1e-6)
     reached = values.float().kthvalue(rank + 1).values
     return reached - EQUAL * reached.abs().clamp(min=1)
 
 
 class TopEntropy(Weight):
-    """1 for the ``share`` of steps with the highest entropy, 0 elsewhere.
+    """Weight 1 for the ``share`` of steps with the highest entropy, 0 elsewhere.
 
     States whose entropies are equal are in or out together (see `at_least`), so that no rounding chooses among them.
 
@@ -170,8 +174,8 @@ class TopEntropy(Weight):
         entropy = steps.statistic(f"{self.of}/entropy").float()
         chosen = torch.zeros_like(entropy)
         for row in steps.trajectory.unique():
-            mine = steps.trajectory == row
-            chosen[mine] = (entropy[mine] >= at_least(entropy[mine], self.share)).float()
+            of_row = steps.trajectory == row
+            chosen[of_row] = (entropy[of_row] >= at_least(entropy[of_row], self.share)).float()
         return chosen
 
     def settle(self, generation: Generation) -> Tensor:
@@ -184,7 +188,7 @@ class TopEntropy(Weight):
 
 
 class Outcome(Weight):
-    """Routes whole trajectories by whether they were right.
+    """Weight of whole trajectories by correctness.
 
     Args:
         right: weight where the reward is at least ``threshold``, default 1.
@@ -208,11 +212,11 @@ class Outcome(Weight):
 
 
 class PassRate(Weight):
-    """p^easy · (1 − p)^hard with p the mean reward of the group: prompts that are always or never solved count nothing
-    (PACED, 2603.11178). Rewards must lie in [0, 1].
+    """Weight p^easy · (1 − p)^hard, p the mean reward of the group (PACED, 2603.11178). Rewards must lie in [0, 1].
 
-    The paper estimates p from rollouts of its own; here those that are trained are its estimate. Whether it divides by
-    the weights' sum was not found: the term's ``normalizer`` decides.
+    Prompts that are always or never solved have weight 0. The paper estimates p from rollouts of its own; here the
+    trained ones are its estimate. Whether it divides by the weights' sum was not found: the term's ``normalizer``
+    decides.
 
     Args:
         easy, hard: the exponents a and b. Default 1 and 1 (PACED).
@@ -237,7 +241,7 @@ class PassRate(Weight):
 
 
 class ByReward(Weight):
-    """The trajectory's reward itself, cut off below 0."""
+    """Trajectory's reward, cut off below 0."""
 
     needs = frozenset({"reward"})
     scope = "data"
