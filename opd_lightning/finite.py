@@ -33,6 +33,6 @@ class Finite:
         if not name.startswith("_"):
             check_finite(f"{type(self).__name__}.{name}", value)
         if isinstance(self, Finite):  # a torch module registers its parameters here
-            super(Finite, self).__setattr__(name, value)
+            super().__setattr__(name, value)
         else:
             object.__setattr__(self, name, value)
