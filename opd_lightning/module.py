@@ -380,7 +380,13 @@ class OnPolicyDistillation(Portable, L.LightningModule):
             # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
             with self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext():
                 acted = self._act(who, examples, seeds, rollout or self.rollout)
-        return dataclasses.replace(acted, student_view=settings_of(self.student_view))
+        return dataclasses.replace(
+            acted,
+            student_view=settings_of(self.student_view),
+            sources=(who,),
+            seed=torch.tensor(seeds, device=acted.mask.device),
+            weights_version=torch.full_like(acted.row, self.global_step),
+        )
 
     def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
         """The examples as the student sees them; ``settings``: as it saw them when its view had these."""

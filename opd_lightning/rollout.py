@@ -276,6 +276,8 @@ class RolloutLoader:
             module.record("abstained", trajectories.reward.isnan())
         for callback in module.callbacks:
             trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
+            if trajectories.reward is None:  # it put others in their place
+                trajectories = module.with_rewards(trajectories)
         return module.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 Example = dict[str, Any]
-FLAT = ("row", "group", "source", "weights_version", "stopped", "reward", "group_mean", "group_std", "weight")
-"""Fields of `Trajectories` with one number per trajectory."""
+FLAT = ("row", "group", "seed", "weights_version", "stopped")
+"""Fields of `Trajectories` with one number per trajectory, besides ``source``."""
+OPTIONAL = {"reward": torch.nan, "group_mean": torch.nan, "group_std": torch.nan, "weight": 1.0}
+"""Those that may be None, and what that means for a trajectory beside others that have them."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Trajectories:
         examples: the B raw dataset rows, for views and rewards; not in the checkpoint (``row`` finds them again).
         row: ``[B]`` index of each example in the training dataset.
         group: ``[B]`` which prompt draw a trajectory belongs to; members of a group share it.
+        seed: ``[B]`` the seed that it was drawn with (see `Steps.uniform`).
         source: ``[B]`` index into ``sources``: who acted.
         sources: names of the behavior policies, e.g. ``("student", "dataset")``.
         weights_version: ``[B]`` number of optimizer steps the acting student had seen.
@@ -45,8 +48,8 @@ class Trajectories:
         student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
             again; None: nobody noted them.
 
-    A setting's `sample` fills what the actor knows; ``row``, ``group``, ``source``, ``weights_version`` and the rewards
-    are the loader's.
+    A setting's `sample` fills what the actor knows; ``row``, ``group``, ``seed``, ``source``, ``weights_version`` and
+    the rewards are the loader's.
     """
 
     observation: dict[str, Tensor]
@@ -59,6 +62,7 @@ class Trajectories:
     group: Tensor = None  # type: ignore[assignment]
     source: Tensor = None  # type: ignore[assignment]
     weights_version: Tensor = None  # type: ignore[assignment]
+    seed: Tensor = None  # type: ignore[assignment]
     sources: tuple[str, ...] = ("student",)
     reward: Tensor | None = None
     group_mean: Tensor | None = None
@@ -68,7 +72,7 @@ class Trajectories:
     student_view: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("row", "group", "source", "weights_version"):
+        for name in ("row", "group", "source", "weights_version", "seed"):
             if getattr(self, name) is None:
                 setattr(self, name, torch.zeros(len(self.mask), dtype=torch.long, device=self.mask.device))
 
@@ -120,6 +124,28 @@ class Trajectories:
         examples = [self.examples[i] for i in index.tolist()]
         return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples)
 
+    def put(self, index: Tensor, other: Trajectories, padding: dict[str, tuple[float, str]]) -> Trajectories:
+        """Replaces the trajectories at ``index [K]`` by the K of ``other``, which were drawn for the same prompts.
+
+        Examples, rows and groups stay those of this batch. Rewards are those of none (None): the loader asks for them
+        again, and for the statistics of the groups.
+
+        Args:
+            index: whom they replace.
+            other: what a policy did instead (`OnPolicyDistillation.act`); its observation is what is trained on.
+            padding: as in `concatenate`.
+
+        Raises:
+            ValueError: they are not as many as ``index`` names.
+        """
+        if len(index) != len(other):
+            raise ValueError(f"{len(other)} trajectories can't take the place of {len(index)}")
+        places = torch.arange(len(self))
+        places[index.cpu()] = len(self) + torch.arange(len(other))
+        joined = Trajectories.concatenate([self, other], padding).select(places)
+        own = {name: getattr(self, name) for name in ("examples", "row", "group")}
+        return dataclasses.replace(joined, **own, reward=None, group_mean=None, group_std=None)
+
     def truncate(self, horizon: int) -> Trajectories:
         """At most ``horizon`` steps of each trajectory; what was cut can no longer count as stopped."""
         if self.mask.shape[1] <= horizon:
@@ -150,7 +176,7 @@ class Trajectories:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectories], pad: dict[str, tuple[float, str]]) -> Trajectories:
-        """One batch out of several of different widths.
+        """Joins batches of different widths; where only some have rewards or weights, the others abstain and weigh 1.
 
         ``pad`` names the observation tensors that must be widened first: value, and the side ("left" or "right").
 
@@ -173,11 +199,15 @@ class Trajectories:
             else torch.cat([part.observation[name] for part in parts])
             for name in first.observation
         }
-        flat: dict[str, Any] = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in FLAT
-            if getattr(first, name) is not None
-        }
+        sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
+        places = [torch.tensor([sources.index(name) for name in part.sources]) for part in parts]
+        source = [place.to(part.source.device)[part.source] for place, part in zip(places, parts, strict=True)]
+        flat = {name: torch.cat([getattr(part, name) for part in parts]) for name in FLAT}
+        for name, missing in OPTIONAL.items():
+            values = [getattr(part, name) for part in parts]
+            if any(value is not None for value in values):
+                unknown = [torch.full_like(part.row, missing, dtype=torch.float32) for part in parts]
+                flat[name] = torch.cat([u if v is None else v for u, v in zip(unknown, values, strict=True)])
         return cls(
             observation=observation,
             actions=join([part.actions for part in parts], width=steps),
@@ -185,7 +215,8 @@ class Trajectories:
             behavior_log_probs=join([part.behavior_log_probs for part in parts], width=steps),
             channels={name: join([part.channels[name] for part in parts], width=steps) for name in first.channels},
             examples=[example for part in parts for example in part.examples],
-            sources=first.sources,
+            source=torch.cat(source),
+            sources=sources,
             student_view=first.student_view,
             **flat,
         )

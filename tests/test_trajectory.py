@@ -36,6 +36,7 @@ def make(lengths: list[int], steps: int | None = None, prompt: int = 3, seed: in
         row=torch.arange(count) + 10,
         group=torch.arange(count) // 2,
         weights_version=torch.full((count,), 4),
+        seed=torch.randint(2**62, (count,), generator=generator),
         reward=torch.rand(count, generator=generator),
     )
 
@@ -59,7 +60,7 @@ def same(a: Trajectories, b: Trajectories) -> bool:
 def test_what_the_loader_fills_in_later_starts_at_zero():
     mask = torch.ones(2, 1, dtype=torch.bool)
     plain = Trajectories({}, torch.zeros(2, 1), mask, [{}, {}], mask[:, 0], torch.zeros(2, 1))
-    for name in ("row", "group", "source", "weights_version"):
+    for name in ("row", "group", "source", "weights_version", "seed"):
         assert getattr(plain, name).tolist() == [0, 0]
     assert len(plain) == 2
     assert plain.reward is None
@@ -176,3 +177,82 @@ def test_moving_moves_every_tensor():
         if isinstance(value, torch.Tensor):
             assert value.device.type == "meta", item.name
     assert all(tensor.device.type == "meta" for tensor in moved.observation.values())
+
+
+# -- trajectories of several policies -------------------------------------------------------------------------------
+
+
+def names(batch: Trajectories) -> list[str]:
+    return [batch.sources[int(i)] for i in batch.source]
+
+
+def test_joining_keeps_weights_and_unites_sources():
+    """Weights that a callback set before a resume with another number of ranks (catalogue D12)."""
+    mine = dataclasses.replace(make([3, 1]), weight=torch.tensor([0.5, 2.0]))
+    theirs = dataclasses.replace(make([2]), sources=("teacher", "student"), source=torch.tensor([0]))
+    whole = Trajectories.concatenate([mine, theirs], PAD)
+    assert whole.weight.tolist() == [0.5, 2.0, 1.0]
+    assert names(whole) == ["student", "student", "teacher"]
+    assert names(whole.select(torch.tensor([2, 0]))) == ["teacher", "student"]
+
+
+def test_what_has_no_reward_abstains_beside_others():
+    judged, unknown = make([1, 2]), dataclasses.replace(make([3]), reward=None)
+    for parts, places in (([judged, unknown], [0, 1]), ([unknown, judged], [1, 2])):
+        reward = Trajectories.concatenate(parts, PAD).reward
+        assert torch.equal(reward[places], judged.reward)
+        assert int(reward.isnan().sum()) == 1
+
+
+@examples(30)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_putting_others_in_their_place_changes_these_alone(data, lengths, seed):
+    batch = make(lengths, seed=seed)
+    index = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True, min_size=1))
+    other = make(data.draw(st.lists(st.integers(1, 7), min_size=len(index), max_size=len(index))), prompt=4, seed=seed)
+    other.sources = ("teacher",)
+    whole = batch.put(torch.tensor(index), other, PAD)
+    assert whole.reward is whole.group_mean is whole.group_std is None
+    assert whole.examples == batch.examples
+    assert torch.equal(whole.row, batch.row)
+    assert torch.equal(whole.group, batch.group)
+    for i in range(len(batch)):
+        part, place = (other, index.index(i)) if i in index else (batch, i)
+        assert names(whole)[i] == ("teacher" if i in index else "student")
+        assert torch.equal(whole.actions[i][whole.mask[i]], part.actions[place][part.mask[place]])
+        assert whole.seed[i] == part.seed[place]
+        assert torch.equal(
+            whole.observation["ids"][i][-part.observation["ids"].shape[1] :], part.observation["ids"][place]
+        )
+
+
+def test_as_many_are_put_as_are_named():
+    with pytest.raises(ValueError, match="2 trajectories can't take the place of 1"):
+        make([1, 2]).put(torch.tensor([0]), make([1, 2]), PAD)
+
+
+# -- draws of parts -------------------------------------------------------------------------------------------------
+
+
+@examples(30)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8), size=st.integers(1, 8), seed=st.integers(0, 99))
+def test_draws_depend_neither_on_micro_batches_nor_on_neighbors(lengths, size, seed):
+    batch = make(lengths, seed=seed)
+    draws = Steps.of(batch).uniform("mask")
+    pieces = [Steps.of(piece).uniform("mask") for piece in batch.split(size)]
+    assert torch.equal(torch.cat(pieces), draws)
+    backwards = Steps.of(batch.select(torch.arange(len(batch)).flip(0))).uniform("mask")
+    assert torch.equal(torch.cat(backwards.split(lengths[::-1])[::-1]), draws)
+    resumed = Trajectories.from_state_dict(batch.state_dict(), batch.examples)
+    assert torch.equal(Steps.of(resumed).uniform("mask"), draws)
+    assert torch.equal(Steps.of(batch).at(slice(1, None)).uniform("mask"), draws[1:])
+
+
+def test_draws_are_uniform_and_those_of_two_purposes_are_apart():
+    steps = Steps.of(make([50] * 200))
+    one, two = steps.uniform("one"), steps.uniform("two")
+    assert ((one >= 0) & (one < 1)).all()
+    counts = torch.histc(one, 10, 0, 1) / len(one)
+    assert (counts - 0.1).abs().max() < 0.015
+    for other in (two, one.roll(1), one.roll(50)):
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.04

@@ -5,6 +5,7 @@ Shape legend: N trained steps of a micro-batch, n of a chunk, B trajectories.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -105,6 +106,14 @@ class Steps:
         """Returns a setting's values ``[N, ...]`` at each step, such as the ``digits`` that a token writes."""
         return self.trajectories.channels[name].flatten(0, 1)[self.index]
 
+    def uniform(self, purpose: str) -> Tensor:
+        """Draws ``[N]`` numbers from [0, 1) by trajectory, position and ``purpose``, which keeps draws of parts apart.
+
+        They are the same in every micro-batch, epoch and run on any number of ranks (`Trajectories.seed`).
+        """
+        seed = self.per_trajectory(self.trajectories.seed) + zlib.crc32(purpose.encode())
+        return (mixed(mixed(seed) + self.position) >> 40 & (2**24 - 1)).float() / 2**24
+
     def per_trajectory(self, values: Tensor) -> Tensor:
         """Repeats each trajectory's value ``[B]`` at its steps, ``[N]``."""
         return values[self.trajectory]
@@ -173,6 +182,13 @@ def statistic_key(name: str, stream: str | None) -> str:
     """Names the statistic ``<stream>/<what>`` by its stream, where "teacher" stands for ``stream``."""
     of, what = name.split("/")
     return f"{stream}/{what}" if of == "teacher" else name
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """Scrambles 64-bit integers one to one (the finalizer of splitmix64)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+    return numbers
 
 
 def to_rows(steps: Steps, values: Tensor) -> Tensor:
