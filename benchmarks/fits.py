@@ -79,11 +79,11 @@ def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from opd_lightning.data import PromptData
-    from opd_lightning.evaluation import Evaluation
+    from opd_lightning.evaluation_settings import Evaluation
     from opd_lightning.modalities.text import TextDistillation
     from opd_lightning.objective import Objective, ReverseKL, Term
     from opd_lightning.pretrained import Lora, Pretrained
-    from opd_lightning.rollout import Rollout
+    from opd_lightning.rollout_settings import Rollout
     from opd_lightning.teacher import Frozen, Initial, Teacher
 
     class Watch(L.Callback):

@@ -24,12 +24,12 @@ from side_by_side import FOLDER, bare_trainer, prompts, record, set_stop, write_
 
 from opd_lightning import diagnostics
 from opd_lightning.data import PromptData
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.autoregressive import decode
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term, objective
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
 
 VOCABULARY = 512

@@ -21,11 +21,11 @@ import torch
 from side_by_side import FOLDER, MB, bare_trainer, prompts, record, write_models
 
 from opd_lightning.data import PromptData
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
 
 

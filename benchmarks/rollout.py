@@ -34,8 +34,8 @@ from opd_lightning.distribution import Head
 from opd_lightning.modalities.autoregressive.engines import Generate, Prompts, RolloutEngine
 from opd_lightning.modalities.autoregressive.engines.decode_loop import DecodeLoop
 from opd_lightning.modalities.autoregressive.engines.engine import until_stop
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import Policy
+from opd_lightning.policy import Policy
+from opd_lightning.rollout_settings import Rollout
 
 RESULT = Path("runs/bench/rollout.json")
 

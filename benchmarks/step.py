@@ -100,11 +100,11 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     import lightning as L
 
     from opd_lightning.data import PromptData
-    from opd_lightning.evaluation import Evaluation
+    from opd_lightning.evaluation_settings import Evaluation
     from opd_lightning.modalities.text import TextDistillation
     from opd_lightning.objective import Objective, ReverseKL, Term
     from opd_lightning.pretrained import Pretrained
-    from opd_lightning.rollout import Rollout
+    from opd_lightning.rollout_settings import Rollout
     from opd_lightning.teacher import Frozen, Teacher
 
     clock = Clock()
@@ -130,7 +130,7 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
             self.before = resident("VmRSS")
 
         def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-            module.stopwatch.phase = clock.phase
+            module.metrics.stopwatch.phase = clock.phase
 
         def on_before_optimizer_step(self, *_: Any) -> None:
             self.update = time.perf_counter()

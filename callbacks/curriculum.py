@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ..callback import Stateful
 from ..module import OnPolicyDistillation
 from ..optimizer_step import OptimizerStep
+from ..splits import rows_of
 from ..worker import refuse_teachers
 from .knobs import KnobCallback
 
@@ -262,7 +263,8 @@ class Curriculum(KnobCallback):
                 self.turn(knob, value)
                 rehearse()
         self._turn_all(0)
-        columns = getattr(getattr(getattr(module.trainer, "datamodule", None), "train", None), "column_names", None)
+        rows = rows_of(module.trainer, "train", "the check of columns that later stages need")
+        columns = getattr(rows, "column_names", None)
         for column, who in needed.items():
             if columns is not None and column not in columns:
                 raise ValueError(f"a stage of the curriculum needs the column {column!r} ({who}), which the data lacks")

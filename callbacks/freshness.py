@@ -17,8 +17,8 @@ from ..module import OnPolicyDistillation
 from ..objective import ReverseKL, Signal, Term
 from ..objective.steps import OpenSteps, Steps
 from ..optimizer_step import OptimizerStep
+from ..policy import View
 from ..rollout import RolloutLoader
-from ..teacher import View
 from ..trajectory import Trajectories
 
 Settings = dict[str, Any]
@@ -169,8 +169,7 @@ class FreshnessControl(DistillationCallback):
         """``[B]`` how far a teacher's answers have moved since it had this view."""
         batch = batch.to(module.device)
         with module.trainer.precision_plugin.forward_context():
-            now = module.query(name, batch)
-            then = module.query(name, batch, view)
+            now, then = module.streams.query(name, batch), module.streams.query(name, batch, view)
             here, there = now.available, then.available
             assert here is not None
             assert there is not None

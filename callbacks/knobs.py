@@ -18,10 +18,11 @@ import lightning as L
 from torch import nn
 
 from ..callback import DistillationCallback
-from ..module import LRSchedule, OnPolicyDistillation
+from ..module import OnPolicyDistillation
+from ..optimization import LRSchedule
 from ..optimizer_step import OptimizerStep
 from ..pretrained import Lora, Pretrained
-from ..rollout import Rollout
+from ..rollout_settings import Rollout
 from ..teacher import Frozen, Teacher
 
 # What is read once, when models are loaded, data is checked or batches are cut; turning it later would change nothing.

@@ -86,7 +86,7 @@ class Samples(DistillationCallback):
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
         values = module.per_step(shown, self.signal, self.teacher)
-        read, spelled = module.checked_rewards(shown)[1], module.decode_steps(shown)
+        read, spelled = module.actor.checked_rewards(shown)[1], module.decode_steps(shown)
         rows = []
         for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
             signal = values[i][mask].double()

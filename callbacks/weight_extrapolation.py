@@ -13,7 +13,8 @@ from torch import Tensor
 from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
 from ..optimizer_step import OptimizerStep
-from ..rollout import RolloutLoader, derived_seed
+from ..rollout import RolloutLoader
+from ..rollout_settings import derived_seed
 from ..rows import row_of
 from ..sharding import refuse_sharded
 from ..trajectory import Example
@@ -106,7 +107,7 @@ class WeightExtrapolation(DistillationCallback):
         total, count = 0.0, 0
         for place, start in enumerate(range(0, len(examples), size)):
             rolled = module.evaluator.act("student", examples[start : start + size], place)
-            reward, _ = module.checked_rewards(rolled)
+            reward, _ = module.actor.checked_rewards(rolled)
             assert reward is not None
             total, count = total + float(reward.nansum()), count + int((~reward.isnan()).sum())
         everyone = module.total(float(count))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
     from .callback import DistillationCallback
     from .data import PromptData
     from .distribution import Categorical, Gaussian, Head
-    from .evaluation import Evaluation
-    from .module import LRSchedule, OnPolicyDistillation
+    from .evaluation_settings import Evaluation
+    from .module import OnPolicyDistillation
     from .objective import (
         JSD,
         STATISTICS,
@@ -34,26 +34,30 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
         Term,
         Weight,
     )
+    from .optimization import LRSchedule
     from .optimizer_step import MicroBatch, OptimizerStep
+    from .policy import Policy, View
     from .pretrained import Lora, Pretrained
     from .reward import Reward
-    from .rollout import Rollout
-    from .teacher import EMA, Frozen, Initial, Live, Policy, Teacher, View
+    from .rollout_settings import Rollout
+    from .teacher import EMA, Frozen, Initial, Live, Teacher
     from .trajectory import Example, Trajectories
 
 _NAMES = {
     "callback": "DistillationCallback",
     "data": "PromptData",
     "distribution": "Categorical Gaussian Head",
-    "evaluation": "Evaluation",
-    "module": "LRSchedule OnPolicyDistillation",
+    "evaluation_settings": "Evaluation",
+    "module": "OnPolicyDistillation",
     "objective": "Advantage CrossEntropy Divergence ForwardKL Generation JSD Objective OpenSteps PolicyGradient "
     "ReverseKL STATISTICS Signal Steps Support Target Term Weight",
+    "optimization": "LRSchedule",
     "optimizer_step": "MicroBatch OptimizerStep",
+    "policy": "Policy View",
     "pretrained": "Lora Pretrained",
     "reward": "Reward",
-    "rollout": "Rollout",
-    "teacher": "EMA Frozen Initial Live Policy Teacher View",
+    "rollout_settings": "Rollout",
+    "teacher": "EMA Frozen Initial Live Teacher",
     "trajectory": "Example Trajectories",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}

@@ -6,40 +6,34 @@ Shape legend: B trajectories, T steps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from .actor import Actor
 from .audit import show
+from .comparisons import ACTED, MEANING, TOGETHER, TRAINING
 from .contract import check_family
 from .diagnostics import Stopwatch
 from .distribution import Gaussian, Stream
-from .objective import OpenSteps, Steps
-from .rollout import RolloutLoader, derived_seed
+from .objective import Objective, OpenSteps, Steps
+from .policy import evaluating
+from .ranks import Ranks
+from .rollout import RolloutLoader
+from .rollout_settings import derived_seed
 from .rows import row_of
-from .teacher import evaluating
+from .streams import Streams
 from .trajectory import Example, Trajectories
-
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
 
 AGREEMENT_DRAWS = 2**33  # keeps the seeds apart from those of rollouts and of evaluation
 # Nats, over the steps of a row on average. Where nothing was wrong 1e-4 was the most that was seen in float32, and 0.02
 # in bfloat16; dropout of 0.1 makes 0.1 to 0.3
 EXACT, ROUNDED = 1e-3, 5e-2
-
-TOGETHER, ACTED, TRAINING = "alone / beside others", "acted / replayed", "evaluation / training mode"
-MEANING = {
-    TOGETHER: "what it says of a row depends on the rows beside it",
-    ACTED: "the log-probs that it acts with are not those of its replay, which is what is trained",
-    TRAINING: "in training mode it says something else than when it acts",
-}
 
 
 @dataclass
@@ -67,51 +61,62 @@ class Agreement:
             raise ValueError(f"agreement.tolerance must be > 0, got {self.tolerance}")
 
 
-def check_agreement(module: OnPolicyDistillation) -> None:
+def check_agreement(
+    settings: Agreement, actor: Actor, streams: Streams, objective: Objective, trainer: Any, is_noisy: bool
+) -> None:
     """Compares, and prints the table. Neither random numbers nor what is recorded of the run are touched by it.
+
+    Args:
+        settings: which rows, and how far apart.
+        actor, streams: whose policies are compared.
+        objective: which teachers are asked, and in what chunks.
+        trainer: of the run.
+        is_noisy: whether the student is asked to say something else in training mode.
 
     Raises:
         RuntimeError: a policy disagrees with itself; the message says which, how far, and what may be the cause.
     """
-    loader = module.trainer.train_dataloader
+    loader = trainer.train_dataloader
     if not isinstance(loader, RolloutLoader):
         return
     with isolate_rng():
-        comparison = Comparison(module, loader)
+        comparison = Comparison(settings, actor, streams, objective, loader)
         comparison.run()
-    show("agreement (nats)", list(module.policies), comparison.rows())
-    complaints = comparison.complaints()
+    show("agreement (nats)", list(streams.policies), comparison.rows())
+    complaints = comparison.complaints(is_noisy)
     # ranks may round differently, and one that goes on would wait for the others for ever
-    if module.total(float(bool(complaints))):
+    if Ranks(trainer).total(float(bool(complaints))):
         raise RuntimeError("\n".join(complaints) or "a policy disagrees with itself on another rank")
 
 
 class Comparison:
     """How far what each policy says of the same steps is apart, by policy and by what was compared."""
 
-    def __init__(self, module: OnPolicyDistillation, loader: RolloutLoader) -> None:
-        # shares everything with the module but what asking counts
-        self._module = copy.copy(module)
-        self._module._trainer, self._module.stopwatch = module._trainer, Stopwatch()
-        self._size = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)[0]
-        count = min(module.agreement.rows, len(loader.dataset))
+    def __init__(
+        self, settings: Agreement, actor: Actor, streams: Streams, objective: Objective, loader: RolloutLoader
+    ) -> None:
+        # with a stopwatch of its own: this is no part of the run
+        self._streams = replace(streams, stopwatch=Stopwatch())
+        self._settings, self._actor, self._objective, self._trainer = settings, actor, objective, loader.trainer
+        self._size = loader.size
+        count = min(settings.rows, len(loader.dataset))
         places = torch.linspace(0, len(loader.dataset) - 1, count).long().tolist()
         self._examples: list[Example] = [row_of(loader.dataset, place) for place in places]
         self._seeds = [derived_seed(loader.seed, AGREEMENT_DRAWS, place) for place in places]
-        self.apart: dict[str, dict[str, float]] = {name: {} for name in module.policies}
+        self.apart: dict[str, dict[str, float]] = {name: {} for name in streams.policies}
 
     def run(self) -> None:
         """Lets every source act, and everyone that is asked now say what it did; all ranks do the same."""
-        module = self._module
-        off = set(module.teachers) - module.objective.teachers() - module.asked_by_parts() - module.rollout.sources
-        for source in sorted(module.rollout.sources):
-            acted = module.act(source, self._examples, self._seeds)
+        sources, needed = self._actor.rollout.sources, self._actor.setting.asked_by_parts() | self._objective.teachers()
+        off = set(self._streams.teachers) - needed - sources
+        for source in sorted(sources):
+            acted = self._actor.act(source, self._examples, self._seeds)
             if not acted.mask.any():
                 raise ValueError(
                     f"rollout.behavior.{source}: none of {len(acted)} trajectories has a step that is trained (mask)"
                 )
-            with module.trainer.precision_plugin.forward_context():
-                for name in sorted(set(module.policies) - off):
+            with self._actor.precision():
+                for name in sorted(set(self._streams.policies) - off):
                     together = self._ask(name, acted)
                     self._note(name, TOGETHER, together, self._ask(name, acted, size=1))
                     if name == source:
@@ -126,10 +131,10 @@ class Comparison:
         values = torch.full(acted.mask.shape, torch.nan, dtype=torch.float32)
         done = 0
         for part in acted.split(size or len(acted)):
-            part = part.to(self._module.device)
+            part = part.to(self._trainer.strategy.root_device)
             stream = self._queried(name, part, training)
-            check_family(self._module, stream.distribution)
-            mine = self._module.objective.per_step(stream.distribution, {}, Steps.of(part), _of_action).cpu()
+            check_family(self._actor.setting, stream.distribution)
+            mine = self._objective.per_step(stream.distribution, {}, Steps.of(part), _of_action).cpu()
             mine[part.mask.cpu()[:, : mine.shape[1]] & mine.isnan()] = torch.inf
             if stream.available is not None:
                 mine[~stream.available.cpu()] = torch.nan
@@ -139,10 +144,10 @@ class Comparison:
 
     def _queried(self, name: str, part: Trajectories, training: bool) -> Stream:
         if name != "student":
-            return self._module.query(name, part)
-        policy = self._module.policies["student"]
-        with _training(policy.model) if training else evaluating(policy.model):
-            return Stream(self._module.distribution(policy, part))
+            return self._streams.query(name, part)
+        model = self._streams.policies["student"].model
+        with _training(model) if training else evaluating(model):
+            return Stream(self._streams.student(part))
 
     def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
         apart = (one - other).abs().masked_fill(one == torch.inf, torch.inf).nanmean(1)
@@ -167,49 +172,30 @@ class Comparison:
 
     def tolerance(self, name: str, what: str) -> float:
         """In nats."""
-        module = self._module
-        if module.agreement.tolerance is not None:
-            return module.agreement.tolerance
-        half = "16" in str(module.trainer.precision_plugin.precision)
-        own = ROUNDED if half or is_rounded(module.policies[name].model) else EXACT
-        return max(own, module.acting_tolerance) if what == ACTED else own
+        if self._settings.tolerance is not None:
+            return self._settings.tolerance
+        half = "16" in str(self._trainer.precision_plugin.precision)
+        own = ROUNDED if half or is_rounded(self._streams.policies[name].model) else EXACT
+        return max(own, self._actor.setting.acting_tolerance) if what == ACTED else own
 
-    def complaints(self) -> list[str]:
-        """A sentence for every policy and comparison beyond the tolerance."""
-        asked_for = self._module._student_spec.is_noisy
+    def complaints(self, is_noisy: bool) -> list[str]:
+        """A sentence for every policy and comparison beyond the tolerance, but for noise that was asked for."""
         return [
             self._complaint(name, what, value)
             for name, apart in self.apart.items()
             for what, value in apart.items()
-            if not value <= self.tolerance(name, what) and not (what == TRAINING and asked_for)
+            if not value <= self.tolerance(name, what) and not (what == TRAINING and is_noisy)
         ]
 
     def _complaint(self, name: str, what: str, value: float) -> str:
-        policy = self._module.policies[name]
+        policy = self._streams.policies[name]
         who = "the student" if name == "student" else f"the teacher {name!r}"  # no key, which would be looked up
-        causes = "; ".join(self._module.suspects(policy, what))
+        causes = "; ".join(self._actor.setting.suspects(policy, what))
         return (
             f"{who} ({policy.path}) disagrees with itself: {MEANING[what]} ({what}: {value:.3g} nats a step, "
             f"model.agreement.tolerance is {self.tolerance(name, what):g}), so the run does not start. "
             f"{'What may be the cause: ' + causes if causes else 'No cause is known'}."
         )
-
-
-def usual_suspects(setting: Any, what: str) -> list[str]:
-    """What may make the policies of a setting that says nothing of its own disagree with themselves."""
-    name = type(setting).__name__
-    return {
-        TOGETHER: [
-            f"{name}.sample or {name}.distribution lets a row see others, by padding (steps outside of the mask) or a "
-            "mean over rows; or the order of states in one of the two is wrong"
-        ],
-        ACTED: [
-            f"{name}.distribution asks at other states than those that {name}.sample acted at: their order, their "
-            "number (one before each action, none behind the last), or what came before them",
-            f"the log-probs that {name}.sample returns are of another distribution (they have to be at temperature 1)",
-        ],
-        TRAINING: ["dropout, or another layer of the model that is random or counts batches in training mode"],
-    }[what]
 
 
 def is_rounded(model: nn.Module) -> bool:

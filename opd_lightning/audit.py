@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from .printable import cell
+from .setting import Setting
+from .splits import rows_of
 
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
-
-
-ROWS_OF = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
+SPLIT_OF = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
 
 
-def audit(module: OnPolicyDistillation) -> None:
+def audit(setting: Setting, trainer: Any) -> None:
     """Prints what each role is, and what is made of the first row; `audit_rows` raises what cannot work."""
-    rows = module.audit_rows()
-    if rows:
-        _show(list(module.policies), rows)
-    _show_first_row(module)
+    show("audit", list(setting.policies), setting.audit_rows())
+    if trainer is not None:
+        _show_first_row(setting, trainer)
 
 
 @rank_zero_only
-def _show_first_row(module: OnPolicyDistillation) -> None:
-    trainer = module._trainer
-    split = ROWS_OF.get(str(trainer.state.fn and trainer.state.fn.value), "") if trainer is not None else ""
-    examples = getattr(getattr(trainer, "datamodule", None), split or "train", None)
-    if not examples or not (readings := module.readings(dict(examples[0]))):
+def _show_first_row(setting: Setting, trainer: Any) -> None:
+    """Prints what is made of the first row of the split that is used."""
+    split = SPLIT_OF.get(str(trainer.state.fn and trainer.state.fn.value), "train")
+    examples = rows_of(trainer, split, "the table of what is made of the first row")
+    if not examples or not (readings := setting.readings(dict(examples[0]))):
         return
     table = Table(title=f"the first row of data.{split}", title_justify="left", show_header=False)
     table.add_column()
@@ -40,13 +37,11 @@ def _show_first_row(module: OnPolicyDistillation) -> None:
     Console().print(table)
 
 
-def _show(roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
-    show("audit", roles, rows)
-
-
 @rank_zero_only
 def show(title: str, roles: list[str], rows: list[tuple[str, dict[str, str]]]) -> None:
-    """Prints a table with a column for each role."""
+    """Prints a table with a column for each role; nothing without rows."""
+    if not rows:
+        return
     table = Table(title=title, title_justify="left")
     for heading in ("", *roles):
         table.add_column(cell(heading), overflow="fold")

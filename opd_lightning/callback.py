@@ -82,3 +82,8 @@ class DistillationCallback(Stateful, L.Callback):
     ) -> None:
         if batch.is_last:
             self.on_optimizer_step_end(pl_module, batch.step)
+
+
+def followers(trainer: Any) -> list[DistillationCallback]:
+    """Callbacks of a trainer that follow its optimizer steps, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, DistillationCallback)]

@@ -6,12 +6,12 @@ import os
 import shlex
 import signal
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,25 +21,29 @@ from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from .adapters import adapter_parameters
 from .ending import Ending
 from .folder import RunLock, forget_samples_after, set_aside
+from .pretrained import Pretrained
 from .printable import printable
 
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
 
+def kept_names(student: nn.Module, names: Iterable[str], spec: Pretrained) -> set[str]:
+    """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; of bases a drawn one.
 
-def kept_names(module: OnPolicyDistillation) -> set[str]:
-    """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; of bases a drawn one."""
-    student, everything = module.student, set(module.state_dict())
-    if module._student_spec.lora is None or module._student_spec.random_init:  # nobody else has the drawn base
-        return everything
+    Args:
+        student: the model.
+        names: of all state of the run; the student's begin with ``student.``.
+        spec: what the student was loaded from.
+    """
+    if spec.lora is None or spec.random_init:  # nobody else has the drawn base
+        return set(names)
     # a tied head is the same parameter under a second name
     trained = {name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad}
     kept = {f"student.{name}" for name in trained | adapter_parameters(student).keys()}
-    return {name for name in everything if name in kept or not name.startswith("student.")}
+    return {name for name in names if name in kept or not name.startswith("student.")}
 
 
 def plain_rng_states() -> dict[str, Any]:

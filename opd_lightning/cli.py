@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from . import data, objective, reward, teacher  # noqa: F401  (so that short class names resolve)
+from . import data, objective, policy, reward, teacher  # noqa: F401  (so that short class names resolve)
 from .checkpoint import Checkpoint, check_named, check_ours
 from .cli_errors import Parser
 from .cli_help import print_help
@@ -52,7 +52,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, OnPolicyDistillation)
-        pl_module.config_yaml = self.parser.dump(self.config, skip_none=False)
+        pl_module.history.config_yaml = self.parser.dump(self.config, skip_none=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Not yet: a resume may be refused, and what is there would then be the record of nothing."""
@@ -60,7 +60,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
         if trainer.is_global_zero:
-            text = "".join(f"# {line}\n" for line in told(pl_module.changes)) + pl_module.config_yaml
+            text = "".join(f"# {line}\n" for line in told(pl_module.history.changes)) + pl_module.history.config_yaml
             (check_folder(trainer.default_root_dir) / "config.yaml").write_text(text, encoding="utf-8")
 
 

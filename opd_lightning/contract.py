@@ -14,17 +14,18 @@ from torch import Tensor
 from .distribution import Categorical
 from .printable import quoted
 from .scoring import as_number, described
+from .setting import Setting
 from .trajectory import Example, Trajectories
 
 METHODS = ("collate", "sample", "distribution", "rewards")
 
 
-def check_methods(setting: Any, core: Any) -> None:
+def check_methods(setting: Setting) -> None:
     """
     Raises:
         TypeError: a setting lacks one of the four methods.
     """
-    missing = [name for name in METHODS if getattr(type(setting), name) is getattr(core, name)]
+    missing = [name for name in METHODS if getattr(type(setting), name) is getattr(Setting, name)]
     if missing:
         raise TypeError(
             f"{type(setting).__name__} has no method {', no '.join(missing)}: a setting implements "
@@ -32,7 +33,7 @@ def check_methods(setting: Any, core: Any) -> None:
         )
 
 
-def check_prompts(setting: Any, prompts: Any, examples: Sequence[Example]) -> dict[str, Tensor]:
+def check_prompts(setting: Setting, prompts: Any, examples: Sequence[Example]) -> dict[str, Tensor]:
     """What `collate` returned.
 
     Raises:
@@ -53,7 +54,7 @@ def check_prompts(setting: Any, prompts: Any, examples: Sequence[Example]) -> di
     return prompts
 
 
-def check_acted(setting: Any, acted: Any, examples: Sequence[Example], method: str = "sample") -> Trajectories:
+def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], method: str = "sample") -> Trajectories:
     """What `sample` or `replay` returned.
 
     Raises:
@@ -103,7 +104,7 @@ def check_rollouts(callback: Any, trajectories: Any) -> Trajectories:
     return trajectories
 
 
-def check_family(setting: Any, said: Any) -> None:
+def check_family(setting: Setting, said: Any) -> None:
     """Whether what `distribution` returned is what ``provides`` promises.
 
     Raises:
@@ -116,7 +117,9 @@ def check_family(setting: Any, said: Any) -> None:
         )
 
 
-def check_scores(setting: Any, scores: Any, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+def check_scores(
+    setting: Setting, scores: Any, trajectories: Trajectories
+) -> tuple[Tensor | None, list[dict[str, Any]]]:
     """What `rewards` returned: rewards ``[B]`` in float32 on the CPU, NaN where a reward abstains, and what to show.
 
     Raises:

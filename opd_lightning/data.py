@@ -205,11 +205,10 @@ class PromptData(LightningDataModule):
             self._provide("validation" if stage == "validate" else stage)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> Any:
-        from .rollout import RolloutLoader
-
         assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
         seed = int(os.environ.get("PL_GLOBAL_SEED", self.seed))  # where Lightning leaves what seed_everything was given
-        return RolloutLoader(self.train, self.trainer.lightning_module, seed=seed)  # type: ignore[arg-type]
+        return module.rollout_loader(self.train, seed)
 
     def val_dataloader(self) -> Any:
         return self._loader(self.validation) if self.validation is not None else []

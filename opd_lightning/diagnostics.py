@@ -5,13 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning import Trainer
 
 
 class Averages:
@@ -44,17 +40,6 @@ class Averages:
         table = torch.stack(list(self.sums.values())).tolist()
         return {name: s / c for name, (s, c) in zip(self.sums, table, strict=True) if c > 0}
 
-    def over_ranks(self, trainer: Trainer) -> Averages:
-        """Those of all ranks together; every rank must call it."""
-        if trainer.world_size == 1:
-            return self
-        everyone: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(everyone, self.state_dict())
-        total = Averages()
-        for sums in everyone:
-            total.merge(Averages.from_state_dict(sums))
-        return total
-
     def state_dict(self) -> dict[str, Tensor]:
         return {name: pair.cpu() for name, pair in self.sums.items()}
 
@@ -63,13 +48,6 @@ class Averages:
         made = cls(device)
         made.sums = {name: pair.to(device) for name, pair in state.items()}
         return made
-
-
-def forget_logged(trainer: Trainer) -> None:
-    """What was logged of a step is not logged of later ones, as Lightning would until the epoch ends."""
-    for result in (trainer._results or {}).values():
-        if not result.meta.on_epoch:
-            result.reset()
 
 
 class Stopwatch:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
+from .policy import Policy
+from .pretrained import Pretrained
+from .teacher import Teacher
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far apart two ways to the same numbers may come, in units of their spread; what is wrong comes much further."""
@@ -46,37 +47,48 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_base(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
+def check_base(spec: Pretrained, base: str, checkpoint: dict[str, Any], fits: bool) -> None:
     """
+    Args:
+        spec: what the student was loaded from.
+        base: the fingerprint of its weights, or "drawn".
+        checkpoint: has that of the run that wrote it.
+        fits: whether that run goes on.
+
     Raises:
         ValueError: the run that wrote the checkpoint began with other weights than those that are there, where they
             matter: beneath adapters, and for a run that goes on (what its record says, and the teacher `Initial`).
     """
-    spec, kept = module._student_spec, checkpoint.get("base")
-    matters = spec.lora is not None or (module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING)
-    if matters and kept not in (None, module._base):
+    kept = checkpoint.get("base")
+    if (spec.lora is not None or fits) and kept not in (None, base):
         what = "the adapter in the checkpoint was trained on" if spec.lora else "the run of the checkpoint began with"
-        if "drawn" in (kept, module._base):
+        if "drawn" in (kept, base):
             raise ValueError(
                 f"model.student.random_init is now {spec.random_init}: other weights than those that {what}"
             )
         raise ValueError(f"model.student.path: {spec.path} holds other weights now than those that {what}")
 
 
-def check_self_teachers(module: OnPolicyDistillation) -> None:
+def check_self_teachers(
+    teachers: Mapping[str, Teacher], policies: Mapping[str, Policy], probe: Callable[[Policy], Tensor | None]
+) -> None:
     """
+    Args:
+        teachers: by name.
+        policies: of the student and the teachers.
+        probe: what a policy says to a few fixed inputs (`Portable.probe`).
+
     Raises:
         RuntimeError: a teacher that should begin as the student says something else.
     """
-    student = module.policies["student"]
-    named = [name for name, teacher in module.teachers.items() if teacher.weights.starts_as_student]
-    said = module.probe(student) if named else None
+    student = policies["student"]
+    named = [name for name, teacher in teachers.items() if teacher.weights.starts_as_student]
+    said = probe(student) if named else None
     for name in named if said is not None else ():
-        policy = module.policies[name]
-        apart = distance(module.probe(policy), said)  # type: ignore[arg-type]
-        if apart > tolerance(student.model, policy.model):
+        apart = distance(probe(policies[name]), said)  # type: ignore[arg-type]
+        if apart > tolerance(student.model, policies[name].model):
             raise RuntimeError(
-                f"model.teachers.{name}: {type(module.teachers[name].weights).__name__} should begin as the student, "
+                f"model.teachers.{name}: {type(teachers[name].weights).__name__} should begin as the student, "
                 f"but the two are {apart:.2g} of the spread of what they say apart: does the student train something "
                 "that an adapter does not switch?"
             )

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .policy import Policy
 from .pretrained import Lora, Pretrained
-from .teacher import Policy
 
 
 class Portable:

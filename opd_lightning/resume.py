@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import yaml
@@ -15,9 +15,6 @@ from torch import nn
 from .adapters import STUDENT
 from .checkpoint import plain_rng_states
 from .diagnostics import Averages
-
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
 
 ADVICE = "keep what the checkpoint was written with, or train its exported student in a new run"
 # What says where a run is read from and not what it does
@@ -95,59 +92,85 @@ def apply_settings(optimizer: torch.optim.Optimizer, then: dict[str, Any], now: 
         group.update({name: value for name, value in after.items() if name not in before or before[name] != value})
 
 
-def renew(module: OnPolicyDistillation) -> None:
-    """Settings of optimizer and schedule as they are configured now, in place of those that were restored."""
-    (optimizer,), (config,) = module.trainer.optimizers, module.trainer.lr_scheduler_configs
-    schedule: Any = config.scheduler
-    apply_settings(optimizer, module.restored["optimizer"], module.optimizer_settings)
-    schedule.base_lrs = [group["lr"] for group in module.optimizer_settings["groups"]]
-    for group, base, rate in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = base, base * rate(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
 
 
-def record(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
-    """Adds what a resumed run is compared with, and what was changed on the way."""
-    checkpoint["opd_config"] = module.config_yaml
-    checkpoint["changes"] = module.changes
-    checkpoint["made_with"] = {
-        "optimizer": module.optimizer_settings,
-        "adapter": _adapter(module.student),
-        "trained": _trained(module.student),
-    }
+class History:
+    """What a run is made with, and what was changed on the way; it travels through checkpoints.
 
-
-def check(module: OnPolicyDistillation, checkpoint: dict[str, Any]) -> None:
-    """Compares a checkpoint with the configuration, before anything of it is restored.
-
-    Raises:
-        ValueError: something differs whose change could not take effect; the message says what, and both values.
+    Attributes:
+        config_yaml: the resolved configuration; empty where nobody says.
+        changes: of each resume that changed it, the optimizer step, and ``[key, old, new]`` of each value.
+        optimizer: its settings (`settings_of`).
     """
-    made = checkpoint.get("made_with")
-    fits = module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
-    if made is None:
-        if fits:
-            raise ValueError("the checkpoint was written by an earlier version, whose runs can't be resumed")
-        return
-    _check_adapter(made["adapter"], _adapter(module.student))
-    module.changes = list(checkpoint["changes"])
-    if not fits:
-        return
-    if not checkpoint.get("optimizer_states"):
-        raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
-    _check_trained(made["trained"], _trained(module.student))
-    parameters = [p for p in module.student.parameters() if p.requires_grad]
-    settings = settings_of(module._optimizer(parameters))
-    check_settings("model.optimizer", module._optimizer, made["optimizer"], settings)
-    module.restored = made
-    changed = changes(checkpoint["opd_config"], module.config_yaml)
-    if changed:
-        module.changes.append({"step": checkpoint["global_step"], "keys": changed})
-        for line in told(module.changes[-1:])[:_SHOWN]:
-            rank_zero_info(f"Changed {line}")
+
+    def __init__(self) -> None:
+        self.config_yaml = ""
+        self.changes: list[dict[str, Any]] = []
+        self.optimizer: dict[str, Any] = {}
+        self._restored: dict[str, Any] = {}
+
+    def record(self, checkpoint: dict[str, Any], student: nn.Module) -> None:
+        """Adds what a resumed run is compared with, and what was changed on the way."""
+        checkpoint["opd_config"], checkpoint["changes"] = self.config_yaml, self.changes
+        checkpoint["made_with"] = {
+            "optimizer": self.optimizer,
+            "adapter": _adapter(student),
+            "trained": _trained(student),
+        }
+
+    def check(
+        self, checkpoint: dict[str, Any], student: nn.Module, make: Callable[[Any], torch.optim.Optimizer], fits: bool
+    ) -> None:
+        """Compares a checkpoint with the configuration, before anything of it is restored.
+
+        Args:
+            checkpoint: as `record` left it.
+            student: as it is configured now.
+            make: from parameters to its optimizer.
+            fits: whether its run goes on.
+
+        Raises:
+            ValueError: something differs whose change could not take effect; the message says what, and both values.
+        """
+        made = checkpoint.get("made_with")
+        if made is None:
+            if fits:
+                raise ValueError("the checkpoint was written by an earlier version, whose runs can't be resumed")
+            return
+        _check_adapter(made["adapter"], _adapter(student))
+        self.changes = list(checkpoint["changes"])
+        if not fits:
+            return
+        if not checkpoint.get("optimizer_states"):
+            raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
+        _check_trained(made["trained"], _trained(student))
+        settings = settings_of(make([p for p in student.parameters() if p.requires_grad]))
+        check_settings("model.optimizer", make, made["optimizer"], settings)
+        self._restored = made
+        changed = changes(checkpoint["opd_config"], self.config_yaml)
+        if changed:
+            self.changes.append({"step": checkpoint["global_step"], "keys": changed})
+            for line in told(self.changes[-1:])[:_SHOWN]:
+                rank_zero_info(f"Changed {line}")
+
+    def renew(self, trainer: Any) -> None:
+        """Sets optimizer and schedule as they are configured now, in place of the settings that were restored."""
+        if not self._restored:
+            return
+        (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+        schedule: Any = config.scheduler
+        apply_settings(optimizer, self._restored["optimizer"], self.optimizer)
+        schedule.base_lrs = [group["lr"] for group in self.optimizer["groups"]]
+        for group, base, rate in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base, base * rate(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+        self._restored = {}
+
+
+def fits(trainer: Any) -> bool:
+    """Whether a trainer trains; None does not."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
 def _trained(student: nn.Module) -> list[str]:
@@ -193,16 +216,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def check_shapes(module: OnPolicyDistillation, weights: dict[str, Any]) -> None:
+def check_complete(kept: set[str], saved: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: the weights of a checkpoint are those of another model.
+        ValueError: a checkpoint lacks some of the weights that are ``kept``.
     """
-    mine = module.state_dict()
-    for name, weight in weights.items():
+    missing = sorted(kept - set(saved))
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of the weights that this configuration trains, among them "
+            f"{missing[0]}: was it written with another model.student or model.teachers?"
+        )
+
+
+def check_shapes(path: str, mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the ``saved`` weights are of another model than those of the student from ``path``.
+    """
+    for name, weight in saved.items():
         if isinstance(weight, torch.Tensor) and name in mine and weight.shape != mine[name].shape:
             raise ValueError(
-                f"{module._student_spec.path} is another model now than the one that was trained: {name} has the "
+                f"{path} is another model now than the one that was trained: {name} has the "
                 f"shape {list(weight.shape)} in the checkpoint and {list(mine[name].shape)} here"
             )
 

@@ -9,9 +9,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,121 +18,20 @@ import torch
 from torch import Tensor
 
 from . import fingerprint
+from .actor import Actor
+from .callback import followers
 from .contract import check_rollouts
-from .finite import Finite
+from .metrics import Metrics, forget_logged
 from .optimizer_step import Cache, MicroBatch, OptimizerStep
+from .ranks import Ranks
+from .reader import Reader
+from .resume import StepStart
+from .rollout_settings import derived_seed
 from .rows import row_of
 from .sharding import mesh_of
+from .student_view import shown
 from .trajectory import Example, Trajectories
 from .worker import RolloutWorker
-
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
-    from .resume import StepStart
-
-
-@dataclass
-class Rollout:
-    """How the behavior policy acts. The fields are public knobs: callbacks may turn them between generations.
-
-    Temperature and filters shape what is sampled and nothing else: stored log-probs, importance ratios and signals are
-    those of the plain distribution at temperature 1 (a divergence may have a temperature of its own).
-
-    Args:
-        batch_size: prompts per generation batch, on each rank.
-        group_size: trajectories per prompt.
-        micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimizer
-            step. Smaller: a generation batch serves several micro-batches, and several optimizer steps if it is
-            larger than micro_batch_size × trainer.accumulate_grad_batches.
-        epochs: how often each generation batch is trained. Default 1. From the second time on its optimizer steps come
-            in an order drawn from the run's seed (each keeps its trajectories, so the order depends neither on
-            micro_batch_size nor on the number of ranks), and the student is no longer the one that acted: behavior
-            log-probs and ``weights_version`` stay those of sampling. What a teacher whose weights stand still
-            (`Frozen`, `Initial`) said is kept in the machine's memory for the next time, as hidden states: the steps of
-            a generation batch (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as
-            its view shows the same; teachers that move are asked again, and so are all under fsdp2 and after a resume.
-        horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
-        temperature: 0 is greedy. Default 1.
-        top_p, top_k, min_p: filters, off by default.
-        behavior: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
-            ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
-            ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
-        max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
-        max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
-            it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
-            before the max_staleness generation batches that came before it: that is fixed, not a matter of timing, so
-            runs are reproducible and resume exactly. 0, the default, is on-policy. From 1 on rollouts and training
-            overlap; larger values only add lag.
-
-    Raises:
-        ValueError: a value out of range, named.
-    """
-
-    batch_size: int = 32
-    group_size: int = 1
-    micro_batch_size: int | None = None
-    epochs: int = 1
-    horizon: int = 128
-    temperature: float = 1.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
-    max_prompt_length: int | None = None
-    max_staleness: int = 0
-
-    __setattr__ = Finite.__setattr__
-
-    def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise ValueError(f"rollout.max_staleness must be >= 0, got {self.max_staleness}")
-        for name in ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"rollout.{name} must be >= 1, got {value}")
-        check_sampling("rollout", self)
-        shares = self.behavior.values()
-        if not self.behavior or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"rollout.behavior: shares must be >= 0 and sum to 1, got {self.behavior}")
-
-    @property
-    def sources(self) -> set[str]:
-        """Behavior policies that act at all."""
-        return {name for name, share in self.behavior.items() if share > 0}
-
-    def micro_batches(self, accumulate: int) -> tuple[int, int]:
-        """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.
-
-        Raises:
-            ValueError: the generation batch cannot be cut into whole optimizer steps.
-        """
-        total = self.batch_size * self.group_size
-        size = self.micro_batch_size or total // accumulate
-        if size < 1 or total % (size * accumulate):
-            raise ValueError(
-                f"a generation batch of {total} trajectories (rollout.batch_size={self.batch_size} × "
-                f"group_size={self.group_size}) cannot be cut into optimizer steps of {size or 1} × {accumulate} "
-                f"(rollout.micro_batch_size × trainer.accumulate_grad_batches); make it a multiple"
-            )
-        return size, total // size
-
-
-def check_sampling(key: str, settings: Any) -> None:
-    """The settings that rollouts and evaluation share.
-
-    Raises:
-        ValueError: a value out of range, named below ``key``.
-    """
-    for name in ("horizon", "top_k"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{key}.{name} must be >= 1, got {value}")
-    if settings.temperature < 0:
-        raise ValueError(f"{key}.temperature must be >= 0 (0 is greedy), got {settings.temperature}")
-    for name in ("top_p", "min_p"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{key}.{name} must be in (0, 1], got {value}")
 
 
 def check_limit(trainer: Any) -> None:
@@ -150,11 +48,6 @@ def check_limit(trainer: Any) -> None:
         )
 
 
-def derived_seed(*key: int) -> int:
-    """A 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
 class RolloutLoader:
     """The training dataloader: pulls prompts, lets the behavior policy act, yields micro-batches of trajectories.
 
@@ -162,25 +55,38 @@ class RolloutLoader:
     seeded by (seed, place of the prompt in the global order, member of the group): it depends neither on the order of
     calls nor on how many ranks share the work. Position and the trajectories of every rank that are not yet trained are
     in the checkpoint, those made ahead too; another number of ranks goes on from there if it trains equal batches. The
-    position is that of the last optimizer step that was done, also in a checkpoint from the middle of one. Another
-    loader for the same trainer begins with the epoch after this one's.
+    position is that of the last optimizer step that was done, also in a checkpoint from the middle of one.
 
     Args:
         dataset: examples by index.
-        module: the student's module, which acts and scores.
+        actor: who acts, and what that is worth.
+        reader: evaluates the parts of the objective that see a generation batch.
+        metrics: where rewards are recorded.
+        trainer: of the run.
         seed: of the prompt order and of all sampling.
+        before: an earlier loader, which ends; this one begins with the epoch after it if both are the same trainer's.
 
     Raises:
         ValueError: fewer examples than one generation batch over all ranks.
     """
 
-    def __init__(self, dataset: Sequence[Example], module: OnPolicyDistillation, seed: int = 0) -> None:
-        self.dataset, self.module, self.trainer, self.seed = dataset, module, module.trainer, seed
-        self.rank, self.world_size = module.global_rank, module.trainer.world_size
-        self.accumulate = module.trainer.accumulate_grad_batches
-        self.size, self.per_generation = module.rollout.micro_batches(self.accumulate)
-        self.rounds = module.rollout.epochs
-        self.prompts = module.rollout.batch_size * self.world_size
+    def __init__(
+        self,
+        dataset: Sequence[Example],
+        actor: Actor,
+        reader: Reader,
+        metrics: Metrics,
+        trainer: L.Trainer,
+        seed: int = 0,
+        before: RolloutLoader | None = None,
+    ) -> None:
+        self.dataset, self.actor, self.reader, self.metrics = dataset, actor, reader, metrics
+        self.trainer, self.seed = trainer, seed
+        self.ranks, self.rank, self.world_size = Ranks(trainer), trainer.global_rank, trainer.world_size
+        self.accumulate: int = trainer.accumulate_grad_batches
+        self.size, self.per_generation = actor.rollout.micro_batches(self.accumulate)
+        self.rounds = actor.rollout.epochs
+        self.prompts = actor.rollout.batch_size * self.world_size
         if len(dataset) < self.prompts:
             raise ValueError(
                 f"the training data has {len(dataset)} examples, fewer than one generation batch of {self.prompts} "
@@ -192,13 +98,12 @@ class RolloutLoader:
         self.begun: StepStart | None = None
         self._round: list[MicroBatch] = []
         self._caches: list[Cache] = []
-        self._in_step = mesh_of(module.trainer) is not None
+        self._in_step = mesh_of(trainer) is not None
         self._ahead: deque[Future[Trajectories]] = deque()
-        self._worker = RolloutWorker(module) if module.rollout.max_staleness else None
-        if module.loader is not None and module.loader.trainer is self.trainer:
-            module.loader.close()
-            self.epoch = module.loader.epoch + 1
-        module.loader = self
+        self._worker = RolloutWorker(actor, trainer) if actor.rollout.max_staleness else None
+        if before is not None and before.trainer is trainer:
+            before.close()
+            self.epoch = before.epoch + 1
 
     @cached_property
     def fingerprints(self) -> Tensor:
@@ -221,7 +126,8 @@ class RolloutLoader:
                 self._round = self._cut(done)
             batch = self._round[place]
             if place % self.accumulate == 0:
-                self.begun = self.module.begin_step()
+                forget_logged(self.trainer, self.trainer.global_step)
+                self.begun = StepStart(self.trainer.global_step, self.metrics.averages)
             self.next += 1
             if place + 1 == self.per_generation:
                 self._round = []
@@ -231,7 +137,7 @@ class RolloutLoader:
     @property
     def unfinished(self) -> int:
         """Micro-batches that were handed out for an optimizer step that is not done."""
-        if self.begun is None or self.begun.step != self.module.global_step:
+        if self.begun is None or self.begun.step != self.trainer.global_step:
             return 0
         return (self.next - 1) % self.accumulate + 1
 
@@ -262,34 +168,34 @@ class RolloutLoader:
 
     def _generate(self) -> Trajectories:
         """The next generation batch, with rewards."""
-        number, module = self.epoch * self.generations + self.generation, self.module
-        with module.stopwatch.phase("rollout"):
+        number, metrics = self.epoch * self.generations + self.generation, self.metrics
+        with metrics.stopwatch.phase("rollout"):
             if self._worker is None:
-                trajectories = self._roll_out(number, module.global_step, module)
+                trajectories = self._roll_out(number, self.trainer.global_step, self.actor)
             else:
                 self._keep_ahead(number, self._worker)
                 trajectories = self._ahead.popleft().result()
-        module.stopwatch.count("rollout", int(trajectories.mask.sum()))
-        trajectories = module.with_rewards(trajectories)
+        metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
+        trajectories = self.actor.with_rewards(trajectories)
         if trajectories.reward is not None:
-            module.record("reward", trajectories.reward[~trajectories.reward.isnan()])
-            module.record("abstained", trajectories.reward.isnan())
-        for callback in module.callbacks:
-            trajectories = check_rollouts(callback, callback.on_rollouts(module, trajectories))
+            metrics.record("reward", trajectories.reward[~trajectories.reward.isnan()])
+            metrics.record("abstained", trajectories.reward.isnan())
+        for callback in followers(self.trainer):
+            trajectories = check_rollouts(callback, callback.on_rollouts(self.actor.setting, trajectories))
             if trajectories.reward is None:  # it put others in their place
-                trajectories = module.with_rewards(trajectories)
-        return module.settle(trajectories)
+                trajectories = self.actor.with_rewards(trajectories)
+        return self.reader.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
         """Sees to it that the generation batches up to number + max_staleness are on their way."""
         for rolled in self._ahead:  # the weights must not change while it acts, and what it raised is raised here
             rolled.result()
         worker.refresh()
-        version = self.module.global_step
-        for later in range(number + len(self._ahead), number + self.module.rollout.max_staleness + 1):
+        version = self.trainer.global_step
+        for later in range(number + len(self._ahead), number + self.actor.rollout.max_staleness + 1):
             self._ahead.append(worker.submit(partial(self._roll_out, later, version)))
 
-    def _roll_out(self, number: int, version: int, actor: OnPolicyDistillation) -> Trajectories:
+    def _roll_out(self, number: int, version: int, actor: Actor) -> Trajectories:
         """Generation batch ``number`` since the start of the run, without rewards."""
         rollout = actor.rollout
         epoch, generation = divmod(number, self.generations)
@@ -314,7 +220,7 @@ class RolloutLoader:
             if len(mine):
                 parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
                 places.append(mine)
-        trajectories = Trajectories.concatenate(parts, actor.padding)
+        trajectories = Trajectories.concatenate(parts, actor.setting.padding)
         return dataclasses.replace(
             trajectories.select(torch.cat(places).argsort()),
             examples=examples,
@@ -369,10 +275,7 @@ class RolloutLoader:
         return [self.prompts, self.per_generation, self.size * self.world_size, self.rounds]
 
     def _of_all_ranks(self, trajectories: Trajectories) -> list[dict[str, Any]]:
-        everyone: list[Any] = [trajectories.state_dict()] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(everyone, everyone[0])
-        return everyone
+        return self.ranks.gather_objects(trajectories.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -398,10 +301,10 @@ class RolloutLoader:
                 f"the checkpoint is from the middle of an optimizer step of trainer.accumulate_grad_batches="
                 f"{self.accumulate} micro-batches; keep the value that it was written with"
             )
-        if len(state["ahead"]) > self.module.rollout.max_staleness:
+        if len(state["ahead"]) > self.actor.rollout.max_staleness:
             raise ValueError(
                 f"the checkpoint holds {len(state['ahead'])} generation batches that were rolled out ahead; "
-                f"rollout.max_staleness is {self.module.rollout.max_staleness}, which would train them out of turn"
+                f"rollout.max_staleness is {self.actor.rollout.max_staleness}, which would train them out of turn"
             )
         self.epoch, self.generation = state["epoch"], state["generation"]
         self.begun, self.next, pending = None, state["next"], state["pending"]
@@ -439,10 +342,11 @@ class RolloutLoader:
         parts = [
             Trajectories.from_state_dict(s, [row_of(self.dataset, row) for row in s["row"].tolist()]) for s in saved
         ]
-        self.module.shown([], parts[0].student_view)  # refuses a checkpoint of another view now, not when it is trained
+        # refuses a checkpoint of another view now, not when it is trained
+        shown(self.actor.student_view, [], parts[0].student_view)
         if len(parts) == self.world_size:
             return parts[self.rank]
-        everyone = Trajectories.concatenate(parts, self.module.padding)
+        everyone = Trajectories.concatenate(parts, self.actor.setting.padding)
         places = torch.arange(len(everyone)).view(len(parts), pieces, -1).transpose(0, 1).reshape(pieces, -1)
         mine: Tensor = places.chunk(self.world_size, 1)[self.rank]
         return everyone.select(mine.flatten())
@@ -458,17 +362,3 @@ class EndOfRollouts(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
-
-
-def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each.
-
-    Rewards that are NaN (they abstain) count in neither; both are NaN where all of a group do.
-    """
-    _, member = group.unique(return_inverse=True)
-    known = ~reward.isnan()
-    count = torch.zeros(int(member.max()) + 1).index_add(0, member, known.float())
-    mean = torch.zeros_like(count).index_add(0, member, torch.where(known, reward, 0.0)) / count
-    centered = torch.where(known, reward - mean[member], 0.0)
-    variance = torch.zeros_like(count).index_add(0, member, centered.square()) / count
-    return mean[member], variance.sqrt()[member]

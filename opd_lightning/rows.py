@@ -149,7 +149,8 @@ class LostRow(ValueError):
 
 
 def blames_rows(method: Method) -> Method:
-    """For methods of a setting that take examples or trajectories: what they raise is said with the row that caused it.
+    """For methods of a setting, or of what has a ``setting``, that take examples or trajectories: what they raise is
+    said with the row that caused it.
 
     Raises:
         LostRow: one of the examples can no longer be used, as the setting's `refusal` says it: its image has vanished,
@@ -163,9 +164,9 @@ def blames_rows(method: Method) -> Method:
         except LostRow:
             raise
         except Exception as error:
-            examples = next((a if isinstance(a, list) else a.examples for a in args if not isinstance(a, str)), [])
-            for example in examples:
-                if (reason := _refusal(self, example)) is not None:
+            batch: Any = next((getattr(a, "trajectories", a) for a in args if not isinstance(a, str)), [])
+            for example in batch if isinstance(batch, list) else batch.examples:
+                if (reason := _refusal(getattr(self, "setting", self), example)) is not None:
                     lost = f"{location_of(example) or 'a row'} was fine when the run began, and is no longer: {reason}"
                     raise LostRow(printable(lost)) from error
             raise
@@ -173,8 +174,8 @@ def blames_rows(method: Method) -> Method:
     return cast(Method, blaming)
 
 
-def _refusal(module: Any, example: Example) -> str | None:
+def _refusal(setting: Any, example: Example) -> str | None:
     try:
-        return cast("str | None", module.refusal(example))
+        return cast("str | None", setting.refusal(example))
     except Exception as error:
         return reason_of(error)

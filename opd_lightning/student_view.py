@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from .teacher import View, shown_by
+from .policy import View, shown_by
 from .trajectory import Example
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -17,51 +15,12 @@ from torch import Tensor, nn
 
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
 from .finite import Finite
+from .optimizer_step import OptimizerStep
+from .policy import Policy, View, frozen_copy, shown_by
 from .pretrained import Pretrained
-from .printable import quoted
-from .rows import BrokenPart, given, reason_of
+from .ranks import Ranks
 from .sharding import reshard, slice_of
 from .trajectory import Example
-
-
-@dataclass
-class Policy:
-    """Something that acts or is asked: a model, and what must be switched on while it runs.
-
-    Attributes:
-        model: a transformers (or peft, or diffusers) module.
-        processor: what turns examples into its inputs (tokenizer, processor); None: the student's.
-        active: entered around every forward pass.
-        path: where its weights came from, for messages.
-        name: ``student``, or its entry in ``model.teachers``.
-    """
-
-    model: nn.Module
-    processor: Any = None
-    active: Callable[[], AbstractContextManager[Any]] = nullcontext
-    path: str = ""
-    name: str = "student"
-
-
-class View(Finite, ABC):
-    """What a policy is shown instead of the example itself: a pure function of the example.
-
-    ``columns`` names what it reads. Answering None says that there is nothing to show for this example: terms that
-    ask this teacher are then off for its trajectories.
-    """
-
-    columns: tuple[str, ...] = ()
-
-    @abstractmethod
-    def __call__(self, example: Example) -> Example | None:
-        """The example as the teacher sees it; the setting collates it like any other."""
-
-
-class Original(View):
-    """The example as the dataset has it, for a teacher of a student that has a view of its own."""
-
-    def __call__(self, example: Example) -> Example:
-        return example
 
 
 class TeacherWeights(Finite, ABC):
@@ -76,6 +35,21 @@ class TeacherWeights(Finite, ABC):
     @abstractmethod
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         """Makes the policy; called once, before a checkpoint is restored."""
+
+    def before_update(self, name: str, step: OptimizerStep, setting: Any, ranks: Ranks, done: int) -> Tensor | None:
+        """Called before every optimizer step, for weights that learn from what the student did.
+
+        Args:
+            name: of the teacher.
+            step: what the student is about to be trained on, on this rank.
+            setting: of the run.
+            ranks: of the run.
+            done: optimizer steps that are done.
+
+        Returns:
+            A loss to log as ``train/learned/<name>``; None: nothing was learned.
+        """
+        return None
 
     def update(self, step: int) -> None:
         """Called after every optimizer step, with the number of steps done."""
@@ -239,31 +213,12 @@ class Teacher:
         view = view or self.view
         return example if view is None else shown_by(view, example, f"model.teachers.{self.name}.view")
 
-
-def shown_by(view: View, example: Example, key: str) -> Example | None:
-    """What a view shows of an example, or None.
-
-    Args:
-        view: a teacher's or the student's.
-        example: what it is asked about.
-        key: where it is set, for the messages.
-
-    Raises:
-        ValueError: whatever the view raised; the message names the view and the columns that it reads.
-        BrokenPart: it returned no example.
-    """
-    try:
-        seen = view(given(example))
-    except Exception as error:
-        read = f" from {', '.join(view.columns)}" if view.columns else ""
-        raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error
-    if seen is not None and (not isinstance(seen, dict) or ("prompt" in example and "prompt" not in seen)):
-        found = f"a dict without a prompt: {quoted(seen)}" if isinstance(seen, dict) else quoted(seen)
-        raise BrokenPart(
-            f"{key}: {type(view).__name__} returned {found}, of type {type(seen).__name__}; a view returns the example "
-            "as it is shown, such as {**example, 'prompt': …}, or None where it shows nothing"
-        )
-    return seen
+    def seen(self, examples: list[Example], own: list[Example], view: View | None = None) -> list[Example | None]:
+        """The examples as in `look`; where it has no view it sees ``own``, which the student does."""
+        looks = [self.look(example, view) for example in examples]
+        if (view or self.view) is not None:
+            return looks
+        return [None if look is None else mine for look, mine in zip(looks, own, strict=True)]
 
 
 def check_names(teachers: Iterable[str]) -> None:
@@ -278,19 +233,3 @@ def check_names(teachers: Iterable[str]) -> None:
             raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")
         if name == "default" or hasattr(nn.ModuleDict(), name):  # of the student's adapter, and of torch
             raise ValueError(f"model.teachers: {name!r} is taken by the libraries; take another name")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it: no dropout, no recomputation."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the weights in evaluation mode, without gradient."""
-    return copy.deepcopy(model).requires_grad_(False).eval()

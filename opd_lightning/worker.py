@@ -6,19 +6,18 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 
+from .actor import Actor
+from .policy import Policy, frozen_copy
+from .rollout_settings import Rollout
 from .sharding import refuse_sharded
 from .student_view import as_it_was, settings_of
-from .teacher import Policy, frozen_copy
 from .trajectory import Trajectories
-
-if TYPE_CHECKING:
-    from .module import OnPolicyDistillation
-    from .rollout import Rollout
 
 
 def refuse_teachers(rollout: Rollout) -> None:
@@ -37,57 +36,53 @@ class RolloutWorker:
     """One thread, on a stream of its own where there is a GPU. Jobs run in the order in which they were given.
 
     Args:
-        module: whose student is copied; it may be trained while the worker acts.
+        actor: whose student is copied; it may be trained while the worker acts.
+        trainer: of the run.
 
     Raises:
         ValueError: the worker can't hold a copy of what acts: rollout.behavior names a teacher, the student is
             quantized, or the strategy shards it.
     """
 
-    def __init__(self, module: OnPolicyDistillation) -> None:
-        key = f"rollout.max_staleness={module.rollout.max_staleness}"
-        student = module.policies["student"]
-        refuse_teachers(module.rollout)
+    def __init__(self, actor: Actor, trainer: L.Trainer) -> None:
+        key = f"rollout.max_staleness={actor.rollout.max_staleness}"
+        student = actor.policies["student"]
+        refuse_teachers(actor.rollout)
         if getattr(student.model, "is_quantized", False):
             raise ValueError(f"{key}: a quantized student can't be copied for the worker; set it to 0")
-        refuse_sharded(module.trainer, key, "which then has no copy to act with; set it to 0")
-        self._module, self._student = module, student.model
-        # shares everything with the module but what a rollout changes: model, processor, caches
-        self._actor = copy.copy(module)
-        self._actor.policies = {
-            **module.policies,
-            "student": Policy(frozen_copy(student.model), copy.deepcopy(student.processor), path=student.path),
-        }
-        self._actor.stopwatch = copy.deepcopy(module.stopwatch)
+        refuse_sharded(trainer, key, "which then has no copy to act with; set it to 0")
+        self._actor, self._student = actor, student.model
+        self._copy = Policy(frozen_copy(student.model), copy.deepcopy(student.processor), path=student.path)
         self._threads = ThreadPoolExecutor(1, "rollout")
-        # autocast belongs to a thread; what "true" half precision sets belongs to all, and weights have it anyway
-        plugin = module.trainer.precision_plugin
-        self._precision = plugin.forward_context if isinstance(plugin, MixedPrecision) else nullcontext
-        self._stream = torch.cuda.Stream(module.device) if module.device.type == "cuda" else None
+        device = trainer.strategy.root_device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes the student's weights over; nothing may be running."""
-        mine = self._actor.policies["student"].model
-        for copied, weight in zip(mine.parameters(), self._student.parameters(), strict=True):
+        for copied, weight in zip(self._copy.model.parameters(), self._student.parameters(), strict=True):
             if weight.requires_grad:
                 copied.copy_(weight)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
-    def submit(self, job: Callable[[Any], Trajectories]) -> Future[Trajectories]:
+    def submit(self, job: Callable[[Actor], Trajectories]) -> Future[Trajectories]:
         """Runs ``job(actor)`` in the thread; what it raises reaches whoever asks for the result, with its traceback."""
-        # knobs may be turned before the job begins
-        rollout, view = copy.deepcopy(self._module.rollout), self._module.student_view
-        view = as_it_was(view, settings_of(view))
+        given = self._actor
+        actor = replace(
+            given,
+            policies={**given.policies, "student": self._copy},
+            # knobs may be turned before the job begins
+            rollout=copy.deepcopy(given.rollout),
+            student_view=as_it_was(given.student_view, settings_of(given.student_view)),
+        )
 
         def run() -> Trajectories:
             stream: AbstractContextManager[Any] = (
                 nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
             )
-            self._actor.rollout, self._actor.student_view = rollout, view
-            with stream, self._precision():
-                return job(self._actor)
+            with stream:
+                return job(actor)
 
         return self._threads.submit(run)
 

@@ -40,8 +40,9 @@ def exportable(
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * (0.1 if student.get("lora") else 0.02))
-    state = {name: tensor for name, tensor in module.state_dict().items() if name in kept_names(module)}
+    kept = kept_names(module.student, module.state_dict(), module._student_spec)
+    state = {name: tensor for name, tensor in module.state_dict().items() if name in kept}
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = {"state_dict": state, "opd_config": yaml.safe_dump(config), "base": module._base, "global_step": 3}
+    written = {"state_dict": state, "opd_config": yaml.safe_dump(config), "base": module.streams.base, "global_step": 3}
     torch.save(written, path)
     return path

@@ -14,7 +14,7 @@ from opd_lightning.agreement import Agreement, Comparison
 from opd_lightning.distribution import Gaussian, Stream
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Initial, Live, Teacher
 from tests import tiny
 from tests.callbacks import toy
@@ -85,7 +85,7 @@ def test_it_touches_no_random_numbers_and_no_counts(tiny_student, tiny_teacher, 
     module = tiny.make_module(tiny_student, tiny_teacher, setting=Watched)
     count = tiny.fit(module, tmp_path).logged_metrics
     assert states == [True]
-    monkeypatch.setattr("opd_lightning.module.check_agreement", lambda module: None)
+    monkeypatch.setattr("opd_lightning.module.check_agreement", lambda *_: None)
     without = tiny.fit(tiny.make_module(tiny_student, tiny_teacher, setting=Watched), tmp_path).logged_metrics
     assert {n: v for n, v in count.items() if "time/" not in n and "speed/" not in n} == {
         n: v for n, v in without.items() if "time/" not in n and "speed/" not in n
@@ -136,7 +136,7 @@ class Remembering(toy.Moves):
         places = trajectories.observation.get("places")
         if places is None:
             return super().distribution(policy, trajectories, view)
-        seen = trajectories.observation if view is None else self.collate(view)
+        seen = trajectories.observation if view is None else self.collate(view, policy)
         return Gaussian(policy.model(places, seen["told"][:, None]), torch.tensor(toy.SCALE))
 
 
@@ -150,7 +150,7 @@ class RightlyRemembering(Remembering):
     def distribution(self, policy, trajectories, view=None):
         if not trajectories.channels:
             return super().distribution(policy, trajectories, view)
-        seen = trajectories.observation if view is None else self.collate(view)
+        seen = trajectories.observation if view is None else self.collate(view, policy)
         places = trajectories.channels["places"]
         return Gaussian(policy.model(places, seen["told"][:, None]), torch.tensor(toy.SCALE))
 

@@ -13,7 +13,7 @@ from opd_lightning.checkpoint import AtomicIO, check_ours
 from opd_lightning.cli import run
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
 from tests.test_resume import PLAIN, configuration
 from tests.tiny import LongerIsBetter, Rows, make_trainer

@@ -11,7 +11,7 @@ import torch
 from opd_lightning.agreement import Agreement
 from opd_lightning.callbacks import DistillationCallback, TeacherSync, WeightExtrapolation, WhenConsolidated
 from opd_lightning.distribution import Gaussian
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.diffusion import Euler, VelocityMatching
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import (
@@ -27,7 +27,7 @@ from opd_lightning.objective import (
     Term,
 )
 from opd_lightning.optimizer_step import OptimizerStep
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Teacher
 from tests.callbacks import toy
 from tests.tiny import Rows, make_trainer
@@ -264,8 +264,8 @@ def test_the_gradient_of_a_log_ratio_is_what_the_formula_says(tmp_path):
     toy.fit(module, tmp_path, steps=1)
     batch = module.act("student", toy.make_rows(6), list(range(6)))
     step = OptimizerStep([batch])
-    module.prepare(step)
-    streams = module.query_all(batch)
+    module.reader.prepare(step)
+    streams = module.streams.query_all(module.objective.teachers(), batch)
     module.student.zero_grad()
     module.objective(module.distribution(module.policies["student"], batch), streams, batch, step.normalizers)[
         0

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from opd_lightning.diagnostics import Averages, Stopwatch
 from opd_lightning.distribution import Gaussian, Stream
+from opd_lightning.metrics import over_ranks
 from opd_lightning.objective import Objective, ReverseKL, Term, diagnostics
+from opd_lightning.ranks import Ranks
 from tests.objective.reference import Policy, batch, examples
 
 V = 6
@@ -53,8 +55,8 @@ def test_over_ranks_also_counts_what_only_one_rank_has(monkeypatch):
         everyone[:] = [sums, theirs.sums]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert ours.over_ranks(SimpleNamespace(world_size=2)).compute() == {"both": 3.0, "theirs": 5.0}
-    assert ours.over_ranks(SimpleNamespace(world_size=1)).compute() == {"both": 1.0}
+    assert over_ranks(ours, Ranks(SimpleNamespace(world_size=2))).compute() == {"both": 3.0, "theirs": 5.0}
+    assert over_ranks(ours, Ranks(SimpleNamespace(world_size=1))).compute() == {"both": 1.0}
 
 
 def test_the_share_that_a_weight_clips_is_over_the_steps_where_its_term_is_on():

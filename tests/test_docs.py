@@ -16,7 +16,7 @@ from opd_lightning.distribution import CategoricalChunk
 from opd_lightning.methods import read
 from opd_lightning.objective import STATISTICS, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.scoring import Scoring
 from opd_lightning.teacher import Frozen, Teacher
 from tests.callbacks import toy

@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from opd_lightning.evaluation import Evaluation, pass_at_k
+from opd_lightning.evaluation import pass_at_k
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
 from tests.tiny import LongerIsBetter, Rows, act, log_softmax, make_trainer
 

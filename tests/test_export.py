@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from opd_lightning import export
 from opd_lightning.cli import run
 from opd_lightning.modalities.text import TextDistillation
+from opd_lightning.policy import Policy
 from opd_lightning.portable import Portable
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import Policy
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 from tests.exported import exportable
 from tests.processes import last
@@ -86,7 +86,7 @@ def test_exported_student_generates_as_in_validation(trained, world, tmp_path):
     module, _, _ = export.load_module(trained)
     rolled = module.act("student", examples, [0] * len(examples), Rollout(horizon=8, temperature=0.0))
     reader = make_module(out, {}, no_teacher(), setting=world.setting)
-    inputs = reader.collate(examples) | reader.media(examples, reader.policies["student"])
+    inputs = reader.collate(examples, reader.policies["student"]) | reader.media(examples, reader.policies["student"])
     model = world.setting.model_class.from_pretrained(out)
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     for actions, mask, written in zip(rolled.actions, rolled.mask, ids, strict=True):

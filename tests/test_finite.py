@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.diffusion import SDE, NoiseLevel
 from opd_lightning.modalities.gui_grounding import DigitSignificance
 from opd_lightning.objective import (
@@ -22,7 +22,7 @@ from opd_lightning.objective import (
     Term,
 )
 from opd_lightning.pretrained import Lora
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Live, Teacher
 
 NAN, INF = math.nan, math.inf

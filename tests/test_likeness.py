@@ -24,7 +24,7 @@ def test_in_every_setting_a_self_teacher_is_compared_before_the_first_step(weigh
     if lora is not None and every_world.setting.__name__ == "DiffusionDistillation":
         lora = Lora(r=2, target_modules=["to_q", "to_v"])
     module = every_world.module({"teacher": Teacher(weights())}, lora=lora)
-    check_self_teachers(module)
+    check_self_teachers(module.teachers, module.policies, module.probe)
     assert module.probe(module.policies["student"]).std() > 0.1
 
     if weights is Live:

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers.logger import Logger
 
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.tiny import LongerIsBetter
 
 

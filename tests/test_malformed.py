@@ -24,11 +24,12 @@ from opd_lightning.modalities.vision_language import (
     VisionLanguageDistillation,
 )
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import View
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.reward import ExactMatch
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.rows import BadRows, row_of
-from opd_lightning.teacher import Live, Teacher, View
+from opd_lightning.teacher import Live, Teacher
 from tests.tiny import chat_tokenizer, make_module, make_trainer, save_model
 from tests.tiny_diffusion import save_pipeline
 from tests.tiny_vlm import save_vlm
@@ -162,5 +163,5 @@ def test_each_is_left_out_by_name_or_can_be_used(
         acted.group = torch.arange(len(usable))
         with torch.no_grad():
             module.distribution(module.policies["student"], acted)
-            module.query("told", acted)
-        module.checked_rewards(acted)
+            module.streams.query("told", acted)
+        module.actor.checked_rewards(acted)

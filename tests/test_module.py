@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.module import LRSchedule, default_optimizer, in_place
 from opd_lightning.objective import (
     ByReward,
     CrossEntropy,
@@ -19,10 +18,11 @@ from opd_lightning.objective import (
     Term,
     Window,
 )
+from opd_lightning.optimization import LRSchedule, default_optimizer, in_place
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
-from tests.tiny import LongerIsBetter, attach, fit, make_module, no_teacher, sgd, teacher_forced
+from tests.tiny import LongerIsBetter, attach, fit, make_module, no_teacher, sgd, teacher_forced, watch_queries
 
 
 def build(**settings):
@@ -252,33 +252,27 @@ def test_a_teacher_that_is_off_is_not_asked(world, tmp_path, monkeypatch):
     """A coefficient of 0 skips its forward pass."""
     objective = Objective([Term(ReverseKL(), coefficient=0.0), Term(CrossEntropy(), teacher=None)])
     module = world.module(world.teacher, objective)
-    monkeypatch.setattr(module, "query", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(module.streams, "query", lambda *_: pytest.fail("asked"))
     world.fit(module, tmp_path)
 
 
 # -- answers that are read again ------------------------------------------------------------------------------------
 
 
-def trained(world, folder, weights, objective=None, anew=False, turn=None, **rollout):
+def trained(world, folder, weights, monkeypatch, objective=None, anew=False, turn=None, **rollout):
     """Weights after 6 optimizer steps of 2 micro-batches, all losses, and how often the teacher was asked.
 
     Args:
+        monkeypatch: sees the teacher asked.
         anew: nothing is kept.
         turn: called with the teacher after the third optimizer step.
     """
     losses, asked = [], []
 
     class Watching(world.setting):
-        def query(self, name, batch):
-            asked.append(name)
-            return super().query(name, batch)
-
         def on_train_start(self):
             super().on_train_start()
             asked.clear()  # by the comparison before the first step
-
-        def query_all(self, batch, cache=None):
-            return super().query_all(batch, None if anew else cache)
 
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -296,7 +290,12 @@ def trained(world, folder, weights, objective=None, anew=False, turn=None, **rol
         setting=Watching,
         rollout=Rollout(batch_size=8, micro_batch_size=2, horizon=6, **rollout),
     )
-    world.fit(module, folder, steps=6, accumulate_grad_batches=2, log_every_n_steps=100)
+    query_all = module.streams.query_all
+    with monkeypatch.context() as patch:
+        watch_queries(patch, lambda name, _: asked.append(name))
+        if anew:
+            patch.setattr(module.streams, "query_all", lambda names, batch, *_: query_all(names, batch))
+        world.fit(module, folder, steps=6, accumulate_grad_batches=2, log_every_n_steps=100)
     return [p.detach().clone() for p in module.student.parameters()], losses, len(asked)
 
 
@@ -306,36 +305,36 @@ def same_run(one, other) -> None:
 
 
 @pytest.mark.parametrize(("made", "times"), [("frozen", 4), ("initial", 4), ("ema", 12), ("live", 12)])
-def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(world, made, times, tmp_path):
+def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(world, made, times, tmp_path, monkeypatch):
     def weights():
         still = {"frozen": Frozen(Pretrained(str(world.teacher))), "initial": Initial()}
         return {**still, "ema": EMA(), "live": Live()}[made]
 
-    found = trained(world, tmp_path, weights(), epochs=3)
+    found = trained(world, tmp_path, weights(), monkeypatch, epochs=3)
     assert found[2] == times
-    same_run(found, trained(world, tmp_path, weights(), anew=True, epochs=3))
+    same_run(found, trained(world, tmp_path, weights(), monkeypatch, anew=True, epochs=3))
     assert len(set(found[1])) == 12, "the student moves on"
 
 
-def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path):
+def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path, monkeypatch):
     def blind(teacher):
         teacher.view = None
 
     def run(**how):
-        return trained(world, tmp_path, Frozen(Pretrained(str(world.teacher))), turn=blind, epochs=3, **how)
+        return trained(world, tmp_path, Frozen(Pretrained(str(world.teacher))), monkeypatch, epochs=3, **how)
 
-    found = run()
+    found = run(turn=blind)
     assert 4 < found[2] < 12
-    same_run(found, run(anew=True))
-    assert found[1] != trained(world, tmp_path, Frozen(Pretrained(str(world.teacher))), epochs=3)[1]
+    same_run(found, run(turn=blind, anew=True))
+    assert found[1] != run()[1]
 
 
 @pytest.mark.parametrize("made", ["frozen", "live"])
-def test_a_normalizer_that_reads_distributions_asks_a_teacher_once(world, made, tmp_path):
+def test_a_normalizer_that_reads_distributions_asks_a_teacher_once(world, made, tmp_path, monkeypatch):
     def run(**how):
         weights = Live() if made == "live" else Frozen(Pretrained(str(world.teacher)))
         objective = Objective([Term(ReverseKL(), weights=[Entropy("teacher")], normalizer="weights")])
-        return trained(world, tmp_path, weights, objective, **how)
+        return trained(world, tmp_path, weights, monkeypatch, objective, **how)
 
     found, anew = run(), run(anew=True)
     assert (found[2], anew[2]) == (12, 24)

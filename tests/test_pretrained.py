@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import opd_lightning.pretrained
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
 from tests.test_self_teachers import save_adapter
 from tests.tiny import LongerIsBetter, act, fit, make_module, make_rows, sgd, teacher_forced
@@ -102,7 +102,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_student, tiny_te
         calls: list[int] = []
         attention = next(m for name, m in module.student.named_modules() if name.endswith("layers.0.self_attn"))
         attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        streams = module.query_all(rolled)
+        streams = module.streams.query_all(module.objective.teachers(), rolled)
         loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
         forward = len(calls)
         loss.backward()
@@ -221,7 +221,7 @@ def test_the_gradient_of_adapters_is_the_same_after_an_evaluation(quantization, 
 
     def gradients() -> list[torch.Tensor]:
         module.zero_grad()
-        streams = module.query_all(batch)
+        streams = module.streams.query_all(module.objective.teachers(), batch)
         module.objective(module.distribution(module.policies["student"], batch), streams, batch)[0].backward()
         return [p.grad.clone() for p in module.student.parameters() if p.requires_grad]
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from opd_lightning import audit
 from opd_lightning.__main__ import _show_error
 from opd_lightning.callbacks.samples import COLUMNS, markdown, render
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.printable import cell, in_markdown, printable, quoted
 from opd_lightning.report import report
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.tiny import LongerIsBetter, Rows, make_trainer
 
 CLIPBOARD, CLEAR, C1, BACK, OVERRIDE = (
@@ -66,14 +66,14 @@ def test_a_row_cannot_write_to_the_terminal_but_text(text, console):
     row = {"prompt": text + "hi", "completion": text, "steps": [text, "x"], "signals": [1.0, None]}
     console.print(render([row | {"reward": 1.0, "length": 1, "signal": 1.0}], "t"))
     console.print(cell(text))
-    audit._show(["student"], [("path", {"student": text})])
+    audit.show("audit", ["student"], [("path", {"student": text})])
     assert not set(text) & set("\x1b\x9b\r\x08\u202e\u2066\x00\x7f\ufeff\u200b\ud83d\u2028") & set(console.shown())
     assert printable(text) in console.shown()
 
 
 @pytest.mark.parametrize("path", ["/models/[old]/x", "/models/a [/b] c", "[bold red]", "[link=http://x]a", ":smile:"])
 def test_markup_in_a_path_a_row_or_a_name_is_text(path, console):
-    audit._show(["student", path], [(path, {"student": path})])
+    audit.show("audit", ["student", path], [(path, {"student": path})])
     row = {"prompt": path, "completion": path, "steps": None, "signals": [], "reward": 1.0, "length": 1, "signal": 1.0}
     console.print(render([row], "t"))
     assert console.shown().count(path) == 5

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_lightning.actor import group_statistics
 from opd_lightning.modalities import DiffusionDistillation
 from opd_lightning.objective import (
     ForwardKL,
@@ -25,7 +26,8 @@ from opd_lightning.objective import (
     TopEntropy,
 )
 from opd_lightning.optimizer_step import MicroBatch
-from opd_lightning.rollout import Rollout, RolloutLoader, derived_seed, group_statistics
+from opd_lightning.rollout import RolloutLoader
+from opd_lightning.rollout_settings import Rollout, derived_seed
 from opd_lightning.trajectory import Trajectories
 from tests.tiny import LongerIsBetter, Rows, attach, fit, make_module, make_trainer
 from tests.worlds import World
@@ -42,7 +44,7 @@ def builder(world: World, folder: Path) -> Callable[..., RolloutLoader]:
     def get(accumulate: int = 1, rows=None, seed: int = 0, **changes) -> RolloutLoader:
         module = world.alone(rollout=Rollout(**{"batch_size": 4, "horizon": 5} | changes))
         attach(module, folder, accumulate_grad_batches=accumulate)
-        return RolloutLoader(world.make_rows(24) if rows is None else rows, module, seed)
+        return module.rollout_loader(world.make_rows(24) if rows is None else rows, seed)
 
     return get
 
@@ -238,7 +240,7 @@ def test_draws_do_not_depend_on_the_number_of_ranks(built_everywhere):
         loader.generations = 24 // 8
         parts.append([batch.trajectories for batch in loader])
     for batch, left, right in zip(one, *parts, strict=True):
-        both = Trajectories.concatenate([left, right], whole.module.padding)
+        both = Trajectories.concatenate([left, right], whole.actor.setting.padding)
         assert both.row.tolist() == batch.row.tolist()
         assert both.group.tolist() == batch.group.tolist()
         width = batch.actions.shape[1]
@@ -275,7 +277,7 @@ def test_a_mixture_is_drawn_per_prompt_and_never_within_a_group(built_everywhere
         assert not known[replayed][batch.mask[replayed]].any()
         assert known[~replayed].all()
         for i in replayed.nonzero().flatten().tolist()[:5]:
-            given = loader.module.replay([batch.examples[i]], [0])
+            given = loader.actor.act("dataset", [batch.examples[i]], [0])
             assert batch.actions[i][batch.mask[i]].tolist() == given.actions[0][given.mask[0]].tolist()
     shares = torch.cat([batch.source for batch in batches]).float().mean()
     assert 0.6 < float(shares) < 0.8
@@ -294,15 +296,17 @@ def test_members_keep_their_place_in_a_mixture(built_everywhere, every_world):
     """Whoever acts, a row's prompt, example and reward belong together."""
     rows = every_world.make_rows(24)
     loader = built_everywhere(batch_size=24, behavior={"student": 0.5, "dataset": 0.5})
-    loader.module.reward = LongerIsBetter(2)
+    loader.actor.setting.reward = LongerIsBetter(2)
     batch = next(iter(loader)).trajectories
     assert batch.reward is not None
     for i, example in enumerate(batch.examples):
         assert example == rows[int(batch.row[i])]
         if every_world.setting is DiffusionDistillation:
             continue
-        assert _prompt(batch.observation, i) == _prompt(loader.module.collate([example]), 0)
-        text = loader.module.tokenizer().decode(batch.actions[i][batch.mask[i]], skip_special_tokens=True)
+        assert _prompt(batch.observation, i) == _prompt(
+            loader.actor.setting.collate([example], loader.actor.policies["student"]), 0
+        )
+        text = loader.actor.setting.tokenizer().decode(batch.actions[i][batch.mask[i]], skip_special_tokens=True)
         assert float(batch.reward[i]) == float(len(text) >= 2)
 
 
@@ -353,7 +357,7 @@ def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make
     changes = {"batch_size": 8, "group_size": 2, "micro_batch_size": 4, "accumulate": 2}
     changes |= {"max_staleness": staleness, "epochs": epochs}
     unbroken = built(**changes)
-    unbroken.module.reward = LongerIsBetter()
+    unbroken.actor.setting.reward = LongerIsBetter()
     seen, stream = [], train(unbroken)
     for _ in range(done):
         seen.append(next(stream))
@@ -364,7 +368,7 @@ def test_a_resumed_loader_goes_on_exactly(setting, done, staleness, epochs, make
 
     file.seek(0)
     resumed = built(**changes)
-    resumed.module.reward = LongerIsBetter()
+    resumed.actor.setting.reward = LongerIsBetter()
     steps_of(resumed).completed = done // 2
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for mine, theirs in zip(train(resumed), expected, strict=False):

@@ -12,10 +12,11 @@ import torch
 from opd_lightning.data import PromptData
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.vision_language import ImageData, VisionLanguageDistillation
+from opd_lightning.policy import View
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.rows import BadRows, LostRow, Row, reason_of, row_of
-from opd_lightning.teacher import Frozen, Live, Teacher, View
+from opd_lightning.teacher import Frozen, Live, Teacher
 from tests.tiny import chat_tokenizer, make_module, make_trainer, no_teacher, reverse_kl, save_model
 from tests.tiny_vlm import picture, save_vlm
 

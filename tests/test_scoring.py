@@ -18,9 +18,10 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
+from opd_lightning.actor import group_statistics
 from opd_lightning.callbacks import Samples, WeightExtrapolation
 from opd_lightning.cli import run
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.objective import (
     ByReward,
     GroupRelative,
@@ -36,7 +37,7 @@ from opd_lightning.objective import (
 from opd_lightning.optimizer_step import OptimizerStep
 from opd_lightning.report import read_curves
 from opd_lightning.reward import CallableReward, Reward
-from opd_lightning.rollout import Rollout, group_statistics
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.rows import Row
 from opd_lightning.scoring import RewardError, Scoring
 from tests.callbacks import toy
@@ -182,11 +183,12 @@ TERMS = {
 
 def gradient(module: Any, batch: Any) -> list[torch.Tensor]:
     step = OptimizerStep(list(batch.split(3)))
-    module.prepare(step)
+    module.reader.prepare(step)
     module.student.zero_grad()
     for part in step.trajectories:
         student = module.distribution(module.policies["student"], part)
-        module.objective(student, module.query_all(part), part, step.normalizers).loss.backward()
+        streams = module.streams.query_all(module.objective.teachers(), part)
+        module.objective(student, streams, part, step.normalizers).loss.backward()
     return [p.grad.clone() for p in module.student.parameters()]
 
 
@@ -208,7 +210,7 @@ def test_a_row_that_abstains_trains_as_if_it_were_not_there(kind, tmp_path):
             return rewards, shown
 
     module.__class__ = Own
-    judged = module.with_rewards(dataclasses.replace(rolled, group=group))
+    judged = module.actor.with_rewards(dataclasses.replace(rolled, group=group))
     assert judged.reward.isnan().tolist() == [False, False, True, True, True, True, False, True, *[False] * 4]
     known = judged.select((~judged.reward.isnan()).nonzero().squeeze(-1))
     for mine, expected in zip(gradient(module, judged), gradient(module, known), strict=True):

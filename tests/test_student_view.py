@@ -16,9 +16,10 @@ from opd_lightning.modalities.diffusion import DiffusionDistillation
 from opd_lightning.modalities.gui_grounding import AbsolutePixels
 from opd_lightning.modalities.vision_language import Blur, Compose, Downscale, Mixture
 from opd_lightning.modalities.vision_language.images import images_of
-from opd_lightning.rollout import Rollout, RolloutLoader
+from opd_lightning.policy import View
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.student_view import as_it_was, settings_of, shown
-from opd_lightning.teacher import Initial, Teacher, View
+from opd_lightning.teacher import Initial, Teacher
 from tests.tiny import attach, fit
 from tests.worlds import World
 
@@ -109,14 +110,14 @@ def test_what_is_said_of_a_rollout_does_not_change_with_the_view(seeing):
     rows = rows_of(seeing, 4)
     acted = module.act("student", rows, [1, 2, 3, 4])
     assert behind(module, acted) < 1e-4
-    first = module.query("teacher", acted).distribution
+    first = module.streams.query("teacher", acted).distribution
     for part in module.student_view.views:
         (argument,) = vars(part)
         Knob(module, f"student_view.views.{module.student_view.views.index(part)}.{argument}").turn(2)
     assert behind(module, acted) < 1e-4
     index = acted.mask.flatten().nonzero().squeeze(-1)
     for before, after in zip(
-        _values(first, index), _values(module.query("teacher", acted).distribution, index), strict=True
+        _values(first, index), _values(module.streams.query("teacher", acted).distribution, index), strict=True
     ):
         torch.testing.assert_close(before, after)  # without a view of its own, the teacher sees what the student saw
 
@@ -129,7 +130,7 @@ def _values(said: Any, index: torch.Tensor) -> list[torch.Tensor]:
 def test_a_checkpoint_knows_what_was_seen(eyes, tmp_path):
     rows = rows_of(eyes, 16)
     module = attach(looking(eyes), tmp_path)
-    loader = RolloutLoader(rows, module, 0)
+    loader = module.rollout_loader(rows)
     next(iter(loader))
     Knob(module, "student_view.views.1.longest").turn(16)
     state = loader.state_dict()
@@ -137,23 +138,23 @@ def test_a_checkpoint_knows_what_was_seen(eyes, tmp_path):
     resumed = attach(looking(eyes), tmp_path)
     resumed.student.load_state_dict(module.student.state_dict())
     Knob(resumed, "student_view.views.1.longest").turn(8)
-    again = RolloutLoader(rows, resumed, 0)
+    again = resumed.rollout_loader(rows)
     again.load_state_dict(state)
     assert again.pending.student_view == settings_of(looking(eyes).student_view)
     assert behind(resumed, again.pending) < 1e-4
 
     other = attach(eyes.module({"teacher": Teacher(Initial())}, rollout=module.rollout), tmp_path)
     with pytest.raises(ValueError, match=r"sampled with model\.student_view: Compose, which is now none"):
-        RolloutLoader(rows, other, 0).load_state_dict(state)
+        other.rollout_loader(rows).load_state_dict(state)
 
 
 def test_a_job_of_the_worker_keeps_the_view_of_its_generation(eyes, tmp_path):
     module = attach(looking(eyes, max_staleness=1), tmp_path)
-    loader = RolloutLoader(rows_of(eyes, 24), module, 0)
+    loader = module.rollout_loader(rows_of(eyes, 24))
     batches = iter(loader)
     next(batches)  # the second generation batch is on its way
     Knob(module, "student_view.views.1.longest").turn(16)
-    seen = [next(batches).student_view["views"][1]["longest"] for _ in range(5)]
+    seen = [next(batches).trajectories.student_view["views"][1]["longest"] for _ in range(5)]
     loader.close()
     assert seen == [64, 64, 64, 16, 16]
 
@@ -166,7 +167,9 @@ def test_a_click_in_pixels_is_read_by_the_screen_that_it_was_written_for(make_wo
     (row,) = world.make_rows(1)
     row["image"] = Image.new("RGB", (112, 112))
     then = settings_of(module.student_view)
-    text = module.answer_format.write((10, 10, 30, 30), (112, 112), module.model_size((56, 56)))
+    text = module.answer_format.write(
+        (10, 10, 30, 30), (112, 112), module.model_size((56, 56), module.policies["student"])
+    )
     before = module.predicted(text, row)
     Knob(module, "student_view.longest").turn(28)
     assert module.predicted(text, row, then) == before != module.predicted(text, row)

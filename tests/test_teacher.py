@@ -8,9 +8,10 @@ import torch
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import View, evaluating
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher, View, evaluating
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
 from tests.tiny import act, fit, log_softmax, make_module, make_rows, sgd
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
@@ -94,7 +95,7 @@ def test_a_frozen_teacher_is_nowhere_but_asked(student, teacher, tmp_path):
 
 def test_a_frozen_teacher_gets_no_gradient_and_no_graph(student, teacher):
     module = make_module(student, teacher)
-    said = module.query("teacher", act(module, make_rows(4))).distribution
+    said = module.streams.query("teacher", act(module, make_rows(4))).distribution
     assert not said.hidden.requires_grad
 
 
@@ -158,7 +159,7 @@ def test_live_is_the_student_now_and_gets_no_gradient(student, lora, tmp_path):
     fit(module, tmp_path, steps=2)
     rolled = act(module, make_rows(4))
     assert torch.equal(log_softmax(module, "teacher", rolled), log_softmax(module, "student", rolled))
-    said = module.query("teacher", rolled).distribution
+    said = module.streams.query("teacher", rolled).distribution
     assert not said.hidden.requires_grad
 
 
@@ -250,7 +251,7 @@ def test_teachers_are_routed_by_a_column(saved, tiny_student, tiny_teacher):
     objective = Objective([Term(ReverseKL(), "even", name="even"), Term(ReverseKL(), "odd", name="odd")])
     module = make_module(tiny_student, teachers, objective)
     rolled = act(module, make_rows(8))
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     assert streams["even"].available.tolist() == [True, False] * 4
     assert streams["odd"].available.tolist() == [False, True] * 4
     with torch.no_grad():
@@ -270,7 +271,7 @@ def test_elsewhere_a_routed_teacher_contributes_nothing(tiny_student, tiny_teach
     teacher = Teacher(Frozen(Pretrained(str(tiny_teacher))), where={"task": "nowhere"})
     module = make_module(tiny_student, {"teacher": teacher})
     rolled = act(module, make_rows(4))
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     loss.backward()
     assert float(loss) == 0
@@ -283,7 +284,7 @@ def test_an_example_without_a_view_weighs_nothing_under_both_normalizers(tiny_st
         objective = Objective([Term(ReverseKL(), normalizer=normalizer)])
         module = make_module(tiny_student, {"teacher": teacher}, objective)
         rolled = act(module, make_rows(8))
-        streams = module.query_all(rolled)
+        streams = module.streams.query_all(module.objective.teachers(), rolled)
         shown = streams["teacher"].available
         assert 0 < int(shown.sum()) < 8
         with torch.no_grad():
@@ -304,7 +305,7 @@ def test_evaluating_is_without_dropout_and_gives_the_mode_back(saved):
     module = make_module(folder, {"teacher": Teacher(Live())})
     rolled = act(module, make_rows(4))
     assert module.student.training
-    first, second = (module.query("teacher", rolled).distribution.hidden for _ in range(2))
+    first, second = (module.streams.query("teacher", rolled).distribution.hidden for _ in range(2))
     assert torch.equal(first, second)
     assert module.student.training
     bare(module.student).eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opd_lightning.objective import Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout, RolloutLoader
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Teacher
 from tests.tiny import attach
 
@@ -65,10 +65,10 @@ def test_what_is_rolled_out_ahead_is_what_those_weights_do(every_world, tmp_path
     module.training_step = keep
     every_world.fit(module, tmp_path, rows, steps=6)
     fresh = every_world.alone(rollout=module.rollout)
-    loader = RolloutLoader(rows, attach(fresh, tmp_path), seed=0)
+    loader = attach(fresh, tmp_path).rollout_loader(rows)
     for generation in range(6):
         fresh.student.load_state_dict(before[max(0, generation - 1)], strict=False)
-        rolled = loader._roll_out(generation, 0, fresh)
+        rolled = loader._roll_out(generation, 0, loader.actor)
         (rolled,) = rolled.split(len(rolled))  # without the steps that nobody trains
         assert torch.equal(rolled.actions, seen[generation][2])
         assert (rolled.behavior_log_probs - seen[generation][3]).abs().max() < 1e-5
@@ -93,7 +93,7 @@ def test_what_the_worker_raises_reaches_the_trainer(every_world, tmp_path):
 @pytest.mark.parametrize("staleness", [1, 3])
 def test_it_never_gets_further_ahead_than_max_staleness_however_slow_training_is(world, staleness, tmp_path):
     module = attach(world.alone(rollout=Rollout(batch_size=4, horizon=4, max_staleness=staleness)), tmp_path)
-    loader, made = RolloutLoader(world.make_rows(24), module), []
+    loader, made = module.rollout_loader(world.make_rows(24)), []
     roll_out = loader._roll_out
     loader._roll_out = lambda number, *rest: made.append(number) or roll_out(number, *rest)
     for trained, _ in enumerate(loader):
@@ -109,11 +109,11 @@ def test_it_never_gets_further_ahead_than_max_staleness_however_slow_training_is
 
 def test_knobs_are_those_of_when_it_was_asked(world, tmp_path):
     module = attach(world.alone(rollout=Rollout(batch_size=4, horizon=8, max_staleness=1)), tmp_path)
-    loader = RolloutLoader(world.make_rows(24), module)
+    loader = module.rollout_loader(world.make_rows(24))
     batches = iter(loader)
     next(batches)
     module.rollout.horizon = 2
-    widths = [next(batches).actions.shape[1] for _ in range(3)]
+    widths = [next(batches).trajectories.actions.shape[1] for _ in range(3)]
     assert widths[0] > 2, "on its way before the knob was turned"
     assert widths[1:] == [2, 2]
     loader.close()
@@ -123,6 +123,23 @@ def test_what_no_copy_of_the_student_can_do_is_refused(every_world, tmp_path):
     rollout = Rollout(batch_size=4, behavior={"student": 0.5, "teacher": 0.5}, max_staleness=2)
     module = every_world.module({"teacher": Teacher(EMA())}, Objective([Term(ReverseKL())]), rollout=rollout)
     with pytest.raises(ValueError, match=r"rollout\.max_staleness=2: the worker .* copy of the student only.*teacher"):
-        RolloutLoader(every_world.make_rows(8), attach(module, tmp_path))
+        attach(module, tmp_path).rollout_loader(every_world.make_rows(8))
     with pytest.raises(ValueError, match=r"rollout\.max_staleness must be >= 0, got -1"):
         Rollout(max_staleness=-1)
+
+
+@pytest.mark.parametrize("setting", ["vision_language", "gui_grounding"])
+def test_the_worker_leaves_what_training_remembers_alone(setting, make_world, tmp_path):
+    """Its copy of the student has a processor and remembered inputs of its own: two threads never use the same."""
+    world = make_world(setting)
+    module = attach(world.alone(rollout=Rollout(batch_size=4, horizon=4, max_staleness=1)), tmp_path)
+    loader = module.rollout_loader(world.make_rows(24))
+    student, processors = module.policies["student"], []
+    sample = module.sample
+    module.sample = lambda policy, *rest: processors.append(policy.processor) or sample(policy, *rest)
+    student.cache.clear()
+    next(iter(loader))
+    loader.close()
+    assert len(processors) == 2
+    assert all(processor is not student.processor for processor in processors)
+    assert not student.cache

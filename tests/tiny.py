@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout, RolloutLoader
+from opd_lightning.rollout import RolloutLoader
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.streams import Streams
 from opd_lightning.teacher import Frozen, Teacher
 from opd_lightning.trajectory import Trajectories
 
@@ -182,7 +184,7 @@ class Rows(L.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        return RolloutLoader(self.train, module, self.seed)
+        return module.rollout_loader(self.train, self.seed)
 
     def val_dataloader(self) -> Any:
         return DataLoader(list(self.validation), batch_size=4, collate_fn=list) if self.validation else []
@@ -214,6 +216,17 @@ def fit(module: Any, folder: Path, rows: Sequence[dict[str, Any]] | None = None,
     trainer = make_trainer(folder, **settings)
     trainer.fit(module, datamodule=Rows(make_rows() if rows is None else rows, validation))
     return trainer
+
+
+def watch_queries(monkeypatch: Any, told: Callable[[str, Trajectories], Any]) -> None:
+    """Calls ``told`` with the teacher and the batch of each query, also of the comparison before the first step."""
+    query = Streams.query
+
+    def watched(self: Streams, name: str, batch: Trajectories, *view: Any) -> Any:
+        told(name, batch)
+        return query(self, name, batch, *view)
+
+    monkeypatch.setattr(Streams, "query", watched)
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from opd_lightning.modalities.vision_language import Crop, VisionLanguageDistill
 from opd_lightning.modalities.vision_language.images import images_of
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import View
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.teacher import Live, Teacher, View
+from opd_lightning.teacher import Live, Teacher
 from opd_lightning.trajectory import Example
 from tests import tiny, tiny_diffusion
 from tests.tiny_vlm import gui_rows, vlm_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...module import OnPolicyDistillation
 from ...optimizer_step import OptimizerStep
-from ...rollout import derived_seed
+from ...rollout_settings import derived_seed
 from ...sharding import refuse_sharded
 from ...trajectory import Trajectories
 from .rule import HORIZON, StopRule
@@ -68,7 +68,7 @@ class AdaptiveWindow(StopRule):
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
         sources = ("student", *(name for name in module.rollout.behavior if name != "student"))
-        full = module.with_rewards(dataclasses.replace(rolled, group=group, sources=sources))
+        full = module.actor.with_rewards(dataclasses.replace(rolled, group=group, sources=sources))
         direction = gradient_of(module, full)
         agreement = cosine(gradient_of(module, full.truncate(self.horizon)), direction)
         module.record("early_stop/agreement", agreement)
@@ -84,23 +84,20 @@ def gradient_of(module: OnPolicyDistillation, trajectories: Trajectories) -> lis
 
     Neither ``.grad`` nor what is logged changes. Every rank must call it, between optimizer steps.
     """
-    size, _ = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)
-    step = OptimizerStep(list(module.settle(trajectories).split(size)))
-    module.prepare(step)
+    reader = module.reader
+    step = OptimizerStep(list(reader.settle(trajectories).split(reader.size)))
+    reader.prepare(step)
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) for p in parameters]
     for batch in step:
         with torch.enable_grad(), module.trainer.precision_plugin.forward_context():
-            streams = module.query_all(batch.trajectories, batch.cache)
-            student = module.distribution(module.policies["student"], batch.trajectories)
+            streams, student = reader.query(batch), module.streams.student(batch.trajectories)
             loss, _ = module.objective(student, streams, batch.trajectories, step.normalizers)
             shares = torch.autograd.grad(loss, parameters, allow_unused=True)
         for gradient, share in zip(gradients, shares, strict=True):
             if share is not None:
                 gradient += share
-    if module.trainer.world_size > 1:
-        gradients = [module.trainer.strategy.reduce(gradient, reduce_op="sum") for gradient in gradients]
-    return gradients
+    return [module.ranks.sum(gradient) for gradient in gradients]
 
 
 def cosine(left: list[Tensor], right: list[Tensor]) -> float:

@@ -10,14 +10,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ...agreement import ACTED, TRAINING
+from ...comparisons import ACTED, TRAINING
 from ...distribution import Head
 from ...noise import noise
+from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
 from ...printable import printable, quoted
-from ...rollout import Rollout
+from ...rollout_settings import Rollout
 from ...sharding import as_forward
-from ...teacher import Policy, Teacher, evaluating
+from ...teacher import Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, first_line
@@ -46,15 +47,16 @@ class Audited(Protocol):
     @property
     def padding_id(self) -> int: ...
     def tokenizer(self, policy: Policy | None = None) -> Any: ...
-    def renderer(self, policy: Policy | None = None) -> Renderer: ...
+    def reads_as(self, policy: Policy) -> Policy: ...
+    def renderer(self, policy: Policy) -> Renderer: ...
     def head(self, policy: Policy) -> Head: ...
     def stop_ids(self, policy: Policy) -> list[int]: ...
     def filled_in(self, policy: Policy) -> list[int]: ...
     def shown(self, examples: list[Example]) -> list[Example]: ...
     def asked(self, example: Example) -> Example: ...
-    def answered(self, example: Example) -> Example: ...
-    def given(self, example: Example) -> tuple[list[int], list[bool]]: ...
-    def prompt_ids(self, example: Example, policy: Policy | None = None) -> Tensor: ...
+    def answered(self, example: Example, seen: Example, policy: Policy) -> Example: ...
+    def given(self, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]: ...
+    def prompt_ids(self, example: Example, policy: Policy) -> Tensor: ...
 
 
 def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
@@ -68,7 +70,7 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
     if not any(i < module.vocabulary for i in module.eos):
         known = f" with a row in its head and its embeddings (of {module.eos})" if module.eos else ""
         raise ValueError(f"{student.path}: the student has no stop token{known}, so no rollout could end by itself")
-    module.renderer().check_options("model.chat_template_kwargs")
+    module.renderer(student).check_options("model.chat_template_kwargs")
     roles = module.policies.items()
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
@@ -123,9 +125,10 @@ def check_horizon(module: Audited) -> None:
 def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
     """What each policy reads of a row, special tokens and all, and which tokens are trained."""
     (seen,) = module.shown([example])
-    found = [("student reads", _spelled(module, module.prompt_ids(seen).tolist()))]
-    if "dataset" in module.rollout.sources and module.answered(example).get("completion") is not None:
-        ids, written = module.given(example)
+    student = module.policies["student"]
+    found = [("student reads", _spelled(module, module.prompt_ids(seen, student).tolist()))]
+    if "dataset" in module.rollout.sources and module.answered(example, seen, student).get("completion") is not None:
+        ids, written = module.given(example, seen, student)
         trained = [i for i, own in zip(ids, written, strict=True) if own]
         found.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
@@ -136,7 +139,7 @@ def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
         view = teacher.look(example)
         same = teacher.view is None and not teacher.own_template
         shown = seen if teacher.view is None or view is None else view
-        ids = module.prompt_ids(shown, module.policies[name] if teacher.own_template else None).tolist()
+        ids = module.prompt_ids(shown, module.reads_as(module.policies[name])).tolist()
         said = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids)
         found.append((f"{name} reads", said))
     return found
@@ -145,20 +148,21 @@ def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
 def problem_with_row(module: Audited, example: Example) -> str | None:
     """Why a row can't be used, or None: its prompt, its completion, or what a teacher is shown of it."""
     (seen,) = module.shown([example])
-    own, rollout = module.prompt_ids(seen), module.rollout
+    student, rollout = module.policies["student"], module.rollout
+    own, renderer = module.prompt_ids(seen, student), module.renderer(student)
     if not len(own):
         return "the prompt is empty"
-    if "dataset" in rollout.sources and module.answered(example).get("completion") is not None:
-        module.given(example)
+    if "dataset" in rollout.sources and module.answered(example, seen, student).get("completion") is not None:
+        module.given(example, seen, student)
     if rollout.max_prompt_length is not None and len(own) > rollout.max_prompt_length:
         return f"the prompt has {len(own)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
-    room = context_length(module.policies["student"])
+    room = context_length(student)
     if len(own) + rollout.horizon > room:
         return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
-    is_raw = module.renderer().is_raw(seen["prompt"])
+    is_raw = renderer.is_raw(seen["prompt"])
     if problem := problem_with_prompt(module, own, "student", is_raw):
         return problem
-    if end := module.renderer().rendered_already(module.asked(seen), module.eos):
+    if end := renderer.rendered_already(module.asked(seen), module.eos):
         return (
             f"the prompt holds {end!r}, the end of a turn, and would be put into a turn itself: was it rendered "
             "already? Give messages; text models read text as it is with model.raw_prompts"
@@ -170,9 +174,8 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
         policy = module.policies[name]
         shown = own
         if teacher.view is not None or teacher.own_template:
-            reader = policy if teacher.own_template else None
-            shown = module.prompt_ids(seen if teacher.view is None else view, reader)
-        if teacher.view is not None and (end := module.renderer().rendered_already(module.asked(view), module.eos)):
+            shown = module.prompt_ids(seen if teacher.view is None else view, module.reads_as(policy))
+        if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
             return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
         room = context_length(policy) - rollout.horizon
         limit = min(teacher.max_prompt_length or room, room)
@@ -248,7 +251,7 @@ def _engine(module: Audited, policy: Policy) -> str:
 
 
 def suspects(module: Audited, policy: Policy, what: str) -> list[str]:
-    """What may make a policy disagree with itself, in this comparison of `Comparison`."""
+    """What may make a policy disagree with itself, in one of the `comparisons`."""
     model = bare(policy.model)
     if what == TRAINING:
         if rate := noise(policy.model):

@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ...policy import Policy
 from ...sharding import is_sharded
-from ...teacher import Policy
 
 
 def bare(model: nn.Module) -> Any:

@@ -20,11 +20,11 @@ from ...adapters import SWITCHED
 from ...chat import problem_with_form
 from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
+from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
-from ...rollout import Rollout
-from ...sharding import is_sharded
+from ...rollout_settings import Rollout
+from ...sharding import is_sharded, mesh_of
 from ...shipped import shipped
-from ...teacher import Policy, evaluating
 from ...trajectory import Example, Trajectories
 from .audit import audit_rows, check_horizon, problem_with_row, readings, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
@@ -77,13 +77,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         self._heads: dict[str, nn.Module] = {}
         self.trials: dict[str, Trial] = {}
 
-    def _shard(self, mesh: Any) -> None:
-        if self.pass_tokens is not None:
+    def configure_model(self) -> None:
+        if self.pass_tokens is not None and mesh_of(self._trainer) is not None:
             raise ValueError(
                 f"model.pass_tokens={self.pass_tokens}: under trainer.strategy=fsdp2 every rank must make equally many "
                 "forward passes, so a micro-batch is one; lower rollout.micro_batch_size instead"
             )
-        super()._shard(mesh)
+        super().configure_model()
 
     def original_processor(self, spec: Pretrained) -> Any:
         return AutoTokenizer.from_pretrained(
@@ -95,20 +95,28 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         tokenizer_of(processor).padding_side = "left"
         return processor
 
-    def renderer(self, policy: Policy | None = None) -> Renderer:
-        """How a policy (default: the student) reads rows."""
-        return Renderer((policy or self.policies["student"]).processor, self.chat_template_kwargs)
+    def reads_as(self, policy: Policy) -> Policy:
+        """Whose processor renders what a policy reads: its own, or the student's for a teacher without `own_template`.
+
+        A copy of the student, which a worker acts with, has a processor of its own.
+        """
+        shares = policy.name in self.teachers and not self.teachers[policy.name].own_template
+        return self.policies["student"] if shares else policy
+
+    def renderer(self, policy: Policy) -> Renderer:
+        """How a policy reads rows."""
+        return Renderer(policy.processor, self.chat_template_kwargs)
 
     def asked(self, example: Example) -> Example:
         """The row with the prompt that is rendered; ``example`` as whoever reads it is shown it."""
         return example
 
-    def answered(self, example: Example) -> Example:
-        """The row with its given completion."""
+    def answered(self, example: Example, seen: Example, policy: Policy) -> Example:
+        """The row with its given completion; ``seen``: as the student is shown it, ``policy``: the student."""
         return example
 
     def tokenizer(self, policy: Policy | None = None) -> Any:
-        """The tokenizer of a policy (default: the student's)."""
+        """The tokenizer of a policy (default: the student that is trained, whose a worker must not use)."""
         return tokenizer_of((policy or self.policies["student"]).processor)
 
     @cached_property
@@ -189,9 +197,12 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         switch = rope_switch(model) if engine.runs_the_model and not is_sharded(model) else None
         return engine if switch is None else SwitchingRope(engine, switch)
 
-    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
+    def replay(
+        self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
         """The column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
-        horizon, given = self.rollout.horizon, [self.given(example) for example in examples]
+        horizon = rollout.horizon
+        given = [self.given(example, shown, policy) for example, shown in zip(examples, seen, strict=True)]
         width = min(max(len(ids) for ids, _ in given), horizon)
         actions = torch.full((len(given), width), self.padding_id)
         mask = torch.zeros(actions.shape, dtype=torch.bool)
@@ -199,7 +210,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             actions[i, : len(ids)] = torch.tensor(ids[:width])
             mask[i, : len(ids)] = torch.tensor(written[:width])
         return Trajectories(
-            observation=self.collate(self.shown(examples)),
+            observation=self.collate(seen, policy),
             actions=actions,
             mask=mask,
             examples=examples,
@@ -207,17 +218,21 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
 
-    def given(self, example: Example) -> tuple[list[int], list[bool]]:
+    def given(self, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]:
         """Ids of the row's given completion, and which of them are trained.
+
+        Args:
+            example: the row.
+            seen: the row as the student is shown it.
+            policy: the student, whose processor reads it.
 
         Raises:
             ValueError: as in `Renderer.completion`; an id that can be no action.
         """
-        (shown,) = self.shown([example])
-        row = {**self.asked(shown), "completion": self.answered(example)["completion"]}
-        ids, written = self.renderer().completion(row, self.eos)
+        row = {**self.asked(seen), "completion": self.answered(example, seen, policy)["completion"]}
+        ids, written = self.renderer(policy).completion(row, self.eos)
         if impossible := [i for i in ids if i >= self.vocabulary or i in self.suppressed()]:
-            token = self.tokenizer().convert_ids_to_tokens(impossible[0])
+            token = self.tokenizer(policy).convert_ids_to_tokens(impossible[0])
             raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
         return ids, written
 
@@ -230,8 +245,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             prompts = trajectories.observation
             seen = self.shown(trajectories.examples, trajectories.student_view)
         else:
-            own = policy.name in self.teachers and self.teachers[policy.name].own_template
-            prompts, seen = self.collate(view, policy if own else None), view
+            prompts, seen = self.collate(view, self.reads_as(policy)), view
         media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
         length = prompts["attention_mask"].sum(1).cpu() + last_trained(trajectories).cpu()
         check_dynamic(policy, model, int(length.max()))
@@ -354,7 +368,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def readings(self, example: Example) -> list[tuple[str, str]]:
         return readings(self, example)
 
-    def prompt_ids(self, example: Example, policy: Policy | None = None) -> Tensor:
+    def prompt_ids(self, example: Example, policy: Policy) -> Tensor:
         """``[P]`` the prompt, as whoever reads with this tokenizer and template is shown it."""
         prompt = self.collate([example], policy)
         return prompt["input_ids"][prompt["attention_mask"] > 0]
@@ -366,7 +380,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         """
         super().prepare_for_rows()
         check_horizon(self)
-        self.renderer().check_options("model.chat_template_kwargs")
+        self.renderer(self.policies["student"]).check_options("model.chat_template_kwargs")
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()

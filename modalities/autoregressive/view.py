@@ -8,7 +8,7 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...chat import is_chat
-from ...teacher import View
+from ...policy import View
 from ...trajectory import Example
 from .messages import transcript
 

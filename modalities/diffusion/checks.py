@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...objective import Term, Weight
-from ...rollout import Rollout
+from ...rollout_settings import Rollout
 from ...trajectory import Example
 from .families import Family
 from .images import opened

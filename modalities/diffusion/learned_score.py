@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from ...module import in_place
+from ...optimization import in_place
+from ...optimizer_step import OptimizerStep
+from ...policy import Policy
 from ...pretrained import Pretrained
+from ...ranks import Ranks
 from ...resume import apply_settings, check_settings, settings_of
-from ...teacher import Policy, TeacherWeights
+from ...rollout_settings import derived_seed
+from ...teacher import TeacherWeights
+from ...trajectory import Example, Trajectories
 from . import flow
-from .query import RestrictedField
+from .query import RestrictedField, VelocityField
 from .velocity_target import drawn
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """AdamW, learning rate 1e-4, betas (0, 0.999) (AnyFlow's), no weight decay."""
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0)
+
+
+class Samples(Protocol):
+    """What a learned score reads of the setting whose samples it learns."""
+
+    padding: ClassVar[dict[str, tuple[float, str]]]
+    policies: dict[str, Policy]
+
+    def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
+        """The examples as the student sees them."""
+
+    def velocity_field(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> VelocityField:
+        """The velocities of a policy for any of these examples."""
+
+    def ends(self, trajectories: Trajectories) -> Tensor:
+        """``[B, ...]`` the latents that the trajectories end with."""
 
 
 class LearnedScore(TeacherWeights):
@@ -63,6 +84,18 @@ class LearnedScore(TeacherWeights):
     @property
     def state(self) -> nn.Module | None:
         return self._learner
+
+    def before_update(self, name: str, step: OptimizerStep, setting: Samples, ranks: Ranks, done: int) -> Tensor | None:
+        """Learns from what the student made for this optimizer step; not in a stage in which it does not act."""
+        mine = Trajectories.concatenate(step.trajectories, setting.padding)
+        acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
+        mine = mine.select(acted.nonzero().squeeze(-1))
+        if not len(mine) or self.has_learned(done):
+            return None
+        seen = setting.shown(mine.examples, mine.student_view)
+        field = RestrictedField(setting.velocity_field(setting.policies[name], seen), torch.arange(len(mine)))
+        seeds = [derived_seed(seed, done) for seed in mine.observation["seed"].tolist()]
+        return self.learn(field, setting.ends(mine), seeds, ranks.mean, done)
 
     def has_learned(self, step: int) -> bool:
         """Whether it was trained for that optimizer step of the student before a resumed run began it again."""

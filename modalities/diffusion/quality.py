@@ -16,6 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ...data import STAND_IN
 from ...evaluation import Evaluator
+from ...ranks import Ranks
 from ...shipped import shipped
 from ...trajectory import Example, Trajectories
 from .families import Family
@@ -27,6 +28,8 @@ class Sampling(Protocol):
 
     @property
     def evaluator(self) -> Evaluator: ...
+    @property
+    def ranks(self) -> Ranks: ...
     @property
     def family(self) -> Family: ...
     @property
@@ -185,7 +188,7 @@ class SampleQuality:
         real = self._reference(module)
         values: dict[str, float] = {}
         for count, parts in sorted(self._made.items()):
-            made = self._everywhere(module, torch.cat(parts))
+            made = torch.cat(module.ranks.gather_objects(torch.cat(parts)))
             values |= {f"{stage}/{name}_{count}": value for name, value in compare(real, made).items()}
             if count in self._right:
                 mean = MeanMetric().to(module.device)
@@ -193,13 +196,6 @@ class SampleQuality:
                 values[f"{stage}/class_accuracy_{count}"] = float(mean.compute())
         self._made, self._right = {}, {}
         return values
-
-    def _everywhere(self, module: Sampling, made: Tensor) -> Tensor:
-        if module.trainer.world_size == 1:
-            return made
-        everyone: list[Any] = [None] * module.trainer.world_size
-        torch.distributed.all_gather_object(everyone, made)
-        return torch.cat(everyone)
 
     def _reference(self, module: Sampling) -> Tensor:
         if self._real is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...teacher import Policy, evaluating
+from ...policy import Policy, evaluating
 from ...trajectory import Example
 from . import flow
 from .families import Condition, Family
@@ -71,7 +71,7 @@ def velocity_field(
     examples: list[Example],
     guidance: float,
     jumps: bool,
-    count: Callable[[int], None],
+    count: Callable[[Tensor], None],
 ) -> VelocityField:
     """The velocities of a policy for any of these examples.
 
@@ -81,21 +81,22 @@ def velocity_field(
         examples: B of them, as the policy is shown them.
         guidance: w in v_uncond + w·(v_cond − v_uncond); 1 asks once, for the prompt alone.
         jumps: whether the policy is told where a step ends.
-        count: takes the number of states of each forward pass.
+        count: takes the rows ``[n]`` of each forward pass, one for each state.
     """
     conditions, unconditional = conditions_of(family, examples), []
     if guidance != 1.0:
         unconditional = family.conditions([""] * len(examples), [None] * len(examples))
 
     def field(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        indices, end = rows.tolist(), r if jumps else t
-        conditional = velocity([conditions[row] for row in indices], latent, t, end)
+        end = r if jumps else t
+        conditional = velocity(conditions, rows, latent, t, end)
         if guidance == 1.0:
             return conditional
-        return flow.guided(conditional, velocity([unconditional[row] for row in indices], latent, t, end), guidance)
+        return flow.guided(conditional, velocity(unconditional, rows, latent, t, end), guidance)
 
-    def velocity(seen: list[Condition], latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        count(len(seen))
+    def velocity(of: list[Condition], rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        count(rows)
+        seen = [of[row] for row in rows.tolist()]
         weight = next(policy.model.parameters())
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
         velocities, order = [], []

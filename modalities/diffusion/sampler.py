@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...distribution import Gaussian
 from ...finite import Finite
-from ...rollout import derived_seed
+from ...rollout_settings import derived_seed
 from . import flow
 from .query import VelocityField
 

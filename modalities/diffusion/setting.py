@@ -5,11 +5,12 @@ Shape legend: B trajectories, T denoising steps, n states of a chunk, latents ``
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -17,10 +18,9 @@ from torch import Tensor
 from ...distribution import Lazy
 from ...module import OnPolicyDistillation
 from ...objective import Objective
-from ...optimizer_step import OptimizerStep
+from ...policy import Policy
 from ...pretrained import Pretrained
-from ...rollout import Rollout, derived_seed
-from ...teacher import Policy
+from ...rollout_settings import Rollout
 from ...trajectory import Example, Trajectories
 from . import flow
 from .checks import (
@@ -34,13 +34,15 @@ from .checks import (
 )
 from .families import Family, load_family
 from .images import picture
-from .learned_score import LearnedScore
 from .models import Transformer, diffusers, save_adapter, save_pipeline, with_adapter
 from .quality import SampleQuality
 from .query import RestrictedField, VelocityField, VisitedStates, bytes_per_state, velocity_field
 from .sampler import Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
+from .trajectories import EVALUATIONS, CountRollouts, retrace, trajectories_of
 from .velocity_target import StepVelocity, VelocityTarget
 from .view import REFERENCE
+
+Count = Callable[[Tensor], None]
 
 
 class DiffusionDistillation(OnPolicyDistillation):
@@ -134,8 +136,20 @@ class DiffusionDistillation(OnPolicyDistillation):
             self._families[key] = load_family(spec.path, config, spec.revision, **self._family_settings)
         return self._families[key]
 
-    def _place_teachers(self) -> None:
-        super()._place_teachers()
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [*super().configure_callbacks(), CountRollouts()]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._place_families()
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._place_families()
+
+    on_test_start = on_validation_start
+
+    def _place_families(self) -> None:
         for family in self._families.values():
             family.pipe.to(self.device)
 
@@ -165,14 +179,9 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     # -- the methods of a setting ---------------------------------------------------------------------------------
 
-    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Nothing: what prompts are encoded to is remembered by content, and never stored with trajectories."""
         return {}
-
-    def for_evaluation(self) -> DiffusionDistillation:
-        actor = copy.copy(self)
-        actor.sampler = self.sampler.evaluated()
-        return actor
 
     def sample(
         self,
@@ -182,70 +191,74 @@ class DiffusionDistillation(OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        device = next(policy.model.parameters()).device
-        sigma, toward, trained = (
-            part.to(device) for part in plan_all(self.sampler, self.family.levels, rollout.horizon, seeds)
-        )
-        noise = [torch.randn((1, *self.family.latent_shape), generator=generator(seed)) for seed in seeds]
+        return self._sample(self.sampler, policy, examples, rollout.horizon, seeds)
+
+    def sample_held_out(
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
+    ) -> Trajectories:
+        return self._sample(self.sampler.evaluated(), policy, examples, rollout.horizon, seeds)
+
+    def _sample(
+        self, sampler: Sampler, policy: Policy, examples: list[Example], horizon: int, seeds: list[int]
+    ) -> Trajectories:
+        is_student = policy.name == "student"
+        family = policy.processor if is_student else self.family  # a worker's copy of the student has its own
+        device, target = next(policy.model.parameters()).device, self._target(policy)
+        sigma, toward, trained = (part.to(device) for part in plan_all(sampler, family.levels, horizon, seeds))
+        noise = [torch.randn((1, *family.latent_shape), generator=generator(seed)) for seed in seeds]
         start = torch.cat(noise).to(device)
-        target = StepVelocity() if policy.name == "student" else self.velocity_target(policy.name)
-        field = self.velocity_field(policy, examples, target.guidance)
+        evaluations = torch.zeros(len(seeds), dtype=torch.long)
+
+        def count(rows: Tensor) -> None:
+            evaluations.index_add_(0, rows.cpu(), torch.ones(len(rows), dtype=torch.long))
+
+        field = self._field(policy, examples, target.guidance, count)
 
         def acting(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return field(rows, latent, t, r if target.jumps else t)
 
         with torch.no_grad():
-            after = roll_out(self.sampler, acting, start, sigma, toward, seeds)
+            after = roll_out(sampler, acting, start, sigma, toward, seeds)
         check_finite(after, examples)
-        acted = self._trajectories(examples, start, after, sigma[:, :-1], toward, trained, seeds)
-        if self.sampler.stochastic:
-            acted.behavior_log_probs = self._log_probs(policy, acted)
+        acted = trajectories_of(examples, start, after, sigma[:, :-1], toward, trained, seeds)
+        if sampler.stochastic:
+            acted.behavior_log_probs = self._log_probs(sampler, policy, acted, count)
+        acted.observation[EVALUATIONS] = evaluations
         return acted
 
-    def _log_probs(self, policy: Policy, acted: Trajectories) -> Tensor:
+    def _log_probs(self, sampler: Sampler, policy: Policy, acted: Trajectories, count: Count) -> Tensor:
         """``[B, T]`` of the steps that were taken."""
         found = torch.zeros(acted.mask.shape)
         index = acted.mask.flatten().nonzero().squeeze(-1)
-        said = self.distribution(policy, acted, acted.examples).at(index).chunk(slice(None))
+        said = self._distribution(sampler, policy, acted, acted.examples, count).at(index).chunk(slice(None))
         found.view(-1)[index] = said.log_prob(acted.actions.flatten(0, 1)[index]).float()
         return found
 
-    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
+    def replay(
+        self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
         """Images of the dataset, noised: a state each, whose action is the image itself."""
-        clean = self.family.latents([example["image"] for example in examples]).cpu()
+        clean = policy.processor.latents([example["image"] for example in examples]).cpu()
         levels = torch.tensor([self.noising.draw(generator(seed, 1)) for seed in seeds], dtype=torch.float64)
         noise = torch.cat([torch.randn((1, *clean.shape[1:]), generator=generator(seed)) for seed in seeds])
         start = flow.noised(clean, noise, levels[:, 0]).to(clean.dtype)
         trained = torch.ones(len(examples), 1, dtype=torch.bool)
-        return self._trajectories(examples, start, clean[:, None], levels[:, :1], levels[:, 1:], trained, seeds)
-
-    def _trajectories(
-        self,
-        examples: list[Example],
-        start: Tensor,
-        after: Tensor,
-        sigma: Tensor,
-        toward: Tensor,
-        trained: Tensor,
-        seeds: list[int],
-    ) -> Trajectories:
-        made = Trajectories(
-            observation={"start": start, "seed": torch.tensor(seeds)},
-            actions=after,
-            mask=trained,
-            examples=examples,
-            stopped=torch.ones(len(examples), dtype=torch.bool),
-            behavior_log_probs=torch.full(trained.shape, float("nan")),
-            channels={"sigma": sigma.double(), "toward": toward.double()},
-        )
-        return made.to("cpu")
+        return trajectories_of(examples, start, clean[:, None], levels[:, :1], levels[:, 1:], trained, seeds)
 
     def distribution(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Lazy:
-        is_student = policy.name == "student"
-        target = StepVelocity() if is_student else self.velocity_target(policy.name)
-        own = self.shown(trajectories.examples, trajectories.student_view)
-        examples = own if view is None else view
-        field = self.velocity_field(policy, examples, target.guidance)
+        own = self.shown(trajectories.examples, trajectories.student_view) if view is None else view
+        return self._distribution(self.sampler, policy, trajectories, own, self._count)
+
+    def _distribution(
+        self, sampler: Sampler, policy: Policy, trajectories: Trajectories, examples: list[Example], count: Count
+    ) -> Lazy:
+        is_student, target = policy.name == "student", self._target(policy)
+        field = self._field(policy, examples, target.guidance, count)
         width, device = trajectories.mask.shape[1], trajectories.mask.device
         before = torch.cat([trajectories.observation["start"][:, None], trajectories.actions[:, :-1]], 1)
         seeds = trajectories.observation["seed"].tolist()
@@ -253,16 +266,17 @@ class DiffusionDistillation(OnPolicyDistillation):
         @cache
         def other_field(name: str) -> VelocityField:
             if name == "self":
-                return self.velocity_field(policy, examples)
-            return self.velocity_field(self.policies[name], own)
+                return self._field(policy, examples, 1.0, count)
+            own = self.shown(trajectories.examples, trajectories.student_view)
+            return self._field(self.policies[name], own, 1.0, count)
 
         def make(index: Tensor) -> Transition:
             rows, at = index // width, index % width
             latent = before[rows, at]
             t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
 
-            if is_student and self.sampler.chained and torch.is_grad_enabled():
-                came = self._chain(field, trajectories, rows, at)
+            if is_student and sampler.chained and torch.is_grad_enabled():
+                came = retrace(field, trajectories, rows, at)
                 # what the end of the step owes to the state that it starts from
                 v = field(rows, came, t, r) + (latent - came) / flow.over(t, latent)
             elif is_student:
@@ -271,21 +285,13 @@ class DiffusionDistillation(OnPolicyDistillation):
                 after, mine = trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()]
                 states = VisitedStates(latent, t, r, after, mine, lambda name: RestrictedField(other_field(name), rows))
                 v = target(RestrictedField(field, rows), states)
-            return self.sampler.transition(latent, v.to(device), t, r)
+            return sampler.transition(latent, v.to(device), t, r)
 
         trained = [p for p in policy.model.parameters() if p.requires_grad] if is_student else []
         return Lazy(make, trained, bytes_per_state(self.family))
 
-    def _chain(self, field: VelocityField, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
-        """``[n, ...]`` the states at steps ``at [n]`` of some trajectories, reached anew with gradient."""
-        sigma, toward = trajectories.channels["sigma"], trajectories.channels["toward"]
-        latent = trajectories.observation["start"][rows]
-        for k in range(int(at.max())):
-            on = (at > k).nonzero().squeeze(-1)
-            t, r = sigma[rows[on], k], toward[rows[on], k]
-            v = field(rows[on], latent[on], t, r)
-            latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
-        return latent
+    def _target(self, policy: Policy) -> VelocityTarget:
+        return StepVelocity() if policy.name == "student" else self.velocity_target(policy.name)
 
     def velocity_target(self, teacher: str) -> VelocityTarget:
         """What a teacher says of a step."""
@@ -316,14 +322,25 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def velocity_field(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> VelocityField:
         """The velocities of a policy for any of these examples; it is told where a step ends if the student is."""
-        family = policy.processor or self.family
-        jumps = self.family.jumps if self.flow_map is None else self.flow_map
-        return velocity_field(policy, family, examples, guidance, jumps, self._count_evaluations)
+        return self._field(policy, examples, guidance, self._count)
 
-    def _count_evaluations(self, states: int) -> None:
-        self.network_evaluations += states
+    def _field(self, policy: Policy, examples: list[Example], guidance: float, count: Count) -> VelocityField:
+        jumps = self.family.jumps if self.flow_map is None else self.flow_map
+        return velocity_field(policy, policy.processor or self.family, examples, guidance, jumps, count)
+
+    def _count(self, rows: Tensor) -> None:
+        self.network_evaluations += len(rows)
+
+    def act(self, who: str, examples: list[Example], seeds: list[int], rollout: Rollout | None = None) -> Trajectories:
+        acted = super().act(who, examples, seeds, rollout)
+        self.network_evaluations += int(acted.observation[EVALUATIONS].sum())
+        return acted
 
     # -- training -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.network_evaluations = 0  # checks before the first step are no part of the run
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -331,43 +348,15 @@ class DiffusionDistillation(OnPolicyDistillation):
         self.record("network_evaluations", float(self.network_evaluations))
         self.network_evaluations = 0
 
-    def prepare(self, step: OptimizerStep) -> None:
-        super().prepare(step)
-        for name, teacher in self.teachers.items():
-            if isinstance(teacher.weights, LearnedScore):
-                loss = self._learn(name, teacher.weights, step)
-                if loss is not None:
-                    self.record(f"learned/{name}", loss)
-
-    def _learn(self, name: str, weights: LearnedScore, step: OptimizerStep) -> Tensor | None:
-        """A learned score is trained on what the student made for this optimizer step."""
-        mine = Trajectories.concatenate(step.trajectories, self.padding)
-        acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
-        mine = mine.select(acted.nonzero().squeeze(-1))
-        if not len(mine) or weights.has_learned(self.global_step):
-            return None  # a stage in which the student does not act, or a step that is begun again
-        seen = self.shown(mine.examples, mine.student_view)
-        field = RestrictedField(self.velocity_field(self.policies[name], seen), torch.arange(len(mine)))
-
-        def average(gradient: Tensor) -> Tensor:
-            if self.trainer.world_size == 1:
-                return gradient
-            return self.trainer.strategy.reduce(gradient, reduce_op="mean")
-
-        seeds = [derived_seed(seed, self.global_step) for seed in mine.observation["seed"].tolist()]
-        return weights.learn(field, self.ends(mine), seeds, average, self.global_step)
-
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
-        super().evaluate(stage, who, examples, batch_idx)
+    def measure(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
         if self.quality is not None and not self.trainer.sanity_checking:
             steps = self.quality.test_steps if stage == "test" else self.quality.steps
             self.quality.see(self, who, examples, batch_idx, steps)
 
-    def evaluated(self, stage: str) -> dict[str, float]:
-        values = super().evaluated(stage)
-        return values if self.quality is None else values | self.quality.finish(self, stage)
+    def measured(self, stage: str) -> dict[str, float]:
+        return {} if self.quality is None else self.quality.finish(self, stage)
 
     # -- export ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...teacher import View
+from ...policy import View
 from ...trajectory import Example
 
 REFERENCE = "reference"

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from ...teacher import Policy
+from ...policy import Policy
 from ...trajectory import Example, Trajectories
 from ..autoregressive import PromptView
 from ..vision_language import VisionLanguageDistillation
@@ -60,10 +60,10 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     # -- coordinates --------------------------------------------------------------------------------------------
 
-    def model_size(self, size: Size) -> Size:
-        """Width and height to which the student's processor resizes an image of this size."""
+    def model_size(self, size: Size, policy: Policy) -> Size:
+        """Width and height to which the student's processor resizes an image of this size; ``policy``: the student."""
         if size not in self._model_sizes:
-            processor = self.policies["student"].processor.image_processor
+            processor = policy.processor.image_processor
             made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
             if "image_grid_thw" not in made:
                 return size
@@ -71,13 +71,10 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
             self._model_sizes[size] = columns * processor.patch_size, rows * processor.patch_size
         return self._model_sizes[size]
 
-    def written(self, example: Example) -> str:
-        """The completion that answers with the example's box."""
-        if self.answer_format.absolute:
-            (seen,) = self.shown([example])
-            model_size = self.model_size(images_of(seen)[0].size)
-        else:
-            model_size = (1, 1)
+    def written(self, example: Example, seen: Example, policy: Policy) -> str:
+        """The completion that answers with the example's box, of the image that the student (``policy``) sees."""
+        absolute = self.answer_format.absolute
+        model_size = self.model_size(images_of(seen)[0].size, policy) if absolute else (1, 1)
         return self.answer_format.write(tuple(example["box"]), images_of(example)[0].size, model_size)
 
     def predicted(
@@ -93,7 +90,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         size = model_size = images_of(example)[0].size
         if self.answer_format.absolute:
             (seen,) = self.shown([example], student_view)
-            model_size = self.model_size(images_of(seen)[0].size)
+            model_size = self.model_size(images_of(seen)[0].size, self.policies["student"])
         return self.answer_format.to_pixels(parsed, size, model_size)
 
     # -- the methods of a setting -------------------------------------------------------------------------------
@@ -103,18 +100,18 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         asked = self.answer_format.prompt.format(instruction=prompt) if isinstance(prompt, str) else prompt
         return {**example, "prompt": asked}
 
-    def answered(self, example: Example) -> Example:
-        return {**example, "completion": self.written(example)}
+    def answered(self, example: Example, seen: Example, policy: Policy) -> Example:
+        return {**example, "completion": self.written(example, seen, policy)}
 
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
-        return self._with_digits(super().sample(policy, *args, **kwargs))
+        return self._with_digits(super().sample(policy, *args, **kwargs), self.reads_as(policy))
 
-    def replay(self, examples: list[Example], seeds: list[int]) -> Trajectories:
-        return self._with_digits(super().replay(examples, seeds))
+    def replay(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
+        return self._with_digits(super().replay(policy, *args, **kwargs), policy)
 
-    def _with_digits(self, trajectories: Trajectories) -> Trajectories:
+    def _with_digits(self, trajectories: Trajectories, reader: Policy) -> Trajectories:
         """Adds the channel ``digits``: how many digits of its number, from its own on, a token has before it."""
-        tokenizer, digits = self.tokenizer(), torch.zeros(trajectories.mask.shape)
+        tokenizer, digits = self.tokenizer(reader), torch.zeros(trajectories.mask.shape)
         for i, (row, length) in enumerate(zip(trajectories.actions, trajectories.length, strict=True)):
             digits[i, :length] = torch.tensor(digit_places(row[:length].tolist(), tokenizer.decode)).float()
         trajectories.channels["digits"] = digits
@@ -141,10 +138,11 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
             return problem
         if self.answer_format.absolute:
             (seen,) = self.shown([example])
-            mine = self.model_size(images_of(seen)[0].size)
+            student = self.policies["student"]
+            mine = self.model_size(images_of(seen)[0].size, student)
             for name, teacher in self.teachers.items():
                 view = teacher.look(example) if teacher.view is not None else None
-                if view is not None and self.model_size(images_of(view)[0].size) != mine:
+                if view is not None and self.model_size(images_of(view)[0].size, student) != mine:
                     return (
                         f"the view of model.teachers.{name} has another image size, so pixels mean other places there"
                     )

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from ...teacher import View
+from ...policy import View
 from ...trajectory import Example
 from ..autoregressive.view import last_text, with_text
 from ..vision_language.boxes import problem_with_box

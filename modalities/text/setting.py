@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ...teacher import Policy
+from ...policy import Policy
 from ...trajectory import Example
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.models import bare
@@ -33,10 +33,10 @@ class TextDistillation(AutoregressiveDistillation):
         super().__init__(**kwargs)
         self.raw_prompts = raw_prompts
 
-    def renderer(self, policy: Policy | None = None) -> Renderer:
+    def renderer(self, policy: Policy) -> Renderer:
         return Renderer(self.tokenizer(policy), self.chat_template_kwargs, self.raw_prompts)
 
-    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``[B, P]``, left padded.
 
         Raises:

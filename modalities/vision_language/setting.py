@@ -17,11 +17,12 @@ from transformers import AutoModelForImageTextToText
 
 from ...chat import Chat
 from ...distribution import Categorical
+from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
 from ...printable import quoted
 from ...rows import row_of
 from ...sharding import is_sharded
-from ...teacher import Policy, evaluating
+from ...splits import rows_of
 from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.models import bare
@@ -30,6 +31,7 @@ from .images import images_of, split_at_markers, values_of, with_images
 from .processor import load_processor, placeholders
 
 CHECKED_EXAMPLES, CHECKED_STEPS = 4, 8
+CHECK = "model.blank_check"
 PROBE_PIXELS = 56
 
 FILLED_IN = ("gemma3", "paligemma")
@@ -62,7 +64,6 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     ) -> None:
         super().__init__(**kwargs)
         self.max_image_pixels, self.blank_check = max_image_pixels, blank_check
-        self._processed: tuple[Any, list[Example], dict[str, Tensor]] | None = None
 
     def original_processor(self, spec: Pretrained) -> Any:
         return load_processor(spec)
@@ -107,18 +108,17 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     # -- inputs -------------------------------------------------------------------------------------------------
 
-    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and, where the model has them, token types ``[B, P]``, left padded.
 
         Raises:
             ValueError: an image cannot be read, or as in `placed_images` and `Renderer.prompt`.
         """
-        inputs = self._process(examples, policy or self.policies["student"])
+        inputs = self._process(examples, policy)
         return {name: inputs[name] for name in self.padding if name in inputs}
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        own = policy.name in self.teachers and self.teachers[policy.name].own_template
-        inputs = self._process(examples, policy if own else self.policies["student"])
+        inputs = self._process(examples, self.reads_as(policy))
         return {name: tensor for name, tensor in inputs.items() if name not in self.padding}
 
     def cache_key(self, example: Example) -> Hashable:
@@ -127,9 +127,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     def _process(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Everything that the processor makes of the examples; `collate` and `media` of one batch share a call."""
         processor = policy.processor
-        if self._processed is not None:
-            whose, of, inputs = self._processed
-            if whose is processor and len(of) == len(examples) and all(map(_same, of, examples)):
+        if "processed" in policy.cache:
+            of, inputs = policy.cache["processed"]
+            if len(of) == len(examples) and all(map(_same, of, examples)):
                 return inputs
         renderer = self.renderer(policy)
         images = [images_of(example) for example in examples]
@@ -141,11 +141,11 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         )
         inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding_id)
-        self._processed = processor, examples, inputs
+        policy.cache["processed"] = examples, inputs
         return inputs
 
-    def renderer(self, policy: Policy | None = None) -> Renderer:
-        processor = (policy or self.policies["student"]).processor
+    def renderer(self, policy: Policy) -> Renderer:
+        processor = policy.processor
         if processor.chat_template is None:
             raise ValueError(f"{processor.tokenizer.name_or_path} has no chat template to place images with")
         own = tuple(token for name in ("image_token", "boi_token") if (token := getattr(processor, name, None)))
@@ -175,9 +175,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Categorical:
         said = super().distribution(policy, trajectories, view)
-        if torch.is_grad_enabled() and policy is self.policies["student"] and not self._sees(trajectories):
+        if torch.is_grad_enabled() and policy.name == "student" and not self._sees(trajectories):
             # a batch without images must still reach every trained parameter
-            idle = sum((p.sum() * 0.0 for p in self._vision_parameters()), said.hidden.new_zeros(()))
+            idle = sum((p.sum() * 0.0 for p in self._vision_parameters(policy)), said.hidden.new_zeros(()))
             said.hidden = said.hidden + idle
         return said
 
@@ -185,9 +185,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         seen = self.shown(trajectories.examples, trajectories.student_view)
         return any(images_of(example) for example in seen)
 
-    def _vision_parameters(self) -> list[Tensor]:
+    def _vision_parameters(self, policy: Policy) -> list[Tensor]:
         """Trained parameters outside of the language model."""
-        model = bare(self.policies["student"].model)
+        model = bare(policy.model)
         reading = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
         return [p for p in model.parameters() if p.requires_grad and id(p) not in reading]
 
@@ -212,8 +212,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         Raises:
             ValueError: a policy says the same whether its images are there or blank.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        rows = getattr(data, "validation", None) or getattr(data, "train", None) or []
+        rows = rows_of(self.trainer, "validation", CHECK) or rows_of(self.trainer, "train", CHECK) or []
         examples: list[Example] = [row_of(rows, i) for i in range(min(len(rows), CHECKED_EXAMPLES))]
         examples = [example for example in examples if images_of(example)]
         if not examples:
@@ -239,8 +238,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         """
         gaps = {}
         for name, policy in self.policies.items():
-            shown = trajectories.examples, trajectories.student_view
-            seen: list[Example | None] = list(self.shown(*shown)) if name == "student" else self._look(name, *shown)
+            seen = self.streams.seen(name, trajectories.examples, trajectories.student_view)
             kept = [i for i, e in enumerate(seen) if e is not None and images_of(e) and trajectories.mask[i].any()]
             # other ranks may have some, and wait for this one where the weights are cut
             asked = kept if kept or not is_sharded(bare(policy.model)) else [0]

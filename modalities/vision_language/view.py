@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageColor, ImageFilter
 
 from ...images import open_image
-from ...teacher import Original, View
+from ...policy import Original, View
 from ...trajectory import Example
 from .boxes import problem_with_box
 from .images import images_of, with_images

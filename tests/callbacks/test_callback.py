@@ -10,7 +10,7 @@ import torch
 
 from opd_lightning.callbacks import ChangePoint, DistillationCallback, EarlyStopRollout
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term, Weight
-from opd_lightning.rollout import Rollout, derived_seed
+from opd_lightning.rollout_settings import Rollout, derived_seed
 from opd_lightning.teacher import Frozen, Teacher
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter

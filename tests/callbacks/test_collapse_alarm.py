@@ -13,7 +13,7 @@ import torch
 from opd_lightning.callbacks import CollapseAlarm, Curriculum, EarlyStopRollout, FirstSteps, Linear, Piecewise
 from opd_lightning.callbacks.collapse_alarm import compressibility
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 
 HEALTHY = {

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from opd_lightning.callbacks import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Stage, Staircase
 from opd_lightning.callbacks.knobs import Knob
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Teacher
 from tests.callbacks import toy
+from tests.tiny import watch_queries
 
 # -- schedules ----------------------------------------------------------------------------------------------------
 
@@ -174,14 +175,11 @@ def test_a_growing_horizon_stops_generation_and_is_logged(world, tmp_path):
     assert [int(value) for _, value in seen[1:]] == [2, 4, 6, 8]
 
 
-def test_off_after_a_step_skips_the_teacher(world, tmp_path):
+def test_off_after_a_step_skips_the_teacher(world, tmp_path, monkeypatch):
     asked = []
+    watch_queries(monkeypatch, lambda *_: asked.append(module.global_step))
 
     class Watching(world.setting):
-        def query(self, name, trajectories):
-            asked.append(self.global_step)
-            return super().query(name, trajectories)
-
         def on_train_start(self):
             super().on_train_start()
             asked.clear()  # by the comparison before the first step

@@ -22,11 +22,11 @@ from opd_lightning.callbacks import (
 )
 from opd_lightning.callbacks.early_stop.adaptive_window import gradient_of
 from opd_lightning.callbacks.early_stop.change_point import falls_at
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
-from tests.tiny import LongerIsBetter, act, attach, log_softmax, sgd
+from tests.tiny import LongerIsBetter, act, attach, log_softmax, sgd, watch_queries
 
 
 def watching(setting: Any, seen: list[Any]) -> Any:
@@ -48,16 +48,10 @@ def watching(setting: Any, seen: list[Any]) -> Any:
 # -- known beforehand ---------------------------------------------------------------------------------------------
 
 
-def test_first_steps_are_all_that_is_generated_and_asked_for(world, tmp_path):
-    asked = []
-
-    class Asked(world.setting):
-        def query(self, name, trajectories):
-            asked.append(trajectories.mask.shape[1])
-            return super().query(name, trajectories)
-
-    seen: list[Any] = []
-    module = world.module(setting=watching(Asked, seen), evaluation=Evaluation(before=False))
+def test_first_steps_are_all_that_is_generated_and_asked_for(world, tmp_path, monkeypatch):
+    asked, seen = [], list[Any]()
+    watch_queries(monkeypatch, lambda name, batch: asked.append(batch.mask.shape[1]))
+    module = world.module(setting=watching(world.setting, seen), evaluation=Evaluation(before=False))
     world.fit(module, tmp_path, steps=2, callbacks=[EarlyStopRollout(FirstSteps(4))])
     assert [wide for wide, _ in seen] == [4, 4]
     assert max(asked) <= 4

@@ -22,7 +22,7 @@ from opd_lightning.callbacks import (
     Piecewise,
 )
 from opd_lightning.objective import Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
 from tests.callbacks import toy
 from tests.tiny import act, log_softmax

@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from opd_lightning.callbacks import CollapseAlarm, Curriculum, Linear, Samples
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 
 METRICS = ("train/loss/ReverseKL", "train/alarms", "knob/rollout.horizon", "knob/rollout.behavior.student")

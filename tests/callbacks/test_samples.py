@@ -16,7 +16,7 @@ from rich.console import Console
 from opd_lightning.callbacks import Curriculum, EarlyStopRollout, FirstSteps, FreshnessControl, Linear, Samples
 from opd_lightning.callbacks.samples import render
 from opd_lightning.objective import JSD, ForwardKL
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter
 

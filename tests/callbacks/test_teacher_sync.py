@@ -24,7 +24,7 @@ from opd_lightning.callbacks import (
     WhenConsolidated,
 )
 from opd_lightning.pretrained import Lora
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Live, Teacher
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter, log_softmax

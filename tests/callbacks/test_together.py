@@ -25,7 +25,7 @@ from opd_lightning.callbacks import (
     WhenConsolidated,
 )
 from opd_lightning.cli import run
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter

@@ -11,7 +11,7 @@ import torch
 
 from opd_lightning.callbacks import Curriculum, EarlyStopRollout, FirstSteps, Linear, WeightExtrapolation
 from opd_lightning.callbacks.weight_extrapolation import _copy
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from opd_lightning.checkpoint import Checkpoint
 from opd_lightning.distribution import Gaussian
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import Policy, View
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import Frozen, Policy, Teacher, View
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import Frozen, Teacher
 from opd_lightning.trajectory import Example, Trajectories
 from tests.tiny import Rows, make_trainer
 
@@ -48,7 +49,7 @@ class Moves(OnPolicyDistillation):
 
     model_class, provides = Mover, frozenset[str]()
 
-    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         return {name: torch.tensor([example[name] for example in examples]) for name in ("start", "told")}
 
     def sample(
@@ -82,7 +83,7 @@ class Moves(OnPolicyDistillation):
         return self.distribution(policy, acted).at(index).log_prob(acted.actions.flatten(0, 1)).view(acted.mask.shape)
 
     def distribution(self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None) -> Gaussian:
-        seen = trajectories.observation if view is None else self.collate(view)
+        seen = trajectories.observation if view is None else self.collate(view, policy)
         moved = nn.functional.pad(trajectories.actions.cumsum(1)[:, :-1], (0, 0, 1, 0))
         places = seen["start"][:, None] + moved
         return Gaussian(policy.model(places, seen["told"][:, None]), torch.tensor(SCALE))

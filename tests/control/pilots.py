@@ -47,7 +47,7 @@ class Control(OnPolicyDistillation):
 
     model_class, provides, columns = Pilot, frozenset({"reward"}), ("start", "wind")
 
-    def collate(self, examples: list[Example], policy: Policy | None = None) -> dict[str, Tensor]:
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         known = [example.get("known", [0.0, 0.0]) for example in examples]
         return {"known": torch.tensor(known)}
 

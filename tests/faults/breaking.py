@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from opd_lightning.objective import ReverseKL
-from opd_lightning.teacher import View
+from opd_lightning.policy import View
 
 
 class Breaks(ReverseKL):

@@ -31,7 +31,7 @@ from opd_lightning.objective import (
     Window,
 )
 from opd_lightning.objective.weight import at_least
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
 from tests.objective.reference import Policy, batch, close, dense, kl
 from tests.tiny import act, fit, make_module
@@ -301,7 +301,7 @@ def test_a_trajectorys_own_weight_multiplies_every_term_and_cancels_where_weight
             weighed.weigh(torch.tensor(weight))
         module.zero_grad()
         student = module.distribution(module.policies["student"], weighed)
-        loss, _ = objective(student, module.query_all(weighed), weighed)
+        loss, _ = objective(student, module.streams.query_all(module.objective.teachers(), weighed), weighed)
         loss.backward()
         return float(loss), torch.cat([p.grad.flatten() for p in module.student.parameters()])
 

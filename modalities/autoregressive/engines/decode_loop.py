@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ....distribution import Head
-from ....rollout import Rollout
+from ....policy import Policy, evaluating
+from ....rollout_settings import Rollout
 from ....sharding import is_sharded
-from ....teacher import Policy, evaluating
 from ..models import bare, cache_name
 from .cache import RowCache
 from .draw import draw, uniforms

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....rollout import Rollout
+from ....rollout_settings import Rollout
 
 BLOCK = 128
 """Ids whose probabilities are summed first; the running sum then goes over the blocks, and inside a single one."""

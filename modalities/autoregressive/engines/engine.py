@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ....distribution import Head
 from ....finite import Finite
-from ....rollout import Rollout
-from ....teacher import Policy
+from ....policy import Policy
+from ....rollout_settings import Rollout
 from ....trajectory import Example
 
 

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ....distribution import Head
-from ....rollout import Rollout
+from ....policy import Policy, evaluating
+from ....rollout_settings import Rollout
 from ....sharding import as_forward, is_sharded
-from ....teacher import Policy, evaluating
 from ..models import bare
 from .draw import BELOW_ONE, uniforms
 from .engine import Prompts, RolloutEngine

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ....distribution import Head
-from ....rollout import Rollout
+from ....policy import Policy
+from ....rollout_settings import Rollout
 from ....sharding import as_forward
-from ....teacher import Policy
 from ..models import context_length, rope_kinds, rope_switch
 from .engine import Prompts, RolloutEngine
 

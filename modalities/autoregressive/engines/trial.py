@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ....agreement import is_rounded
 from ....distribution import Head
-from ....rollout import Rollout
+from ....policy import Policy, evaluating
+from ....rollout_settings import Rollout
 from ....sharding import is_sharded
-from ....teacher import Policy, evaluating
 from ..models import bare
 from .engine import Prompts, RolloutEngine
 from .generate import Generate

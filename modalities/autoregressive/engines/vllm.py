@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ....distribution import Head
+from ....policy import Policy, evaluating
 from ....printable import printable, quoted
-from ....rollout import Rollout
-from ....teacher import Policy, evaluating
+from ....rollout_settings import Rollout
 from ..models import bare
 from .decode_loop import DecodeLoop
 from .engine import Prompts, RolloutEngine

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import opd_lightning
 from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests import tiny
 
 PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"

@@ -16,7 +16,7 @@ from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.modalities.vision_language import VisionLanguageDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Teacher
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -62,7 +62,7 @@ def test_rows_say_what_each_role_is(tiny_student, tiny_teacher):
 
 
 def test_the_table_is_printed(tiny_student, tiny_teacher, capsys):
-    audit(make_module(tiny_student, tiny_teacher))
+    audit(make_module(tiny_student, tiny_teacher), None)
     printed = capsys.readouterr().out
     assert "stop ids" in printed
     assert "teacher" in printed
@@ -193,7 +193,7 @@ def test_heads_padded_differently_just_work(saved, rows):
     assert module.vocabulary == 17
     table(module)
     rolled = act(module, make_rows(4))
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     with torch.no_grad():
         loss, averages = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     assert float(loss) > 0

@@ -14,7 +14,7 @@ from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.autoregressive.passes import passes
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
 from tests.tiny import act, log_softmax, make_module, make_rows, no_teacher, teacher_forced
 
@@ -51,7 +51,7 @@ def test_many_passes_say_and_learn_what_one_does(student, teacher):
     def found(most: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         module.pass_tokens = most
         calls.clear()
-        streams = module.query_all(rolled)
+        streams = module.streams.query_all(module.objective.teachers(), rolled)
         said = module.distribution(module.policies["student"], rolled)
         loss, _ = module.objective(said, streams, rolled)
         module.zero_grad()
@@ -132,7 +132,7 @@ def test_a_view_is_aligned_at_the_start_of_the_response(student, teacher):
     """Its prompt has another length in every row, and the same completion."""
     module = make_module(student, frozen(teacher, view=PRIVILEGED))
     rolled = act(module, make_rows(8))
-    stream = module.query("teacher", rolled)
+    stream = module.streams.query("teacher", rolled)
     assert stream.available.tolist() == [bool(example["solution"]) for example in rolled.examples]
     said = stream.distribution.head(stream.distribution.hidden).log_softmax(-1)
     model, tokenizer = module.policies["teacher"].model, module.tokenizer()
@@ -158,7 +158,7 @@ def test_the_student_itself_without_a_view_is_at_no_distance(any_world, weights,
     objective = Objective([Term(ReverseKL()), Term(ForwardKL())])
     module = any_world.module({"teacher": Teacher(made)}, objective, lora=lora)
     rolled = act(module, any_world.make_rows(8))
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     with torch.no_grad():
         loss, averages = objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     found = averages.compute()
@@ -172,7 +172,7 @@ def test_a_teacher_acts_on_its_view_and_the_student_learns_on_its_own_prompt(any
     )
     rows = any_world.make_rows(8)
     rolled = act(module, rows, "teacher")
-    assert torch.equal(rolled.observation["input_ids"], module.collate(rows)["input_ids"])
+    assert torch.equal(rolled.observation["input_ids"], module.collate(rows, module.policies["student"])["input_ids"])
     assert rolled.examples == rows
     shown = [any_world.view(row) or row for row in rows]
     seen = teacher_forced(module, "teacher", rolled, shown)
@@ -208,9 +208,14 @@ def test_an_empty_completion_is_a_stop_token(tiny_student):
 # -- refusals (rule 8) --------------------------------------------------------------------------------------------
 
 
+def prompt_length(world, row) -> int:
+    module = world.alone()
+    return len(module.prompt_ids(row, module.policies["student"]))
+
+
 def test_a_long_prompt_is_refused_with_its_length_and_the_limit(world):
     row = world.make_rows(1)[0]
-    length = len(world.alone().prompt_ids(row))
+    length = prompt_length(world, row)
     assert world.alone(rollout=Rollout(horizon=8, max_prompt_length=length)).refusal(row) is None
     reason = world.alone(rollout=Rollout(horizon=8, max_prompt_length=length - 1)).refusal(row)
     assert reason == f"the prompt has {length} tokens, rollout.max_prompt_length is {length - 1}"
@@ -219,7 +224,7 @@ def test_a_long_prompt_is_refused_with_its_length_and_the_limit(world):
 def test_a_teachers_view_has_its_own_limit(world):
     row = world.make_rows(2)[1]
     seen = world.view(row)
-    length = len(world.alone().prompt_ids(seen))
+    length = prompt_length(world, seen)
     for limit in (length, length - 1):
         module = world.module(
             frozen(world.teacher, view=world.view, max_prompt_length=limit), rollout=Rollout(horizon=8)

@@ -9,7 +9,7 @@ import pytest
 from opd_lightning.modalities.diffusion import DiffusionDistillation, VelocityMatching
 from opd_lightning.objective import Objective, Term
 from opd_lightning.pretrained import Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests import tiny
 from tests.tiny_diffusion import PIPELINES, save_pipeline
 

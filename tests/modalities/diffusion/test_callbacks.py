@@ -9,7 +9,7 @@ from opd_lightning.callbacks import Curriculum, EarlyStopRollout, FreshnessContr
 from opd_lightning.callbacks.early_stop import FirstSteps
 from opd_lightning.modalities.diffusion import SDE, FlowMatching, Noising, VelocityMatching
 from opd_lightning.objective import Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.tiny import Rows, fit, make_trainer, sgd
 from tests.tiny_diffusion import make_rows
 

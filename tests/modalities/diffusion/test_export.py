@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from opd_lightning import export
 from opd_lightning.modalities.diffusion.models import Transformer
-from opd_lightning.teacher import Policy
+from opd_lightning.policy import Policy
 from tests.exported import exportable
 from tests.tiny_diffusion import PIPELINES, save_pipeline
 

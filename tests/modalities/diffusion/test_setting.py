@@ -38,7 +38,7 @@ from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGr
 from opd_lightning.objective.policy_gradient import LogRatio
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.reward import Reward
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Live, Teacher
 from tests.test_images import encoded
 from tests.tiny import Rows, act, fit, make_trainer
@@ -51,7 +51,7 @@ def on_policy(module: Any, count: int = 4, **settings: Any) -> Any:
 
 def objective_of(module: Any, trajectories: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Loss and gradients of a micro-batch that stands alone."""
-    streams = module.query_all(trajectories)
+    streams = module.streams.query_all(module.objective.teachers(), trajectories)
     student = module.distribution(module.policies["student"], trajectories)
     loss, _ = module.objective(student, streams, trajectories)
     parameters = [p for p in module.student.parameters() if p.requires_grad]
@@ -289,7 +289,7 @@ def test_flow_matching_of_images(make):
     module = data_module(
         make, Noising(), teacher={}, objective=Objective([Term(FlowMatching(), teacher=None)]), flow_map=False
     )
-    given = module.replay(make_rows(4), [5, 6, 7, 8])
+    given = module.act("dataset", make_rows(4), [5, 6, 7, 8])
     clean = module.family.latents([row["image"] for row in make_rows(4)])
     wanted = []
     for row, _, x, t, _ in states(module, given):
@@ -304,11 +304,11 @@ def test_the_forward_flow_map_stage_is_flow_matching_where_r_is_t_and_a_total_de
     velocity_targets = {"teacher": TotalDerivative(0.005)}
     same = data_module(make, Noising(1.0), teacher=teacher, velocity_targets=velocity_targets)
     matching = data_module(make, Noising(1.0), teacher={}, objective=Objective([Term(FlowMatching(), teacher=None)]))
-    given = same.replay(make_rows(4), [1, 2, 3, 4])
+    given = same.act("dataset", make_rows(4), [1, 2, 3, 4])
     torch.testing.assert_close(objective_of(same, given)[0], objective_of(matching, given)[0], rtol=1e-4, atol=1e-6)
 
     free = data_module(make, Noising(0.0), teacher=teacher, velocity_targets=velocity_targets)
-    given, wanted = free.replay(make_rows(4), [1, 2, 3, 4]), []
+    given, wanted = free.act("dataset", make_rows(4), [1, 2, 3, 4]), []
     for row, _, x, t, r in states(free, given):
         v = (x - given.actions[row, 0]) / t
         up, down = min(t + 0.005, 1), t - 0.005
@@ -413,7 +413,9 @@ def test_the_gradient_may_flow_through_the_jumps_before(make, pipeline):
         for row, k, x, t, r in states(module, rolled):
             assert k == last[row]
             moment = torch.tensor([row])
-            target = module.query("teacher", rolled).distribution.at(torch.tensor([row * rolled.mask.shape[1] + k]))
+            target = module.streams.query("teacher", rolled).distribution.at(
+                torch.tensor([row * rolled.mask.shape[1] + k])
+            )
             d = (says(module, "student", row, x, t, r) - target.chunk(slice(None)).velocity[0]) * t
             latent = rolled.observation["start"][row][None]
             for j in range(k + 1):
@@ -444,14 +446,16 @@ def test_a_reference_is_seen_by_the_teacher_alone(make):
     index = torch.arange(rolled.mask.numel())
     with torch.no_grad():
         own = student.at(index).chunk(slice(None)).mean
-        told, blind = (module.query(name, rolled).distribution.at(index).chunk(slice(None)).mean for name in views)
+        told, blind = (
+            module.streams.query(name, rolled).distribution.at(index).chunk(slice(None)).mean for name in views
+        )
     assert torch.equal(own, blind), "equal weights and equal views"
     assert not torch.allclose(own, told)
     other = [{**row, "image": row["image"].point(lambda x: 255 - x)} for row in make_rows(4)]
     assert module.teachers["teacher"].look({"prompt": "a", "image": None}) is None
     rolled.examples = other
     with torch.no_grad():
-        again = module.query("teacher", rolled).distribution.at(index).chunk(slice(None)).mean
+        again = module.streams.query("teacher", rolled).distribution.at(index).chunk(slice(None)).mean
     assert not torch.allclose(again, told), "another image, another answer"
 
 
@@ -485,7 +489,7 @@ def test_gradients_do_not_depend_on_chunks_and_memory_not_on_the_number_of_steps
     student = pieces.distribution(pieces.policies["student"], on_policy(pieces, horizon=9))
     made = student.make
     student.make = lambda index: opened.append(len(index)) or made(index)
-    streams = pieces.query_all(rolled9 := on_policy(pieces, horizon=9))
+    streams = pieces.streams.query_all(pieces.objective.teachers(), rolled9 := on_policy(pieces, horizon=9))
     pieces.objective(student, streams, rolled9)[0].backward()
     assert max(opened) <= 5
     assert sum(opened) == 36
@@ -497,11 +501,12 @@ def test_a_teacher_is_asked_only_where_its_term_applies(make):
     module = make(objective=objective, rollout=shares)
     rolled = on_policy(module, 4)
     rolled.sources, rolled.source = ("student", "dataset"), torch.tensor([0, 0, 1, 0])
-    teacher = module.query("teacher", rolled).distribution
+    stream = module.streams.query("teacher", rolled)
+    teacher = stream.distribution
     asked, made = [], teacher.make
     teacher.make = lambda index: asked.extend((index // 2).tolist()) or made(index)
     student = module.distribution(module.policies["student"], rolled)
-    module.objective(student, {"teacher": teacher}, rolled)[0].backward()
+    module.objective(student, {"teacher": stream}, rolled)[0].backward()
     assert set(asked) == {2}
 
 
@@ -814,3 +819,19 @@ def test_a_quantized_teacher_answers_nearly_the_same(make, pipeline, bits):
     ours, theirs = (says(module, "teacher", row, x, t, t) for module in (plain, small))
     assert not torch.equal(ours, theirs)
     assert (ours - theirs).norm() < 0.4 * ours.norm()
+
+
+@pytest.mark.parametrize("sampler", [Shortcuts([1, 2]), SDE()])
+def test_network_evaluations_of_rollouts_made_ahead_are_counted(make, sampler, tmp_path, monkeypatch):
+    """At the generation batch that is trained, whenever the worker's thread made it: as many as without a worker."""
+    counts = {}
+    for staleness in (0, 1, 2):
+        rollout = Rollout(batch_size=4, horizon=2, max_staleness=staleness)
+        module = make("stable_diffusion_3", sampler=sampler, rollout=rollout)
+        recorded: list[tuple[str, Any]] = []
+        monkeypatch.setattr(module, "record", lambda *what, recorded=recorded: recorded.append(what))
+        fit(module, tmp_path, make_rows(8), steps=4)
+        counts[staleness] = [value for name, value in recorded if name == "network_evaluations"]
+    assert counts[0] == counts[1] == counts[2]
+    assert len(counts[0]) == 4
+    assert min(counts[0]) > 0

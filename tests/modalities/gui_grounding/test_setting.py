@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.gui_grounding import (
     AbsolutePixels,
@@ -27,8 +27,9 @@ from opd_lightning.modalities.gui_grounding import (
 from opd_lightning.modalities.gui_grounding.weight import digit_places
 from opd_lightning.modalities.vision_language import Downscale
 from opd_lightning.objective import Confidence, Objective, ReverseKL, Term
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import EMA, Initial, Original, Teacher
+from opd_lightning.policy import Original
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import EMA, Initial, Teacher
 from tests.tiny import act, attach, fit, log_softmax, make_module, no_teacher
 from tests.tiny_vlm import gui_rows, save_vlm
 
@@ -60,9 +61,9 @@ def test_what_is_written_of_the_box_hits_it(folder, answer):
     """Through tokens, smart-resize and the reward; with a smaller screenshot for the student too."""
     for student_view in (None, Downscale(32)):
         module = make(folder, answer_format=answer, student_view=student_view)
-        trajectories = module.replay(gui_rows(), [])
+        trajectories = act(module, gui_rows(), "dataset")
         assert bool(trajectories.stopped.all())
-        reward, shown = module.checked_rewards(trajectories)
+        reward, shown = module.actor.checked_rewards(trajectories)
         assert reward.tolist() == [1.0] * 8, [row["completion"] for row in shown]
         assert all(row["metrics"]["parsed"] == 1 for row in shown)
 
@@ -70,10 +71,10 @@ def test_what_is_written_of_the_box_hits_it(folder, answer):
 def test_pixels_are_those_of_the_resized_screenshot(folder):
     module = make(folder, answer_format=AbsolutePixels())
     row = gui_rows(3)[2]
-    width, height = module.model_size(row["image"].size)
+    width, height = module.model_size(row["image"].size, module.policies["student"])
     assert (width % 16, height % 16) == (0, 0)
     assert (width, height) != row["image"].size
-    x, y = module.answer_format.parse(module.written(row))
+    x, y = module.answer_format.parse(module.written(row, *module.shown([row]), module.policies["student"]))
     assert (x, y) == (round(14 * width / 100), round(13.75 * height / 60))
     grid = module.policies["student"].processor.image_processor(images=[row["image"]])["image_grid_thw"][0]
     assert [width, height] == [8 * int(grid[2]), 8 * int(grid[1])]
@@ -103,9 +104,9 @@ def test_the_papers_table_is_printed(folder, tmp_path, capsys):
 def test_overlap_rewards_boxes(folder):
     rows = gui_rows(4)
     module = make(folder, answer_format=Normalized1000(box=True), reward=Overlap())
-    reward, _ = module.checked_rewards(module.replay(rows, []))
+    reward, _ = module.actor.checked_rewards(act(module, rows, "dataset"))
     assert (reward > 0.9).all()
-    reward, _ = make(folder, reward=Overlap()).checked_rewards(make(folder).replay(rows, []))
+    reward, _ = make(folder, reward=Overlap()).actor.checked_rewards(act(make(folder), rows, "dataset"))
     assert (reward == 0).all(), "a point overlaps nothing"
 
 
@@ -114,13 +115,13 @@ def test_overlap_rewards_boxes(folder):
 
 def test_digits_are_counted_in_rollouts_and_given_answers(folder):
     module = make(folder)
-    for trajectories in (act(module, gui_rows()), module.replay(gui_rows(), [])):
+    for trajectories in (act(module, gui_rows()), act(module, gui_rows(), "dataset")):
         decode = module.tokenizer().decode
         for i, row in enumerate(trajectories.actions):
             length = int(trajectories.length[i])
             places = digit_places(row[:length].tolist(), decode)
             assert trajectories.channels["digits"][i, :length].tolist() == places
-    (row,) = make(folder, answer_format=Normalized1000()).replay(gui_rows(1), []).channels["digits"]
+    (row,) = act(make(folder, answer_format=Normalized1000()), gui_rows(1), "dataset").channels["digits"]
     assert row.tolist() == [0, 3, 2, 1, 0, 0, 3, 2, 1, 0, 0]  # (188, 286)
 
 
@@ -142,7 +143,7 @@ def test_the_teachers_screenshot_has_as_many_tokens(folder, view):
     module = make(folder, {"teacher": Teacher(Initial(), view=view)}, Objective([Term(ReverseKL())]))
     image = module.policies["student"].processor.image_token_id
     rows = gui_rows()
-    mine, theirs = module.collate(rows), module.collate([view(row) for row in rows])
+    mine, theirs = (module.collate(shown, module.policies["student"]) for shown in (rows, [view(row) for row in rows]))
     assert torch.equal((mine["input_ids"] == image).sum(1), (theirs["input_ids"] == image).sum(1))
     rolled = act(module, rows)
     seen = log_softmax(module, "teacher", rolled, [view(row) for row in rows])

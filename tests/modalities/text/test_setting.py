@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from opd_lightning.data import PromptData
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Live, Teacher
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -69,12 +69,12 @@ def test_options_reach_the_template(chat_student):
 
 def test_without_a_template_strings_pass_and_chats_are_refused(tiny_student):
     module = make_module(tiny_student, {}, no_teacher())
-    batch = module.collate([{"prompt": "1+1="}, {"prompt": "12+345="}])
+    batch = module.collate([{"prompt": "1+1="}, {"prompt": "12+345="}], module.policies["student"])
     assert module.tokenizer().batch_decode(batch["input_ids"]) == ["<pad><pad><pad>1+1=", "12+345="]
     assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 4, [1] * 7]
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
     with pytest.raises(ValueError, match=r"the prompt is a chat but .* has no chat template; give string prompts"):
-        module.collate([{"prompt": CHAT}])
+        module.collate([{"prompt": CHAT}], module.policies["student"])
 
 
 def test_an_empty_prompt_is_refused(tiny_student, chat_student):
@@ -89,7 +89,7 @@ def test_a_teacher_reads_its_own_template_if_asked_to(chat_student, other_templa
         policy = module.policies["teacher"] if own else None
         assert shown(module, "1+1=", policy).removeprefix("<s>") == text.removeprefix("<s>")
         rolled = act(module, [{"prompt": "1+1="}, {"prompt": "a longer prompt"}])
-        stream = module.query("teacher", rolled)
+        stream = module.streams.query("teacher", rolled)
         plain = module.tokenizer()(text, add_special_tokens=False)["input_ids"]
         if own:
             plain = module.collate([{"prompt": "1+1="}], policy)["input_ids"][0].tolist()
@@ -111,7 +111,7 @@ def test_a_view_in_a_chat(chat_student):
     module = make_module(chat_student, {"teacher": Teacher(Frozen(Pretrained(str(chat_student))), view)})
     row = {"prompt": CHAT, "answer": "2"}
     rolled = act(module, [row])
-    said = module.query("teacher", rolled).distribution
+    said = module.streams.query("teacher", rolled).distribution
     seen = view(row)
     assert seen is not None
     assert "It is 2." in shown(module, seen["prompt"])
@@ -218,7 +218,7 @@ def test_tools_of_a_row_are_shown_to_student_and_teacher(tool_student, tmp_path)
     rows = [{"prompt": "1+1=", "answer": "2", "tools": [TOOL]}, {"prompt": "1+1=", "answer": "2", "tools": None}]
     data = checked(module, tmp_path, rows)
     for look, said in ((dict, "1+1="), (view, "2, 1+1=")):
-        with_tools, without = (module.prompt_ids(look(dict(row))) for row in data.train)
+        with_tools, without = (module.prompt_ids(look(dict(row)), module.policies["student"]) for row in data.train)
         assert module.tokenizer().decode(with_tools) == "add! " + module.tokenizer().decode(without)
         assert said in module.tokenizer().decode(without)
 
@@ -264,7 +264,9 @@ def test_an_answer_at_the_end_can_be_dropped_or_trained(chat_student, tmp_path):
     module = make_module(chat_student, {}, no_teacher(), rollout=given)
     rows, columns = [{"messages": [ASKED, ANSWERED]}] * 3, {"prompt": "messages"}
     data = checked(module, tmp_path, rows, columns=columns, last_answer="completion")
-    assert module.tokenizer().decode(module.prompt_ids(dict(data.train[0]))) == shown(module, "1+1=")
+    assert module.tokenizer().decode(module.prompt_ids(dict(data.train[0]), module.policies["student"])) == shown(
+        module, "1+1="
+    )
     assert module.tokenizer().decode(module.act("dataset", [dict(data.train[0])], [0]).actions[0]) == "2<|im_end|>"
 
 

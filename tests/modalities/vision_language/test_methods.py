@@ -15,8 +15,9 @@ from opd_lightning.modalities.vision_language import Cue, VisionLanguageDistilla
 from opd_lightning.modalities.vision_language.quickstart import scenes
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import JSD, ImportanceRatio, Objective, Support, Term
+from opd_lightning.policy import Original
 from opd_lightning.shipped import shipped
-from opd_lightning.teacher import EMA, Live, Original, Teacher
+from opd_lightning.teacher import EMA, Live, Teacher
 from tests.tiny import act, fit, log_softmax, make_module
 from tests.tiny_vlm import save_vlm, vlm_rows
 
@@ -40,7 +41,7 @@ def overlay(name: str, folder) -> VisionLanguageDistillation:
 
 
 def loss_of(module, rolled):
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     return loss
 
@@ -76,8 +77,11 @@ def test_vision_opd_scores_the_same_response_after_prompts_of_other_lengths(fold
     module.teachers["teacher"].view.size = 64
     rolled = act(module, cropless(12))
     shown = [module.teachers["teacher"].look(row) for row in rolled.examples]
-    assert module.collate(shown)["input_ids"].shape[1] != rolled.observation["input_ids"].shape[1]
-    distribution = module.query("teacher", rolled).distribution
+    assert (
+        module.collate(shown, module.policies["student"])["input_ids"].shape[1]
+        != rolled.observation["input_ids"].shape[1]
+    )
+    distribution = module.streams.query("teacher", rolled).distribution
     assert distribution.hidden.shape[:2] == rolled.actions.shape
 
 
@@ -106,7 +110,7 @@ def test_an_empty_cue_is_no_privilege(folder):
     module = overlay("vicur", folder)
     rows = [row | {"cue": ""} for row in cropless(12)]
     rolled = act(module, rows)
-    said = module.query("teacher", rolled).distribution
+    said = module.streams.query("teacher", rolled).distribution
     own = log_softmax(module, "student", rolled)
     assert (said.head(said.hidden).log_softmax(-1) - own).abs().max() < 1e-6
 
@@ -127,7 +131,7 @@ def test_vicur_gives_the_k1_gradient(folder):
     loss_of(module, rolled).backward()
     found = [p.grad.clone() for p in module.student.parameters()]
     module.student.zero_grad()
-    said = module.query("teacher", rolled).distribution
+    said = module.streams.query("teacher", rolled).distribution
     teacher = said.head(said.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]
     own = module.distribution(module.policies["student"], rolled)
     student = own.head(own.hidden).log_softmax(-1).gather(-1, rolled.actions[..., None])[..., 0]

@@ -8,16 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from opd_lightning.evaluation import Evaluation
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.modalities.vision_language import VisionLanguageDistillation
 from opd_lightning.modalities.vision_language.images import with_images
 from opd_lightning.modalities.vision_language.setting import blanked, placed_images
 from opd_lightning.modalities.vision_language.view import Crop, Downscale
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import Original, View
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
-from opd_lightning.teacher import EMA, Frozen, Initial, Live, Original, Teacher, View
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
 from tests.tiny import LongerIsBetter, act, fit, log_softmax, make_module, no_teacher, teacher_forced
 from tests.tiny_vlm import picture, save_vlm, vlm_rows
 
@@ -77,7 +78,7 @@ def test_a_view_has_its_own_images_and_the_same_actions(vlm_student, vlm_teacher
     module = make(vlm_student, {"teacher": Teacher(Frozen(Pretrained(str(vlm_teacher))), view=view)})
     rows = [row for row in vlm_rows(8) if row["images"]]
     rolled = act(module, rows)
-    stream = module.query("teacher", rolled)
+    stream = module.streams.query("teacher", rolled)
     assert bool(stream.available.all())
     said = stream.distribution.head(stream.distribution.hidden).log_softmax(-1)
     for i, row in enumerate(rows):
@@ -165,7 +166,7 @@ def test_a_student_view_is_what_student_and_viewless_teachers_see(vlm_student, v
     assert not torch.allclose(in_full["teacher"], degraded["teacher"], atol=1e-2)
     assert torch.equal(log_softmax(hidden, "student", rolled), degraded["student"])
     for module, expected in ((hidden, degraded), (shown, in_full)):
-        said = module.query("teacher", rolled).distribution
+        said = module.streams.query("teacher", rolled).distribution
         assert (said.head(said.hidden).log_softmax(-1) - expected["teacher"]).abs().max() < 1e-5
 
 
@@ -180,7 +181,7 @@ def test_the_student_itself_with_the_same_images_is_at_no_distance(vlm_student, 
     student.lora = lora
     module = make(student, {"teacher": Teacher(weights(), view=Original())}, Objective([Term(ReverseKL())]))
     rolled = act(module, vlm_rows(8))
-    streams = module.query_all(rolled)
+    streams = module.streams.query_all(module.objective.teachers(), rolled)
     with torch.no_grad():
         loss, _ = module.objective(module.distribution(module.policies["student"], rolled), streams, rolled)
     assert abs(float(loss)) < 1e-6
@@ -254,8 +255,8 @@ def test_a_marker_in_the_text_is_the_place_of_an_image(vlm_student, marker):
     for prompt in (written, [{"role": "user", "content": written}]):
         row = {"prompt": prompt, "images": images}
         assert module.refusal(row) is None
-        by_hand = module.collate([{**row, "prompt": chat}])["input_ids"]
-        assert torch.equal(module.collate([row])["input_ids"], by_hand)
+        by_hand = module.collate([{**row, "prompt": chat}], module.policies["student"])["input_ids"]
+        assert torch.equal(module.collate([row], module.policies["student"])["input_ids"], by_hand)
         parts = [{"type": "text", "text": "no"}]
         for said in ("no", [{"role": "assistant", "content": "no"}], [{"role": "assistant", "content": parts}]):
             given = module.act("dataset", [{**row, "completion": said}], [0])

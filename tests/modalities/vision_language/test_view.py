@@ -25,7 +25,7 @@ from opd_lightning.modalities.vision_language.view import (
     Mixture,
     Resize,
 )
-from opd_lightning.teacher import Original, View
+from opd_lightning.policy import Original, View
 
 RNG = np.random.default_rng(0)
 BOX = [10, 4, 30, 12]

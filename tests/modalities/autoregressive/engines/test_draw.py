@@ -9,7 +9,7 @@ from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogi
 
 from opd_lightning.modalities.autoregressive.engines.draw import BLOCK, draw, uniforms
 from opd_lightning.modalities.autoregressive.engines.generate import Sampler
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 
 SHAPES = [
     {},

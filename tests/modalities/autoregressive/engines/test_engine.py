@@ -17,7 +17,7 @@ from opd_lightning.modalities.autoregressive.engines.layers import PackedDecoder
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.rollout import Rollout
+from opd_lightning.rollout_settings import Rollout
 from tests.tiny import act, make_module, make_rows, no_teacher
 
 SHAPES: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from opd_lightning.modalities.autoregressive.engines.engine import until_stop
 from opd_lightning.modalities.autoregressive.engines.generate import Sampler, generate
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.pretrained import Lora
-from opd_lightning.rollout import Rollout, RolloutLoader
+from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Teacher
 from tests.tiny import act, attach, log_softmax, make_module, make_rows, no_teacher, teacher_forced
 from tests.worlds import World
@@ -229,7 +229,7 @@ def test_generation_leaves_the_model_in_its_mode(any_world):
     for mode in (True, False):
         model.train(mode)
         rows = any_world.make_rows(2)
-        prompts = module.collate(rows) | module.media(rows, module.policies["student"])
+        prompts = module.collate(rows, module.policies["student"]) | module.media(rows, module.policies["student"])
         generate(model, module.head(module.policies["student"]), prompts, Rollout(horizon=2), [0, 1], [1], 0)
         assert model.training is mode
 
@@ -238,9 +238,9 @@ def test_the_loader_trains_on_what_was_sampled(any_world, tmp_path):
     """The observation of a micro-batch is exactly the prompt that was sampled from, however it was cut."""
 
     module = attach(any_world.module(rollout=Rollout(batch_size=8, micro_batch_size=2, horizon=8)), tmp_path)
-    for micro_batch in RolloutLoader(any_world.make_rows(24), module):
+    for micro_batch in module.rollout_loader(any_world.make_rows(24)):
         batch = micro_batch.trajectories
         for i, example in enumerate(batch.examples):
             mine = batch.observation["input_ids"][i][batch.observation["attention_mask"][i].bool()]
-            assert mine.tolist() == module.collate([example])["input_ids"][0].tolist()
+            assert mine.tolist() == module.collate([example], module.policies["student"])["input_ids"][0].tolist()
         assert (teacher_forced(module, "student", batch) - batch.behavior_log_probs).abs().max() < TOLERANCE

@@ -1,0 +1,74 @@
+"""Trajectories of latents: how they are stored, retraced and counted.
+
+Shape legend: B trajectories, T denoising steps, n states, latents ``[...]`` in the family's layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...callback import DistillationCallback
+from ...trajectory import Example, Trajectories
+from . import flow
+from .query import VelocityField
+
+EVALUATIONS = "evaluations"
+"""The observation ``[B]`` that says how many network evaluations a trajectory took, whichever thread made them."""
+
+
+def trajectories_of(
+    examples: list[Example],
+    start: Tensor,
+    after: Tensor,
+    sigma: Tensor,
+    toward: Tensor,
+    trained: Tensor,
+    seeds: list[int],
+) -> Trajectories:
+    """Stores B trajectories on the CPU, without densities and as if they took no network evaluation.
+
+    Args:
+        examples: B of them.
+        start: ``[B, ...]`` where they begin.
+        after: ``[B, T, ...]`` where each step leads.
+        sigma, toward: ``[B, T]`` the noise level of each state, and the one that the model is asked to go to.
+        trained: ``[B, T]`` bool.
+        seeds: B numbers for draws.
+    """
+    made = Trajectories(
+        observation={
+            "start": start,
+            "seed": torch.tensor(seeds),
+            EVALUATIONS: torch.zeros(len(examples), dtype=torch.long),
+        },
+        actions=after,
+        mask=trained,
+        examples=examples,
+        stopped=torch.ones(len(examples), dtype=torch.bool),
+        behavior_log_probs=torch.full(trained.shape, float("nan")),
+        channels={"sigma": sigma.double(), "toward": toward.double()},
+    )
+    return made.to("cpu")
+
+
+def retrace(field: VelocityField, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
+    """``[n, ...]`` the states at steps ``at [n]`` of some trajectories, reached anew with gradient."""
+    sigma, toward = trajectories.channels["sigma"], trajectories.channels["toward"]
+    latent = trajectories.observation["start"][rows]
+    for k in range(int(at.max())):
+        on = (at > k).nonzero().squeeze(-1)
+        t, r = sigma[rows[on], k], toward[rows[on], k]
+        v = field(rows[on], latent[on], t, r)
+        latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
+    return latent
+
+
+class CountRollouts(DistillationCallback):
+    """Counts the network evaluations of each generation batch that is about to be trained, whichever thread made it."""
+
+    def on_rollouts(self, module: Any, trajectories: Trajectories) -> Trajectories:
+        module.network_evaluations += int(trajectories.observation[EVALUATIONS].sum())
+        return trajectories

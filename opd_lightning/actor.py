@@ -1,0 +1,100 @@
+"""Actor: who acts, with which weights and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import check_acted, check_prompts, check_scores
+from .policy import Policy, View
+from .rollout_settings import Rollout
+from .rows import blames_rows
+from .setting import Setting
+from .student_view import settings_of, shown
+from .trajectory import Example, Trajectories
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Lets policies act: the training dataloader, the worker ahead of training and evaluation have one each.
+
+    Attributes:
+        setting: how policies act, and what that is worth.
+        policies: by name.
+        rollout: shared with whoever turns its knobs, or a copy.
+        student_view: likewise.
+        precision: entered while a policy acts.
+        held_out: whether it acts on held-out prompts, to be measured.
+    """
+
+    setting: Setting
+    policies: Mapping[str, Policy]
+    rollout: Rollout
+    student_view: View | None = None
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    held_out: bool = False
+
+    @blames_rows
+    @torch.no_grad()
+    def act(self, who: str, examples: list[Example], seeds: list[int]) -> Trajectories:
+        """Trajectories of one behavior policy; a teacher acts on what its view shows it.
+
+        The observation is the student's in every case: that is what the loss conditions on.
+        """
+        seen = shown(self.student_view, examples)
+        if who == "dataset":
+            acted = self.setting.replay(self.policies["student"], examples, seen, self.rollout, seeds)
+            acted = check_acted(self.setting, acted, examples, "replay")
+        else:
+            # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
+            with self.precision():
+                acted = replace(self._act(who, examples, seen, seeds), examples=examples)
+        seed = torch.tensor(seeds, device=acted.mask.device)
+        return replace(acted, student_view=settings_of(self.student_view), sources=(who,), seed=seed)
+
+    def _act(self, who: str, examples: list[Example], seen: list[Example], seeds: list[int]) -> Trajectories:
+        setting, policy = self.setting, self.policies[who]
+        sample = setting.sample_held_out if self.held_out else setting.sample
+        prompts = check_prompts(setting, setting.collate(seen, self.policies["student"]), seen)
+        if who == "student":
+            return check_acted(setting, sample(policy, prompts, seen, self.rollout, seeds), seen)
+        teacher = setting.teachers[who]
+        views = teacher.seen(examples, seen)
+        seeing = [mine if view is None else view for mine, view in zip(seen, views, strict=True)]
+        reader = policy if teacher.own_template else self.policies["student"]
+        acted = sample(policy, setting.collate(seeing, reader), seeing, self.rollout, seeds)
+        acted = check_acted(setting, acted, seeing)
+        return replace(acted, observation=acted.observation | prompts)
+
+    def checked_rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """Checks what `rewards` returned: ``[B]`` on the CPU, NaN where one abstains (None: no rewards), and rows."""
+        return check_scores(self.setting, self.setting.rewards(trajectories), trajectories)
+
+    @blames_rows
+    def with_rewards(self, trajectories: Trajectories) -> Trajectories:
+        """The same with rewards and their group statistics, if there are any."""
+        if not self.setting.has_rewards:
+            return trajectories
+        reward, _ = self.checked_rewards(trajectories)
+        assert reward is not None
+        mean, std = group_statistics(reward, trajectories.group)
+        return replace(trajectories, reward=reward, group_mean=mean, group_std=std)
+
+
+def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each.
+
+    Rewards that are NaN (they abstain) count in neither; both are NaN where all of a group do.
+    """
+    _, member = group.unique(return_inverse=True)
+    known = ~reward.isnan()
+    count = torch.zeros(int(member.max()) + 1).index_add(0, member, known.float())
+    mean = torch.zeros_like(count).index_add(0, member, torch.where(known, reward, 0.0)) / count
+    centered = torch.where(known, reward - mean[member], 0.0)
+    variance = torch.zeros_like(count).index_add(0, member, centered.square()) / count
+    return mean[member], variance.sqrt()[member]

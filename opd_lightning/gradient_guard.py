@@ -1,0 +1,53 @@
+"""GradientGuard: every trained parameter has a gradient before an optimizer step, and a finite one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning as L
+import torch
+
+from .metrics import Metrics
+from .sharding import unsharded
+from .streams import Streams
+
+
+class GradientGuard(L.Callback):
+    """Checks the gradient before each optimizer step; every module brings one.
+
+    Args:
+        streams: of the run; the student's gradients are checked.
+        on_nonfinite: "stop" with an error, or "skip" the optimizer step.
+        metrics: where ``skipped_steps`` is recorded.
+
+    Raises:
+        RuntimeError: a trained parameter has no gradient.
+        FloatingPointError: the gradient is not finite, and steps are not skipped.
+    """
+
+    def __init__(self, streams: Streams, on_nonfinite: Literal["stop", "skip"], metrics: Metrics) -> None:
+        self.streams, self.on_nonfinite, self.metrics = streams, on_nonfinite, metrics
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        student = self.streams.policies["student"].model
+        missing = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trainable parameters got no gradient, among them {missing[0]}; they would not learn. "
+                "Name what the loss does not reach in student.freeze. (4-bit bases lose the gradients of their "
+                "adapters on some CPUs after a forward pass in eval mode.)"
+            )
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        bad = not bool(unsharded(torch.nn.utils.get_total_norm(gradients)).isfinite())
+        if self.on_nonfinite == "skip":
+            self.metrics.record("skipped_steps", float(bad))
+            if bad:
+                optimizer.zero_grad(set_to_none=True)  # an optimizer does not touch what has no gradient
+        elif bad:
+            raise FloatingPointError(
+                f"the gradient of optimizer step {trainer.global_step + 1} is not finite; the last checkpoint is from "
+                "before it. A lower learning rate, trainer.gradient_clip_val or float32 may help; model.on_nonfinite: "
+                "skip leaves such steps out"
+            )

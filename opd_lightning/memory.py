@@ -1,0 +1,26 @@
+"""Advice for a run whose memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def advising(chunk_mib: float) -> Iterator[None]:
+    """
+    Raises:
+        RuntimeError: the memory does not suffice for the objective; the message says what would need less.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise RuntimeError(
+            f"out of memory in the objective, whose chunks take {chunk_mib} MiB of logits: lower "
+            "model.objective.chunk_mib first, then rollout.micro_batch_size (with more "
+            f"trainer.accumulate_grad_batches the result is the same). {error}"
+        ) from error

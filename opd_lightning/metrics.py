@@ -1,0 +1,67 @@
+"""Metrics: what a run records between two logged steps, and where its time goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .diagnostics import Averages, Stopwatch
+from .ranks import Ranks
+from .trajectory import Trajectories
+
+
+def is_logged(trainer: Any, step: int) -> bool:
+    """Whether what was recorded is logged after that many optimizer steps."""
+    every: int = trainer.log_every_n_steps
+    return step == 1 or (every > 0 and step % every == 0)
+
+
+def forget_logged(trainer: Any, step: int) -> None:
+    """Resets what was logged of earlier steps when ``step`` of them are done; Lightning would go on logging it."""
+    every: int = trainer.log_every_n_steps
+    if every and step % every == 0:
+        for result in (trainer._results or {}).values():
+            if not result.meta.on_epoch:
+                result.reset()
+
+
+class Metrics:
+    """Means of what was recorded since the last logged step, on this rank.
+
+    Attributes:
+        averages: sums and counts, by name.
+        stopwatch: seconds and steps of each phase.
+    """
+
+    def __init__(self) -> None:
+        self.averages, self.stopwatch = Averages(), Stopwatch()
+
+    def record(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
+        """Adds ``values`` (any shape); ``counts`` says how much each weighs in the mean (default: 1)."""
+        self.averages.add(name, values, counts)
+
+    def describe(self, batch: Trajectories, step: int) -> None:
+        """Records lengths, ends and lags of trajectories that are trained after ``step`` optimizer steps."""
+        self.record("length", batch.length)
+        self.record("stopped", batch.stopped.float())
+        self.record("staleness", (step - batch.weights_version).float())
+
+    def recorded(self, ranks: Ranks) -> dict[str, float]:
+        """Means over all ranks, by name; every rank must ask."""
+        return over_ranks(self.averages, ranks).compute()
+
+    def begin(self, sums: dict[str, Tensor], device: torch.device) -> None:
+        """Begins anew, with the sums of a checkpoint."""
+        self.averages = Averages.from_state_dict(sums, device)
+
+
+def over_ranks(averages: Averages, ranks: Ranks) -> Averages:
+    """Adds the sums and counts of all ranks; every rank must ask."""
+    if ranks.count == 1:
+        return averages
+    total = Averages()
+    for sums in ranks.gather_objects(averages.state_dict()):
+        total.merge(Averages.from_state_dict(sums))
+    return total

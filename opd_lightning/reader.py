@@ -1,0 +1,108 @@
+"""Reader: what student, teachers and objective say of trajectories, besides the loss that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distribution import Stream
+from .objective import Objective, OpenSteps, Queried, Steps, availability
+from .optimizer_step import MicroBatch, OptimizerStep
+from .policy import evaluating
+from .ranks import Ranks
+from .streams import Streams
+from .trajectory import Trajectories
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads trajectories before they are trained: for parts that see a generation batch, normalizers, and callbacks.
+
+    Every rank must ask for the same at the same time.
+
+    Attributes:
+        streams: student and teachers.
+        objective: whose parts read.
+        trainer: of the run.
+        size: trajectories of a micro-batch.
+    """
+
+    streams: Streams
+    objective: Objective
+    trainer: Any
+    size: int
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.trainer)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.trainer.strategy.root_device
+        return device
+
+    def query(self, batch: MicroBatch) -> dict[str, Stream]:
+        """Evaluates every teacher that a term needs now; what was kept of it is not evaluated again."""
+        names, again = self.objective.teachers(), self.objective.needs_totals
+        return self.streams.query_all(names, batch.trajectories, batch.cache, self.trainer.global_step, again)
+
+    @torch.no_grad()
+    def prepare(self, step: OptimizerStep) -> None:
+        """Moves an optimizer step to the device and finds what the losses of its micro-batches are divided by."""
+        step.trajectories = [trajectories.to(self.device) for trajectories in step.trajectories]
+        queried = ((self.streams.student(batch.trajectories), self.query(batch)) for batch in step)
+        sums = self.objective.weight_sums(queried, step.trajectories)
+        teachers = self.objective.routed_teachers()
+        batches = [(batch, self.streams.available(teachers, batch)) for batch in step.trajectories]
+        step.normalizers = self.objective.normalizers(batches, sums, self.ranks.total)
+
+    @torch.no_grad()
+    def settle(self, trajectories: Trajectories) -> Trajectories:
+        """Evaluates the parts of the objective that see a whole generation batch, before it is trained."""
+        if not self.objective.generation_parts():
+            return trajectories
+        teachers, width = self.objective.generation_streams(), trajectories.mask.shape[1]
+        pieces = trajectories.split(self.size) if teachers is not None else ()
+        with self.trainer.precision_plugin.forward_context():
+            statistics = self.objective.measure((self._read(piece, teachers or set()) for piece in pieces), width)
+
+        def everywhere(values: Tensor) -> Tensor:
+            return self.ranks.gather(values.to(self.device)).cpu()
+
+        available = self.streams.available(self.objective.teachers(), trajectories)
+        return self.objective.settle(trajectories, available, statistics, everywhere)
+
+    def _read(self, trajectories: Trajectories, teachers: set[str]) -> Queried:
+        """A micro-batch with what the student and some teachers say, without gradient."""
+        trajectories = trajectories.to(self.device)
+        with torch.no_grad(), evaluating(self.streams.policies["student"].model):
+            student = self.streams.student(trajectories)
+        return student, {name: self.streams.query(name, trajectories) for name in sorted(teachers)}, trajectories
+
+    @torch.no_grad()
+    def per_step(
+        self, trajectories: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None = None
+    ) -> Tensor:
+        """What ``read`` says of every trained step, ``[B, T]`` on the CPU, in micro-batches and chunks.
+
+        Args:
+            trajectories: a generation batch.
+            read: from the n steps of an open chunk to ``[n]``; any signal will do.
+            teacher: an entry of ``model.teachers``, whom ``steps.teacher`` then stands for.
+
+        Returns:
+            NaN where nothing is trained, and where the teacher has nothing to say.
+        """
+        values, done = torch.full(trajectories.mask.shape, torch.nan, dtype=torch.float32), 0
+        for piece in trajectories.split(self.size):
+            with self.trainer.precision_plugin.forward_context():
+                student, streams, batch = self._read(piece, set() if teacher is None else {teacher})
+                steps = Steps.of(batch, availability(streams))
+                mine = self.objective.per_step(student, streams, steps, read, teacher)
+            values[done : done + len(piece), : mine.shape[1]] = mine.cpu()
+            done += len(piece)
+        return values

@@ -1,0 +1,119 @@
+"""Rollout: how the behavior policy acts, and the seeds of what it draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .finite import Finite
+
+
+@dataclass
+class Rollout:
+    """How the behavior policy acts. The fields are public knobs: callbacks may turn them between generations.
+
+    Temperature and filters shape what is sampled and nothing else: stored log-probs, importance ratios and signals are
+    those of the plain distribution at temperature 1 (a divergence may have a temperature of its own).
+
+    Args:
+        batch_size: prompts per generation batch, on each rank.
+        group_size: trajectories per prompt.
+        micro_batch_size: trajectories per forward and backward pass. Default: one generation batch is one optimizer
+            step. Smaller: a generation batch serves several micro-batches, and several optimizer steps if it is
+            larger than micro_batch_size × trainer.accumulate_grad_batches.
+        epochs: how often each generation batch is trained. Default 1. From the second time on its optimizer steps come
+            in an order drawn from the run's seed (each keeps its trajectories, so the order depends neither on
+            micro_batch_size nor on the number of ranks), and the student is no longer the one that acted: behavior
+            log-probs and ``weights_version`` stay those of sampling. What a teacher whose weights stand still
+            (`Frozen`, `Initial`) said is kept in the machine's memory for the next time, as hidden states: the steps of
+            a generation batch (padding included) × hidden size × bytes of the teacher's dtype, on each rank, as long as
+            its view shows the same; teachers that move are asked again, and so are all under fsdp2 and after a resume.
+        horizon: steps after which a rollout ends if it has not stopped by itself (for text: max new tokens).
+        temperature: 0 is greedy. Default 1.
+        top_p, top_k, min_p: filters, off by default.
+        behavior: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
+            ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
+            ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
+        max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
+        max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
+            it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
+            before the max_staleness generation batches that came before it: that is fixed, not a matter of timing, so
+            runs are reproducible and resume exactly. 0, the default, is on-policy. From 1 on rollouts and training
+            overlap; larger values only add lag.
+
+    Raises:
+        ValueError: a value out of range, named.
+    """
+
+    batch_size: int = 32
+    group_size: int = 1
+    micro_batch_size: int | None = None
+    epochs: int = 1
+    horizon: int = 128
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
+    max_prompt_length: int | None = None
+    max_staleness: int = 0
+
+    __setattr__ = Finite.__setattr__
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ValueError(f"rollout.max_staleness must be >= 0, got {self.max_staleness}")
+        for name in ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} must be >= 1, got {value}")
+        check_sampling("rollout", self)
+        shares = self.behavior.values()
+        if not self.behavior or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"rollout.behavior: shares must be >= 0 and sum to 1, got {self.behavior}")
+
+    @property
+    def sources(self) -> set[str]:
+        """Behavior policies that act at all."""
+        return {name for name, share in self.behavior.items() if share > 0}
+
+    def micro_batches(self, accumulate: int) -> tuple[int, int]:
+        """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.
+
+        Raises:
+            ValueError: the generation batch cannot be cut into whole optimizer steps.
+        """
+        total = self.batch_size * self.group_size
+        size = self.micro_batch_size or total // accumulate
+        if size < 1 or total % (size * accumulate):
+            raise ValueError(
+                f"a generation batch of {total} trajectories (rollout.batch_size={self.batch_size} × "
+                f"group_size={self.group_size}) cannot be cut into optimizer steps of {size or 1} × {accumulate} "
+                f"(rollout.micro_batch_size × trainer.accumulate_grad_batches); make it a multiple"
+            )
+        return size, total // size
+
+
+def check_sampling(key: str, settings: Any) -> None:
+    """The settings that rollouts and evaluation share.
+
+    Raises:
+        ValueError: a value out of range, named below ``key``.
+    """
+    for name in ("horizon", "top_k"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}.{name} must be >= 1, got {value}")
+    if settings.temperature < 0:
+        raise ValueError(f"{key}.temperature must be >= 0 (0 is greedy), got {settings.temperature}")
+    for name in ("top_p", "min_p"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{key}.{name} must be in (0, 1], got {value}")
+
+
+def derived_seed(*key: int) -> int:
+    """A 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,187 @@
+"""Setting: what a setting says of prompts, steps and policies, and what the rest of the core may ask it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .comparisons import usual_suspects
+from .distribution import Distribution
+from .evaluation_settings import Evaluation
+from .objective import Objective
+from .policy import Policy, View
+from .portable import Portable
+from .reward import Reward
+from .rollout_settings import Rollout
+from .student_view import shown
+from .teacher import Teacher
+from .trajectory import Example, Trajectories
+
+
+class Setting(Portable):
+    """The interface between a setting and the core: four methods that it implements, and others with a default.
+
+    Attributes:
+        policies: the student and the teachers by name, once they are loaded.
+        objective, teachers, rollout, reward, evaluation, student_view: as in `OnPolicyDistillation`.
+    """
+
+    headline: ClassVar[str] = "accuracy"
+    """What is printed before training: the metrics with this in their names."""
+    columns: ClassVar[tuple[str, ...]] = ("prompt",)
+    """Those without which no policy can act on an example."""
+    provides: ClassVar[frozenset[str]] = frozenset()
+    """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier."""
+    reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    """Columns that it reads where rows have them, besides those that its parts name."""
+    padding: ClassVar[dict[str, tuple[float, str]]] = {}
+    """Of observations that differ in width between batches: the value of what is added, and the side (left, right)."""
+
+    policies: dict[str, Policy]
+    objective: Objective
+    teachers: dict[str, Teacher]
+    rollout: Rollout
+    reward: Reward | None
+    evaluation: Evaluation
+    student_view: View | None
+
+    # -- the four methods of a setting --------------------------------------------------------------------------
+
+    @abstractmethod
+    def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
+        """Raw columns to model inputs, as ``policy`` renders them: the student, or a teacher with its own template."""
+
+    @abstractmethod
+    def sample(
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
+    ) -> Trajectories:
+        """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbors.
+
+        It may run in a thread of its own, beside training: nothing but the arguments says who acts, and how.
+        """
+
+    @abstractmethod
+    def distribution(
+        self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
+    ) -> Distribution:
+        """What ``policy`` says at every visited state ``[B, T]``; ``view``: the examples as it sees them."""
+
+    @abstractmethod
+    def rewards(
+        self, trajectories: Trajectories
+    ) -> tuple[Tensor | Sequence[float | None] | None, list[dict[str, Any]]]:
+        """Rewards, and what to show of each trajectory (``prompt``, ``completion``).
+
+        Rewards are finite numbers, a tensor ``[B]`` or a list with None where one abstains (`reward_of` asks the
+        verifier); None without a verifier.
+        """
+
+    # -- what a setting may add ---------------------------------------------------------------------------------
+
+    def sample_held_out(
+        self,
+        policy: Policy,
+        prompts: dict[str, Tensor],
+        examples: list[Example],
+        rollout: Rollout,
+        seeds: list[int],
+    ) -> Trajectories:
+        """Acts in evaluation, for a setting that explores while it trains; default: `sample`."""
+        return self.sample(policy, prompts, examples, rollout, seeds)
+
+    def replay(
+        self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
+        """Given completions as trajectories, for ``rollout.behavior: {dataset: …}``.
+
+        Args:
+            policy: the student, whose processor reads them.
+            examples: rows of the data set.
+            seen: the same as the student's view shows them.
+            rollout, seeds: as in `sample`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
+
+    def refusal(self, example: Example) -> str | None:
+        """Why this example cannot be used (too long a prompt, …), or None."""
+        return None
+
+    def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
+        return {}
+
+    def measure(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
+        """Measures more of a batch of held-out examples than how one rollout of each ends (see `Evaluator.step`)."""
+
+    def measured(self, stage: str) -> dict[str, float]:
+        """What `measure` found since the last call, over all batches and ranks, by ``<stage>/<name>``."""
+        return {}
+
+    def asked_by_parts(self) -> set[str]:
+        """Teachers that no term names, but other parts of the setting ask."""
+        return set()
+
+    def release(self) -> None:
+        """Gives back what it holds outside of this process; comes at the end of every stage, however it ends."""
+
+    def decode_steps(self, trajectories: Trajectories) -> list[list[str]] | None:
+        """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
+        return None
+
+    def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
+        return []
+
+    def readings(self, example: Example) -> list[tuple[str, str]]:
+        """What is made of a row, for people to look at before training: whose reading, and what it is."""
+        return []
+
+    @property
+    def acting_tolerance(self) -> float:
+        """How far log-probs of acting may be from those of a replay, in nats, beyond what rounding does."""
+        return 0.0
+
+    def suspects(self, policy: Policy, what: str) -> list[str]:
+        """What may make a policy disagree with itself in one of the `comparisons`, for its message."""
+        return usual_suspects(type(self).__name__, what)
+
+    # -- what its parts need ----------------------------------------------------------------------------------
+
+    def required_columns(self) -> dict[str, str]:
+        """Canonical column → who needs it."""
+        needed = dict.fromkeys(self.columns, "the rollout")
+
+        def need(column: str, who: str) -> None:
+            needed[column] = f"{needed[column]}, {who}" if column in needed else who
+
+        if "dataset" in self.rollout.sources:
+            need("completion", "rollout.behavior.dataset")
+        for column in getattr(self.reward, "columns", ()):
+            need(column, "model.reward")
+        for column in self.evaluation.by:
+            need(column, "model.evaluation.by")
+        for column in self.student_view.columns if self.student_view else ():
+            need(column, "model.student_view")
+        for name, teacher in self.teachers.items():
+            for column in (*(teacher.view.columns if teacher.view else ()), *teacher.where):
+                need(column, f"model.teachers.{name}")
+        return needed
+
+    # -- what the core knows of every setting -------------------------------------------------------------------
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether `rewards` has rewards: of a verifier, or of its own."""
+        return self.reward is not None or "reward" in self.provides
+
+    def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
+        """The examples as the student sees them; ``settings``: as it saw them when its view had these."""
+        return shown(self.student_view, examples, settings)

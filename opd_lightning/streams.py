@@ -1,0 +1,188 @@
+"""Streams: what the student and its teachers say, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .diagnostics import Stopwatch
+from .distribution import Distribution, Stream
+from .likeness import fingerprint
+from .loading import loading
+from .optimizer_step import Cache, CachedStream, OptimizerStep
+from .policy import Policy, View, evaluating
+from .pretrained import Pretrained
+from .ranks import Ranks
+from .setting import Setting
+from .sharding import shard
+from .teacher import Frozen, Teacher
+from .trajectory import Example, Trajectories
+
+
+@dataclass
+class Streams:
+    """Student and teachers by name: loads, places, queries, caches and updates them.
+
+    Attributes:
+        setting: loads models, and turns what policies say into distributions.
+        teachers: as configured.
+        stopwatch: measures how long teachers take.
+        policies: what was loaded; teachers and ``student``.
+        state: of teachers, what belongs into the checkpoint besides the student.
+        base: fingerprint of the weights that training begins with, "drawn" if they were drawn.
+        keeps: whether streams of teachers whose weights stand still are kept for another epoch. Not where weights are
+            cut: all ranks must ask or none, but views may have changed for the examples of some.
+    """
+
+    setting: Setting
+    teachers: dict[str, Teacher]
+    stopwatch: Stopwatch
+    policies: dict[str, Policy] = field(default_factory=dict)
+    state: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    base: str = ""
+    keeps: bool = False
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def load(self, spec: Pretrained) -> None:
+        """Loads the student, and then every teacher."""
+        with loading("model.student"):
+            model = spec.load(self.setting.model_class, trained=True)
+            student = Policy(model, self.setting.load_processor(spec), path=spec.path)
+        # before teachers add adapters to it
+        self.base = "drawn" if spec.random_init else fingerprint(model)
+        self.policies["student"] = student
+        for name, teacher in self.teachers.items():
+            with loading(f"model.teachers.{name}.weights.pretrained"):
+                policy = teacher.weights.attach(name, student, self._load_frozen)
+            self.policies[name] = replace(policy, name=name)
+            if teacher.weights.state is not None:
+                self.state[name] = teacher.weights.state
+
+    def _load_frozen(self, spec: Pretrained) -> Policy:
+        model = spec.load(self.setting.model_class, trained=False)
+        return Policy(model, self.setting.load_processor(spec), path=spec.path)
+
+    def shard(self, mesh: Any) -> None:
+        """Cuts the weights of all models over a mesh, but those of teachers that live on a device of their own."""
+        elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}
+        student = self.policies["student"].model
+        for model in {policy.model for name, policy in self.policies.items() if name not in elsewhere}:
+            if model is student or not getattr(model, "is_quantized", False):
+                shard(model, mesh)
+
+    def place(self, device: torch.device) -> None:
+        """Moves teachers, by hand: frozen ones are no submodules, to stay out of optimizer and checkpoint."""
+        for name, teacher in self.teachers.items():
+            where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or device
+            model = self.policies[name].model
+            if not getattr(model, "is_quantized", False):
+                model.to(where)
+
+    @torch.no_grad()
+    def learn(self, step: OptimizerStep, ranks: Ranks, done: int) -> dict[str, Tensor]:
+        """Trains teachers whose weights learn from what the student did, before an optimizer step; their losses.
+
+        Args:
+            step: what the student is about to be trained on, on this rank.
+            ranks: of the run.
+            done: optimizer steps that are done.
+        """
+        weights = {name: teacher.weights for name, teacher in self.teachers.items()}
+        losses = {name: w.before_update(name, step, self.setting, ranks, done) for name, w in weights.items()}
+        return {name: loss for name, loss in losses.items() if loss is not None}
+
+    def update(self, step: int) -> None:
+        """Moves the weights of teachers after an optimizer step; ``step`` of them are done."""
+        for teacher in self.teachers.values():
+            teacher.weights.update(step)
+
+    # -- what they say --------------------------------------------------------------------------------------------
+
+    def student(self, batch: Trajectories) -> Distribution:
+        """What the student says at every state."""
+        return self.setting.distribution(self.policies["student"], batch)
+
+    def query(self, name: str, batch: Trajectories, view: View | None = None) -> Stream:
+        """Evaluates a teacher at every state, without gradient; ``view``: through another view than its own."""
+        teacher, policy = self.teachers[name], self.policies[name]
+        self.stopwatch.count("teacher", int(batch.mask.sum()))
+        with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
+            if (view or teacher.view) is None and not teacher.where and not teacher.own_template:
+                return Stream(self.setting.distribution(policy, batch))
+            seen = self.seen(name, batch.examples, batch.student_view, view)
+            available = torch.tensor([shown is not None for shown in seen], device=batch.mask.device)
+            # where there is no view the student's own prompt keeps the shapes; the term is off there
+            own = self.setting.shown(batch.examples, batch.student_view)
+            seeing = [mine if shown is None else shown for mine, shown in zip(own, seen, strict=True)]
+            return Stream(self.setting.distribution(policy, batch, seeing), available)
+
+    def query_all(
+        self, names: Iterable[str], batch: Trajectories, cache: Cache | None = None, step: int = 0, again: bool = False
+    ) -> dict[str, Stream]:
+        """Evaluates teachers at every state.
+
+        Args:
+            names: whose streams are needed.
+            batch: a micro-batch.
+            cache: streams of the same micro-batch; read where they hold, added to where they will be read again.
+            step: optimizer steps that are done.
+            again: whether the same streams will be read again before the next optimizer step.
+        """
+        if cache is None:
+            return {name: self.query(name, batch) for name in sorted(names)}
+        return {name: self._query_once(name, batch, cache, step, again) for name in sorted(names)}
+
+    def _query_once(self, name: str, batch: Trajectories, cache: Cache, step: int, again: bool) -> Stream:
+        lasts = self.keeps and self.teachers[name].weights.stands_still
+        views = self.seen(name, batch.examples, batch.student_view) if lasts else None
+        cached = cache.pop(name, None)
+        if cached is not None and (cached.step == step or (lasts and cached.views == views)):
+            if lasts:
+                cache[name] = cached
+            stream = cached.stream.to(batch.mask.device)
+            assert stream is not None
+            return stream
+        stream = self.query(name, batch)
+        if lasts or again:
+            kept = stream.to("cpu")
+            if kept is not None:
+                cache[name] = CachedStream(kept, step, views)
+        return stream
+
+    @torch.no_grad()
+    def with_blind(self, streams: dict[str, Stream], batch: Trajectories) -> dict[str, Stream]:
+        """Adds what teachers with a view say without it, for the log."""
+        blind = dict(streams)
+        for name, stream in streams.items():
+            if self.teachers[name].view is not None:
+                with evaluating(self.policies[name].model):
+                    without_view = self.setting.distribution(self.policies[name], batch)
+                blind[name] = replace(stream, without_view=without_view)
+        return blind
+
+    # -- what they see --------------------------------------------------------------------------------------------
+
+    def seen(
+        self, name: str, examples: list[Example], settings: dict[str, Any] | None = None, view: View | None = None
+    ) -> list[Example | None]:
+        """The examples as a policy is shown them; None where a teacher has nothing to say.
+
+        Args:
+            name: of the policy.
+            examples: rows of the data set.
+            settings: of the student's view, when it acted; None: those of now.
+            view: another one than the teacher's.
+        """
+        own = self.setting.shown(examples, settings)
+        return list(own) if name == "student" else self.teachers[name].seen(examples, own, view)
+
+    def available(self, names: Iterable[str], batch: Trajectories) -> dict[str, Tensor]:
+        """``[B]`` bool by teacher, for those that may be undefined for an example, without asking their models."""
+        routed = [name for name in names if self.teachers[name].view is not None or self.teachers[name].where]
+        looks = {name: [self.teachers[name].look(e) is not None for e in batch.examples] for name in routed}
+        return {name: torch.tensor(look, device=batch.mask.device) for name, look in looks.items()}
