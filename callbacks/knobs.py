@@ -23,13 +23,21 @@ from ..optimization import LRSchedule
 from ..optimizer_step import OptimizerStep
 from ..pretrained import Lora, Pretrained
 from ..rollout_settings import Rollout
-from ..teacher import Frozen, Teacher
+from ..teacher import Frozen, Same, Teacher
 
 # What is read once, when models are loaded, data is checked or batches are cut; turning it later would change nothing.
 READ_ONCE: dict[type, set[str] | None] = {
-    Rollout: {"batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length", "max_staleness"},
+    Rollout: {
+        "batch_size",
+        "group_size",
+        "members",
+        "micro_batch_size",
+        "epochs",
+        "max_prompt_length",
+        "max_staleness",
+    },
     Teacher: {"max_prompt_length"},
-    **dict.fromkeys((LRSchedule, Pretrained, Lora, Frozen)),
+    **dict.fromkeys((LRSchedule, Pretrained, Lora, Frozen, Same)),
 }
 
 

@@ -46,7 +46,7 @@ from .scoring import Scoring
 from .setting import Setting
 from .sharding import mesh_of, reshard
 from .streams import Streams
-from .teacher import Teacher, check_names
+from .teacher import Same, Teacher, check_names
 from .trajectory import Example, Trajectories
 
 
@@ -149,6 +149,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         check_names(self.teachers)
         for name, teacher in self.teachers.items():
             teacher.name = name
+            if isinstance(teacher.weights, Same):
+                teacher.weights.share(name, self.teachers)
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
         if self.evaluation.by and not self.has_rewards:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")

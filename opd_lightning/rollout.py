@@ -208,8 +208,12 @@ class RolloutLoader:
         examples: list[Example] = [row_of(self.dataset, int(row)) for row in rows]
         seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
 
-        sources = tuple(rollout.behavior)
-        source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
+        sources = tuple(rollout.members or rollout.behavior)
+        if rollout.members is None:
+            source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
+        else:
+            counts = torch.tensor(list(rollout.members.values()))
+            source = torch.arange(len(sources)).repeat_interleave(counts).repeat(rollout.batch_size)
         parts, places = [], []
         for i, name in enumerate(sources):
             mine = (source == i).nonzero().squeeze(-1)

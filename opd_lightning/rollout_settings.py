@@ -36,6 +36,8 @@ class Rollout:
         behavior: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
             ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
             ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
+        members: in place of shares, how many trajectories of every group each policy makes, such as
+            ``{student: 4, dataset: 1}`` (StableOPD, 2604.08527); group_size is then their sum.
         max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
         max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
             it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
@@ -57,6 +59,7 @@ class Rollout:
     top_k: int | None = None
     min_p: float | None = None
     behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
+    members: dict[str, int] | None = None
     max_prompt_length: int | None = None
     max_staleness: int = 0
 
@@ -73,11 +76,23 @@ class Rollout:
         shares = self.behavior.values()
         if not self.behavior or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"rollout.behavior: shares must be >= 0 and sum to 1, got {self.behavior}")
+        if self.members is not None:
+            self._check_members(self.members)
+
+    def _check_members(self, members: dict[str, int]) -> None:
+        if self.behavior != {"student": 1.0}:
+            raise ValueError(f"rollout.members={members} and rollout.behavior={self.behavior} both say who acts")
+        if not members or min(members.values()) < 1:
+            raise ValueError(f"rollout.members: every policy must make at least one of a group, got {members}")
+        size = sum(members.values())
+        if self.group_size not in (1, size):
+            raise ValueError(f"rollout.group_size={self.group_size}, but rollout.members are {size}; leave it out")
+        self.group_size = size
 
     @property
     def sources(self) -> set[str]:
         """Behavior policies that act at all."""
-        return {name for name, share in self.behavior.items() if share > 0}
+        return {name for name, share in (self.members or self.behavior).items() if share > 0}
 
     def micro_batches(self, accumulate: int) -> tuple[int, int]:
         """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.

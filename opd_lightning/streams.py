@@ -56,9 +56,10 @@ class Streams:
         # before teachers add adapters to it
         self.base = "drawn" if spec.random_init else fingerprint(model)
         self.policies["student"] = student
-        for name, teacher in self.teachers.items():
+        # those that share the model of another one come after it
+        for name, teacher in sorted(self.teachers.items(), key=lambda entry: entry[1].weights.base != "student"):
             with loading(f"model.teachers.{name}.weights.pretrained"):
-                policy = teacher.weights.attach(name, student, self._load_frozen)
+                policy = teacher.weights.attach(name, self.policies[teacher.weights.base], self._load_frozen)
             self.policies[name] = replace(policy, name=name)
             if teacher.weights.state is not None:
                 self.state[name] = teacher.weights.state
@@ -70,6 +71,7 @@ class Streams:
     def shard(self, mesh: Any) -> None:
         """Cuts the weights of all models over a mesh, but those of teachers that live on a device of their own."""
         elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}
+        elsewhere |= {name for name, teacher in self.teachers.items() if teacher.weights.base in elsewhere}
         student = self.policies["student"].model
         for model in {policy.model for name, policy in self.policies.items() if name not in elsewhere}:
             if model is student or not getattr(model, "is_quantized", False):
@@ -80,7 +82,7 @@ class Streams:
         for name, teacher in self.teachers.items():
             where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or device
             model = self.policies[name].model
-            if not getattr(model, "is_quantized", False):
+            if teacher.weights.base == "student" and not getattr(model, "is_quantized", False):
                 model.to(where)
 
     @torch.no_grad()

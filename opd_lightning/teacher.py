@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,15 +26,20 @@ from .trajectory import Example
 class TeacherWeights(Finite, ABC):
     """Where a teacher's weights come from, and how they move."""
 
-    stands_still: ClassVar[bool] = False
+    stands_still: bool = False
     """Whether they are the same throughout the run: what it said once holds for as long as its view shows the same."""
 
-    starts_as_student: ClassVar[bool] = False
+    starts_as_student: bool = False
     """Whether they are the student's before the first step; it is checked then (see `compare`)."""
+
+    @property
+    def base(self) -> str:
+        """The policy that it is made of: ``student``, or an entry of ``model.teachers``."""
+        return "student"
 
     @abstractmethod
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
-        """Makes the policy; called once, before a checkpoint is restored."""
+        """Makes the policy, of the `base`; called once, before a checkpoint is restored."""
 
     def before_update(self, name: str, step: OptimizerStep, setting: Any, ranks: Ranks, done: int) -> Tensor | None:
         """Called before every optimizer step, for weights that learn from what the student did.
@@ -85,6 +90,36 @@ class Live(TeacherWeights):
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
         return student
+
+
+class Same(TeacherWeights):
+    """Shares the model of another teacher, without a second copy in memory: the same weights through another view.
+
+    Args:
+        teacher: the entry of ``model.teachers`` that it shares; the weights move as they move there.
+    """
+
+    def __init__(self, teacher: str) -> None:
+        self.teacher = teacher
+
+    @property
+    def base(self) -> str:
+        return self.teacher
+
+    def share(self, name: str, teachers: dict[str, Teacher]) -> None:
+        """Finds the teacher that it shares, as the entry ``name`` of ``teachers``.
+
+        Raises:
+            ValueError: it is not there, or shares a model itself.
+        """
+        other = teachers.get(self.teacher)
+        if other is None or isinstance(other.weights, Same):
+            owners = sorted(key for key, teacher in teachers.items() if not isinstance(teacher.weights, Same))
+            raise ValueError(f"model.teachers.{name}.weights: no {self.teacher!r} to share; there are {owners}")
+        self.stands_still, self.starts_as_student = other.weights.stands_still, other.weights.starts_as_student
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        return replace(student, cache={})
 
 
 class Initial(TeacherWeights):
@@ -183,7 +218,7 @@ class Teacher:
     """One stream of the objective: whose weights answer, seeing what.
 
     Args:
-        weights: `Frozen`, `Initial`, `Live` or `EMA`.
+        weights: `Frozen`, `Initial`, `Live`, `EMA`, or `Same` as another entry's.
         view: what it is shown instead of the student's prompt; None: exactly what the student sees.
         where: only for examples whose columns have these values, such as ``{task: math}``; several teachers with
             different ``where`` and a term each route by a column.

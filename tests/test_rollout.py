@@ -292,6 +292,37 @@ def test_the_dataset_alone_never_asks_the_generator(built_everywhere, every_worl
         assert set(batch.source.tolist()) == {1}
 
 
+def test_a_group_of_several_policies_has_fixed_members(built_everywhere):
+    members = {"student": 3, "dataset": 1}
+    loader = built_everywhere(batch_size=4, members=members)
+    assert loader.actor.rollout.group_size == 4
+    mixed = [batch.trajectories for batch in loader]
+    plain = [batch.trajectories for batch in built_everywhere(batch_size=4, group_size=4)]
+    for both, alone in zip(mixed, plain, strict=True):
+        assert both.sources == ("student", "dataset")
+        assert torch.equal(both.source.view(-1, 4), torch.tensor([[0, 0, 0, 1]]).expand(4, 4))
+        assert torch.equal(both.seed, alone.seed)
+        for i in (both.source == 0).nonzero().flatten().tolist():  # its draws are its own, whoever is in the group
+            ours, theirs = (batch.actions[i][batch.mask[i]].float() for batch in (both, alone))
+            assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"members": {"student": 0, "dataset": 1}}, r"rollout\.members: every policy must make at least one"),
+        (
+            {"members": {"student": 2}, "behavior": {"dataset": 1.0}},
+            r"rollout\.members=.* and rollout\.behavior=.* both",
+        ),
+        ({"members": {"student": 2}, "group_size": 3}, r"rollout\.group_size=3, but rollout\.members are 2; leave"),
+    ],
+)
+def test_members_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Rollout(**settings)
+
+
 def test_members_keep_their_place_in_a_mixture(built_everywhere, every_world):
     """Whoever acts, a row's prompt, example and reward belong together."""
     rows = every_world.make_rows(24)

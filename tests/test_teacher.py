@@ -11,7 +11,7 @@ from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.policy import View, evaluating
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout_settings import Rollout
-from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Same, Teacher
 from tests.tiny import act, fit, log_softmax, make_module, make_rows, sgd
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
@@ -298,6 +298,30 @@ def test_an_example_without_a_view_weighs_nothing_under_both_normalizers(tiny_st
 
 
 # -- modes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [Frozen, EMA])
+def test_another_view_of_a_model_needs_no_second_copy(own, tiny_student, tiny_teacher, tmp_path):
+    weights_of = Frozen(Pretrained(str(tiny_teacher))) if own is Frozen else EMA(0.5)
+    teachers = {"told": Teacher(Same("plain"), VIEW), "plain": Teacher(weights_of)}
+    module = make_module(tiny_student, teachers, Objective([Term(ReverseKL(), "plain"), Term(ReverseKL(), "told")]))
+    assert module.policies["told"].model is module.policies["plain"].model
+    assert module.policies["told"].name == "told"
+    assert teachers["told"].weights.stands_still == weights_of.stands_still
+    assert teachers["told"].weights.starts_as_student == weights_of.starts_as_student
+    fit(module, tmp_path)
+    rolled = act(module, [row for row in make_rows() if row["solution"]][:4])
+    seen = [VIEW(example) for example in rolled.examples]
+    plain, told = log_softmax(module, "plain", rolled), log_softmax(module, "told", rolled, seen)
+    assert not torch.allclose(plain, told)
+    assert torch.equal(log_softmax(module, "told", rolled), plain)
+
+
+@pytest.mark.parametrize("other", ["nobody", "told"])
+def test_a_model_that_nobody_has_cannot_be_shared(other, tiny_student):
+    teachers = {"told": Teacher(Same(other), VIEW), "plain": Teacher(Live())}
+    with pytest.raises(ValueError, match=rf"model\.teachers\.told\.weights: no '{other}' to share; .* \['plain'\]"):
+        make_module(tiny_student, teachers, load=False)
 
 
 def test_evaluating_is_without_dropout_and_gives_the_mode_back(saved):

@@ -67,8 +67,7 @@ class AdaptiveWindow(StopRule):
         seeds = [derived_seed(PROBE_DRAWS, module.global_step, module.global_rank, i) for i in range(len(examples))]
         rollout = dataclasses.replace(module.rollout, horizon=self.longest)
         rolled = module.act("student", examples, seeds, rollout).to("cpu")
-        sources = ("student", *(name for name in module.rollout.behavior if name != "student"))
-        full = module.actor.with_rewards(dataclasses.replace(rolled, group=group, sources=sources))
+        full = module.actor.with_rewards(dataclasses.replace(rolled, group=group))
         direction = gradient_of(module, full)
         agreement = cosine(gradient_of(module, full.truncate(self.horizon)), direction)
         module.record("early_stop/agreement", agreement)

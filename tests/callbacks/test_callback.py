@@ -146,3 +146,15 @@ def test_a_callback_may_provide_what_a_part_needs(tmp_path):
     toy.fit(make(), tmp_path, [FillsVotes()])
     with pytest.raises(ValueError, match="Votes needs 'votes'"):
         toy.fit(make(), tmp_path / "without")
+
+
+# -- groups of several policies -----------------------------------------------------------------------------------
+
+
+def test_groups_of_several_policies_resume(tmp_path):
+    def make() -> tuple[Any, list[Any]]:
+        terms = [Term(ReverseKL(), source="student"), Term(CrossEntropy(), teacher=None, source="teacher")]
+        rollout = Rollout(batch_size=4, members={"student": 3, "teacher": 1}, micro_batch_size=4, horizon=6)
+        return toy.make_module(objective=Objective(terms), rollout=rollout), []
+
+    toy.assert_resumes(make, tmp_path, steps=4)
