@@ -96,6 +96,12 @@ class CollapseAlarm(DistillationCallback):
     The limits are ours; None turns one off. Which rollout repeats itself is StableOPD's rule (2604.08527). A horizon
     that a curriculum raises looks like length inflation.
 
+    Example::
+
+        callbacks+:
+          - class_path: CollapseAlarm
+            init_args: {action: stop, length: 3.0}
+
     Args:
         action: ``warn``, or ``stop``: write ``collapse.ckpt`` into the run's folder and end the run.
         entropy: of the student, as a share of what it was at first, or of a teacher's now if that is less. Default 0.2.

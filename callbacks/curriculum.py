@@ -205,6 +205,14 @@ class Curriculum(KnobCallback):
     and the optimizer's moments are carried over from stage to stage. Evaluation goes by its own settings; of knobs,
     only ``student_view`` reaches it.
 
+    Example::
+
+        callbacks+:
+          - class_path: Curriculum
+            init_args:
+              schedules:
+                rollout.horizon: {class_path: Linear, init_args: {start: 32, end: 256, steps: 100}}
+
     Args:
         schedules: path of a knob → schedule.
         stages: one after the other, such as off-policy forward KL and then on-policy reverse KL.

@@ -71,6 +71,12 @@ class FreshnessControl(DistillationCallback):
     proportions count. Logged, as means: ``train/freshness/score``, ``weight``, ``gated`` (share of trajectories that
     count nothing), ``lag``, ``rollout_drift``, ``supervision_drift`` and ``refreshes``.
 
+    Example::
+
+        callbacks+:
+          - class_path: FreshnessControl
+            init_args: {threshold: 0.1, refresh_every: 50}
+
     Args:
         rollout_drift: α. Default 1. The paper prints none of these five values: the defaults are ours, and leave
             something to train at a lag of 8, its largest.

@@ -34,6 +34,12 @@ class Samples(DistillationCallback):
     first). Loggers that take text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the
     rows of the steps that it does again.
 
+    Example::
+
+        callbacks+:
+          - class_path: Samples
+            init_args: {every: 50, count: 8}
+
     Args:
         every: optimizer steps between tables, from the first on. Default 100.
         count: rollouts, at most one optimizer step's on the first rank. Default 4.

@@ -136,6 +136,12 @@ class TeacherSync(KnobCallback):
     Logged: ``knob/teachers.<name>.weights.rate``, and ``train/teacher_sync/syncs``, the share of optimizer steps after
     which the teacher became the student.
 
+    Example::
+
+        callbacks+:
+          - class_path: TeacherSync
+            init_args: {rule: {class_path: Every, init_args: {steps: 50}}}
+
     Args:
         rule: `Average`, `Every`, `WhenConsolidated` or `Never`.
         teacher: an entry of ``model.teachers``.

@@ -37,6 +37,12 @@ class WeightExtrapolation(DistillationCallback):
     not lie on a line. Logged: ``train/extrapolation/distance``, 0 where nothing was accepted, and
     ``train/extrapolation/reward``, of the weights that were kept.
 
+    Example::
+
+        callbacks+:
+          - class_path: WeightExtrapolation
+            init_args: {examples: 100}
+
     Args:
         distances: default 2, 4, 6, 8, 10 (2k for k = 1 … 5, as the paper prints it; a re-implementation took 2^k).
         examples: how many, over all ranks. Default 50 (the paper's).

@@ -19,6 +19,12 @@ class EarlyStopRollout(KnobCallback):
     generated. Logged: ``train/early_stop/kept``, the share of generated steps that is trained, and
     ``train/early_stop/cut``, the share of trajectories that lost some; for a horizon, ``knob/rollout.horizon``.
 
+    Example::
+
+        callbacks+:
+          - class_path: EarlyStopRollout
+            init_args: {rule: {class_path: FirstSteps, init_args: {steps: 100}}}
+
     Args:
         rule: `FirstSteps`, `AdaptiveWindow`, `ChangePoint` or `LowCorrection`.
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from typing import Any
 
+import jsonargparse
+import lightning as L
 import pytest
 import torch
+import yaml
 
+from opd_lightning import callbacks
 from opd_lightning.callbacks import ChangePoint, DistillationCallback, EarlyStopRollout
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term, Weight
 from opd_lightning.rollout_settings import Rollout, derived_seed
@@ -158,3 +164,24 @@ def test_groups_of_several_policies_resume(tmp_path):
         return toy.make_module(objective=Objective(terms), rollout=rollout), []
 
     toy.assert_resumes(make, tmp_path, steps=4)
+
+
+# -- what ships -----------------------------------------------------------------------------------------------------
+
+CLASSES = [getattr(callbacks, name) for name in callbacks.__all__]
+SHIPPED = [made for made in CLASSES if issubclass(made, DistillationCallback) and "Example::" in (made.__doc__ or "")]
+
+
+def test_every_callback_that_ships_has_an_example():
+    bases = {DistillationCallback, callbacks.KnobCallback}
+    assert set(SHIPPED) == {made for made in CLASSES if issubclass(made, DistillationCallback)} - bases
+
+
+@pytest.mark.parametrize("made", SHIPPED)
+def test_the_example_of_a_callback_is_one(made):
+    (text,) = re.findall(r"Example::\n\n(.*?)\n\n", inspect.cleandoc(made.__doc__), re.DOTALL)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[L.Callback])
+    read = parser.parse_object({"callbacks": yaml.safe_load(text)["callbacks+"]})
+    (built,) = parser.instantiate_classes(read).callbacks
+    assert type(built) is made
