@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
     from .pretrained import Lora, Pretrained
     from .reward import Reward
     from .rollout_settings import Rollout
-    from .teacher import EMA, Frozen, Initial, Live, Teacher
+    from .teacher import EMA, Frozen, Initial, Live, Same, Teacher
     from .trajectory import Example, Trajectories
 
 _NAMES = {
@@ -57,7 +57,7 @@ _NAMES = {
     "pretrained": "Lora Pretrained",
     "reward": "Reward",
     "rollout_settings": "Rollout",
-    "teacher": "EMA Frozen Initial Live Teacher",
+    "teacher": "EMA Frozen Initial Live Same Teacher",
     "trajectory": "Example Trajectories",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
