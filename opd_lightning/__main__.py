@@ -12,6 +12,7 @@ from types import TracebackType
 
 
 def main() -> None:
+    """Runs `opd`; errors of checks are printed in short."""
     speak_utf8()
     sys.excepthook = _show_error
     from .front import ConfigError, front
@@ -52,7 +53,7 @@ def execute(arguments: Sequence[str]) -> None:
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints it as Python does, but what it quotes of rows and paths as text."""
+    """Prints an error as Python does, with escapes in texts of rows and paths."""
     from .printable import printable
 
     sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))

@@ -25,7 +25,7 @@ SWITCHED: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 @contextmanager
 def only_adapters(model: nn.Module, *names: str) -> Iterator[None]:
-    """Within it, exactly the named adapters act (none: the bare base).
+    """Switches to exactly the named adapters within a block (none: the bare base).
 
     peft's own switches also flip ``requires_grad``, which would freeze the student's adapter in mid-step.
     """
@@ -41,7 +41,7 @@ def only_adapters(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module, *adapters: str) -> dict[str, nn.Parameter]:
-    """The parameters of some adapters (default: of all) in every layer that `only_adapters` reaches, by their names."""
+    """Collects the parameters of some adapters (default: all), by name, in all layers that `only_adapters` switches."""
     wanted = set(adapters or getattr(model, "peft_config", ()))
     return {
         f"{where}.{name}": parameter
@@ -53,13 +53,15 @@ def adapter_parameters(model: nn.Module, *adapters: str) -> dict[str, nn.Paramet
 
 
 def differs_from_base(model: PeftModel) -> bool:
-    """Whether the student's adapter may change the base at all; a fresh LoRA, whose second factors are 0, does not."""
-    mine = adapter_parameters(model, STUDENT)
-    return any(bool(p.any()) for name, p in mine.items() if ".lora_A." not in name and ".lora_embedding_A." not in name)
+    """Tells whether the student's adapter may change the base; a fresh LoRA, whose second factors are 0, does not."""
+    parameters = adapter_parameters(model, STUDENT)
+    return any(
+        bool(p.any()) for name, p in parameters.items() if ".lora_A." not in name and ".lora_embedding_A." not in name
+    )
 
 
 class AnotherAdapter:
-    """A second adapter beside the student's: it is never trained, and acts where it is switched to.
+    """Second adapter beside the student's, which is never trained and acts where it is switched to.
 
     Args:
         model: the student.
@@ -89,23 +91,23 @@ class AnotherAdapter:
             parameter.requires_grad_(True)
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Every parameter of this adapter and the student's in its place, by the name of the student's."""
-        own, students = (adapter_parameters(self._model, name) for name in (self.name, STUDENT))
-        return {name: (own[_renamed(name, self.name)], parameter) for name, parameter in students.items()}
+        """Pairs each parameter of this adapter with the student's in its place, by the name of the student's."""
+        copies, students = (adapter_parameters(self._model, name) for name in (self.name, STUDENT))
+        return {name: (copies[_renamed(name, self.name)], parameter) for name, parameter in students.items()}
 
 
 class CopiedAdapter(AnotherAdapter):
-    """What the student's adapter is now, whatever it holds: LoRA of any scaling, DoRA, whole modules, tokens."""
+    """Copy of the student's adapter as it is now, whatever it holds: LoRA of any scaling, DoRA, modules, tokens."""
 
     @torch.no_grad()
     def __init__(self, model: PeftModel, name: str) -> None:
         super().__init__(model, name)
-        for mine, theirs in self.pairs().values():
-            mine.copy_(theirs)
+        for copy, students in self.pairs().values():
+            copy.copy_(students)
 
 
 def merged(model: PeftModel) -> nn.Module:
-    """The base with the student's adapter folded into it, in place.
+    """Folds the student's adapter into the base, in place.
 
     A weight that an adapter changes in one of several places, such as a head that is also the embedding, becomes one of
     its own there.
@@ -130,16 +132,16 @@ def _is_factor(parameter: str) -> bool:
 
 
 def _renamed(parameter: str, adapter: str) -> str:
-    """The name of a parameter of the student's adapter in another one."""
+    """Renames a parameter of the student's adapter to its name in another one."""
     parts = parameter.split(".")
-    last = max(i for i, part in enumerate(parts) if part == STUDENT)
+    last = max(i for i, name in enumerate(parts) if name == STUDENT)
     return ".".join([*parts[:last], adapter, *parts[last + 1 :]])
 
 
 def average_product(
     left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor, rate: float, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The best rank-``rank`` factors of (1−rate)·left·right + rate·new_left·new_right.
+    """Computes the best rank-``rank`` factors of (1−rate)·left·right + rate·new_left·new_right.
 
     Averaging the factors one by one is not averaging their product: it is off by the covariance of the two.
 
@@ -150,21 +152,22 @@ def average_product(
     Returns:
         ``[out, rank]`` and ``[rank, in]``.
     """
+    # QR of both sides leaves an SVD of size R + r, however large the layer
     tall = torch.cat([(1 - rate) * left, rate * new_left], 1)
     wide = torch.cat([right, new_right], 0)
     q_out, r_out = torch.linalg.qr(tall)
     q_in, r_in = torch.linalg.qr(wide.T)
     u, s, v = torch.linalg.svd(r_out @ r_in.T)
     root = s.sqrt()[:rank]
-    found = len(root)
+    kept_rank = len(root)
     new = tall.new_zeros(tall.shape[0], rank), wide.new_zeros(rank, wide.shape[1])
-    new[0][:, :found] = q_out @ u[:, :found] * root
-    new[1][:found] = (q_in @ v[:found].T * root).T
+    new[0][:, :kept_rank] = q_out @ u[:, :kept_rank] * root
+    new[1][:kept_rank] = (q_in @ v[:kept_rank].T * root).T
     return new
 
 
 class AverageAdapter(AnotherAdapter):
-    """A second adapter that follows the exponential moving average of what the student's adapter *does*, B·A.
+    """Second adapter that follows the exponential moving average of what the student's adapter *does*, B·A.
 
     It starts as the student's adapter. The average of products has a growing rank, so the adapter has twice the
     student's and keeps the best approximation. What else the student trains (biases of LoRA, whole modules, tokens) is
@@ -201,7 +204,7 @@ class AverageAdapter(AnotherAdapter):
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
-        """average ← (1−rate)·average + rate·student, of the products."""
+        """Updates the products: average ← (1−rate)·average + rate·student."""
         reshard(self._model)
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
@@ -218,6 +221,6 @@ class AverageAdapter(AnotherAdapter):
             slice_of(a).copy_(slice_of(sliced_like(a, right)))
             if layer.lora_B[STUDENT].bias is not None:
                 slice_of(layer.lora_B[self.name].bias).lerp_(slice_of(layer.lora_B[STUDENT].bias) * scaling, rate)
-        for name, (mine, theirs) in self.pairs().items() if self._has_entries else ():
+        for name, (average, student) in self.pairs().items() if self._has_entries else ():
             if not _is_factor(name):
-                slice_of(mine).lerp_(slice_of(theirs), rate)
+                slice_of(average).lerp_(slice_of(student), rate)

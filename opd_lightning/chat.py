@@ -20,17 +20,17 @@ _ROLES = ("system", "developer", "user", "human", *_ASSISTANTS, "tool", "functio
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a column's value is a list of messages."""
+    """Tells whether a column's value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def is_answer(message: Message) -> bool:
-    """Whether the assistant speaks, by whatever name."""
+    """Tells whether a message is the assistant's, by any of its names."""
     return message["role"] in _ASSISTANTS
 
 
 def problem_with_form(prompt: Any) -> str | None:
-    """What is wrong with the form of a prompt that is to be text or a chat, or None."""
+    """Finds what is wrong with the form of a prompt, which is text or a chat; None if nothing is."""
     if isinstance(prompt, str):
         return "prompt is a chat written as JSON; give the list of messages itself" if _is_written(prompt) else None
     if not isinstance(prompt, list):
@@ -41,12 +41,12 @@ def problem_with_form(prompt: Any) -> str | None:
 
 
 def problem_with_chat(chat: Chat, column: str) -> str | None:
-    """What is wrong with the form of a chat, or None."""
+    """Finds what is wrong with the form of a chat; None if nothing is."""
     for number, message in enumerate(chat, start=1):
         where = f"message {number} of the {column}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
-            found = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
-            return f"{where} has no role: write {{role: …, content: …}}{found}"
+            keys = f"; it has {', '.join(map(str, message))}" if isinstance(message, dict) and message else ""
+            return f"{where} has no role: write {{role: …, content: …}}{keys}"
         if meant := _meant(message["role"]):
             return f"{where} has the role {quoted(message['role'])}; did you mean {meant!r}?"
         calls = message.get("tool_calls") or []
@@ -59,7 +59,7 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
 
 
 def _meant(role: str) -> str | None:
-    """The usual role that a role is spelled nearly as, or None."""
+    """Finds the usual role whose spelling is nearest to an unusual one; None if none is near."""
     if role in _ROLES:
         return None
     return next(iter(get_close_matches(role.strip().lower(), _ROLES, n=1, cutoff=0.8)), None)
@@ -78,7 +78,7 @@ def _is_blank(part: Any) -> bool:
 
 
 def _is_written(text: str) -> bool:
-    """Whether a text is a list of messages in JSON, as tables keep them that know no lists."""
+    """Tells whether a text is a list of messages in JSON, as tables without lists hold them."""
     try:
         return text.lstrip().startswith("[") and is_chat(json.loads(text))
     except (ValueError, RecursionError):
@@ -91,7 +91,7 @@ def _is_call(call: Any) -> bool:
 
 
 def without_answers(rows: Dataset, keep: bool) -> Dataset:
-    """Rows whose prompts end before the last turn of the assistant; ``keep`` makes that turn the column ``completion``.
+    """Cuts prompts before their last turn where it is the assistant's; ``keep`` makes it the column ``completion``.
 
     Prompts that end otherwise stay as they are.
 
@@ -104,9 +104,9 @@ def without_answers(rows: Dataset, keep: bool) -> Dataset:
         return rows
     prompts = rows["prompt"][:]
     ends = [len(prompt) - 1 if is_chat(prompt) and is_answer(prompt[-1]) else None for prompt in prompts]
-    made = {"prompt": [prompt if end is None else prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]}
+    turns = {"prompt": [prompt if end is None else prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]}
     if keep:
-        made["completion"] = [None if end is None else prompt[end:] for prompt, end in zip(prompts, ends, strict=True)]
+        turns["completion"] = [None if end is None else prompt[end:] for prompt, end in zip(prompts, ends, strict=True)]
     kind = rows.features["prompt"]
-    columns = [Dataset.from_dict({name: made[name]}, features=Features({name: kind})) for name in made]
+    columns = [Dataset.from_dict({name: turns[name]}, features=Features({name: kind})) for name in turns]
     return concatenate_datasets([rows.remove_columns("prompt"), *columns], axis=1)

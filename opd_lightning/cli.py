@@ -38,9 +38,9 @@ set_dumper("yaml", dump)
 
 
 DEFAULTS = {"max_epochs": -1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-"""Of the Trainer: prompts are drawn without end, so steps count, not epochs; ``evaluation.before`` measures first."""
+"""Trainer defaults: prompts are drawn without end, so steps count, not epochs; ``evaluation.before`` comes first."""
 LOGS = "logs"
-"""Where no logger is named, a CSVLogger writes ``logs/version_…/metrics.csv`` below ``trainer.default_root_dir``."""
+"""Folder of the default CSVLogger: it writes ``logs/version_…/metrics.csv`` below ``trainer.default_root_dir``."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -55,7 +55,7 @@ class SaveConfig(SaveConfigCallback):
         pl_module.history.config_yaml = self.parser.dump(self.config, skip_none=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Not yet: a resume may be refused, and what is there would then be the record of nothing."""
+        """Skips Lightning's own writing: a resume may still be refused, and then the record would be wrong."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
@@ -102,7 +102,7 @@ class OPDCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """A run without an end is refused, and a checkpoint or folder that can't be used, before anything is loaded."""
+        """Refuses runs without an end, and checkpoints or folders that can't be used, before anything is loaded."""
         trainer = self.trainer
         if trainer.max_steps == trainer.max_epochs == -1 and self.config.fit.trainer.max_time is None:
             raise ValueError("trainer: nothing says when training ends; set max_steps, max_epochs or max_time")
@@ -142,11 +142,11 @@ class OPDCLI(LightningCLI):
             check_ours(Path(path))
 
     def _parse_ckpt_path(self) -> None:
-        """What the command line says wins: hyper-parameters of a checkpoint are never merged over it."""
+        """Skips merging hyper-parameters of a checkpoint over the command line, which wins."""
 
 
 def kinds_at_the_top(command: str) -> dict[str, Any]:
-    """What may stand at the top of a configuration, with its type."""
+    """Lists the keys at the top of a configuration, with their types."""
     classes: dict[str, Any] = {"trainer": Exactly(L.Trainer), "checkpoint": Exactly(Checkpoint)}
     classes |= {"ckpt_path": str | None, "seed_everything": bool | int}
     classes |= {"model": OnPolicyDistillation, "data": L.LightningDataModule}
@@ -156,49 +156,49 @@ def kinds_at_the_top(command: str) -> dict[str, Any]:
 def with_logger(sources: Sequence[Source]) -> list[Source]:
     """Puts the default logger before the sources where arguments set keys of a logger that nobody names."""
     trainers = [(source, source.values["trainer"]) for source in sources if "trainer" in source.values]
-    found = {key: [(source, said[key]) for source, said in trainers if isinstance(said, dict) and key in said]
+    given = {key: [(source, values[key]) for source, values in trainers if isinstance(values, dict) and key in values]
              for key in ("logger", "default_root_dir")}  # fmt: skip
-    if not found["logger"] or not all(
-        source.keys and isinstance(said, dict) and "class_path" not in said for source, said in found["logger"]
+    if not given["logger"] or not all(
+        source.keys and isinstance(values, dict) and "class_path" not in values for source, values in given["logger"]
     ):
         return list(sources)
-    folder = str(found["default_root_dir"][-1][1]) if found["default_root_dir"] else os.getcwd()
+    folder = str(given["default_root_dir"][-1][1]) if given["default_root_dir"] else os.getcwd()
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": folder, "name": LOGS}}
     return [Source("the default logger", {"trainer": {"logger": logger}}), *sources]
 
 
 def understood(arguments: Sequence[str]) -> list[str]:
-    """Arguments for jsonargparse: every key checked, and what files and arguments say as JSON in their places."""
+    """Converts arguments for jsonargparse: every key checked, files and values in their places as JSON."""
     try:
         sources = with_logger(front(arguments))
         import_parts()
-        kinds, together, found = kinds_at_the_top(arguments[0]), dict[str, Any](), list[Any](arguments[:1])
+        kinds, together, passed = kinds_at_the_top(arguments[0]), dict[str, Any](), list[Any](arguments[:1])
         follows = False
         for source in sources:
             values = Checker(source).settings(source.values, kinds, (), "opd", together)
             together = overlaid(together, values)
             if any(isinstance(value, Text) for value in leaves(values)) or not values:
-                found += source.tokens  # of the last part in a list; or it asks something
+                passed += source.tokens  # of the last part in a list; or it asks something
             elif follows and source.keys and not str(source.keys[-1]).endswith("+"):
-                found[-1] = overlaid(found[-1], values)  # one overlay for all arguments in a row
+                passed[-1] = overlaid(passed[-1], values)  # one overlay for all arguments in a row
             else:
-                found += ["-c", values]
-            follows = bool(source.keys) and isinstance(found[-1], dict)
+                passed += ["-c", values]
+            follows = bool(source.keys) and isinstance(passed[-1], dict)
         print_help(sources, kinds, together, meanings(arguments[0]))
     except ConfigError as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
     Parser.sources = sources
-    written = [part if isinstance(part, str) else json.dumps(part) for part in found]
-    return [part for part in written if part != "--traceback"]
+    written = [word if isinstance(word, str) else json.dumps(word) for word in passed]
+    return [word for word in written if word != "--traceback"]
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Trains or evaluates, as the arguments after `opd` say."""
+    """Trains or evaluates, by the arguments after `opd`."""
     # Lightning's own use of a deprecated torch helper, and its doubt about arguments that do come from the command line
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
-    # what was there is gone on from or set aside, which is said
+    # files that are there are resumed from or moved aside, and a message says which
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     torch.set_float32_matmul_precision("high")
     OPDCLI(arguments)

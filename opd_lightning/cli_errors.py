@@ -1,4 +1,4 @@
-"""Errors for people: which key, what is wrong with it, what would be right, and which file holds it."""
+"""Errors for people: the key, its fault, accepted values, and the file that holds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config_file import Source, did_you_mean
 from .places import about, place_of
 from .printable import printable
 
-# What jsonargparse says about how it looked, not about what is wrong
+# Lines of jsonargparse about its search, not about the fault
 _NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value)")
 _KEY = re.compile(r'^(?:- )?Parser key "([^"]+)":')
 _CLASS = re.compile(r"^(?:- )?Problem with given class_path '([^']+)'")
@@ -28,7 +28,7 @@ _CHECKS = (ValueError, TypeError, RuntimeError, OSError, ImportError, Arithmetic
 
 
 class Parser(LightningArgumentParser):
-    """Prints the innermost problem in place of jsonargparse's account of everything that it tried."""
+    """Parser that prints the innermost problem in place of jsonargparse's account of everything that it tried."""
 
     sources: ClassVar[list[Source]] = []
 
@@ -40,27 +40,27 @@ class Parser(LightningArgumentParser):
 
 
 def explain(message: str, sources: Sequence[Source]) -> str:
-    """The short form of an error message of jsonargparse, with the file and line that hold the key."""
+    """Shortens an error message of jsonargparse, and adds the file and line that hold the key."""
     path: list[str] = []
     problems: list[str] = []
     for line in message.splitlines():
         text = line.strip()
-        if found := _KEY.match(text):
+        if match := _KEY.match(text):
             if not problems:
-                path += found.group(1).split(".")
-            text = text[found.end() :].strip()
+                path += match.group(1).split(".")
+            text = text[match.end() :].strip()
         elif _CLASS.match(text):
             continue
         if text and not _NOISE.match(text):
             problems.append(text.removeprefix("- "))
     if not problems:
         return f"error: {message}\n"
-    expected = list(dict.fromkeys(found.group(1) for text in problems if (found := _EXPECTED.match(text))))
+    expected = list(dict.fromkeys(match.group(1) for text in problems if (match := _EXPECTED.match(text))))
     what = problems[0]
-    if found := _EXPECTED.match(what):
+    if match := _EXPECTED.match(what):
         values = message.rpartition("Given value: ")[2].splitlines() if "Given value: " in message else []
-        whole = values and len(values[0]) < 80 and not values[0].startswith(("{", "NestedArg("))
-        given = found.group(2) or (values[0] if whole else None)
+        shown_value = values and len(values[0]) < 80 and not values[0].startswith(("{", "NestedArg("))
+        given = match.group(2) or (values[0] if shown_value else None)
         what, problems = _expected(expected, given), problems[:1]
     lines = [f"error: {'.'.join(path)}: {what}" if path else f"error: {what}"]
     lines += [f"  in {place}" for place in [place_of(path, sources, message)] if place]
@@ -69,33 +69,33 @@ def explain(message: str, sources: Sequence[Source]) -> str:
 
 def _expected(types: Sequence[str], given: str | None) -> str:
     words = [word for name in types for word in re.findall(r"'([^']*)'", name) if name.startswith("Literal")]
-    known = [f"one of {', '.join(words)}"] if words else []
-    known += [name for name in types if not name.startswith("Literal")]
-    return f"expected {' or '.join(known)}" + (f", got {given}{did_you_mean(given, words)}" if given else "")
+    accepted = [f"one of {', '.join(words)}"] if words else []
+    accepted += [name for name in types if not name.startswith("Literal")]
+    return f"expected {' or '.join(accepted)}" + (f", got {given}{did_you_mean(given, words)}" if given else "")
 
 
 def sentence(error: BaseException, sources: Sequence[Source]) -> str | None:
-    """What a check has found out about a configuration, data or a model; None for what nobody foresaw: a bug.
+    """Formats the error of a check of a configuration, data or a model; None for any other error: a bug.
 
-    A check raises by itself, in this package or in the constructor of a part, or the system refuses a file. What
-    arises in the middle of a computation is no check, unless a part that a configuration names is being built.
+    A check raises by itself, in this package or in the constructor of a part, or the system refuses a file. An error
+    in the middle of a computation is no check's, unless a part that a configuration names is being built.
     """
     cause = _cause(error)
     frames = list(_frames(cause.__traceback__))
     selves = [type(frame.tb_frame.f_locals.get("self")).__name__ for frame in frames]
-    made = [who for who, frame in zip(selves, frames, strict=True) if _constructs(frame)]
-    key, place = about(str(cause), made, sources)
+    built = [name for name, frame in zip(selves, frames, strict=True) if _constructs(frame)]
+    key, place = about(str(cause), built, sources)
     what = str(cause) if len(str(cause)) < LONGEST else f"{str(cause)[:LONGEST]} …"
     if not _checks(cause, frames, selves):
-        if not (made and (key or place) and any(_builds(frame) for frame in frames)):
+        if not (built and (key or place) and any(_builds(frame) for frame in frames)):
             return None
-        what = f"{key or made[-1]} can't be built from this: {type(cause).__name__}: {what}"
+        what = f"{key or built[-1]} can't be built from this: {type(cause).__name__}: {what}"
     text = f"error: {key}: {what}" if key and not what.startswith(key) else f"error: {what}"
     return text + (f"\n  in {place}" if place else "") + "\n  (--traceback shows where this was raised)\n"
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was raised first, without what jsonargparse wraps around it."""
+    """Unwraps an error that jsonargparse raised from another one."""
     while error.__cause__ is not None:
         frames = list(_frames(error.__traceback__))
         if not frames or not _module(frames[-1]).startswith("jsonargparse"):
@@ -123,7 +123,7 @@ def _constructs(frame: TracebackType) -> bool:
 
 
 def _checks(cause: BaseException, frames: Sequence[TracebackType], selves: Sequence[str]) -> bool:
-    """Whether it was raised by a statement, where no operation has failed: ours, a constructor's, a loader's."""
+    """Tells whether a ``raise`` raised it, and no failed operation: ours, a constructor's, a loader's."""
     if not isinstance(cause, _CHECKS) or not frames:
         return False
     if isinstance(cause, MisconfigurationException) or (isinstance(cause, OSError) and cause.filename is not None):

@@ -1,4 +1,4 @@
-"""``--model.evaluation.help``: what stands behind a key, from the classes themselves."""
+"""``--model.evaluation.help``: the arguments below a key, from the classes themselves."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .jsonargparse_internals import get_signature_parameters, import_object
 def print_help(
     sources: Sequence[Source], kinds: Mapping[str, Any], together: Mapping[str, Any], said: Mapping[str, str]
 ) -> None:
-    """Prints what an argument asks, and exits; nothing where none asks.
+    """Prints the help that an argument asks for, and exits; returns if none does.
 
     Args:
-        kinds: what may stand at the top of a configuration.
-        together: all that files and arguments say: of a key whose class they name, that class is explained.
-        said: what the keys at the top are for.
+        kinds: types of the keys at the top of a configuration.
+        together: settings of all files and arguments: of a key whose class they name, that class is explained.
+        said: descriptions of the keys at the top.
 
     Raises:
         ConfigError: there is no such key or class.
@@ -54,20 +54,24 @@ def print_help(
 def _page(keys: list[str], named: str, kinds: Mapping[str, Any], values: Any, said: Mapping[str, str]) -> str:
     kind: Any = None
     text = said.get(keys[0], "")
-    for place, key in enumerate(keys):
-        below: Mapping[Any, Any] = kinds if place == 0 else _inside(kind, values)
+    for depth, key in enumerate(keys):
+        below: Mapping[Any, Any] = kinds if depth == 0 else _inside(kind, values)
         if key in ("init_args", "class_path"):
             continue
         if key not in below and None not in below:
-            _refuse(keys[: place + 1], below, kind)
-        text = _documented(_holder(kind, values), key) if place else text
+            _refuse(keys[: depth + 1], below, kind)
+        text = _documented(_holder(kind, values), key) if depth else text
         kind = below[key] if key in below else below[None]
         values = values.get("init_args", values).get(key) if isinstance(values, Mapping) else None
     return _explained(keys, kind, named, values, text)
 
 
 def _refuse(keys: list[str], below: Mapping[Any, Any], kind: Any) -> NoReturn:
-    """Says that there is no such key, or which classes have it."""
+    """Refuses a key, naming the classes that have it, if any.
+
+    Raises:
+        ConfigError: always.
+    """
     key, holder = keys[-1], dotted(keys[:-1])
     bases = [base for member in members(kind) if (base := base_of(member)) is not None]
     names = [n for base in bases for n, path in kinds_of(base).items() if key in accepted(import_object(path))]
@@ -82,7 +86,7 @@ def _refuse(keys: list[str], below: Mapping[Any, Any], kind: Any) -> NoReturn:
 
 
 def _holder(kind: Any, values: Any) -> Any:
-    """The class whose arguments the keys below a key are; None: they are names."""
+    """Finds the class whose arguments are the keys below a key; None: they are names."""
     for member in members(kind):
         if is_list(member):
             return _holder((*typing.get_args(member), Any)[0], None)
@@ -92,21 +96,21 @@ def _holder(kind: Any, values: Any) -> Any:
 
 
 def _documented(cls: Any, key: str) -> str:
-    """What the docstring of a class says of an argument, also where it speaks of several at once."""
+    """Finds the description of an argument in the docstring of a class, also where it is one of several at once."""
     if cls is None:
         return ""
     for parameter in get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None):
         if parameter.name == key and parameter.doc:
             return str(parameter.doc)
     for source in getattr(cls, "__mro__", (cls,)):
-        for said in docstring_parser.parse(inspect.getdoc(source) or "").params:
-            if key in re.split(r",\s*", said.arg_name):
-                return said.description or ""
+        for entry in docstring_parser.parse(inspect.getdoc(source) or "").params:
+            if key in re.split(r",\s*", entry.arg_name):
+                return entry.description or ""
     return ""
 
 
 def _inside(kind: Any, values: Any) -> Mapping[Any, Any]:
-    """The keys below a key with their types; under None the type of any name's."""
+    """Lists the keys below a key with their types; None as key: any name."""
     for member in members(kind):
         arguments = typing.get_args(member)
         if is_list(member):
@@ -119,7 +123,7 @@ def _inside(kind: Any, values: Any) -> Mapping[Any, Any]:
 
 
 def _class_of(kind: Any, values: Any) -> Any:
-    """The class that explains a key: the one that the configuration names there, or the one that all are kinds of."""
+    """Finds the class that explains a key: the one that the configuration names there, or the base of all."""
     if is_closed(kind):
         return getattr(kind, "cls", kind)
     base = base_of(kind)
@@ -128,9 +132,10 @@ def _class_of(kind: Any, values: Any) -> Any:
 
 
 def _explained(keys: list[str], kind: Any, named: str, values: Any, said: str = "") -> str:
-    """
+    """Formats the help of a key.
+
     Args:
-        said: what is known of a key that no class explains.
+        said: description of a key that no class explains.
     """
     for member in members(kind):
         if is_list(member) or typing.get_origin(member) is dict:
@@ -170,7 +175,7 @@ def _summary(cls: Any) -> str:
 
 
 def _list_of(keys: list[str], base: type, choices: Mapping[str, str]) -> str:
-    """A line for each class of a kind; those of packages that register parts come before the libraries'."""
+    """Formats a line for each class of a kind; packages that register parts come before libraries."""
     ours = packages()
     lines = [f"\nkinds of {base.__name__} (--{dotted(keys)}.help NAME says more):"]
     for name, path in sorted(choices.items(), key=lambda choice: (choice[1].partition(".")[0] not in ours, *choice)):

@@ -1,6 +1,6 @@
-"""Configuration files and what the command line says, read strictly: what YAML takes without a word is refused.
+"""Configuration files and arguments, read strictly: much that YAML accepts in silence is refused.
 
-Imports nothing heavy: whatever can be said about a configuration before the libraries are there is said at once.
+Imports nothing heavy, so that errors in a configuration are reported before the libraries are loaded.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .jsonargparse_internals import get_yaml_default_loader, yaml_load
 Keys = tuple[str | int, ...]
 
 MOST_VALUES = 100_000
-"""A configuration that unfolds into more is none: aliases of aliases grow without end."""
+"""Limit of values in a configuration: aliases of aliases unfold exponentially."""
 NO_NUMBERS = ("nan", "inf", "infinity")
 
 
 class ConfigError(ValueError):
-    """What a configuration says can't be meant. The message is for whoever wrote it and names key, file and line."""
+    """Error in a configuration. The message is for whoever wrote it, and names key, file and line."""
 
 
 class Text(str):
-    """A value as it was typed on the command line: only its key knows whether it is text, a number or a list."""
+    """Value as it was typed on the command line; its key decides whether it is text, a number or a list."""
 
 
 class Whole(dict[str, Any]):
-    """A mapping by name as it shall be: what it lacks, of what was there before, was removed."""
+    """Mapping by name that replaces an earlier one as a whole: names that it lacks were removed."""
 
 
 @dataclass
 class Source:
-    """One file, or one argument of the command line.
+    """Source of settings: one file, or one argument of the command line.
 
     Attributes:
         name: its path, or the argument.
-        values: what it says.
-        lines: of a file, where each key is.
-        keys: of an argument, what it sets; empty for one that asks something, such as ``--print_config``.
-        tokens: how it was written on the command line.
+        values: its settings.
+        lines: of a file, the line of each key.
+        keys: of an argument, the keys that it sets; empty for a request such as ``--print_config``.
+        tokens: its words on the command line.
     """
 
     name: str
@@ -56,26 +56,26 @@ class Source:
     tokens: tuple[str, ...] = ()
 
     def place(self, keys: Keys) -> str | None:
-        """Where it says something about a key; None: nowhere."""
+        """Returns the place where it sets a key, for messages; None: it does not."""
         if self.keys:
-            asked, own = ([key for key in which if key != "init_args"] for which in (keys, self.keys))
-            return f"what the command line says: {self.name}" if asked[: len(own)] == own else None
+            asked, set_here = ([key for key in which if key != "init_args"] for which in (keys, self.keys))
+            return f"what the command line says: {self.name}" if asked[: len(set_here)] == set_here else None
         return f"{self.name}, line {self.lines[keys]}" if keys in self.lines else None
 
 
 def dotted(keys: Sequence[str | int]) -> str:
-    """``model.init_args.objective.terms[0].signal``"""
+    """Joins keys: ``model.init_args.objective.terms[0].signal``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A question about the nearest name, or nothing."""
+    """Asks for the nearest name, at the end of a message; empty if none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def read(path: str) -> Source:
-    """A configuration file.
+    """Reads a configuration file.
 
     Raises:
         ConfigError: it can't be read, is no YAML, has a key twice, holds itself, a value that is no number or nothing.
@@ -120,7 +120,7 @@ def _advice(text: str, mark: yaml.Mark | None) -> str:
 
 
 class _Walk:
-    """Through the nodes of a file, before they are values: only nodes know lines, keys that come twice, and aliases."""
+    """Walk through the nodes of a file: only nodes, not values, have lines, duplicate keys, and aliases."""
 
     def __init__(self, path: str) -> None:
         self.path, self.lines = path, dict[Keys, int]()
@@ -143,15 +143,15 @@ class _Walk:
         if isinstance(node, yaml.MappingNode):
             self._mapping(node, keys)
         elif isinstance(node, yaml.SequenceNode):
-            for place, item in enumerate(node.value):
-                self.lines.setdefault((*keys, place), item.start_mark.line + 1)
-                self._visit(item, (*keys, place))
+            for index, item in enumerate(node.value):
+                self.lines.setdefault((*keys, index), item.start_mark.line + 1)
+                self._visit(item, (*keys, index))
         elif node.tag.endswith(":float") and not _finite(node.value):
             self._fail(node, f"{dotted(keys)} is {node.value}, which is no number that a setting can have")
         self.above.remove(id(node))
 
     def _mapping(self, node: yaml.MappingNode, keys: Keys) -> None:
-        seen: dict[str, int] = {}
+        first_lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
@@ -161,9 +161,9 @@ class _Walk:
             if key.tag.endswith(":merge"):
                 self._visit(value, keys)
                 continue
-            if key.value in seen:
-                self._fail(key, f"{dotted((*keys, key.value))} is there twice, first in line {seen[key.value]}")
-            seen[key.value] = line
+            if key.value in first_lines:
+                self._fail(key, f"{dotted((*keys, key.value))} is there twice, first in line {first_lines[key.value]}")
+            first_lines[key.value] = line
             self.lines[(*keys, key.value)] = line
             self._visit(value, (*keys, key.value))
 
@@ -176,16 +176,16 @@ def _finite(text: str) -> bool:
 
 
 def is_no_number(value: Any) -> bool:
-    """Whether it is NaN or infinite, as a float or in words that a float may be read from."""
+    """Tells whether a value is NaN or infinite, as a float or as a word that a float may be read from."""
     if isinstance(value, str):
         return value.strip().lower().lstrip("+-.") in NO_NUMBERS
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def load(text: str) -> Any:
-    """A value of the command line, or a whole configuration as JSON.
+    """Reads a value of the command line, or a whole configuration as JSON.
 
-    YAML would read nothing in ``# {{ prompt }}``, a comment, nor in ``&a``: such a value is the text itself.
+    YAML would read null from ``# {{ prompt }}``, a comment, and from ``&a``: such a value is the text itself.
     """
     if text.lstrip().startswith(("{", "[")):
         try:
@@ -200,24 +200,24 @@ def load(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `load` would take for a number, such as 1e3, which YAML 1.1 takes for text."""
+    """Dumper that quotes texts which `load` would take for numbers, such as 1e3, a text in YAML 1.1."""
 
 
 _Dumper.yaml_implicit_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
 
 
 def dump(values: Any) -> str:
-    """A configuration as YAML that `read` gives back."""
+    """Writes a configuration as YAML, such that `read` returns it."""
     return yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def said(arguments: Sequence[str]) -> list[Source]:
-    """What files and arguments say, in their order.
+    """Reads files and arguments as sources, in their order.
 
     Raises:
         ConfigError: a file can't be read, or something is neither file nor argument.
     """
-    found, rest = [], list(arguments)
+    sources, rest = [], list(arguments)
     while rest:
         first = rest.pop(0)
         name, equals, value = first.partition("=")
@@ -228,14 +228,14 @@ def said(arguments: Sequence[str]) -> list[Source]:
             value = rest.pop(0)
             tokens = (first, value)
         if name in ("-c", "--config"):
-            found.append(dataclasses.replace(read(value), tokens=tokens))
+            sources.append(dataclasses.replace(read(value), tokens=tokens))
         else:
-            found.append(_argument(name, value, tokens))
-    return found
+            sources.append(_argument(name, value, tokens))
+    return sources
 
 
 def _argument(name: str, value: str, tokens: tuple[str, ...]) -> Source:
-    """What ``--a.b=value`` says."""
+    """Reads an argument ``--a.b=value`` as a source."""
     keys = tuple(name.removeprefix("--").split("."))
     if keys[-1] == "help" or keys[0] in ("print_config", "traceback"):
         return Source(name, {}, tokens=tokens)
@@ -246,13 +246,13 @@ def _argument(name: str, value: str, tokens: tuple[str, ...]) -> Source:
 
 
 def leaves(values: Any) -> Iterator[Any]:
-    """The values that are neither keys nor lists."""
+    """Yields the values that are neither mappings nor lists."""
     inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else None
     yield from [values] if inner is None else (leaf for value in inner for leaf in leaves(value))
 
 
 def overlaid(before: Any, values: Any) -> Any:
-    """Settings with others laid over them: what is named is replaced, key by key; another class begins anew."""
+    """Lays settings over others: they are replaced key by key; another class drops the earlier arguments."""
     if isinstance(before, str) and (_arguments_alone(values) or (_names_a_class(before) and _is_open(values))):
         return {"class_path": before, **values}
     if isinstance(values, str) and _arguments_alone(before):
@@ -265,16 +265,16 @@ def overlaid(before: Any, values: Any) -> Any:
 
 
 def _names_a_class(text: str) -> bool:
-    return text.rpartition(".")[2][:1].isupper() and all(part.isidentifier() for part in text.split("."))
+    return text.rpartition(".")[2][:1].isupper() and all(word.isidentifier() for word in text.split("."))
 
 
 def _is_open(values: Any) -> bool:
-    """Whether they may be arguments without ``init_args``, which the command line lets out."""
+    """Tells whether values may be arguments without ``init_args``, as the command line allows."""
     return isinstance(values, dict) and bool(values) and "class_path" not in values
 
 
 def _arguments_alone(values: Any) -> bool:
-    """Whether they belong to a class that is named elsewhere."""
+    """Tells whether values are arguments of a class that is named elsewhere."""
     return isinstance(values, dict) and bool(values) and values.keys() <= {"init_args", "dict_kwargs"}
 
 

@@ -1,4 +1,4 @@
-"""Which keys a configuration may have, at every depth: the classes that it names say so."""
+"""Keys of a configuration, checked at every depth against the classes that it names."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PLAIN = (str, int, float, bool, bytes, complex, object, type(None), Any)
 
 @dataclasses.dataclass(frozen=True)
 class Exactly:
-    """Stands for one class whose arguments are given without ``class_path``, as the trainer's are."""
+    """Type of one class whose arguments are given without ``class_path``, as the trainer's are."""
 
     cls: type
 
 
 @cache
 def accepted(cls: Any) -> dict[str, Any]:
-    """Arguments of a class or function by name with their types, those that it passes on through ``**kwargs`` too."""
+    """Lists the arguments of a class or function with their types, also those that it passes on as ``**kwargs``."""
     parameters = get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None)
     return {parameter.name: _kind(parameter) for parameter in parameters}
 
@@ -47,32 +47,33 @@ def _kind(parameter: Any) -> Any:
 
 
 def members(kind: Any) -> list[Any]:
-    """The types of a union, with those of unions inside it."""
+    """Lists the types of a union, with those of unions inside it."""
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (Union, types.UnionType):
-        return [member for part in typing.get_args(kind) for member in members(part)]
+        return [member for inner in typing.get_args(kind) for member in members(inner)]
     return [kind]
 
 
 def is_closed(kind: Any) -> bool:
-    """Whether its arguments are given without ``class_path``."""
+    """Tells whether the arguments of a type are given without ``class_path``."""
     return isinstance(kind, Exactly) or (inspect.isclass(kind) and dataclasses.is_dataclass(kind))
 
 
 def base_of(kind: Any) -> type | None:
-    """The class of which a part is one, for a type that takes ``class_path``; None for other types."""
+    """Returns the base class of a type that takes ``class_path``; None for other types."""
     if kind is torch.Tensor:  # beside float, as optimizers take it; nobody writes one into a configuration
         return None
     if inspect.isclass(kind) and kind not in PLAIN and not is_closed(kind) and typing.get_origin(kind) is None:
         return None if issubclass(kind, (str, int, float, bytes, dict, *LISTS[:3], Path)) or kind in LISTS else kind
     if typing.get_origin(kind) is abc.Callable and len(typing.get_args(kind)) == 2:
-        made = typing.get_args(kind)[1]
-        return base_of(members(made)[0])
+        result = typing.get_args(kind)[1]
+        return base_of(members(result)[0])
     return None
 
 
 def is_part(kind: Any) -> bool:
+    """Tells whether a value of a type is built from arguments of a class."""
     return any(is_closed(member) or base_of(member) is not None for member in members(kind))
 
 
@@ -83,7 +84,7 @@ def meant(name: str, known: Mapping[str, Any]) -> str:
 
 
 class Checker:
-    """Walks through the values of a source beside the types that take them."""
+    """Check of the values of a source against the types that take them."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -93,12 +94,19 @@ class Checker:
         raise ConfigError(f"{dotted(keys)}: {what}\n  in {self.source.place(keys) or self.source.name}")
 
     def settings(self, values: Mapping[str, Any], kinds: Mapping[str, Any], keys: Keys, who: str, before: Any) -> Any:
-        """Values by key, each checked.
+        """Checks values by key.
+
+        Args:
+            values: of the source.
+            kinds: types by key.
+            keys: of the mapping that holds them.
+            who: the class that takes them, for messages.
+            before: values of earlier sources at these keys.
 
         Raises:
-            ConfigError: nobody takes a key; the message names who refused it and all that it accepts.
+            ConfigError: the class has no such key; the message names the class and all that it accepts.
         """
-        found = {}
+        checked = {}
         for key, value in values.items():
             name = str(key).removesuffix("+")
             if name not in kinds:
@@ -109,26 +117,29 @@ class Checker:
             if name == key and isinstance(before, dict) and f"{name}+" in before:
                 added = before[f"{name}+"]
                 earlier = added if isinstance(added, list) else [added]
-            found[key] = self.value(value, kinds[name], (*keys, key), earlier)
-        return found
+            checked[key] = self.value(value, kinds[name], (*keys, key), earlier)
+        return checked
 
     def _accepts(self, who: str, kinds: Mapping[str, Any]) -> str:
         return f"\n  {who} accepts {', '.join(kinds)}" if kinds else f"\n  {who} accepts nothing"
 
     def value(self, value: Any, kind: Any, keys: Keys, before: Any = None) -> Any:
-        """A value, checked beside its type; mappings of parts are merged by name into what was there before."""
+        """Checks a value against its type; mappings of parts are merged by name into earlier ones."""
         kinds = members(kind)
+        # 1. the command line: texts are read, and keys of a list are those of its last entry
         if isinstance(value, Text):
             value = self._typed(value, kinds, keys, before)
         if self.arguments and isinstance(value, Mapping) and is_list(kind) and not isinstance(before, Mapping | str):
             return self._of_last(value, kinds, keys, before)
+        # 2. null and NaN
         if value is None:
             if not {type(None), Any, object} & set(kinds):
                 self.fail(keys, f"null where {' or '.join(map(name_of, kinds))} belongs")
             return value
-        problem = None
         if is_no_number(value) and float in kinds and (str not in kinds or isinstance(value, float)):
             self.fail(keys, f"{value} is no number that a setting can have")
+        # 3. mappings, parts and lists: the first member of a union that takes the value
+        problem = None
         for member in kinds:
             try:
                 if isinstance(value, Mapping) and is_closed(member):
@@ -139,20 +150,21 @@ class Checker:
                     return self._part(value, base, member, keys, before)
                 if isinstance(value, list) and is_list(member):
                     item = (*typing.get_args(member), Any)[0]
-                    return [self.value(v, item, (*keys, place)) for place, v in enumerate(value)]
+                    return [self.value(v, item, (*keys, index)) for index, v in enumerate(value)]
             except ConfigError as error:
                 if str in kinds and isinstance(value, str):
                     return value
                 problem = problem or error
         if problem is not None:
             raise problem
+        # 4. plain values
         self._shape(value, kinds, keys)
         if (what := refusal(value, kinds)) is not None:
             self.fail(keys, what)
         return value
 
     def _of_last(self, value: Mapping[str, Any], kinds: list[Any], keys: Keys, before: Any) -> Any:
-        """On the command line `--trainer.callbacks.patience` is a key of the last in the list."""
+        """Checks a key of a list on the command line, `--trainer.callbacks.patience`: it is one of its last entry."""
         if isinstance(before, list) and before:
             items = [item for kind in kinds if is_list(kind) for item in typing.get_args(kind)[:1] if is_part(item)]
             if items:
@@ -160,37 +172,37 @@ class Checker:
         return value
 
     def _typed(self, text: Text, kinds: list[Any], keys: Keys, before: Any) -> Any:
-        """What was meant by a value of the command line: where text is taken, the text, unless it fits another type."""
+        """Reads a value of the command line: as text where text is taken, unless it fits another type."""
         plain = str(text)
-        found = load(plain)
-        found = Whole(found) if isinstance(found, Mapping) else found
+        value = load(plain)
+        value = Whole(value) if isinstance(value, Mapping) else value
         words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
         if plain in words or not (str in kinds or Path in kinds):
-            return plain if plain in words else found
-        if isinstance(found, Mapping | list):
+            return plain if plain in words else value
+        if isinstance(value, Mapping | list):
             keyed = [kind for kind in kinds if is_part(kind) or typing.get_origin(kind) is dict]
-            others = keyed if isinstance(found, Mapping) else [kind for kind in kinds if is_list(kind)]
+            structured = keyed if isinstance(value, Mapping) else [kind for kind in kinds if is_list(kind)]
             try:
-                return self.value(found, Union[tuple(others)], keys, before) if others else plain  # noqa: UP007
+                return self.value(value, Union[tuple(structured)], keys, before) if structured else plain  # noqa: UP007
             except ConfigError:
                 return plain
-        meant = {"null": type(None), "true": bool, "false": bool}.get(plain, type(found))
+        meant = {"null": type(None), "true": bool, "false": bool}.get(plain, type(value))
         numbers = meant is int and float in kinds
-        return found if meant is not str and plain not in ("on", "yes") and (meant in kinds or numbers) else plain
+        return value if meant is not str and plain not in ("on", "yes") and (meant in kinds or numbers) else plain
 
     def _shape(self, value: Any, kinds: list[Any], keys: Keys) -> None:
-        """What is neither keys nor a list where nothing else will do."""
-        known = [member for member in kinds if member is not type(None)]
-        if isinstance(value, Mapping) and known and all(is_list(member) for member in known):
+        """Refuses values where only mappings or only lists fit."""
+        not_null = [member for member in kinds if member is not type(None)]
+        if isinstance(value, Mapping) and not_null and all(is_list(member) for member in not_null):
             self.fail(keys, f"keys where a list belongs, each of whose entries begins with '- ': {', '.join(value)}")
-        if known and all(is_list(member) for member in known) and not str(value).startswith("["):
+        if not_null and all(is_list(member) for member in not_null) and not str(value).startswith("["):
             self.fail(keys, f"{value!r} where a list belongs")
-        if not known or not all(is_closed(m) or base_of(m) or typing.get_origin(m) is dict for m in known):
+        if not not_null or not all(is_closed(m) or base_of(m) or typing.get_origin(m) is dict for m in not_null):
             return
         if (isinstance(value, str) and Path(value).is_file()) or (isinstance(value, Mapping) and self.arguments):
             return
-        wanted = " or ".join(map(name_of, known))
-        kind = next((m for m in known if is_closed(m)), None)
+        wanted = " or ".join(map(name_of, not_null))
+        kind = next((m for m in not_null if is_closed(m)), None)
         more = self._accepts(wanted, accepted(getattr(kind, "cls", kind))) if kind else ""
         what = "a list" if isinstance(value, list) else repr(value)
         self.fail(keys, f"{what} where the keys of {wanted} belong{more}")
@@ -203,23 +215,25 @@ class Checker:
 
     def _mapping(self, value: Mapping[str, Any], kind: Any, keys: Keys, before: Any) -> Any:
         if not is_part(kind):
-            kept = (
+            earlier = (
                 before if self.arguments and not isinstance(value, Whole) else None
             )  # one key of --data.…options.count
-            return Whole({**(kept or {}), **{name: self.value(v, kind, (*keys, name)) for name, v in value.items()}})
-        found = Whole(before or {})
+            return Whole({**(earlier or {}), **{name: self.value(v, kind, (*keys, name)) for name, v in value.items()}})
+        merged = Whole(before or {})
         for name, entry in value.items():
             if entry is not None and entry != Text("null"):
-                found[name] = self.value(overlaid(found.get(name), entry), kind, (*keys, name), found.get(name))
-            elif found.pop(name, None) is None:
+                merged[name] = self.value(overlaid(merged.get(name), entry), kind, (*keys, name), merged.get(name))
+            elif merged.pop(name, None) is None:
                 self.fail((*keys, name), f"null removes nothing, there are {sorted(before or {})}")
-        return found
+        return merged
 
     def _part(self, value: Mapping[str, Any] | str, base: type, kind: Any, keys: Keys, before: Any) -> Any:
+        # 1. a class alone, or a file that holds the part
         if isinstance(value, str):
             if not Path(value).is_file():
                 self._class(value, base, keys)
             return value
+        # 2. its class: named here, earlier, or the only one
         if self.arguments:
             extra = {key: v for key, v in value.items() if key not in CLASS_KEYS}
             value = {k: v for k, v in value.items() if k in CLASS_KEYS}
@@ -237,6 +251,7 @@ class Checker:
         if not path:
             self.fail(keys, f"it names no class: add class_path{choices(base)}")
         cls = self._class(path, base, (*keys, "class_path") if "class_path" in value else keys)
+        # 3. its arguments
         inside = value.get("init_args", {})
         if inside is None or isinstance(inside, str | list | int | float):
             self.fail((*keys, "init_args"), f"{inside!r} where the arguments of {cls.__name__} belong")
@@ -259,7 +274,7 @@ class Checker:
 
 
 def find_class(path: Any, base: type) -> Any:
-    """The class or function of that name, short or dotted.
+    """Finds the class or function of a name, short or dotted.
 
     Raises:
         ConfigError: there is none, or it is of another kind.
@@ -275,26 +290,26 @@ def find_class(path: Any, base: type) -> Any:
             raise ConfigError(f"{path} is the name of several: {', '.join(named)}; write the whole name of one")
         path = named[0]
     try:
-        found = import_object(path)
+        cls = import_object(path)
     except Exception as error:  # importing somebody's module may raise anything
         near = _near(path, base)
         raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}{near}") from None
-    if not inspect.isclass(found):
+    if not inspect.isclass(cls):
         wrapper = f"Callable{base.__name__}"
         if any(name.endswith(f".{wrapper}") for name in get_all_subclass_paths(base)):
             raise ConfigError(f"{path} is a function; write {{class_path: {wrapper}, init_args: {{function: {path}}}}}")
-        return found
-    if not issubclass(found, base):
+        return cls
+    if not issubclass(cls, base):
         raise ConfigError(f"{path} is no {base.__name__}{choices(base)}")
-    if is_abstract(found):
-        if there := choices(found):
+    if is_abstract(cls):
+        if there := choices(cls):
             raise ConfigError(f"{path} is what others are kinds of{there}")
-        raise ConfigError(f"{path} can't be built: it lacks what every {base.__name__} has: {', '.join(lacks(found))}")
-    return found
+        raise ConfigError(f"{path} can't be built: it lacks what every {base.__name__} has: {', '.join(lacks(cls))}")
+    return cls
 
 
 def _near(path: str, base: type) -> str:
-    """The class of a kind whose path is nearly this one: of the same module, or else of any."""
+    """Finds the class of a kind whose path is nearest: of the same module, or else of any."""
     module, _, name = path.rpartition(".")
     try:
         there = vars(importlib.import_module(module))
@@ -306,19 +321,17 @@ def _near(path: str, base: type) -> str:
 
 
 def lacks(cls: Any) -> list[str]:
-    """Names of the methods that are left to its subclasses, also where Python does not see to it (Lightning's)."""
+    """Lists the abstract methods of a class, also where Python does not enforce them (Lightning's)."""
     return [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
 
 
 def is_abstract(cls: Any) -> bool:
-    """Whether something is left to its subclasses."""
+    """Tells whether a class has abstract methods."""
     return bool(lacks(cls))
 
 
 def kinds_of(base: type) -> dict[str, str]:
-    """Dotted names of the classes of a kind that can be built, by what is enough to name them: the last word, if it is
-    no other's.
-    """
+    """Lists the classes of a kind that can be built: dotted names by short ones, or by themselves if those clash."""
     paths = sorted(name for name in get_all_subclass_paths(base) if _can_be_built(name))
     words = Counter(map(_short, paths))
     return {_short(path) if words[_short(path)] == 1 else path: path for path in paths}
@@ -336,16 +349,17 @@ def _can_be_built(name: str) -> bool:
 
 
 def choices(base: type) -> str:
-    """A line with the names of all classes of a kind."""
+    """Formats a line with the names of all classes of a kind."""
     names = sorted(kinds_of(base))
     return f"\n  there are {', '.join(names)}" if names else ""
 
 
 def name_of(kind: Any) -> str:
-    """A type as people write it."""
+    """Names a type as people write it."""
     kind = getattr(kind, "cls", kind)
     return kind.__name__ if inspect.isclass(kind) and not typing.get_args(kind) else type_to_str(kind)
 
 
 def is_list(kind: Any) -> bool:
+    """Tells whether a type takes lists."""
     return any(typing.get_origin(member) in LISTS or member in LISTS for member in members(kind))

@@ -24,7 +24,7 @@ Split = Literal["train", "validation", "test", "predict"]
 _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3 * 10**8}
 # A teacher's column may be empty in a row, which then has no view; these may not.
 _NEVER_EMPTY = ("prompt", "answer", "completion")
-# What data sets of other trainers and other kinds call what models are shown, or should write
+# Columns of other trainers' data sets that hold inputs or targets
 _MEANINGFUL = frozenset(
     {
         "messages",
@@ -50,10 +50,9 @@ _MEANINGFUL = frozenset(
 
 
 class Share(Sequence[Example]):
-    """The examples of one rank: every ``ranks``-th. Where some ranks have one fewer, they get a stand-in instead.
+    """Examples of one rank: every ``ranks``-th, and a stand-in where some ranks have one fewer.
 
-    Ranks gather weights and buffers together in each forward pass, so one that runs fewer of them than the others
-    leaves these waiting.
+    Ranks gather weights and buffers together in each forward pass: with fewer passes on one the others wait forever.
     """
 
     def __init__(self, examples: Sequence[Example], rank: int, ranks: int) -> None:
@@ -63,9 +62,9 @@ class Share(Sequence[Example]):
         return -(-len(self._examples) // self._ranks)
 
     def __getitem__(self, index: Any) -> Any:
-        place = self._rank + index * self._ranks
-        if place < len(self._examples):
-            return row_of(self._examples, place)
+        position = self._rank + index * self._ranks
+        if position < len(self._examples):
+            return row_of(self._examples, position)
         if index < len(self):
             stand_in = row_of(self._examples, 0)
             stand_in[STAND_IN] = True
@@ -180,19 +179,19 @@ class PromptData(LightningDataModule):
 
     @property
     def skipped(self) -> Counter[str]:
-        """Kind of reason → number of rows that were left out, over all splits read so far."""
+        """Number of rows that were left out, by kind of reason, over all splits read so far."""
         return sum((bad.kinds for bad in self._skipped.values()), Counter())
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Downloads, once per machine."""
+        """Downloads the sources of the hub, once per machine."""
         for split, source in self._sources.items():
             if isinstance(source, str) and is_remote(source):
                 self._read_source(split)
 
     def setup(self, stage: str) -> None:
-        """Reads and checks what the stage needs; what was checked for the same module is left as it is."""
+        """Reads and checks the splits of a stage, unless they were checked for the same module before."""
         stage = TrainerFn(stage).value
         if stage == "fit":
             self._provide("train")
@@ -239,14 +238,14 @@ class PromptData(LightningDataModule):
         self._checked_for[split] = module
 
     def _rows(self, split: Split) -> Dataset:
-        """The rows of a split with their locations, read once."""
+        """Returns the rows of a split with their locations; each source is read once."""
         if split not in self._read:
             if not self._is_held_out or split not in ("train", "validation"):
                 self._read[split] = self._read_source(split)
             else:
                 rows = self._read_source("train")
-                kept, held_out = hold_out(len(rows), self._sources["validation"], self.seed)
-                self._read["train"], self._read["validation"] = rows.select(kept), rows.select(held_out)
+                trained, held_out = hold_out(len(rows), self._sources["validation"], self.seed)
+                self._read["train"], self._read["validation"] = rows.select(trained), rows.select(held_out)
         return self._read[split]
 
     def _read_source(self, split: Split) -> Dataset:
@@ -261,41 +260,47 @@ class PromptData(LightningDataModule):
     # -- checking ---------------------------------------------------------------------------------------------------
 
     def _check(self, split: Split, rows: Dataset, module: Any) -> Dataset:
-        """The examples that can be used; raises for a missing column, and for a bad row unless it is skipped."""
+        """Selects the examples that can be used.
+
+        Raises:
+            ValueError: a missing column, a bad row unless such are skipped, or no row is left.
+        """
+        # 1. columns that policies, views and rewards of this run read
         needed = dict.fromkeys(getattr(module, "columns", ("prompt",)), "the rollout")
         if module is not None and split != "predict":
             needed |= module.required_columns()
         refusal = module.refusal if module is not None else lambda example: problem_with_form(example["prompt"])
         examples = rows.remove_columns(LOCATION)
-        for column, who in needed.items():
+        for column, reader in needed.items():
             if column not in examples.column_names:
                 raise ValueError(
-                    f"data.{split} has no column {column!r}, which {who} needs; it has "
+                    f"data.{split} has no column {column!r}, which {reader} needs; it has "
                     f"{', '.join(examples.column_names)}. data.columns maps a column to another name"
                 )
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})
         if module is not None:
             module.prepare_for_rows()
+        # 2. rows, one after the other
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
-        locations, kept = rows[LOCATION][:], []
+        locations, indices = rows[LOCATION][:], []
         for index, location in enumerate(locations):
             with bad.at(location):
                 example = examples[index]
                 reason = problem(example, needed) or refusal(example)
                 if reason is not None:
                     raise ValueError(reason)
-                kept.append(index)
+                indices.append(index)
         bad.warn()
-        if not kept:
+        if not indices:
             raise ValueError(f"data.{split}: no row is left; all {len(rows)} were skipped ({bad.first})")
-        usable = examples.select(kept) if len(kept) < len(examples) else examples
-        usable.locations = [locations[index] for index in kept]  # for `row_of`
+        usable = examples.select(indices) if len(indices) < len(examples) else examples
+        usable.locations = [locations[index] for index in indices]  # for `row_of`
         return usable
 
 
 def say_unread(key: str, columns: Sequence[str], read: set[str]) -> None:
-    """Warns of columns that are named as if they mattered, and that nothing reads."""
+    """Warns of columns that usually hold inputs or targets (``messages``, ``images``, …), and that nothing reads."""
     unread = [column for column in columns if column in _MEANINGFUL and column not in read]
     if unread:
         rank_zero_warn(
@@ -344,13 +349,13 @@ def rename(dataset: Dataset, columns: Mapping[str, str], key: str) -> Dataset:
             )
     if not columns:
         return dataset
-    made = [dataset.select_columns(old).rename_column(old, new) for new, old in columns.items() if new != old]
+    renamed = [dataset.select_columns(old).rename_column(old, new) for new, old in columns.items() if new != old]
     moved = {old for new, old in columns.items() if columns.get(old) != old}
-    return concatenate_datasets([dataset.remove_columns(list(moved)), *made], axis=1)
+    return concatenate_datasets([dataset.remove_columns(list(moved)), *renamed], axis=1)
 
 
 def problem(example: Example, needed: Mapping[str, str]) -> str | None:
-    """The column of an example that is needed and empty, or None."""
+    """Names the first needed column that is empty in an example; None if there is none."""
     for column in _NEVER_EMPTY:
         value = example.get(column)
         if column in needed and (value is None or value == [] or (isinstance(value, str) and not value.strip())):

@@ -1,8 +1,8 @@
-"""Where examples come from: files, folders, reasoning-gym, a Python function, the Hugging Face hub.
+"""Sources of examples: files, folders, reasoning-gym, a Python function, the Hugging Face hub.
 
-Each of them becomes a `datasets.Dataset` with one extra column, `LOCATION`, that says where a row was read
+Each of them becomes a `datasets.Dataset` with one extra column, `LOCATION`, with the place where a row was read
 ("train.jsonl, row 17"). It travels through selections and splits with its row, so that a message can name
-the row, and it is dropped before anybody sees the examples.
+the row, and it is dropped before any view or reward reads the examples.
 """
 
 import inspect
@@ -28,21 +28,21 @@ from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
 from .table import Doubled, as_object, kind, readable, tabulate, without_added_nulls
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-# What tables are called that are not read: compressed, of other formats, or with another spelling of SUFFIXES
+# Names of tables that are not read: compressed, of other formats, or with another spelling of SUFFIXES
 _TABLE_NAME = re.compile(r"\.(csv|tsv|arrow|feather|ndjson|(jsonl?|parquet)(\.(gz|zst|bz2|xz|zip))?)$")
 # Files of a folder that say which split they are of, as the hub names them: train-00000-of-00002.parquet
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])")
 
 
 def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: BadRows) -> Dataset:
-    """All rows of a source, with their `LOCATION`.
+    """Reads all rows of a source, with their `LOCATION`.
 
     Args:
         source: as in `PromptData`.
         options: arguments for the source.
         key: the setting that holds the source, such as "data.train", for the messages.
         seed: for a source that makes its rows; `options` may set another.
-        bad: what happens to rows that can't be read or stored.
+        bad: collects rows that can't be read or stored.
 
     Raises:
         ValueError: the source does not exist, can't be read, refuses its options, or has no rows.
@@ -63,12 +63,12 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: 
 
 
 def is_remote(source: str) -> bool:
-    """Whether the source is downloaded."""
+    """Tells whether a source is downloaded."""
     return source.partition(":")[0] not in ("reasoning_gym", "python") and not is_local(source)
 
 
 def is_local(source: str) -> bool:
-    """Whether the source is, or can only be meant as, a file or folder of this machine."""
+    """Tells whether a source is, or can only be meant as, a file or folder of this machine."""
     path = local_path(source)
     looks_like_one = (
         path.suffix in SUFFIXES
@@ -80,7 +80,7 @@ def is_local(source: str) -> bool:
 
 
 def local_path(text: str) -> Path:
-    """The path that a text names; a ``~`` in front is a home folder, unless no user of that name has one."""
+    """Converts a text to a path; a ``~`` in front is a home folder, unless no user of that name has one."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -96,7 +96,7 @@ def _from_path(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> D
 
 
 def _from_saved(folder: Path, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
-    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, whose split is named by the option."""
+    """Reads a folder of `Dataset.save_to_disk`, or of `DatasetDict.save_to_disk` the split that the option names."""
     if unknown := set(options) - {"split"}:
         raise ValueError(
             f"{key}_options: {', '.join(sorted(unknown))} mean nothing to a folder of save_to_disk (it takes 'split')"
@@ -134,24 +134,24 @@ def _from_files(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> 
     rows: list[tuple[str, Any]] = []
     for file in files:
         try:
-            found = json_lines(file, bad) if file.suffix == ".jsonl" else _json_list(file, field, key)
-            rows += [(f"{file}, row {number}", row) for number, row in found]
+            values = json_lines(file, bad) if file.suffix == ".jsonl" else _json_list(file, field, key)
+            rows += [(f"{file}, row {number}", row) for number, row in values]
         except OSError as error:
             raise ValueError(f"{key}: can't read {file}: {error.strerror or error}") from error
     return tabulate(rows, key, bad)
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
-    """The files of a folder that hold rows: hidden ones and what others keep beside them are left out."""
+    """Lists the files of a folder that hold rows, without hidden ones and those of `datasets` itself."""
     inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    found = [path for path in inside if path.suffix in SUFFIXES and not path.is_dir()]
-    files = [file for file in found if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    tables = [path for path in inside if path.suffix in SUFFIXES and not path.is_dir()]
+    files = [file for file in tables if file.name not in ("dataset_info.json", "dataset_infos.json")]
     if lost := [path.name for path in files if not path.exists()]:
         raise ValueError(f"{key}: {str(folder)!r} holds a link to a file that is not there: {lost[0]}")
-    if files and (others := [path.name for path in inside if _holds_other_rows(path)]):
+    if files and (unread := [path.name for path in inside if _holds_other_rows(path)]):
         rank_zero_warn(
             printable(
-                f"{key}: of {str(folder)!r} {', '.join(f.name for f in files)} are read; {', '.join(others)} are not"
+                f"{key}: of {str(folder)!r} {', '.join(f.name for f in files)} are read; {', '.join(unread)} are not"
             )
         )
     if not files:
@@ -168,24 +168,24 @@ def _files_in(folder: Path, key: str) -> list[Path]:
 
 
 def _holds_other_rows(path: Path) -> bool:
-    """Whether there may be rows in something beside files of rows that is none of these itself."""
+    """Tells whether a path that is not read, beside files that are, may hold rows."""
     if path.is_dir():
         return any(file.suffix in SUFFIXES for file in path.iterdir() if not file.name.startswith("."))
     return path.suffix not in SUFFIXES and _TABLE_NAME.search(path.name.lower()) is not None
 
 
 def _take_field(options: dict[str, Any], kinds: set[str], key: str) -> str | None:
-    known = {"field"} if kinds == {".json"} else set()
-    if unknown := set(options) - known:
+    accepted = {"field"} if kinds == {".json"} else set()
+    if unknown := set(options) - accepted:
         raise ValueError(
             f"{key}_options: {', '.join(sorted(unknown))} mean nothing to these files"
-            + (" (a .json file takes 'field', the key that holds the list of rows)" if known else "")
+            + (" (a .json file takes 'field', the key that holds the list of rows)" if accepted else "")
         )
     return options.get("field")
 
 
 def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """What each line of a file holds, with the line's number from 1; blank lines are none, others may be bad rows."""
+    """Yields each line's number, from 1, and its value; blank lines are skipped, invalid ones are bad rows."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -230,23 +230,23 @@ def _json_list(file: Path, field: str | None, key: str) -> Iterable[tuple[int, A
 
 
 def _from_parquet(files: list[Path], key: str, bad: BadRows) -> Dataset:
-    parts = []
+    tables = []
     for file in files:
         try:
-            part = Dataset.from_file(str(_as_arrow(file)))
+            table = Dataset.from_file(str(_as_arrow(file)))
         except Exception as error:
             column = _unknown_column(file)
             where = f"{file}, column {column!r}" if column is not None else file
             raise ValueError(f"{key}: can't read {where}: {_root(error)}") from error
-        parts.append(_located(part, str(file), bad))
+        tables.append(_located(table, str(file), bad))
     try:
-        return concatenate_datasets(parts)
+        return concatenate_datasets(tables)
     except ValueError as error:
         raise ValueError(f"{key}: {files[0].parent} holds files of different columns: {error}") from error
 
 
 def _unknown_column(file: Path) -> str | None:
-    """The first column of a Parquet file whose type `datasets` does not know; None where it is not that."""
+    """Names the first column of a Parquet file whose type `datasets` does not know; None if there is none."""
     with suppress(pa.ArrowException, OSError), file.open("rb") as stored:
         for field in ParquetFile(stored).schema_arrow:
             try:
@@ -257,7 +257,7 @@ def _unknown_column(file: Path) -> str | None:
 
 
 def _as_arrow(file: Path) -> Path:
-    """A copy of a Parquet file that can be mapped into memory, in the cache of `datasets`, made where it is not there.
+    """Copies a Parquet file, once, to an Arrow file in the cache of `datasets` that can be mapped into memory.
 
     `datasets` itself would take the path for a pattern: with brackets, variables and URLs in it.
     """
@@ -267,12 +267,12 @@ def _as_arrow(file: Path) -> Path:
     if copy.exists():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("rb") as stored, tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as part:
+    with file.open("rb") as stored, tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as partial:
         table = ParquetFile(stored)
-        with pa.ipc.new_stream(part, table.schema_arrow) as writer:
+        with pa.ipc.new_stream(partial, table.schema_arrow) as writer:
             for batch in table.iter_batches(batch_size=1000):
                 writer.write_batch(batch)
-    os.replace(part.name, copy)
+    os.replace(partial.name, copy)
     return copy
 
 
@@ -331,7 +331,7 @@ def _from_hub(name: str, options: dict[str, Any], key: str, bad: BadRows) -> Dat
 
 
 def _located(dataset: Dataset, origin: str, bad: BadRows) -> Dataset:
-    """With the `LOCATION` of each row; without rows that can't be read, and without nulls that nobody wrote."""
+    """Adds the `LOCATION` of each row, and drops rows that can't be read and nulls that nobody wrote."""
     taken = {LOCATION, STAND_IN} & set(dataset.column_names)
     if taken:
         raise ValueError(f"{origin}: the column name {taken.pop()!r} is kept for the library; rename the column")

@@ -1,4 +1,4 @@
-"""What is logged at each step: weighted averages that add up over chunks, micro-batches and ranks."""
+"""Metrics of optimizer steps: weighted averages that add up over chunks, micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Averages:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def add_clipped(self, name: str, values: Tensor, on: Tensor) -> None:
-        """The share of a term's steps that one of its weights sets to 0; ``name``: ``<term>/<weight>``."""
+        """Adds the share of a term's steps that one of its weights sets to 0; ``name``: ``<term>/<weight>``."""
         self.add(f"clipped/{name}", (values == 0) & on, on.float())
 
     def merge(self, other: Averages) -> None:
@@ -34,7 +34,7 @@ class Averages:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def compute(self) -> dict[str, float]:
-        """Means, with one transfer from the device."""
+        """Computes the means, with one transfer from the device."""
         if not self.sums:
             return {}
         table = torch.stack(list(self.sums.values())).tolist()
@@ -45,9 +45,9 @@ class Averages:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Averages:
-        made = cls(device)
-        made.sums = {name: pair.to(device) for name, pair in state.items()}
-        return made
+        averages = cls(device)
+        averages.sums = {name: pair.to(device) for name, pair in state.items()}
+        return averages
 
 
 class Stopwatch:
@@ -74,7 +74,7 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Each phase's share of the time and its steps per second, then starts anew."""
+        """Returns each phase's share of the time and its steps per second, and starts anew."""
         now = time.perf_counter()
         total = now - self.since
         values = {f"time/{phase}_share": spent / total for phase, spent in self.seconds.items()}

@@ -1,4 +1,4 @@
-"""What signals do to a run: it ends well, or at once, but it ends."""
+"""Signals that end a run: after its optimizer step, or at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLEANUP = 5.0
 
 
 class Ending:
-    """Listens for SIGTERM, SIGINT and SIGHUP.
+    """Listener for SIGTERM, SIGINT and SIGHUP.
 
     The first one asks the run to end after the optimizer step that is on its way: `number` is then set. Another one
     ends it at once, as does the first where that step takes more than twice as long as any before it (10 seconds at
@@ -36,20 +36,22 @@ class Ending:
         self._longest, self._since = 0.0, time.monotonic()
 
     def listen(self) -> None:
-        """Takes the signals over, but for those that the process was started to ignore (nohup); Lightning puts its own
-        handlers and those before it back when the trainer is torn down."""
+        """Takes the signals over, but for those that the process was started to ignore (nohup).
+
+        Lightning restores its own handlers and those before it when the trainer is torn down.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, self._receive)
 
     def step_done(self) -> None:
-        """To be called after each optimizer step."""
+        """Measures the time of an optimizer step that is done."""
         now = time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
 
     def over(self) -> None:
-        """The run has ended; nothing needs to be ended any more."""
+        """Stops listening: the run has ended by itself."""
         self._over.set()
 
     @property
@@ -87,5 +89,5 @@ def _leave(number: int) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    # in the middle of anything, where streams may be in use
+    # a signal comes in the middle of anything, where Python's streams may be locked
     os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"\n{text}\n".encode())

@@ -30,14 +30,14 @@ def registered(group: str) -> dict[str, EntryPoint]:
         ConfigError: none is this package's own: it was installed before it had any, or not at all.
     """
     # `entry_points()` would see of this package only an egg-info that an early installation left in the folder
-    found = [entry for package in distributions() for entry in package.entry_points if entry.group == group]
-    found.sort(key=_is_ours, reverse=True)
-    if not any(map(_is_ours, found)):
+    entries = [entry for package in distributions() for entry in package.entry_points if entry.group == group]
+    entries.sort(key=_is_ours, reverse=True)
+    if not any(map(_is_ours, entries)):
         raise ConfigError(
             f"{OURS} has registered no {group}: this installation is older than its code; run `pip install -e .` again "
             "in its folder"
         )
-    return {entry.name: entry for entry in reversed(found)}
+    return {entry.name: entry for entry in reversed(entries)}
 
 
 def _is_ours(entry: EntryPoint) -> bool:
@@ -61,8 +61,8 @@ def summary(entry: EntryPoint) -> str:
     spec = find_spec(top)
     if spec is None or spec.origin is None:
         return ""
-    place = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
-    file = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+    path = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
+    file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
     for node in ast.parse(file.read_text(encoding="utf-8")).body if file else ():
         if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
             text = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")

@@ -28,7 +28,7 @@ from .pretrained import quantized_as
 from .printable import printable
 
 EXACT = 1e-4
-"""What sums in another order may change, in units of the spread."""
+"""Tolerance for sums in another order, in units of the spread."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -60,7 +60,7 @@ def write(
     dtype: DType = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes the student, reads it as others do, and compares the two; a folder that differs is never there.
+    """Writes the student, reads it as others do, and compares the two; a folder that differs is removed.
 
     Args:
         checkpoint: a file of `opd fit`, or the folder of a run, whose newest one is meant.
@@ -71,7 +71,7 @@ def write(
 
     Raises:
         FileExistsError: the folder holds something already.
-        ValueError: adapters can't be merged or written; what was written says something else than the student.
+        ValueError: adapters can't be merged or written; the written model differs from the student.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -84,20 +84,20 @@ def write(
     _check_mergeable(module, merge)
     untrained = module.probe(student)
     restore(module, state)
-    said, rough = module.probe(student), tolerance(student.model)
-    with beside(folder) as part:
+    outputs, rough = module.probe(student), tolerance(student.model)
+    with beside(folder) as partial:
         model = _finished(module, merge, dtype)
-        module.save_student(model, part)
+        module.save_student(model, partial)
         rounded = not isinstance(model, PeftModel) and tolerance(model) > TOLERANCE[torch.float32]
-        live = Live(said, untrained, max(rough, tolerance(model)), rounded)
-        found = _compare(module, part, live)
+        live = Live(outputs, untrained, max(rough, tolerance(model)), rounded)
+        comparison = _compare(module, partial, live)
         card = model_card(config, state["global_step"], module.library, state.get("changes", ()))
-        (part / "README.md").write_text(card, encoding="utf-8")
-    print(printable(f"wrote {folder}: {found}"))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    print(printable(f"wrote {folder}: {comparison}"))
 
 
 def read(checkpoint: str | Path) -> dict[str, Any]:
-    """What is in a checkpoint: tensors, numbers and text; nothing else is unpickled.
+    """Reads a checkpoint: tensors, numbers and text; nothing else is unpickled.
 
     Raises:
         ValueError: it comes from elsewhere, holds anything else, was cut short, or was not written by ``opd fit``.
@@ -127,14 +127,14 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
 
 
 class Nothing(Objective):
-    """The objective of a module that is not trained."""
+    """Objective of a module that is not trained."""
 
     def __init__(self) -> None:
         self.terms, self.chunk_mib, self.chunk_steps = [], 1, None
 
 
 def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> OnPolicyDistillation:
-    """The setting of a configuration with its student and nothing else: no teachers, reward, data or callbacks.
+    """Builds the setting of a configuration with its student alone: no teachers, reward, data or callbacks.
 
     Args:
         config: ``class_path`` and ``init_args``, as in ``model`` of a run.
@@ -155,14 +155,14 @@ def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> On
     if not (inspect.isclass(setting) and issubclass(setting, OnPolicyDistillation)):
         raise ValueError(f"the checkpoint was written by {printable(path)}, which is no setting")
     core = inspect.signature(OnPolicyDistillation.__init__).parameters.keys() - {"self", "student"}
-    own = setting.exported_with if ours else arguments.keys() - core
-    kept = {name: arguments[name] for name in {*own, "student"} if name in arguments}
-    if ours and "class_path" in yaml.safe_dump(kept):
+    names = setting.exported_with if ours else arguments.keys() - core
+    needed = {name: arguments[name] for name in {*names, "student"} if name in arguments}
+    if ours and "class_path" in yaml.safe_dump(needed):
         raise ValueError("the checkpoint names classes where plain values belong; it is not exported")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(setting, skip=set(core))
-    built = parser.instantiate_classes(parser.parse_object(kept))
-    module = setting(objective=Nothing(), **{name: built[name] for name in kept})
+    built = parser.instantiate_classes(parser.parse_object(needed))
+    module = setting(objective=Nothing(), **{name: built[name] for name in needed})
     try:
         module.configure_model()
     except FileNotFoundError as error:
@@ -181,7 +181,7 @@ def restore(module: OnPolicyDistillation, state: dict[str, Any]) -> None:
 
 
 def load_module(checkpoint: str | Path, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any], int]:
-    """The trained student of a checkpoint in its setting, its configuration, and the optimizer steps it has seen.
+    """Loads a checkpoint: the trained student in its setting, the configuration, and the optimizer steps done.
 
     Raises:
         ValueError: as in `read` and `student_alone`.
@@ -195,17 +195,17 @@ def load_module(checkpoint: str | Path, trust_remote_code: bool = False) -> tupl
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` if all goes well, and is gone otherwise."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir(parents=True)
+    """Yields a new folder, which replaces ``folder`` if nothing is raised within, and is removed otherwise."""
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
     try:
-        yield part
+        yield partial
         if folder.exists():
             folder.rmdir()
-        part.rename(folder)
+        partial.rename(folder)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -235,7 +235,7 @@ def _check_mergeable(module: OnPolicyDistillation, merge: bool) -> None:
 
 
 def _finished(module: OnPolicyDistillation, merge: bool, dtype: str) -> Any:
-    """The student as it is written: its adapter merged if that is wanted, in the numbers that are wanted."""
+    """Merges the student's adapter, if asked to, and casts its weights, as they are to be written."""
     spec, model = module._student_spec, module.policies["student"].model
     if isinstance(model, PeftModel) and not merge:
         if dtype != "auto":
@@ -253,11 +253,11 @@ def _finished(module: OnPolicyDistillation, merge: bool, dtype: str) -> Any:
 
 
 class Live(NamedTuple):
-    """What the student said before it was written.
+    """Outputs of the student before it was written.
 
     Attributes:
-        said, untrained: to the setting's probe, and before it was trained; None: the setting has none.
-        rough: how exact that can be, and what is written of it.
+        said, untrained: at the setting's probe, after and before training; None: the setting has none.
+        rough: tolerance of dtype and quantization, in units of the spread.
         rounded: whether weights were rounded for that.
     """
 
@@ -268,10 +268,10 @@ class Live(NamedTuple):
 
 
 def _compare(module: OnPolicyDistillation, folder: Path, live: Live) -> str:
-    """How far what is in the folder is from the trained student, in words; the student itself is given up.
+    """Compares the written model with the trained student, whose memory it frees, and says so in words.
 
     Raises:
-        ValueError: it is another model.
+        ValueError: they differ by more than the tolerance.
     """
     if live.said is None or live.untrained is None:
         return f"not compared with the student, since {type(module).__name__} has no method probe"

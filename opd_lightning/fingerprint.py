@@ -1,4 +1,4 @@
-"""Fingerprints of rows, by which a resumed run knows them again."""
+"""Fingerprints of rows, by which a resumed run recognizes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE_BYTES = 2**14
 
 
 def of_rows(rows: Sequence[Example]) -> Tensor:
-    """``[N]`` int32, one for each row: of all its columns, whatever their order.
+    """Computes a fingerprint per row, ``[N]`` int32, of all its columns in any order.
 
     Four bytes a row, so that a checkpoint stays small over millions of them; an edited row goes unnoticed once in 2³².
     Images count by what they hold, files of images by name, size and beginning, so that data may move.
@@ -33,7 +33,7 @@ def of_rows(rows: Sequence[Example]) -> Tensor:
 
 
 def first_difference(mine: Tensor, theirs: Tensor) -> int | None:
-    """Index of the first row that is not the same, or None; the shorter one's end, where that is all."""
+    """Finds the index of the first row that differs, or at which the shorter one ends; None: they are equal."""
     both = min(len(mine), len(theirs))
     different = (mine[:both] != theirs[:both]).nonzero()
     if len(different):
@@ -42,7 +42,7 @@ def first_difference(mine: Tensor, theirs: Tensor) -> int | None:
 
 
 def _raw(rows: Sequence[Example]) -> Iterator[Example]:
-    """The rows as they are stored: images are not decoded."""
+    """Yields the rows as they are stored: images are not decoded."""
     if isinstance(rows, Dataset):
         for table in rows.with_format("arrow").iter(1000):
             yield from table.to_pylist()
@@ -56,7 +56,7 @@ def _digest(value: Any, size: int) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold, and no more than that of things that are large."""
+    """Converts a value to what JSON can hold, with digests in place of large values."""
     if isinstance(value, str):
         return _file(Path(value)) if IMAGE_FILE.search(value) else value
     if value is None or isinstance(value, bool | int | float):
@@ -64,9 +64,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
             return _plain(value["bytes"] or value["path"])
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(inner) for inner in value]
     if isinstance(value, bytes):
         return ["bytes", blake2b(value, digest_size=8).hexdigest()]
     if isinstance(value, Image.Image):

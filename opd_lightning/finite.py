@@ -8,7 +8,8 @@ from typing import Any
 
 
 def check_finite(name: str, value: Any) -> None:
-    """
+    """Refuses NaN and infinity, also inside mappings and lists.
+
     Raises:
         ValueError: it is a float that is NaN or infinite, or holds one; the message names which.
     """
@@ -18,15 +19,15 @@ def check_finite(name: str, value: Any) -> None:
         for key, inner in value.items():
             check_finite(f"{name}.{key}", inner)
     if isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            check_finite(f"{name}[{place}]", inner)
+        for index, inner in enumerate(value):
+            check_finite(f"{name}[{index}]", inner)
 
 
 class Finite:
-    """A part whose attributes are settings, checked when it is built and when a callback turns one of them.
+    """Base of parts whose attributes are settings, checked when they are built and when a callback sets one.
 
     Comparisons with NaN are all false, so that checks of ranges let it pass. Names that begin with an underscore are
-    the part's own affair. A dataclass takes ``__setattr__`` alone: with a base class its YAML would need class_path.
+    not checked. A dataclass takes ``__setattr__`` alone: with a base class its YAML would need class_path.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

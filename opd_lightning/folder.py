@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes into it, and what another one left there is kept apart."""
+"""The folder of a run: one run at a time writes into it, and files of earlier runs are moved aside."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEAT, SILENCE = 10.0, 45.0
 
 
 def check_folder(folder: str | Path) -> Path:
-    """The folder, which is made if need be.
+    """Creates the folder if need be, and returns its path.
 
     Raises:
         OSError: nothing can be written there; the message names the key.
@@ -44,7 +44,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 class RunLock:
-    """One run at a time in a folder: ``run.lock`` there says whose it is, and is gone when that run has ended.
+    """Lock of a folder, for one run at a time: ``run.lock`` names the run there, and is gone when that has ended.
 
     A lock whose process is dead is taken over. On this machine, and wherever the file system shares locks, the system's
     own lock on the file tells; on another machine the file's time does, which a living run renews every 10 seconds.
@@ -56,7 +56,8 @@ class RunLock:
         self._over = threading.Event()
 
     def acquire(self) -> None:
-        """
+        """Takes the lock, and begins to renew it.
+
         Raises:
             RuntimeError: another run writes into the folder.
             OSError: nothing can be written there.
@@ -99,7 +100,7 @@ class RunLock:
         return self._is_silent(owner)
 
     def _is_silent(self, owner: dict[str, Any]) -> bool:
-        """Whether a run on another machine gives no sign of life."""
+        """Waits for a sign of life of a run on another machine; True if there is none."""
         rank_zero_info(
             f"{self.path} is of process {owner.get('process')} on {owner.get('machine')}; waiting for "
             f"{SILENCE:.0f} s to see whether it lives"
@@ -117,10 +118,10 @@ class RunLock:
             return 0
 
     def _refuse(self, owner: dict[str, Any]) -> None:
-        known = {"process": "?", "machine": "?", "since": "?"} | owner
-        who = "process {process} on {machine}, since {since}".format_map(known)
+        note = {"process": "?", "machine": "?", "since": "?"} | owner
+        run = "process {process} on {machine}, since {since}".format_map(note)
         raise RuntimeError(
-            f"another run writes into {self.path.parent}: {who}. Wait for it or end it, or give this one another "
+            f"another run writes into {self.path.parent}: {run}. Wait for it or end it, or give this one another "
             "trainer.default_root_dir"
         )
 
@@ -133,10 +134,10 @@ class RunLock:
     @staticmethod
     def _read(file: int) -> dict[str, Any]:
         try:
-            found = json.loads(os.pread(file, 4096, 0))
+            note = json.loads(os.pread(file, 4096, 0))
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return note if isinstance(note, dict) else {}
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
@@ -147,7 +148,7 @@ class RunLock:
 
 
 def _system_lock(file: int) -> bool | None:
-    """Whether this process now has the lock; None where the file system has none."""
+    """Tries to take the system's lock on the file: True if this process has it; None where there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -168,7 +169,7 @@ def _lives(process: int) -> bool:
 
 
 def set_aside(checkpoints: Path, folder: Path) -> Path | None:
-    """Moves what an earlier run left, checkpoints and samples, into ``<checkpoints>/earlier-<n>``; returns it."""
+    """Moves an earlier run's files, checkpoints and samples, into ``<checkpoints>/earlier-<n>``; returns it."""
     left = [*sorted(checkpoints.glob("*.ckpt")), *folder.glob(SAMPLES)]
     if not left:
         return None
@@ -188,14 +189,14 @@ def kept_apart(path: Path) -> Path | None:
 
 
 def forget_samples_after(step: int, folder: Path) -> None:
-    """Takes out of ``samples.jsonl`` what a run wrote after the checkpoint that it goes on from."""
+    """Removes the lines of ``samples.jsonl`` that were written after the checkpoint that a run resumes from."""
     path = folder / SAMPLES
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if _step(line) <= step]
-    if len(kept) < len(lines):
-        part = path.with_name(f"{path.name}.part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+    before = [line for line in lines if _step(line) <= step]
+    if len(before) < len(lines):
+        partial = path.with_name(f"{path.name}.part")
+        partial.write_text("".join(before), encoding="utf-8")
+        partial.replace(path)
 
 
 def _step(line: str) -> int:

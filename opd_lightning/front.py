@@ -1,4 +1,4 @@
-"""What `opd` answers before the libraries are loaded: help, the version, and what is wrong with commands and files."""
+"""Answers of `opd` before the libraries are loaded: help, the version, and errors in commands and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUNS = {
     "test": "does the same on the test examples, as a table",
     "predict": "writes what the student answers, one JSON line per example",
 }
-"""What Lightning's Trainer does; all other commands are registered by entry points."""
+"""Commands of Lightning's Trainer; all others are registered by entry points."""
 KEYS = {
     "model": "the setting: student, teachers, objective, rollout, reward, …",
     "data": "prompts, for training and held out",
@@ -35,17 +35,18 @@ ONLY_IN = {
 
 
 def keys_of(command: str) -> list[str]:
-    """What may stand at the top of its configuration."""
+    """Lists the keys at the top of a command's configuration."""
     return [*KEYS, *(key for key, commands in ONLY_IN.items() if command in commands)]
 
 
 def meanings(command: str) -> dict[str, str]:
-    """What each of them is for."""
-    said = KEYS if command == "fit" else KEYS | {"ckpt_path": CKPT_PATH}
-    return {key: said.get(key, "as in Lightning") for key in keys_of(command)}
+    """Describes each key at the top of a command's configuration."""
+    descriptions = KEYS if command == "fit" else KEYS | {"ckpt_path": CKPT_PATH}
+    return {key: descriptions.get(key, "as in Lightning") for key in keys_of(command)}
 
 
 def overview() -> str:
+    """Formats the help of `opd`: all commands."""
     lines = "\n".join(f"  {name:<12}{what}" for name, what in (RUNS | commands()).items())
     return (
         f"usage: opd COMMAND …\n\nOn-policy distillation.\n\n{lines}\n\n"
@@ -55,6 +56,7 @@ def overview() -> str:
 
 
 def page(command: str) -> str:
+    """Formats the help of a command of Lightning's Trainer."""
     keys = "\n".join(f"  --{key:<19}{what}" for key, what in meanings(command).items())
     return (
         f"usage: opd {command} -c FILE [-c FILE …] [--key=value …]\n\n{RUNS[command].capitalize()}.\n\n"
@@ -69,23 +71,24 @@ def page(command: str) -> str:
 
 
 def versions() -> str:
-    found = []
+    """Formats the versions of this package and the libraries below it."""
+    lines = []
     for name in ("opd-lightning", "lightning", "torch", "transformers", "peft", "diffusers"):
         try:
-            found.append(f"{name} {version(name)}")
+            lines.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"{name} (not installed)")
-    return f"{found[0]}\n{', '.join(found[1:])}, Python {sys.version.split()[0]}\n"
+            lines.append(f"{name} (not installed)")
+    return f"{lines[0]}\n{', '.join(lines[1:])}, Python {sys.version.split()[0]}\n"
 
 
 def resolve(argument: str) -> str:
-    """An argument with ``opd:…`` replaced by the path of the shipped configuration."""
+    """Replaces ``opd:…`` in an argument by the path of the shipped configuration."""
     flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{shipped(value)}" if value.startswith(PREFIX) and value.endswith(".yaml") else argument
 
 
 def front(arguments: Sequence[str]) -> list[Source]:
-    """Answers what it can, and exits; otherwise what files and arguments say, in their order.
+    """Prints help or versions and exits, if asked to; otherwise returns files and arguments as sources, in order.
 
     Raises:
         ConfigError: there is no such command, file or key at the top.

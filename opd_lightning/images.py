@@ -1,4 +1,4 @@
-"""The one way from what a row holds to an image: upright, in RGB, and from formats whose decoders start no program."""
+"""Images of rows: upright, in RGB, and from formats whose decoders start no program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is read, by content. PIL knows others that hand a file to a program of the machine (EPS to Ghostscript)."""
+"""Formats that are read, by content. PIL has others that start a program of the machine (EPS: Ghostscript)."""
 
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
@@ -30,13 +30,13 @@ _WHITES = {"I": [255, 2**16 - 1, 2**31 - 1], "F": [1, 255, 2**16 - 1]}
 
 
 def open_image(value: Any) -> Image.Image:
-    """An image in RGB, upright (its EXIF orientation applied), its pixels loaded; of an animation the first frame.
+    """Reads an image in RGB, upright (EXIF orientation applied), pixels loaded; of an animation the first frame.
 
     Transparency becomes white. More than 8 bits are scaled: 16 bits by their range, whole numbers of 32 bits and
     fractions by the smallest of 1 (fractions only), 255, 2¹⁶ − 1 and 2³¹ − 1 (whole numbers only) that holds them all.
 
     Args:
-        value: a PIL image, a path, the bytes of an image file, or what `datasets` stores of one: {bytes, path}.
+        value: a PIL image, a path, the bytes of an image file, or {bytes, path}, as `datasets` stores one.
 
     Raises:
         ValueError: there is no such file, it is none of `FORMATS` or a broken one, it has no pixels or more than
@@ -52,16 +52,19 @@ def open_image(value: Any) -> Image.Image:
 
 
 def as_stored(value: Any) -> Any:
-    """A row's value with {bytes, path} in place of the PIL images in it; `datasets` would store them without their
-    orientation, JPEGs with a second loss, and some modes not at all.
+    """Replaces the PIL images in a row's value by {bytes, path}.
+
+    `datasets` would store them without their orientation, JPEGs with a second loss, and some modes not at all.
 
     Raises:
         ValueError: as `open_image`.
     """
     if isinstance(value, dict):
-        return {name: as_stored(one) for name, one in value.items()}
+        return {name: as_stored(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [as_stored(one) for one in value] if any(isinstance(one, _HOLDS_IMAGES) for one in value) else value
+        return (
+            [as_stored(inner) for inner in value] if any(isinstance(inner, _HOLDS_IMAGES) for inner in value) else value
+        )
     if not isinstance(value, Image.Image):
         return value
     if getattr(value, "filename", "") and getattr(value, "tile", ()):  # opened and not read yet, so nobody changed it
@@ -72,12 +75,12 @@ def as_stored(value: Any) -> Any:
 
 
 def is_url(text: str) -> bool:
-    """Whether the text is a URL rather than a path."""
+    """Tells whether a text is a URL rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", text) is not None
 
 
 def _source(value: Any) -> tuple[Image.Image | str | io.BytesIO, str]:
-    """What PIL opens, and its name for messages."""
+    """Returns a source that PIL opens, and its name for messages."""
     if isinstance(value, Image.Image):
         return value, "a PIL image"
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
@@ -104,9 +107,10 @@ def _source(value: Any) -> tuple[Image.Image | str | io.BytesIO, str]:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """
+    """Adds the image's name to errors that are raised within.
+
     Raises:
-        ValueError: whatever was raised within it, with the image's name.
+        ValueError: in place of any other error.
     """
     try:
         yield
@@ -121,12 +125,12 @@ def _naming(name: str) -> Iterator[None]:
 
 
 class _Unusable(Exception):
-    """Why an image that could be read is refused."""
+    """Refusal of an image that could be read."""
 
 
-def _too_large(name: str, found: str) -> str:
+def _too_large(name: str, size: str) -> str:
     return (
-        f"the image has too many pixels to be opened safely: {name}: {found}. Shrink it, or raise "
+        f"the image has too many pixels to be opened safely: {name}: {size}. Shrink it, or raise "
         "PIL.Image.MAX_IMAGE_PIXELS where the file is trusted"
     )
 
@@ -144,11 +148,11 @@ def _read(image: Image.Image, name: str) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     if image.mode == "RGB" and turn is None and not image.has_transparency_data:
         return image
-    made = _rgb(image, stored, name)
+    upright = _rgb(image, stored, name)
     if turn is not None:
-        made = made.transpose(turn)
-    made.info = {}  # what was applied must not be applied again
-    return made
+        upright = upright.transpose(turn)
+    upright.info = {}  # what was applied must not be applied again
+    return upright
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -159,7 +163,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _stored_mode(image: Image.Image) -> str:
-    """How PIL calls the values of the file, such as "L;4" for 4 bits of gray; empty where they were read already."""
+    """Returns PIL's name of the file's values, such as "L;4" for 4 bits of gray; empty if they were read already."""
     tiles = getattr(image, "tile", ())
     return tiles[0][3] if image.format == "PNG" and tiles and isinstance(tiles[0][3], str) else ""
 
@@ -169,15 +173,15 @@ def _rgb(image: Image.Image, stored: str, name: str) -> Image.Image:
         return _scaled(image, name)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    hidden = image.info.get("transparency")
+    transparent = image.info.get("transparency")
     # PIL makes 8 bits of a PNG's 2, 4 or 16, and leaves the color that is transparent as it is
-    if isinstance(hidden, tuple) and (stored == "RGB;16B" or max(hidden) > 255):
-        hidden = tuple(value >> 8 for value in hidden)
-    elif isinstance(hidden, int) and stored in ("L;2", "L;4"):
-        hidden *= 85 if stored == "L;2" else 17
-    if hidden != image.info.get("transparency"):
+    if isinstance(transparent, tuple) and (stored == "RGB;16B" or max(transparent) > 255):
+        transparent = tuple(value >> 8 for value in transparent)
+    elif isinstance(transparent, int) and stored in ("L;2", "L;4"):
+        transparent *= 85 if stored == "L;2" else 17
+    if transparent != image.info.get("transparency"):
         image = image.copy()
-        image.info["transparency"] = hidden
+        image.info["transparency"] = transparent
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     white = Image.new("RGBA", image.size, "white")
@@ -185,7 +189,7 @@ def _rgb(image: Image.Image, stored: str, name: str) -> Image.Image:
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
-    """More than 8 bits of gray; converting alone would cut them off at 255."""
+    """Scales more than 8 bits of gray to 8; converting alone would cut values off at 255."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     whites = _WHITES.get(image.mode, [2**16 - 1])
@@ -196,7 +200,7 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
             f"{' or '.join(map(str, whites))}"
         )
     gray = np.rint(values * (255 / white)).astype(np.uint8)
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int):
-        gray[values == hidden] = 255
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[values == transparent] = 255
     return Image.fromarray(gray).convert("RGB")

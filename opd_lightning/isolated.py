@@ -1,4 +1,4 @@
-"""Scoring in a process of its own: what a model wrote never meets the trainer's memory, files, network or patience."""
+"""Scoring in a process of its own: completions never reach the trainer's memory, files, network or time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
 
 
 class Isolated:
-    """A worker that scores; it starts when it is first needed, and anew after one that was late or died.
+    """Worker process that scores; it starts when it is first needed, and again after one was late or died.
 
     It runs in an empty folder, without the user's environment, starts no process, opens no socket and writes no file,
     with at most 4 GiB of memory (`isolated_worker`).
@@ -35,14 +35,15 @@ class Isolated:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """
+        """Starts the process, unless it runs, and waits until its libraries are imported.
+
         Raises:
             OSError: it does not come up.
         """
         if self.process is not None:
             return
         folder = tempfile.mkdtemp(prefix="opd-scoring-")
-        own = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         paths = os.pathsep.join(path for path in sys.path if os.path.isabs(path))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # Not multiprocessing: its children import the user's script again, which need not be guarded.
@@ -53,7 +54,7 @@ class Isolated:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={**own, **threads, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder},
+            env={**inherited, **threads, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder},
             start_new_session=True,
         )
         self._close = weakref.finalize(self, _end, self.process, folder)
@@ -64,7 +65,7 @@ class Isolated:
             raise OSError(f"the process that scores with {self.kind} does not come up; to see why: {asked}") from error
 
     def ask(self, arguments: list[Any], timeout: float) -> dict[str, Any]:
-        """``{"value": …}``, or ``{"failure": why}``: "timeout", "worker died", or what the scorer raised."""
+        """Returns ``{"value": …}``, or ``{"failure": why}``: "timeout", "worker died", or the scorer's error."""
         try:
             self.start()
             reply: dict[str, Any] = json.loads(self._exchange([arguments, timeout], timeout))
@@ -75,7 +76,7 @@ class Isolated:
             return {"failure": "worker died"}
 
     def _exchange(self, question: Any, timeout: float) -> bytes:
-        """Sends a line, if any, and waits for a line; a worker that owes an answer is of no use any more."""
+        """Sends a line, if any, and waits for a line; a worker that failed to answer is ended."""
         assert self.process is not None
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -1,11 +1,11 @@
-"""The process in which verifiers that read mathematics or Python score what a model wrote (see `isolated.Isolated`).
+"""Worker process in which rewards that read mathematics or Python score completions (see `isolated.Isolated`).
 
 Run as a script, so that it starts without torch: ``python -P isolated_worker.py math_verify|reasoning_gym``. JSON lines
 [arguments, timeout in seconds] in; a line each out: {"value": …} or {"failure": why there is none}.
 
-What it is given is never executed: where the libraries call `eval`, `evaluate` stands in for it, which knows numbers,
+Completions are never executed: where the libraries call `eval`, `evaluate` stands in for it, which knows numbers,
 containers, operators and sympy's functions alone. Besides, once everything is imported, the process can't start
-another one, open a socket or write a file; its memory is limited, and its time by the one who asks.
+another one, open a socket or write a file; its memory is limited, and its time by the process that it serves.
 """
 
 import ast
@@ -47,7 +47,7 @@ _FUNCTIONS = frozenset({"sqrt", "cbrt", "root", "real_root", "abs", "pow"})
 
 
 def evaluate(source: Any, names: dict[str, Any] | None = None, local: dict[str, Any] | None = None) -> Any:
-    """`eval` for expressions that only compute; ``source`` is text or its syntax tree.
+    """Evaluates an expression that only computes, in place of `eval`; ``source`` is text or its syntax tree.
 
     Raises:
         ValueError: it holds anything else (an attribute, a comprehension, a call of what is no function of sympy's).
@@ -81,15 +81,16 @@ def _value(node: ast.AST, names: dict[str, Any]) -> Any:
 
 
 def _computes(name: str, value: Any) -> bool:
-    """Whether a name stands for a number, a symbol or a function of sympy's."""
+    """Tells whether a name stands for a number, a symbol or a function of sympy's."""
     basic = sys.modules["sympy"].Basic if "sympy" in sys.modules else ()
     return isinstance(value, basic) or (isinstance(value, type) and issubclass(value, basic)) or name in _FUNCTIONS
 
 
 def _refuse_vast(operation: ast.AST, left: Any, right: Any) -> None:
-    """
+    """Refuses powers and shifts whose result has too many digits.
+
     Raises:
-        ValueError: a power or a shift whose result would take ages.
+        ValueError: the result would have more than `LARGEST_POWER` bits.
     """
     if isinstance(operation, ast.Pow | ast.LShift):
         try:
@@ -109,8 +110,8 @@ def _math_verify() -> Callable[..., Any]:
         gold = math_verify.parse(f"${answer}$" if bare else answer, parsing_timeout=None)
         if not gold:
             return "answer not understood"
-        found = math_verify.parse(completion, parsing_timeout=None)
-        return bool(math_verify.verify(gold, found, timeout_seconds=None))
+        guess = math_verify.parse(completion, parsing_timeout=None)
+        return bool(math_verify.verify(gold, guess, timeout_seconds=None))
 
     return right
 
@@ -134,7 +135,7 @@ def _reasoning_gym() -> Callable[..., Any]:
 
 
 def decoded(metadata: str) -> Any:
-    """What the column `metadata` says, written as JSON or as a Python literal. Nothing in it is executed."""
+    """Reads the column `metadata`, JSON or a Python literal; nothing in it is executed."""
     try:
         return json.loads(metadata)
     except ValueError:
@@ -146,7 +147,7 @@ def _refuse(*_: Any) -> None:
 
 
 def _isolate() -> None:
-    """From here on the process computes and answers, and can do nothing else."""
+    """Limits the process to computing and answering, for good."""
     if "sympy" in sys.modules:
         parser: Any = importlib.import_module("sympy.parsing.sympy_parser")
         parser.eval, parser.compile = evaluate, lambda tree, *_: tree

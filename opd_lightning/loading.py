@@ -1,4 +1,4 @@
-"""Whose model it is that can't be loaded."""
+"""Errors of loading, with the key of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KINDS = (FileNotFoundError, OSError, ModuleNotFoundError, ValueError)
 
 @contextmanager
 def loading(key: str) -> Iterator[None]:
-    """What is raised within names the key of the model that is loaded: ``model.student``, or that of a teacher.
+    """Adds the key of the model that is loaded, ``model.student`` or a teacher's, to errors that are raised within.
 
     Raises:
         FileNotFoundError, OSError, ModuleNotFoundError, ValueError: whichever was raised, after its key.

@@ -59,7 +59,7 @@ class Method:
     prose: str
 
     def stack(self, setting: str) -> list[str]:
-        """The configurations that make a run of it: the setting's quickstart, for overlays a method, and itself."""
+        """Lists the configurations of a run of it: the setting's quickstart, for overlays a method, and itself."""
         folder = f"methods/{setting}/"
         return [f"{setting}/quickstart", *(name for name in self.over if name.startswith(folder)), self.name]
 
@@ -96,17 +96,17 @@ def read(path: Path, configs: Path) -> Method:
     comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in text[: _end(text)].splitlines())
     facts, _, prose = comment.partition("\n\n")
     title, *lines = re.split(rf"\n(?=(?:{'|'.join(FORMS)}): )", facts)
-    said = {key: " ".join(value.split()) for key, _, value in (line.partition(": ") for line in lines)}
+    head = {key: " ".join(value.split()) for key, _, value in (line.partition(": ") for line in lines)}
     # 2. their forms
     expected = [key for key in FORMS if key != "Over" or name.startswith("overlays/")]
-    if not title or list(said) != expected:
-        there = ", ".join(said) or title or "nothing"
+    if not title or list(head) != expected:
+        there = ", ".join(head) or title or "nothing"
         raise ValueError(f"{path}: its head is a sentence and then {', '.join(expected)}, not {there}")
-    for key, value in said.items():
+    for key, value in head.items():
         if not re.fullmatch(FORMS[key], value):
             raise ValueError(f"{path}: {key}: {value} is not of the form {FORMS[key]}")
-    settings, parts = tuple(said["Settings"].split(", ")), tuple(said["Parts"].split(", "))
-    over = () if said.get("Over", "any") == "any" else tuple(said["Over"].split(", "))
+    settings, parts = tuple(head["Settings"].split(", ")), tuple(head["Parts"].split(", "))
+    over = () if head.get("Over", "any") == "any" else tuple(head["Over"].split(", "))
     # 3. whether they are true of the file
     missing = [n for n in (*over, *(f"{s}/quickstart" for s in settings)) if not (configs / f"{n}.yaml").exists()]
     if missing:
@@ -117,8 +117,8 @@ def read(path: Path, configs: Path) -> Method:
     if set(parts) != (named := set(classes(yaml.safe_load(text)))):
         raise ValueError(f"{path}: Parts: {', '.join(sorted(parts))}, but the file names {', '.join(sorted(named))}")
     return Method(
-        name, " ".join(title.split()), said["Paper"], settings, over, parts, said["Evidence"], said["Differs"],
-        said["Measured"], prose,
+        name, " ".join(title.split()), head["Paper"], settings, over, parts, head["Evidence"], head["Differs"],
+        head["Measured"], prose,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def table(kind: str, methods: Sequence[Method]) -> str:
 def updated(page: str, methods: Sequence[Method]) -> str:
     """Returns a Markdown page with its tables, between ``<!-- opd methods: KIND -->`` and ``<!-- end -->``, new."""
     pattern = r"(<!-- opd methods: (\w+) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda found: found[1] + table(found[2], methods) + found[3], page, flags=re.DOTALL)
+    return re.sub(pattern, lambda match: match[1] + table(match[2], methods) + match[3], page, flags=re.DOTALL)
 
 
 def main(arguments: Sequence[str]) -> None:

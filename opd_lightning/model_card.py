@@ -1,4 +1,4 @@
-"""The model card: what was trained from what.
+"""The model card: base, objective and settings of a student.
 
 Only what is known to be harmless is printed: numbers, names of shipped classes, and a few words of fixed meaning. A
 configuration may hold keys, addresses and folders of the machine anywhere else.
@@ -23,13 +23,13 @@ PLAIN = {"None", "True", "False", "nothing"}
 
 
 def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequence[dict[str, Any]] = ()) -> str:
-    """What was trained from what, with the settings that may be shown.
+    """Writes the model card, with the settings that may be published.
 
     Args:
         config: of the run.
         steps: optimizer steps that were done.
         library: that loads the student.
-        changes: what resumed runs did otherwise than before, as in a checkpoint.
+        changes: settings that resumed runs changed, as in a checkpoint.
     """
     model = config["model"]["init_args"]
     base, rollout = known_as(model["student"]["path"]), model.get("rollout") or {}
@@ -39,25 +39,25 @@ def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequen
     acts = ", ".join(f"{name} {share:g}" for name, share in (rollout.get("behavior") or {"student": 1}).items())
     lines.append(f"* who acts: {acts}; horizon {rollout.get('horizon', 'as by default')}")
     head = yaml.safe_dump({"library_name": library, "tags": ["on-policy-distillation"], "base_model": base})
-    shown = yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
     return (
         f"---\n{head}---\n\n# Student of an on-policy distillation\n\n"
         f"Trained with opd-lightning for {steps} optimizer steps from `{base}`.\n\n"
         "## Objective\n\n" + "\n".join(lines) + "\n\n"
         "## Configuration\n\nWithout data, texts and paths; the run's own `config.yaml` has all of it.\n\n"
-        f"```yaml\n{shown}```\n{_changed(changes)}"
+        f"```yaml\n{settings}```\n{_changed(changes)}"
     )
 
 
 def known_as(path: str) -> str:
-    """What others may know a model by: its name on the hub, or of its folder without where that is."""
+    """Names a model for others: by its name on the hub, or by that of its folder, without the path."""
     plain = path.replace("\\", "/")
     local = plain.startswith((".", "/", "~")) or plain.count("/") > 1 or ":/" in plain or Path(path).exists()
     return path if path.startswith("opd:") or not local else plain.rstrip("/").rpartition("/")[2]
 
 
 def public(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that may be shown."""
+    """Selects the part of a configuration that may be published."""
     trainer = config.get("trainer") or {}
     model = config["model"]
     arguments = {name: value for name, value in model["init_args"].items() if name in SHOWN["model"]}  # type: ignore[operator]
@@ -69,25 +69,25 @@ def public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _harmless(value: Any, key: str = "") -> Any:
-    """The same without what may not be shown; None where nothing is left of it."""
+    """Drops values that may not be published; None where nothing is left."""
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return value if key in WORDS else _number(value)
     if isinstance(value, list):
-        return [found for found in (_harmless(item, key) for item in value) if found is not None] or None
+        return [published for published in (_harmless(item, key) for item in value) if published is not None] or None
     if not isinstance(value, dict):
         return None
     if "class_path" in value:
         foreign = not value["class_path"].startswith(("opd_lightning.", "torch.optim."))
         inside = None if foreign else _harmless(value.get("init_args") or {})
         return {"class_path": _name(value)} | ({"init_args": inside} if inside else {})
-    found = {name: _harmless(item, name) for name, item in value.items()}
-    return {name: item for name, item in found.items() if item is not None} or None
+    published = {name: _harmless(item, name) for name, item in value.items()}
+    return {name: item for name, item in published.items() if item is not None} or None
 
 
 def _number(text: str) -> float | None:
-    """YAML reads 1e-5 as text."""
+    """Reads a number that YAML took for text, such as 1e-5; None if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -95,7 +95,7 @@ def _number(text: str) -> float | None:
 
 
 def _name(described: Any) -> str:
-    """The class that a part of a configuration names, without its module."""
+    """Returns the class that a part of a configuration names, without its module."""
     return str(described["class_path"]).rpartition(".")[2]
 
 
@@ -110,10 +110,10 @@ def _changed(history: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_shown(path: list[str], *values: str) -> bool:
-    place = path[2:3] if path[:2] == ["model", "init_args"] else path[1:2]
-    known: Any = SHOWN.get(path[0])
+    section = path[2:3] if path[:2] == ["model", "init_args"] else path[1:2]
+    published: Any = SHOWN.get(path[0])
     plain = all(path[-1] in WORDS or value in PLAIN or _number(value) is not None for value in values)
-    return plain and (known is True or (bool(known) and bool(place) and place[0] in known))
+    return plain and (published is True or (bool(published) and bool(section) and section[0] in published))
 
 
 def _term(term: dict[str, Any], teachers: dict[str, Any]) -> str:

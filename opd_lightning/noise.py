@@ -33,7 +33,7 @@ def silence(model: nn.Module) -> None:
 
 
 def noise(model: nn.Module) -> float:
-    """The largest rate of any dropout, layer drop or router jitter that is on in training mode; 0: there is none."""
+    """Returns the largest rate of any dropout, layer drop or router jitter that is on in training mode, or 0."""
     rates = [getattr(module, name) for module in model.modules() for name in _rates(module)]
     return max(rates, default=0.0)
 

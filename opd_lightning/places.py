@@ -1,4 +1,4 @@
-"""Where files and arguments say what an error is about; where they leave that open, no place is given."""
+"""Places in files and arguments of the setting that an error is about; none where that is ambiguous."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SHORTEST = 3
 
 
 class Setting(NamedTuple):
-    """What is set in the end, after all that is laid over it.
+    """Setting that holds in the end, after all overlays.
 
     Attributes:
         keys: as people write them, with places in lists and without ``init_args``.
-        source, place: who says so, and where there.
+        source, place: index of the file or argument that sets it, and the place there.
     """
 
     keys: Keys
@@ -33,8 +33,8 @@ class Setting(NamedTuple):
 
 
 def settings_of(sources: Sequence[Source]) -> list[Setting]:
-    """All that files and arguments set; what a later one replaces is not among it."""
-    found: list[Setting] = []
+    """Collects the settings of files and arguments, without those that a later one replaces."""
+    settings: list[Setting] = []
     for number, source in enumerate(sources):
         new = []
         for keys, value in _walk((), source.values):
@@ -42,9 +42,9 @@ def settings_of(sources: Sequence[Source]) -> list[Setting]:
                 continue  # an argument speaks of its last key
             new.append(Setting(_short(keys), value, number, source.place(keys) or source.place(source.keys) or ""))
         gone = [setting.keys for setting in new if not isinstance(setting.value, dict) and not _appends(source)]
-        gone += [setting.keys[:-1] for setting in new if _renames(setting, found)]
-        found = [old for old in found if not any(old.keys[: len(keys)] == keys for keys in gone)] + new
-    return found
+        gone += [setting.keys[:-1] for setting in new if _renames(setting, settings)]
+        settings = [old for old in settings if not any(old.keys[: len(keys)] == keys for keys in gone)] + new
+    return settings
 
 
 def _walk(keys: Keys, value: Any) -> Iterator[tuple[Keys, Any]]:
@@ -65,7 +65,7 @@ def _appends(source: Source) -> bool:
 
 
 def _renames(setting: Setting, before: Sequence[Setting]) -> bool:
-    """Whether it names another class, with which the arguments of the one before are gone."""
+    """Tells whether a setting names another class, so that the arguments of the one before are gone."""
     if setting.keys[-1:] != ("class_path",):
         return False
     earlier = [old for old in before if old.keys in (setting.keys, setting.keys[:-1]) and isinstance(old.value, str)]
@@ -77,19 +77,21 @@ def _class(path: Any) -> str:
 
 
 def about(message: str, made: Sequence[str], sources: Sequence[Source]) -> tuple[str, str]:
-    """The key and the place of what a message is about; either may be empty.
+    """Finds the key and the place of the setting that a message is about; either may be empty.
 
-    A message may name the key. Otherwise it is about the part under construction, or what that was given: the value
-    that the message names.
+    A message may name the key. Otherwise it is about the part under construction, or that of its arguments whose value
+    the message names.
 
     Args:
         made: classes under construction, outermost first.
     """
     everything = settings_of(sources)
+    # 1. keys that the message names
     for name in _DOTTED.findall(message):
-        if found := [setting for setting in everything if _contains(setting.names, name.split("."))]:
-            meant = _meant(found, message)
+        if matching := [setting for setting in everything if _contains(setting.names, name.split("."))]:
+            meant = _meant(matching, message)
             return "", meant.place if meant else ""
+    # 2. parts under construction, innermost first, the last file or argument first
     for who in reversed(made):
         for part in reversed(everything):
             named = isinstance(part.value, str) and _class(part.value) == who
@@ -104,16 +106,16 @@ def about(message: str, made: Sequence[str], sources: Sequence[Source]) -> tuple
 
 
 def place_of(path: Sequence[str], sources: Sequence[Source], message: str = "") -> str | None:
-    """Where a key is that jsonargparse names, or what holds it: it leaves out places in lists and names of teachers."""
+    """Finds the place of a key of jsonargparse's, or of its holder: such keys lack list places and teachers' names."""
     everything, wanted = settings_of(sources), [key for key in path if key != "init_args"]
     while wanted:
-        found = []
+        matching = []
         for setting in everything:
             rest = iter(setting.names)
             if all(key in rest for key in wanted):
-                found.append(setting)
-        if found:
-            meant = _meant(found, message)
+                matching.append(setting)
+        if matching:
+            meant = _meant(matching, message)
             return meant.place or None if meant else None
         wanted.pop()
     return None
@@ -123,17 +125,17 @@ def _contains(names: Sequence[str], wanted: Sequence[str]) -> bool:
     return any(names[at : at + len(wanted)] == wanted for at in range(len(names)))
 
 
-def _meant(found: Sequence[Setting], message: str) -> Setting | None:
-    """The one that a message names by its value or key, or the outermost where one source says all; None: either."""
+def _meant(candidates: Sequence[Setting], message: str) -> Setting | None:
+    """Selects the setting that a message names by value or key, or the outermost if one source has all; else None."""
     for shortest in (0, SHORTEST):
-        named = [setting for setting in found if _named(setting, message, shortest)]
+        named = [setting for setting in candidates if _named(setting, message, shortest)]
         if len({setting.place for setting in named}) == 1:
             return named[0]
-    return found[0] if len({setting.source for setting in found}) == 1 else None
+    return candidates[0] if len({setting.source for setting in candidates}) == 1 else None
 
 
 def _named(setting: Setting, message: str, shortest: int) -> bool:
-    """Whether its value or last key is in a message: in quotes, or as a word of some length."""
+    """Tells whether a setting's value or last key is in a message: in quotes, or as a word of some length."""
     value = setting.value
     words = [setting.names[-1]] if setting.names and not shortest else []
     words += [str(value)] if not isinstance(value, dict | list | bool) and value is not None else []

@@ -1,4 +1,4 @@
-"""Numbers, words and choices: what a setting takes, in words, and why it does not take a value."""
+"""Numbers, words and choices as values of settings: descriptions of types, and refusals of values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def refusal(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Why a value is none of these types, and what would be; None: it is one, or they are more than plain values."""
+    """Explains why a value is of none of these types; None if it is, or if they are more than plain values."""
     kinds = [kind for kind in kinds if kind is not torch.Tensor]  # nobody writes one into a configuration
     if not kinds or not all(kind in WORDS or typing.get_origin(kind) is Literal for kind in kinds):
         return None
@@ -32,22 +32,22 @@ def refusal(value: Any, kinds: Sequence[Any]) -> str | None:
 
 @cache
 def _reader(kind: Any) -> ArgumentParser:
-    """Takes as ``value`` what jsonargparse will take later."""
+    """Builds a parser whose ``--value`` takes the values that jsonargparse will take later."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     return parser
 
 
 def choices_of(kinds: Sequence[Any]) -> list[str]:
-    """The words that literals allow, each once."""
+    """Lists the words that literals allow, each once."""
     words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
     return list(dict.fromkeys(map(str, words)))
 
 
 def expected(kinds: Sequence[Any]) -> str:
-    """``expected a number or null``, ``expected one of constant, linear, cosine``."""
-    known = [kind for kind in kinds if not (kind is int and float in kinds)]
-    words = [WORDS.get(kind) or type_to_str(kind) for kind in known if typing.get_origin(kind) is not Literal]
+    """Describes types: ``expected a number or null``, ``expected one of constant, linear, cosine``."""
+    distinct = [kind for kind in kinds if not (kind is int and float in kinds)]
+    words = [WORDS.get(kind) or type_to_str(kind) for kind in distinct if typing.get_origin(kind) is not Literal]
     if choices := choices_of(kinds):
         words.insert(0, f"one of {', '.join(choices)}")
     return f"expected {' or '.join(words)}"

@@ -1,4 +1,4 @@
-"""How a setting's student is written for other programs, and read as they read it."""
+"""Writing a setting's student for other programs, and reading it as they do."""
 
 from __future__ import annotations
 
@@ -14,50 +14,51 @@ from .pretrained import Lora, Pretrained
 
 
 class Portable:
-    """What a setting may say of its models, for export (docs/export.md); the defaults are those of transformers."""
+    """Interface of settings for export (docs/export.md); the defaults are for models of transformers."""
 
     model_class: ClassVar[Any]
     library: ClassVar[str] = "transformers"
-    """Which one loads exported students."""
+    """Name of the library in the model card, which loads exported students."""
     exported_with: ClassVar[tuple[str, ...]] = ()
-    """The setting's own arguments without which its student can't be built and written; no classes."""
+    """Arguments of the setting that its student needs to be built and written; plain values, no classes."""
     _student_spec: Pretrained
 
     def load_processor(self, spec: Pretrained) -> Any:
-        """What turns examples into inputs (a tokenizer, a processor)."""
+        """Loads the tokenizer or processor that converts examples to inputs; None: there is none."""
         return None
 
     def original_processor(self, spec: Pretrained) -> Any:
-        """The same before anything was set in it: it is what an exported student comes with."""
+        """Loads the processor without the setting's changes, as exported students come with it."""
         return self.load_processor(spec)
 
     def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
-        """What the weights of a base are stored in; None where its folder does not say."""
+        """Returns the dtype in which a base is stored; None where its folder does not say."""
         return getattr(spec.config(), "dtype", None) if self._is_of_transformers else None
 
     @property
     def _is_of_transformers(self) -> bool:
-        """Whether its models are transformers', and not loaded in a way of its own."""
+        """True where its models are transformers', and not loaded in a way of its own."""
         kinds = getattr(self.model_class, "__mro__", (type(self.model_class),))
         return any(kind.__module__.startswith("transformers.") for kind in kinds)
 
     def check_portable(self) -> None:
-        """
+        """Refuses settings whose students can't be written.
+
         Raises:
             ValueError: its models are loaded in a way of its own, and it does not say how they are written and read.
         """
-        own = [
+        missing = [
             name for name in ("save_student", "read_student") if getattr(type(self), name) is getattr(Portable, name)
         ]
-        if own and not self._is_of_transformers and not hasattr(self.model_class, "save_pretrained"):
+        if missing and not self._is_of_transformers and not hasattr(self.model_class, "save_pretrained"):
             raise ValueError(
-                f"{type(self).__name__} needs {' and '.join(own)} to export {self.model_class.__name__}, which is "
+                f"{type(self).__name__} needs {' and '.join(missing)} to export {self.model_class.__name__}, which is "
                 "loaded in a way of its own: add the methods save_student(model, folder) and read_student(folder) "
                 "(docs/export.md)"
             )
 
     def probe(self, policy: Policy) -> Tensor | None:
-        """What a policy says to a few fixed inputs (log-probs, …), without gradient; None: it can't be asked."""
+        """Evaluates a policy at a few fixed inputs (log-probs, …), without gradient; None: there are no such inputs."""
         return None
 
     def save_student(self, model: Any, folder: Path) -> None:
@@ -77,7 +78,7 @@ class Portable:
             processor.save_pretrained(folder)
 
     def read_student(self, folder: Path) -> Policy:
-        """What `save_student` wrote, as other programs read it."""
+        """Reads the folder of `save_student` as other programs do."""
         spec = self._student_spec
         if (folder / "adapter_config.json").exists():
             adapter = Lora(adapter=str(folder))

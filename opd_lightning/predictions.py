@@ -1,4 +1,4 @@
-"""What `opd predict` writes."""
+"""The file that `opd predict` writes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .printable import printable
 
 
 class PredictionWriter(BasePredictionWriter):
-    """`opd predict` writes one JSON line per example to ``<default_root_dir>/predictions-<rank>.jsonl``, and says so.
-    What an earlier run wrote there is kept, as ``predictions-<rank>.earlier-<n>.jsonl``.
+    """Writer of one JSON line per example to ``<default_root_dir>/predictions-<rank>.jsonl``, for `opd predict`.
+
+    A file of an earlier run is kept, as ``predictions-<rank>.earlier-<n>.jsonl``.
 
     A line holds the ``index`` of the example in its data set (from 0, without rows that were skipped), its ``location``
     (file and row), the whole prompt, the ``answer`` where the data set has one, the completion, and its reward where

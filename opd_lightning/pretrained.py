@@ -1,4 +1,4 @@
-"""What a student or a teacher is loaded from."""
+"""Pretrained models, from which students and teachers are loaded, and their adapters."""
 
 from __future__ import annotations
 
@@ -94,11 +94,12 @@ class Pretrained:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether noise in training mode was asked for."""
+        """True where noise in training mode is on."""
         return self.dropout or (self.lora is not None and self.lora.dropout > 0)
 
     def load(self, model_class: Any, trained: bool) -> nn.Module:
-        """The model; frozen and in evaluation mode unless ``trained``, and then with adapters if ``lora`` is set."""
+        """Loads the model: frozen and in evaluation mode unless ``trained``, then with adapters if ``lora`` is set."""
+        # 1. settings that nothing would read
         if trained and self.quantization and not self.lora:
             raise ValueError(
                 f"student.quantization={self.quantization}: quantized weights have no gradient; set student.lora"
@@ -110,6 +111,7 @@ class Pretrained:
             raise ValueError("gradient_checkpointing: a teacher has no backward pass to recompute anything in")
         if not trained and self.dropout:
             raise ValueError("dropout: a teacher is always asked in evaluation mode, where there is none")
+        # 2. weights
         try:
             model = self._base(model_class, trained)
         except OSError as error:  # transformers chains what the hub said, a hundred lines of it
@@ -122,6 +124,7 @@ class Pretrained:
             kind = str(error).split(" for this kind")[0].rpartition(".")[2].rstrip(">' ")
             name = getattr(model_class, "__name__", str(model_class))
             raise ValueError(f"{self.path} holds a model with a {kind}, which {name} can't load") from None
+        # 3. what is trained of them, and how
         if trained:
             _never_repack(model)
         if trained and not self.dropout:
@@ -138,14 +141,14 @@ class Pretrained:
         return model.train(trained)
 
     def config(self) -> Any:
-        """transformers' configuration of the model."""
+        """Loads transformers' configuration of the model."""
         from transformers import AutoConfig
 
         options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return AutoConfig.from_pretrained(self.found(), **options)
 
     def found(self) -> str:
-        """The path itself, or that of the shipped model.
+        """Returns the path, resolved where it is that of a shipped model.
 
         Raises:
             FileNotFoundError: it can be nothing but a folder, and there is none.
@@ -157,16 +160,17 @@ class Pretrained:
         return path
 
     def _check_stored(self, model_class: Any, trained: bool) -> None:
-        """
+        """Refuses what a base that is stored quantized can't do.
+
         Raises:
             ValueError: the base is stored quantized, and is to be trained without adapters or quantized again.
         """
         self.found()
-        own = getattr(model_class, "config", None)  # loaders of other libraries know their own configurations
-        if own is None and not model_class.__module__.startswith("transformers."):
+        read_config = getattr(model_class, "config", None)  # loaders of other libraries know their own configurations
+        if read_config is None and not model_class.__module__.startswith("transformers."):
             return  # nobody knows how a setting's own loader stores
         try:
-            config = own(self.path, self.revision) if own is not None else self.config().to_dict()
+            config = read_config(self.path, self.revision) if read_config is not None else self.config().to_dict()
         except (OSError, ValueError):
             return  # loading it says what is wrong
         stored = quantized_as(config.get("quantization_config"))
@@ -249,17 +253,17 @@ class Pretrained:
 
 
 def quantized_as(settings: Any) -> str | None:
-    """The method of a ``quantization_config``, as an object or as in config.json, in words; None without one."""
+    """Describes the method of a ``quantization_config``, an object or as in config.json; None without one."""
     if not settings:
         return None
-    found = settings if isinstance(settings, dict) else settings.to_dict()
-    method = found.get("quant_method") or "an unknown method"
-    bits = found.get("bits") or (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    method = values.get("quant_method") or "an unknown method"
+    bits = values.get("bits") or (4 if values.get("load_in_4bit") else 8 if values.get("load_in_8bit") else None)
     return f"{getattr(method, 'value', method)}{f', {bits} bit' if bits else ''}"
 
 
 def _never_repack(model: nn.Module) -> None:
-    """On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation; no gradient passes them from then on."""
+    """Keeps bitsandbytes from repacking 4-bit weights on some CPUs at the first evaluation: that ends all gradients."""
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""What models, rows and paths hold, made fit to be shown: nothing in it commands a terminal, a table or a page.
+"""Safe printing of texts of models, rows and paths, which could command a terminal, a table or a page.
 
-Everything that is printed and was not written in this repository goes through here: `printable` for plain text,
+All that is printed and was not written in this repository goes through here: `printable` for plain text,
 `cell` for rich, `in_markdown` for loggers that render it, `quoted` for messages.
 """
 
@@ -21,7 +21,7 @@ _MARKDOWN = frozenset("\\`*_{}[]()#+-.!|~")
 
 
 def printable(text: Any) -> str:
-    """``str(text)`` with all that does not show, or moves what does, as its escape: ``\\x1b``, ``\\r``, ``\\u202e``.
+    """Replaces invisible and moving characters of ``str(text)`` by escapes: ``\\x1b``, ``\\r``, ``\\u202e``.
 
     Line breaks and tabs stay.
     """
@@ -29,23 +29,23 @@ def printable(text: Any) -> str:
 
 
 def quoted(value: Any, length: int = 80) -> str:
-    """One line for a message: as Python writes the value, cut in the middle to about ``length`` characters."""
+    """Formats a value for a message: its ``repr`` on one line, cut in the middle to about ``length`` characters."""
     line = printable(repr(value)).replace("\n", "\\n").replace("\t", "\\t")
     if len(line) <= length:
         return line
-    kept = length // 2
-    return f"{line[:kept]} … {line[-kept:]}"
+    half = length // 2
+    return f"{line[:half]} … {line[-half:]}"
 
 
 def cell(value: Any, style: str = "") -> Text:
-    """For rich's tables and consoles, without a meaning of its brackets."""
+    """Wraps a value for rich's tables and consoles, so that its brackets are no markup."""
     from rich.text import Text  # not to be waited for where nothing is drawn
 
     return Text(printable(value), style)
 
 
 def in_markdown(text: Any) -> str:
-    """For loggers that render Markdown and HTML: reads as it was written, on one line."""
+    """Escapes a text for loggers that render Markdown and HTML, on one line."""
     plain = escape(printable(text), quote=False).replace("\n", " ")
     return "".join(f"\\{character}" if character in _MARKDOWN else character for character in plain)
 

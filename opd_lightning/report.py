@@ -1,4 +1,4 @@
-"""What came of a run: ``opd report runs/demo`` prints a table and draws the curves."""
+"""Reports on runs: ``opd report runs/demo`` prints a table and draws the curves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> Curves:
-    """Every logged metric as (optimizer step, value), over all of the run's log versions in order.
+    """Reads every logged metric as (optimizer step, value), over all of the run's log versions in order.
 
     Raises:
         FileNotFoundError: the run has no metrics.csv.
@@ -53,22 +53,22 @@ def read_curves(run: Path) -> Curves:
 
 
 def summarize(curves: Curves) -> dict[str, float]:
-    """Held-out accuracy before and after, and of each teacher by its name, as fractions."""
+    """Collects held-out accuracy before and after training, and of each teacher by name, as fractions."""
     accuracy = curves["val/accuracy"]
-    found = {"before": accuracy[0][1], "after": accuracy[-1][1]}
+    summary = {"before": accuracy[0][1], "after": accuracy[-1][1]}
     teachers = [name for name in curves if name.startswith("val/") and name.endswith("/accuracy")]
-    return found | {name.split("/")[1]: curves[name][0][1] for name in teachers if name != "val/accuracy"}
+    return summary | {name.split("/")[1]: curves[name][0][1] for name in teachers if name != "val/accuracy"}
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
-    """The student's last completions of the held-out prompts that every validation shows."""
+    """Reads the student's last completions of the held-out prompts that every validation prints."""
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    mine = [row for row in rows if row["who"] == "student"]
-    return [row for row in mine if row["step"] == mine[-1]["step"]]
+    student_rows = [row for row in rows if row["who"] == "student"]
+    return [row for row in student_rows if row["step"] == student_rows[-1]["step"]]
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib's, in inches.
+    """Creates an empty figure of matplotlib's, in inches.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message names the extra.
@@ -81,7 +81,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Accuracy, KL to the teacher, and rollout length over optimizer steps."""
+    """Draws accuracy, KL to the teacher, and rollout length over optimizer steps."""
     panels: dict[str, list[str]] = {
         "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
@@ -93,7 +93,7 @@ def draw(curves: Curves, path: Path) -> None:
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             steps, values = zip(*curves[name], strict=True)
-            if len(steps) == 1:
+            if len(steps) == 1:  # a teacher's, measured once
                 axis.axhline(values[0], linestyle="--", color="gray", label=printable(name))
             else:
                 axis.plot(steps, values, marker=".", label=printable(name))
@@ -106,23 +106,23 @@ def draw(curves: Curves, path: Path) -> None:
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
     config, curves = read_config(run), read_curves(run)
-    found: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
+    result: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
-    for name in found:
+    for name in result:
         table.add_column(cell(name), justify="right")
-    table.add_row(*(f"{value:.1%}" for value in found.values()))
+    table.add_row(*(f"{value:.1%}" for value in result.values()))
     console.print(table)
     for row in read_samples(run):
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
         console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))
     if since is not None:
-        found["wall_s"] = round(time.time() - since, 1)
-    found["seed"] = config["seed_everything"]
+        result["wall_s"] = round(time.time() - since, 1)
+    result["seed"] = config["seed_everything"]
     draw(curves, run / "curves.png")
-    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (run / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(cell(f"{run / 'curves.png'}  {run / 'result.json'}"))
-    return found
+    return result
 
 
 def main(arguments: Sequence[str]) -> None:

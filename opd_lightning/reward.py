@@ -1,4 +1,4 @@
-"""Verifiers: a completion and its example in, a number out, or None where they abstain."""
+"""Rewards: functions of a completion and its example that return a number, or None where they abstain."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ Example = Mapping[str, Any]
 
 
 class Reward(ABC):
-    """What a reward is: a function of a completion and its example, and the columns that it reads.
+    """Reward: a function of a completion and its example, and the columns that it reads.
 
     It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the
     details, and what becomes of rewards that fail). `columns` are canonical names; the data module refuses a data
@@ -34,7 +34,7 @@ class Reward(ABC):
 
 
 class ExactMatch(Reward):
-    """1 if the completion is the example's `answer`, else 0.
+    """Reward of 1 if the completion is the example's `answer`, else 0.
 
     Args:
         strip: whether white space around both texts is ignored.
@@ -51,8 +51,8 @@ class ExactMatch(Reward):
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("ExactMatch", example, self.after)
-        found = _tail(completion, self.after)
-        return float(found is not None and self._normal(found) == self._normal(answer))
+        guess = _tail(completion, self.after)
+        return float(guess is not None and self._normal(guess) == self._normal(answer))
 
     def _normal(self, text: str) -> str:
         text = text.strip() if self.strip else text
@@ -60,11 +60,12 @@ class ExactMatch(Reward):
 
 
 class RelaxedMatch(Reward):
-    """1 if the completion is the example's `answer` up to the relaxed accuracy of ChartQA (2203.10244, section 5.1).
+    """Reward of 1 if the completion is the example's `answer` up to ChartQA's relaxed accuracy, else 0.
 
-    Where both are numbers and the answer is not 0, the completion may be off by 5 % of the answer; otherwise both
-    are compared as texts, ignoring case and white space around them. A number is a text that is one as a whole; with
-    a percent sign at its end it counts as hundredths, as in the scorer that the field uses (pix2struct).
+    After section 5.1 of 2203.10244. Where both are numbers and the answer is not 0, the completion may be off by 5
+    % of the answer; otherwise both are compared as texts, ignoring case and white space around them. A number is a
+    text that is one as a whole; with a percent sign at its end it counts as hundredths, as in the scorer that the
+    field uses (pix2struct).
 
     Args:
         tolerance: the largest difference, as a share of the answer's size.
@@ -83,17 +84,17 @@ class RelaxedMatch(Reward):
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("RelaxedMatch", example, self.after).strip()
-        found = _tail(completion, self.after)
-        if found is None:
+        guess = _tail(completion, self.after)
+        if guess is None:
             return 0.0
-        right, said = _number(answer), _number(found.strip())
-        if right and said is not None:
-            return float(abs(said - right) <= self.tolerance * abs(right))
-        return float(found.strip().casefold() == answer.casefold())
+        right, guessed = _number(answer), _number(guess.strip())
+        if right and guessed is not None:
+            return float(abs(guessed - right) <= self.tolerance * abs(right))
+        return float(guess.strip().casefold() == answer.casefold())
 
 
 class RegexMatch(Reward):
-    """1 if what a regular expression extracts from the completion is the example's `answer`, else 0.
+    """Reward of 1 if a regular expression extracts the example's `answer` from the completion, else 0.
 
     White space around both is ignored. A completion in which the pattern is not found scores 0, and so does one over
     which the search takes too long, as it may where repetitions are nested; that is counted in `failures`.
@@ -132,18 +133,18 @@ class RegexMatch(Reward):
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("RegexMatch", example)
         try:
-            found = within(self.timeout, lambda: [match[self.group] for match in self.pattern.finditer(completion)])
+            matches = within(self.timeout, lambda: [match[self.group] for match in self.pattern.finditer(completion)])
         except TooLate:
             self.failures["timeout"] += 1
             return 0.0
-        if not found:
+        if not matches:
             return 0.0
-        extracted = found[-1 if self.which == "last" else 0]
+        extracted = matches[-1 if self.which == "last" else 0]
         return float(extracted is not None and extracted.strip() == answer.strip())
 
 
 class MathVerify(Reward):
-    """1 if math-verify finds the completion mathematically equal to the example's `answer`, else 0.
+    """Reward of 1 if math-verify finds the completion mathematically equal to the example's `answer`, else 0.
 
     Each comparison runs in a process of its own that is killed when it is late (`Isolated`). Nothing that a completion
     contains raises: a comparison that could not be made scores 0 and is counted in `failures`, by kind.
@@ -172,17 +173,17 @@ class MathVerify(Reward):
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = _answer("MathVerify", example, self.after)
-        found = _tail(completion, self.after)
-        if found is None:
+        guess = _tail(completion, self.after)
+        if guess is None:
             return 0.0
-        reply = self._worker.ask([answer, found], self.timeout)
+        reply = self._worker.ask([answer, guess], self.timeout)
         if "failure" in reply:
             self.failures[reply["failure"]] += 1
         return float(reply.get("value", 0.0))
 
 
 class ReasoningGymScore(Reward):
-    """reasoning-gym's own score of the completion, in [0, 1]; partial marks are its own too.
+    """Score of the completion by reasoning-gym itself, in [0, 1]; partial marks are its own too.
 
     For examples that come from `reasoning_gym:TASK`, whose `task` and `metadata` it needs. Some of its scorers `eval`
     completions and rows: they run in a process of its own, which evaluates expressions and executes nothing, and which
@@ -214,15 +215,15 @@ class ReasoningGymScore(Reward):
     def __call__(self, completion: str, example: Example) -> float:
         task = _column("ReasoningGymScore", "task", example)
         metadata = _column("ReasoningGymScore", "metadata", example)
-        found = _tail(completion, self.after)
-        if found is None:
+        guess = _tail(completion, self.after)
+        if guess is None:
             return 0.0
         entry = {
             "question": example.get("prompt"),
             "answer": example.get("answer"),
             "metadata": metadata if isinstance(metadata, str) else encode_metadata(metadata),
         }
-        reply = self._worker.ask([task, found.strip(), entry], self.timeout)
+        reply = self._worker.ask([task, guess.strip(), entry], self.timeout)
         if reply.get("failure") == "unknown task":
             raise ValueError(f"the column 'task' names {task!r}, which is no task of reasoning-gym")
         if "failure" in reply:
@@ -251,7 +252,11 @@ class CallableReward(Reward):
 
 
 def import_callable(path: str, key: str) -> Callable[..., Any]:
-    """The callable at a dotted path; `key` names the setting that holds the path, for the messages."""
+    """Imports the callable at a dotted path; `key` names the setting that holds the path, for messages.
+
+    Raises:
+        ValueError: there is no such module or function, or it can't be called.
+    """
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ValueError(f"{key}: {path!r} is not a dotted path such as 'my_package.my_module.my_function'")
@@ -268,7 +273,11 @@ def import_callable(path: str, key: str) -> Callable[..., Any]:
 
 
 def import_reasoning_gym(who: str) -> ModuleType:
-    """The package reasoning_gym; where it is missing, an error that names the extra."""
+    """Imports the package reasoning_gym.
+
+    Raises:
+        ModuleNotFoundError: it is missing; the message names the extra.
+    """
     try:
         return importlib.import_module("reasoning_gym")
     except ModuleNotFoundError as error:
@@ -280,10 +289,10 @@ def no_reasoning_gym(who: str) -> ModuleNotFoundError:
 
 
 def encode_metadata(metadata: Any) -> str:
-    """reasoning-gym metadata as text; `isolated_worker` reads it, and executes nothing in it.
+    """Writes reasoning-gym metadata as text; `isolated_worker` reads it, and executes nothing in it.
 
     A Python literal rather than JSON, because some scorers (arc_agi, rearc) compare tuples with tuples, which
-    JSON would turn into lists; JSON where the metadata holds what no literal can say.
+    JSON would turn into lists; JSON where the metadata holds other objects.
     """
     text = repr(metadata)
     try:
@@ -305,14 +314,14 @@ def _column(who: str, name: str, example: Example) -> Any:
 
 
 def _answer(who: str, example: Example, marker: str = "") -> str:
-    """The example's answer; of a worked one, what follows its last marker."""
+    """Returns the example's answer; of a worked one, the text after its last marker."""
     answer = str(_column(who, "answer", example))
     tail = _tail(answer, marker)
     return answer if tail is None else tail
 
 
 def _number(text: str) -> float | None:
-    """The finite number that a text is; with a percent sign at its end in hundredths."""
+    """Reads a text as a finite number, with a percent sign at its end in hundredths; None if it is none."""
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -321,8 +330,8 @@ def _number(text: str) -> float | None:
 
 
 def _tail(text: str, marker: str) -> str | None:
-    """What follows the last marker; the whole text without a marker to look for; none where it is absent."""
+    """Returns the text after the last marker, or all of it for an empty marker; None where it is absent."""
     if not marker:
         return text
-    _, found, tail = text.rpartition(marker)
-    return tail if found else None
+    _, separator, tail = text.rpartition(marker)
+    return tail if separator else None

@@ -1,4 +1,4 @@
-"""Rows and where they were read: whatever a row raises is that row's fault, and names it."""
+"""Rows with their locations: an error that a row causes names the row."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .trajectory import Example
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 LOCATION = "__location__"
-"""The column that says where a row was read ("train.jsonl, row 17"); it is dropped before anybody sees the examples."""
+"""Column with the place where a row was read ("train.jsonl, row 17"); views and rewards never see it."""
 
 STAND_IN = "__stand_in__"
-"""A column that only examples have which are there to keep a rank busy; they count nowhere."""
+"""Marks padding examples, which keep ranks in step; they count nowhere."""
 
 
 class BrokenPart(TypeError):
-    """A part of the run is of no use, whatever the row."""
+    """Failure of a part of the run, whatever the row."""
 
 
-# What no row can help: the run's parts, the machine, the installation, and whoever ends the run
+# Errors that no row causes: of the run's parts, the machine, the installation, and signals that end the run
 _NOT_OF_A_ROW = (
     BrokenPart,
     MemoryError,
@@ -41,60 +41,59 @@ _NOT_OF_A_ROW = (
 
 
 class Row(dict[str, Any]):
-    """An example that knows where it was read, and its number in its data set, from 0."""
+    """Example with the place where it was read and its number in its data set, from 0."""
 
     location: str = ""
     index: int | None = None
 
     def to(self, *_: Any, **__: Any) -> Row:
-        """Itself: Lightning moves what it hands over to the device, and would make new mappings without locations."""
+        """Returns itself: Lightning moves batches to the device, and would build new mappings without locations."""
         return self
 
     def __or__(self, more: Any) -> Row:  # type: ignore[override]
-        """With further columns."""
+        """Adds columns to a copy; location and index stay."""
         row = Row({**self, **more})
         row.location, row.index = self.location, self.index
         return row
 
 
 def row_of(examples: Sequence[Example], index: int) -> Row:
-    """A copy of one of the examples, with its location: its own, that which ``examples.locations`` has for it, or its
-    number."""
-    found = examples[index]
-    if isinstance(found, Row):
-        return found | {}
-    row, located = Row(found), getattr(examples, "locations", None)
+    """Copies one of the examples, with its location: its own, that of ``examples.locations``, or its number."""
+    example = examples[index]
+    if isinstance(example, Row):
+        return example | {}
+    row, located = Row(example), getattr(examples, "locations", None)
     row.location, row.index = located[index] if located else f"row {index + 1}", index
     return row
 
 
 def given(example: Example) -> Example:
-    """A copy for views and rewards: they may change its columns, lists and mappings; images and tensors are shared."""
+    """Copies an example for views and rewards, which may change columns, lists and mappings; tensors are shared."""
     return example | {name: _unshared(value) for name, value in example.items()}
 
 
 def _unshared(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _unshared(part) for key, part in value.items()}
-    return [_unshared(part) for part in value] if isinstance(value, list) else value
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def identified(example: Example) -> dict[str, Any]:
-    """What tells an example from others in what is written of it: number, location and answer, where it has them."""
-    known = {"index": getattr(example, "index", None), "location": location_of(example) or None}
-    return {name: value for name, value in (known | {"answer": example.get("answer")}).items() if value is not None}
+    """Collects number, location and answer of an example, where it has them, to identify it in files and logs."""
+    identity = {"index": getattr(example, "index", None), "location": location_of(example) or None}
+    return {name: value for name, value in (identity | {"answer": example.get("answer")}).items() if value is not None}
 
 
 def location_of(example: Example) -> str:
-    """Where an example was read; empty where it does not know."""
+    """Returns the place where an example was read; empty where that is unknown."""
     return getattr(example, "location", "")
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says in one line, after its kind where that is more than "a value is wrong".
+    """Formats an error in one line, with its class unless that is `ValueError`.
 
     Raises:
-        BaseException: the error itself, where it is no row's fault.
+        BaseException: the error itself, where no row causes such.
     """
     if isinstance(error, _NOT_OF_A_ROW):
         raise error
@@ -105,7 +104,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class BadRows:
-    """What becomes of rows that can't be used: the first raises, or all are counted.
+    """Collector of rows that can't be used: the first raises, or all are counted.
 
     Args:
         key: the setting that holds their source, such as "data.train", for the messages.
@@ -118,7 +117,8 @@ class BadRows:
         self.first = ""
 
     def __call__(self, location: str, reason: str, cause: BaseException | None = None) -> None:
-        """
+        """Refuses or counts a bad row.
+
         Raises:
             ValueError: bad rows are refused; the message names the row.
         """
@@ -131,7 +131,7 @@ class BadRows:
 
     @contextmanager
     def at(self, location: str) -> Iterator[None]:
-        """Whatever is raised within is the fault of the row there: it ends the run, or the row is counted."""
+        """Blames errors that are raised within on the row at ``location``."""
         try:
             yield
         except BaseException as error:  # a tokenizer that panics raises no Exception
@@ -145,16 +145,17 @@ class BadRows:
 
 
 class LostRow(ValueError):
-    """A row that was fine when the run began can no longer be used."""
+    """Failure of a row that could be used when the run began."""
 
 
 def blames_rows(method: Method) -> Method:
-    """For methods of a setting, or of what has a ``setting``, that take examples or trajectories: what they raise is
-    said with the row that caused it.
+    """Decorates methods that take examples or trajectories: their errors name the row that caused them.
+
+    The methods are a setting's, or of an object that has a ``setting``.
 
     Raises:
-        LostRow: one of the examples can no longer be used, as the setting's `refusal` says it: its image has vanished,
-            or its template reads the clock. From what was raised.
+        LostRow: one of the examples can no longer be used, as the setting's `refusal` finds: its image has vanished,
+            or its template reads the clock. Its cause is the error that was raised.
     """
 
     @wraps(method)

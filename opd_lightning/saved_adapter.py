@@ -18,7 +18,7 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (\S*\[.*?\]).*?shape.
 
 
 def load_saved(model: nn.Module, path: str, trained: bool) -> PeftModel:
-    """The model with a saved adapter on it.
+    """Loads a saved adapter onto a model.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -33,11 +33,12 @@ def load_saved(model: nn.Module, path: str, trained: bool) -> PeftModel:
     try:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=trained)
     except RuntimeError as error:
-        found = _MISMATCH.search(str(error))
-        if found is None:
+        mismatch = _MISMATCH.search(str(error))
+        if mismatch is None:
             raise
         raise ValueError(
-            f"lora.adapter: {path} does not fit this base: {found[1]} has the shape {found[2]} there, {found[3]} here"
+            f"lora.adapter: {path} does not fit this base: {mismatch[1]} has the shape {mismatch[2]} there, "
+            f"{mismatch[3]} here"
         ) from None
     saved, needed = load_peft_weights(path, device="cpu"), get_peft_model_state_dict(adapted)
     for names, fault in (

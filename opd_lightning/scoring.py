@@ -1,4 +1,4 @@
-"""One call of a reward: its time limit, what it may answer, and what becomes of a reward that fails."""
+"""Calls of rewards: the time limit, the values that are accepted, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardError(RuntimeError):
-    """A reward that failed; the message names it, the row and the completion."""
+    """Failure of a reward; the message names it, the row and the completion."""
 
 
 @dataclass
 class Scoring:
-    """How rewards are called.
+    """Settings of calls of rewards.
 
     A reward answers with a finite number, or a bool (1 or 0), or None: it abstains. A row whose reward abstains counts
     in no mean: neither in its group's statistics nor in a term that reads rewards, its normalizer included, nor in
@@ -36,8 +36,8 @@ class Scoring:
         timeout: seconds that a reward may take for one completion; None: no limit. Default 60. A reward that waits
             inside of a library which does not let go of Python ends when that does; outside of the main thread
             there is no limit.
-        on_failure: what to do about a reward that raises, takes longer, or answers with anything else: "stop" with an
-            error that names reward, row and completion, or let it "abstain", with a warning at the first.
+        on_failure: handling of a reward that raises, takes longer, or answers with anything else: "stop" with an error
+            that names reward, row and completion, or let it "abstain", with a warning at the first.
 
     Raises:
         ValueError: a timeout that is not positive and finite.
@@ -54,7 +54,7 @@ class Scoring:
         self._warned = False
 
     def __call__(self, reward: Callable[[Any, Example], Any], completion: Any, example: Example) -> float | None:
-        """The reward of a completion; None where it abstains.
+        """Returns the reward of a completion; None where it abstains.
 
         Raises:
             RewardError: the reward failed, and ``on_failure`` is "stop".
@@ -67,15 +67,15 @@ class Scoring:
             value = as_number(answer)
             if answer is None or value is not None:
                 return value
-            what = f"answered {described(answer)}"
+            failure = f"answered {described(answer)}"
         except TooLate:
-            what = f"took more than {self.timeout:g} s (model.scoring.timeout)"
+            failure = f"took more than {self.timeout:g} s (model.scoring.timeout)"
         except Exception as error:
-            what, cause = f"raised {type(error).__name__}: {printable(error)}", error
-        where = printable(location_of(example))
-        place = f"{where}, whose" if where else "the row whose"
+            failure, cause = f"raised {type(error).__name__}: {printable(error)}", error
+        location = printable(location_of(example))
+        row = f"{location}, whose" if location else "the row whose"
         message = (
-            f"the reward {name_of(reward)} {what}, for the completion {quoted(completion)} of {place} prompt is "
+            f"the reward {name_of(reward)} {failure}, for the completion {quoted(completion)} of {row} prompt is "
             f"{quoted(example.get('prompt'))}. A reward is a finite number, or None where it abstains"
         )
         if self.on_failure == "stop":
@@ -87,14 +87,14 @@ class Scoring:
 
 
 def name_of(reward: Any) -> str:
-    """Its class, and what that calls."""
+    """Names a reward by its class, and by the function that it calls."""
     function: Any = getattr(reward, "function", None)
-    where = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
-    return printable(f"{type(reward).__name__} ({where})" if where else type(reward).__name__)
+    name = f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
+    return printable(f"{type(reward).__name__} ({name})" if name else type(reward).__name__)
 
 
 def as_number(answer: Any) -> float | None:
-    """A reward's answer as a finite number in the range of float32; None where it is none."""
+    """Converts a reward's answer to a finite number in the range of float32; None if it is none."""
     if getattr(answer, "ndim", None) == 0 and hasattr(answer, "item"):  # a tensor or an array without dimensions
         answer = answer.item()
     if not isinstance(answer, Real | Decimal):
@@ -107,7 +107,7 @@ def as_number(answer: Any) -> float | None:
 
 
 def described(answer: Any) -> str:
-    """What a reward answered, for a message."""
+    """Describes a reward's answer, for a message."""
     shape = getattr(answer, "shape", ())
     if len(shape):
         return f"a {type(answer).__name__} of shape {list(shape)}"

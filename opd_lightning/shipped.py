@@ -11,7 +11,7 @@ PREFIX = "opd:"
 
 
 def shipped(name: str) -> str:
-    """The path of a shipped file or folder; a name without the prefix is returned as it is.
+    """Returns the path of a shipped file or folder; names without the prefix stay as they are.
 
     Raises:
         FileNotFoundError: there is no such thing; the message lists the configurations or assets there are.

@@ -1,4 +1,4 @@
-"""Rows as a table: values come back as they were written, or their row is bad."""
+"""Tables of rows: values come back as they were written, or their row is bad."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from datasets.features.features import register_feature
 from .images import as_stored
 from .rows import LOCATION, STAND_IN, BadRows, reason_of
 
-# What a column of its own type in Arrow holds without changing it; numbers are whole or not, never both
+# Types that a column of Arrow holds unchanged; numbers are integers or floats, never both
 _PLAIN: set[type] = {str, int, float, bool}
-# What walks through values, here and in templates, is recursive
+# Of nesting: walks through values, here and in templates, are recursive
 DEEPEST = 100
 
 
 @dataclass
 class Written:
-    """A column of JSON that is read back as it was written.
+    """Column of JSON that is read back as it was written.
 
     Arrow would give every message the keys of all others, as nulls, and every number a decimal point if one has it;
     `datasets.Json` rounds numbers to ten places and reads the text "5" as a number.
@@ -52,7 +52,7 @@ with warnings.catch_warnings():  # registering is called experimental
 
 
 class Doubled(dict[str, Any]):
-    """An object of JSON that has several values under one key; all but the last are lost."""
+    """Object of JSON with several values under one key, all but the last of which are lost."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -61,61 +61,61 @@ class Doubled(dict[str, Any]):
 
 
 def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What `json` makes of an object: a dict that says where a key occurs twice, and so is a bad row."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else Doubled(pairs)
+    """Builds a dict of an object of JSON, `Doubled` where a key occurs twice: a bad row."""
+    mapping = dict(pairs)
+    return mapping if len(mapping) == len(pairs) else Doubled(pairs)
 
 
 def tabulate(rows: list[tuple[str, Any]], key: str, bad: BadRows | None = None) -> Dataset:
-    """A data set of (location, row) pairs; its columns are all that occur, empty where a row lacks one.
+    """Builds a data set of (location, row) pairs, with all columns that occur, empty where a row lacks one.
 
     A row is bad that is no object, that holds what can't be stored, or a value of another kind than most of its column.
 
     Args:
-        rows: their locations and what was read there.
+        rows: locations and values.
         key: the setting that holds their source, for the messages.
-        bad: what becomes of bad rows. Default: they are refused.
+        bad: collects bad rows. Default: they are refused.
 
     Raises:
         ValueError: a bad row where these are refused; a column that Arrow can't store.
     """
     bad = bad or BadRows(key, "refuse")
-    kept = []
+    usable = []
     for location, row in rows:
         with bad.at(location):
             _check(row)
-            kept.append((location, as_stored(row)))
-    kept = _of_one_kind(kept, bad)
-    columns = [Dataset.from_dict({LOCATION: [location for location, _ in kept]})]
-    for name in dict.fromkeys(name for _, row in kept for name in row):
+            usable.append((location, as_stored(row)))
+    usable = _of_one_kind(usable, bad)
+    columns = [Dataset.from_dict({LOCATION: [location for location, _ in usable]})]
+    for name in dict.fromkeys(name for _, row in usable for name in row):
         try:
-            columns.append(_column(name, [row.get(name) for _, row in kept]))
+            columns.append(_column(name, [row.get(name) for _, row in usable]))
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            storable = _storable(name, kept, bad)
-            if len(storable) == len(kept):  # each by itself, but not together
+            storable = _storable(name, usable, bad)
+            if len(storable) == len(usable):  # each by itself, but not together
                 raise ValueError(f"{key}: can't store the column {name!r}: {error}") from error
             return tabulate(storable, key, bad)
     return concatenate_datasets(columns, axis=1)
 
 
 def readable(dataset: Dataset, bad: BadRows) -> Dataset:
-    """The rows of a table that can be read: a file may hold text that is none."""
+    """Selects the rows of a table that can be read: a file may hold text that is not UTF-8."""
     try:
         dataset.data.table.validate(full=True)
     except pa.ArrowException:
         pass
     else:
         return dataset
-    kept = []
+    indices = []
     for index, location in enumerate(dataset[LOCATION]):
         with bad.at(location):
             _check_readable(dataset.with_format("arrow")[index])
-            kept.append(index)
-    return dataset.select(kept)
+            indices.append(index)
+    return dataset.select(indices)
 
 
 def without_added_nulls(dataset: Dataset) -> Dataset:
-    """The same, where messages and tools lack the keys that are null in them.
+    """Drops the keys of messages and tools that are null in them.
 
     Parquet gives every message, and every argument of a tool call, the keys of all others. A null that was meant can't
     be told from those; the content of a message stays, null or not.
@@ -130,14 +130,17 @@ def without_added_nulls(dataset: Dataset) -> Dataset:
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """The data set with its images, sounds, … as {bytes, path}, as `open_image` takes them: `datasets` itself would
-    decode them, read or not, by rules of its own and by any decoder, and fail without naming the row."""
+    """Returns images, sounds, … as {bytes, path}, as `open_image` takes them.
+
+    `datasets` itself would decode them, read or not, by rules of its own and by any decoder, and fail without naming
+    the row.
+    """
     features = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
     return rows if features == rows.features else rows.cast(features)
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages."""
+    """Names the kind of a value, for messages."""
     kinds: dict[str, type | tuple[type, ...]] = {
         "null": type(None),
         "a boolean": bool,
@@ -182,28 +185,28 @@ def _check_value(value: Any, depth: int = 0) -> None:
     elif isinstance(value, dict):
         if isinstance(value, Doubled):
             raise ValueError(value.reason)
-        for name, one in value.items():
+        for name, inner in value.items():
             if not isinstance(name, str):
                 raise ValueError(f"a key that is no text: {name!r}")
             _check_value(name)
-            _check_value(one, depth + 1)
+            _check_value(inner, depth + 1)
     elif isinstance(value, list | tuple):
-        for one in value:
-            _check_value(one, depth + 1)
+        for inner in value:
+            _check_value(inner, depth + 1)
     elif isinstance(value, set | frozenset):
         raise ValueError("a set, which has no order; make it a list")
 
 
 def _of_one_kind(rows: list[tuple[str, dict[str, Any]]], bad: BadRows) -> list[tuple[str, dict[str, Any]]]:
-    """The rows whose values are all of the kind that most values of their column are."""
+    """Selects the rows whose values are all of their column's most frequent kind."""
     odd: dict[str, str] = {}
     for name in dict.fromkeys(name for _, row in rows for name in row):
-        found = [(location, _sort(row[name])) for location, row in rows if row.get(name) is not None]
-        (usual, _), *others = Counter(sort for _, sort in found).most_common() or [("", 0)]
-        if not others:
+        kinds = [(location, _sort(row[name])) for location, row in rows if row.get(name) is not None]
+        (usual, _), *rest = Counter(sort for _, sort in kinds).most_common() or [("", 0)]
+        if not rest:
             continue
-        first = next(location for location, sort in found if sort == usual)
-        for location, sort in found:
+        first = next(location for location, sort in kinds if sort == usual)
+        for location, sort in kinds:
             if sort != usual:
                 reason = f"{name!r} is {usual} in {first}, and {sort} in {location}; make it the same everywhere"
                 odd.setdefault(location, f"the column is of two kinds: {reason}")
@@ -213,7 +216,7 @@ def _of_one_kind(rows: list[tuple[str, dict[str, Any]]], bad: BadRows) -> list[t
 
 
 def _sort(value: Any) -> str:
-    """The kind of a value, where those that may share a column are one."""
+    """Names the kind of a value; kinds that may share a column have one name."""
     return kind(int(value)) if isinstance(value, bool) else kind(value)
 
 
@@ -232,9 +235,9 @@ def _column(name: str, values: list[Any]) -> Dataset:
 
 
 def _keeps_numbers(stored: Any, value: Any) -> bool:
-    """Whether what was stored has the same numbers, whole or not, as the value."""
+    """Tells whether numbers kept their type, integer or float, when they were stored."""
     if isinstance(value, dict):
-        return all(_keeps_numbers(stored[name], one) for name, one in value.items())
+        return all(_keeps_numbers(stored[name], inner) for name, inner in value.items())
     if isinstance(value, list | tuple):
         return all(map(_keeps_numbers, stored, value))
     return type(value) not in (int, float) or type(stored) is type(value)
@@ -249,19 +252,19 @@ def _is_json(values: list[Any]) -> bool:
 
 
 def _storable(name: str, rows: list[tuple[str, dict[str, Any]]], bad: BadRows) -> list[tuple[str, dict[str, Any]]]:
-    kept = []
+    usable = []
     for location, row in rows:
         with bad.at(location):
             try:
                 _column(name, [row.get(name)])
             except Exception as error:
                 raise ValueError(f"can't store the column {name!r}: {kind(row.get(name))}: {error}") from error
-            kept.append((location, row))
-    return kept
+            usable.append((location, row))
+    return usable
 
 
 def _lists_messages(feature: Any) -> bool:
-    """Whether a column holds chats, or the tools of one."""
+    """Tells whether a column holds chats, or the tools of one."""
     inner = feature.feature if isinstance(feature, List | LargeList) else None
     return isinstance(inner, dict) and bool({"role", "function"} & set(inner)) and "binary" not in str(inner)
 
@@ -273,8 +276,8 @@ def _drop(name: str, values: list[Any]) -> dict[str, list[Any]]:
 
 def _dropped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _dropped(one) for name, one in value.items() if one is not None or name == "content"}
-    return [_dropped(one) for one in value] if isinstance(value, list) else value
+        return {name: _dropped(inner) for name, inner in value.items() if inner is not None or name == "content"}
+    return [_dropped(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _undecoded(feature: Any) -> Any:
@@ -285,5 +288,5 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, LargeList):
         return LargeList(_undecoded(feature.feature))
     if isinstance(feature, dict):
-        return {name: _undecoded(part) for name, part in feature.items()}
+        return {name: _undecoded(inner) for name, inner in feature.items()}
     return feature

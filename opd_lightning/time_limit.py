@@ -1,4 +1,4 @@
-"""A time limit for calls of what users bring."""
+"""A time limit for calls of users' functions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 
 class TooLate(BaseException):
-    """The time is over; no `Exception`, so that a reward's own handlers let it pass."""
+    """Signal that the time is over; no `Exception`, so that a reward's own handlers let it pass."""
 
 
 def within(seconds: float | None, call: Callable[[], Any]) -> Any:
-    """What a call returns, ended after so many seconds in the main thread of a system that has alarms.
+    """Returns a call's result; interrupts it after so many seconds.
+
+    Without alarms, which Windows and other threads than the main one lack, it is not interrupted.
 
     Raises:
         TooLate: it was ended, or came to an end later.
