@@ -1,4 +1,4 @@
-"""What the start-up audit of a token-writing setting shows, and what it refuses."""
+"""The start-up audit of a token-writing setting: rows of its table, and refusals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .models import bare, context_length, output_embeddings, rope_kinds
 from .rendering import Renderer
 
 SHOWN, RUN = 500, 3
-"""Characters of a prompt to look at, and how many equal tokens in a row are written out."""
+"""Characters of a prompt that are printed, and equal tokens in a row that are written out."""
 
 
 class Audited(Protocol):
-    """What the audit reads of a setting."""
+    """Interface of a setting that the audit reads."""
 
     policies: dict[str, Policy]
     teachers: dict[str, Teacher]
@@ -60,22 +60,24 @@ class Audited(Protocol):
 
 
 def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
-    """Rows of the table: what, and its value for each role.
+    """Builds the rows of the table: a name, and a value for each role.
 
     Raises:
         ValueError: a teacher reads token ids differently, a head is not computed the way the objective assumes, or
             there is no stop token that could be written.
     """
+    # 1. refusals
     student = module.policies["student"]
     if not any(i < module.vocabulary for i in module.eos):
-        known = f" with a row in its head and its embeddings (of {module.eos})" if module.eos else ""
-        raise ValueError(f"{student.path}: the student has no stop token{known}, so no rollout could end by itself")
+        with_rows = f" with a row in its head and its embeddings (of {module.eos})" if module.eos else ""
+        raise ValueError(f"{student.path}: the student has no stop token{with_rows}, so no rollout could end by itself")
     module.renderer(student).check_options("model.chat_template_kwargs")
     roles = module.policies.items()
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
         _check_head(module, name, policy)
         check_causal(policy, module.vocabulary)
+    # 2. the table
     stops = {name: module.stop_ids(policy) for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
@@ -108,86 +110,95 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
 
 
 def check_horizon(module: Audited) -> None:
-    """
+    """Refuses horizons that leave no room for a prompt.
+
     Raises:
         ValueError: rollouts are as long as the context of a policy that reads them, so that no prompt is short enough.
     """
     horizon = module.rollout.horizon
     for name, policy in module.policies.items():
         if horizon >= context_length(policy):
-            who = "model.student" if name == "student" else f"model.teachers.{name}"
+            key = "model.student" if name == "student" else f"model.teachers.{name}"
             raise ValueError(
-                f"rollout.horizon is {horizon}, and the context of {who} ({policy.path}) is {context_length(policy)} "
+                f"rollout.horizon is {horizon}, and the context of {key} ({policy.path}) is {context_length(policy)} "
                 "tokens, which leaves none for a prompt; lower the horizon"
             )
 
 
 def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
-    """What each policy reads of a row, special tokens and all, and which tokens are trained."""
-    (seen,) = module.shown([example])
+    """Lists the text that each policy reads of a row, special tokens included, and the tokens that are trained."""
+    (student_example,) = module.shown([example])
     student = module.policies["student"]
-    found = [("student reads", _spelled(module, module.prompt_ids(seen, student).tolist()))]
-    if "dataset" in module.rollout.sources and module.answered(example, seen, student).get("completion") is not None:
-        ids, written = module.given(example, seen, student)
-        trained = [i for i, own in zip(ids, written, strict=True) if own]
-        found.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
+    lines = [("student reads", _spelled(module, module.prompt_ids(student_example, student).tolist()))]
+    if (
+        "dataset" in module.rollout.sources
+        and module.answered(example, student_example, student).get("completion") is not None
+    ):
+        ids, written = module.given(example, student_example, student)
+        trained = [i for i, is_trained in zip(ids, written, strict=True) if is_trained]
+        lines.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
         ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
-        said = f"trained up to and including {ends}, at most {module.rollout.horizon} tokens"
-        found.append(("rollouts", said))
+        text = f"trained up to and including {ends}, at most {module.rollout.horizon} tokens"
+        lines.append(("rollouts", text))
     for name, teacher in module.teachers.items():
         view = teacher.look(example)
         same = teacher.view is None and not teacher.own_template
-        shown = seen if teacher.view is None or view is None else view
-        ids = module.prompt_ids(shown, module.reads_as(module.policies[name])).tolist()
-        said = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids)
-        found.append((f"{name} reads", said))
-    return found
+        teacher_example = student_example if teacher.view is None or view is None else view
+        ids = module.prompt_ids(teacher_example, module.reads_as(module.policies[name])).tolist()
+        text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids)
+        lines.append((f"{name} reads", text))
+    return lines
 
 
 def problem_with_row(module: Audited, example: Example) -> str | None:
-    """Why a row can't be used, or None: its prompt, its completion, or what a teacher is shown of it."""
-    (seen,) = module.shown([example])
+    """Finds what is wrong with a row: its prompt, its completion, or a teacher's view of it; None if nothing is."""
+    # 1. the student's prompt, and the completion
+    (student_example,) = module.shown([example])
     student, rollout = module.policies["student"], module.rollout
-    own, renderer = module.prompt_ids(seen, student), module.renderer(student)
-    if not len(own):
+    prompt, renderer = module.prompt_ids(student_example, student), module.renderer(student)
+    if not len(prompt):
         return "the prompt is empty"
-    if "dataset" in rollout.sources and module.answered(example, seen, student).get("completion") is not None:
-        module.given(example, seen, student)
-    if rollout.max_prompt_length is not None and len(own) > rollout.max_prompt_length:
-        return f"the prompt has {len(own)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
+    if (
+        "dataset" in rollout.sources
+        and module.answered(example, student_example, student).get("completion") is not None
+    ):
+        module.given(example, student_example, student)
+    if rollout.max_prompt_length is not None and len(prompt) > rollout.max_prompt_length:
+        return f"the prompt has {len(prompt)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
     room = context_length(student)
-    if len(own) + rollout.horizon > room:
-        return f"the prompt's {len(own)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
-    is_raw = renderer.is_raw(seen["prompt"])
-    if problem := problem_with_prompt(module, own, "student", is_raw):
+    if len(prompt) + rollout.horizon > room:
+        return f"the prompt's {len(prompt)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
+    is_raw = renderer.is_raw(student_example["prompt"])
+    if problem := problem_with_prompt(module, prompt, "student", is_raw):
         return problem
-    if end := renderer.rendered_already(module.asked(seen), module.eos):
+    if end := renderer.rendered_already(module.asked(student_example), module.eos):
         return (
             f"the prompt holds {end!r}, the end of a turn, and would be put into a turn itself: was it rendered "
             "already? Give messages; text models read text as it is with model.raw_prompts"
         )
+    # 2. the prompt of each teacher that has a view
     for name, teacher in module.teachers.items():
         view = teacher.look(example)
         if view is None:
             continue
         policy = module.policies[name]
-        shown = own
+        ids = prompt
         if teacher.view is not None or teacher.own_template:
-            shown = module.prompt_ids(seen if teacher.view is None else view, module.reads_as(policy))
+            ids = module.prompt_ids(student_example if teacher.view is None else view, module.reads_as(policy))
         if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
             return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
         room = context_length(policy) - rollout.horizon
         limit = min(teacher.max_prompt_length or room, room)
-        if len(shown) > limit:
-            return f"the teacher's prompt has {len(shown)} tokens, the limit of model.teachers.{name} is {limit}"
-        if problem := problem_with_prompt(module, shown, name, is_raw):
+        if len(ids) > limit:
+            return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
+        if problem := problem_with_prompt(module, ids, name, is_raw):
             return problem
     return None
 
 
 def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -> str | None:
-    """Why a policy can't go on from token ids ``[P]``, or None.
+    """Finds why a policy can't continue token ids ``[P]``; None if it can.
 
     Args:
         module: whose policy it is.
@@ -197,20 +208,20 @@ def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -
             model was taught to answer.
     """
     policy = module.policies[name]
-    who = "model.student" if name == "student" else f"model.teachers.{name}"
+    key = "model.student" if name == "student" else f"model.teachers.{name}"
     rows = bare(policy.model).get_input_embeddings().weight.shape[0]
     for i in ids[ids >= rows].tolist():
         if i not in module.filled_in(policy):
             token = module.tokenizer(policy).convert_ids_to_tokens(i)
-            return f"the prompt holds {token!r} (id {i}), and {who} has embeddings for ids below {rows} only"
+            return f"the prompt holds {token!r} (id {i}), and {key} has embeddings for ids below {rows} only"
     if is_raw and int(ids[-1]) in module.eos:
         token = module.tokenizer().decode([int(ids[-1])])
-        return f"the prompt of {who} ends with the stop token {token!r}, behind which a model writes nothing"
+        return f"the prompt of {key} ends with the stop token {token!r}, behind which a model writes nothing"
     return None
 
 
 def _spelled(module: Audited, ids: list[int]) -> str:
-    """Token ids as text; what stands many times in a row, such as an image's tokens, once."""
+    """Decodes token ids; runs of one token, such as an image's, are written once."""
     decode, text = module.tokenizer().decode, ""
     several: list[int] = []
     for token, group in groupby(ids):
@@ -236,31 +247,31 @@ def _dropout(policy: Policy) -> str:
 
 
 def _engine(module: Audited, policy: Policy) -> str:
-    """What the policy is let write with; a warning where it is not the engine that was asked for."""
+    """Names the engine by which a policy writes, and warns where it is not the one that was asked for."""
     engine, why = module.engine, module.engine.refusal(policy)
-    own = type(engine).__name__ if why is None else f"generate ({why})"
+    name = type(engine).__name__ if why is None else f"generate ({why})"
     if engine.runs_the_model:
         trial = Trial(engine, policy, module.head(policy), module.padding_id)
         module.trials[policy.name] = trial
-        own = own if trial.reason is None else f"{own}; {trial.reason}"
-    if own != type(engine).__name__:
+        name = name if trial.reason is None else f"{name}; {trial.reason}"
+    if name != type(engine).__name__:
         rank_zero_warn(
-            f"{printable(policy.path)}: {type(engine).__name__} is not used as it is, which may take longer: {own}"
+            f"{printable(policy.path)}: {type(engine).__name__} is not used as it is, which may take longer: {name}"
         )
-    return own
+    return name
 
 
 def suspects(module: Audited, policy: Policy, what: str) -> list[str]:
-    """What may make a policy disagree with itself, in one of the `comparisons`."""
+    """Lists what may make a policy disagree with itself, in one of the `comparisons`."""
     model = bare(policy.model)
     if what == TRAINING:
         if rate := noise(policy.model):
             return [f"dropout or router noise of up to {rate:g} in training mode: set student.dropout to false"]
         return [f"{type(model).__name__} draws random numbers in training mode (as the routers of PhiMoE do)"]
-    found = [f"rope_type {rope}, which depends on the longest row" for rope in rope_kinds(model)]
+    causes = [f"rope_type {rope}, which depends on the longest row" for rope in rope_kinds(model)]
     if what == ACTED:
-        found.append(f"rollouts by {type(module.engine).__name__}: try model.engine: Generate")
-    return [*found, f"{type(model).__name__} reads padding, caches or positions in a way of its own"]
+        causes.append(f"rollouts by {type(module.engine).__name__}: try model.engine: Generate")
+    return [*causes, f"{type(model).__name__} reads padding, caches or positions in a way of its own"]
 
 
 def _template(module: Audited, name: str, policy: Policy) -> str:
@@ -276,12 +287,12 @@ def _template(module: Audited, name: str, policy: Policy) -> str:
 
 
 def _compare_tokenizers(module: Audited, name: str, policy: Policy) -> None:
-    """By content: the same id must mean the same bytes, however the vocabularies are padded."""
-    mine, theirs = module.tokenizer().get_vocab(), module.tokenizer(policy).get_vocab()
-    if mine == theirs:
+    """Compares tokenizers by content: the same id must mean the same bytes, however the vocabularies are padded."""
+    student_ids, teacher_ids = module.tokenizer().get_vocab(), module.tokenizer(policy).get_vocab()
+    if student_ids == teacher_ids:
         return
-    text = {i: token for token, i in theirs.items()}
-    for token, i in sorted(mine.items(), key=lambda item: item[1]):
+    text = {i: token for token, i in teacher_ids.items()}
+    for token, i in sorted(student_ids.items(), key=lambda item: item[1]):
         if i < module.vocabulary and text.get(i) != token:
             raise ValueError(
                 f"model.teachers.{name}: its tokenizer ({policy.path}) reads id {i} as {text.get(i)!r}, the student's "
@@ -292,7 +303,7 @@ def _compare_tokenizers(module: Audited, name: str, policy: Policy) -> None:
 
 @torch.no_grad()
 def _check_head(module: Audited, name: str, policy: Policy) -> None:
-    """Hidden states times head must be the model's own logits, or the objective would train something else."""
+    """Compares head(hidden states) with the model's own logits: otherwise the objective would train another model."""
     model = bare(policy.model)
     if model.base_model is model:
         raise ValueError(
@@ -304,9 +315,9 @@ def _check_head(module: Audited, name: str, policy: Policy) -> None:
     ids = torch.arange(min(8, module.vocabulary), device=device)[None]
     try:
         with policy.active(), evaluating(model):
-            own = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
+            logits = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
             hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
-        ours = head(hidden)
+        projected = head(hidden)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of foreign code, which may raise anything
@@ -315,8 +326,8 @@ def _check_head(module: Audited, name: str, policy: Policy) -> None:
             f"{type(error).__name__}: {first_line(error)}; this architecture is not supported yet"
         ) from error
     if head.suppressed is not None:
-        own[:, head.suppressed] = ours[:, head.suppressed] = 0.0
-    apart, scale = (ours - own).abs().max(), own.abs().max().clamp(min=1.0)
+        logits[:, head.suppressed] = projected[:, head.suppressed] = 0.0
+    apart, scale = (projected - logits).abs().max(), logits.abs().max().clamp(min=1.0)
     if apart > 0.02 * scale:
         raise ValueError(
             f"{policy.path} ({name}): its logits are not head(hidden states) with the scale and soft cap that its "

@@ -30,7 +30,7 @@ def make_savable(settings: GenerationConfig) -> None:
 
 
 def _refusal(settings: Any) -> str:
-    """Why transformers won't save them; empty if it will."""
+    """Returns transformers' refusal to save the settings; empty if there is none."""
     try:
         settings.validate(strict=True)
     except ValueError as error:

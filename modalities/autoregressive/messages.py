@@ -13,11 +13,11 @@ from ...trajectory import Example
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data sets call them in a message
 _TAG = re.compile(r"([<\[◁][\w:]+[>\]▷])(\s*)$")  # with which a thought begins
-PLACEHOLDER = "TEXT"  # stands for what somebody says, where a template is asked what it writes around it
+PLACEHOLDER = "TEXT"  # content of a message, to find what a template writes around it
 
 
 def text_only(chat: Chat, example: Example) -> Chat:
-    """The chat with contents of text, as the templates of language models read them.
+    """Joins contents to text, as the templates of language models read them.
 
     Raises:
         ValueError: a part of a content is no text.
@@ -26,7 +26,7 @@ def text_only(chat: Chat, example: Example) -> Chat:
 
 
 def tools_of(example: Example) -> list[Any]:
-    """The row's tools; none where it has none.
+    """Reads the row's tools; an empty list where it has none.
 
     Raises:
         ValueError: they are no list, or no JSON.
@@ -36,13 +36,13 @@ def tools_of(example: Example) -> list[Any]:
 
 
 def options_of(example: Example) -> dict[str, Any]:
-    """The row's options for the template; a null is none, as tables give each row the keys of all others."""
+    """Reads the row's options for the template, without nulls: tables give each row the keys of all others."""
     options: dict[str, Any] = _without_nulls(_read(example, "chat_template_kwargs", dict) or {})
     return options
 
 
 def transcript(prompt: str | Chat) -> str:
-    """A whole prompt to look at; of a chat of several messages, each with its role."""
+    """Writes a prompt for people; of a chat of several messages, each with its role."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and not prompt[0].get("tool_calls"):
@@ -51,6 +51,7 @@ def transcript(prompt: str | Chat) -> str:
 
 
 def shown_text(message: Message) -> str:
+    """Writes a message for people: its text, the types of its other parts, its calls."""
     content = message.get("content") or ""
     if not isinstance(content, str):
         content = "".join(part.get("text", f"<{part.get('type')}>") for part in content)
@@ -59,7 +60,7 @@ def shown_text(message: Message) -> str:
 
 
 def _read(example: Example, column: str, kind: type) -> Any:
-    """A column that holds a list or an object, or the same as JSON text."""
+    """Reads a column that holds a list or an object, or the same as JSON text."""
     value = _parsed(column, example.get(column))
     if value not in (None, "") and not isinstance(value, kind):
         raise ValueError(f"{column} is {quoted(value)}; it must be {'a list' if kind is list else 'an object'}")
@@ -76,16 +77,15 @@ def _parsed(column: str, value: Any) -> Any:
 
 
 def plain(message: Message) -> Message:
-    """A message as templates take it: without the keys that are null, calls with arguments instead of their JSON; a
-    content that is null is empty."""
-    kept: Message = _without_nulls(message)
-    if calls := kept.get("tool_calls"):
-        kept["tool_calls"] = [_called(call) for call in calls]
-    return {**kept, "content": kept.get("content", "")}
+    """Converts a message for templates: no null keys, calls with arguments instead of JSON; a null content is empty."""
+    converted: Message = _without_nulls(message)
+    if calls := converted.get("tool_calls"):
+        converted["tool_calls"] = [_called(call) for call in calls]
+    return {**converted, "content": converted.get("content", "")}
 
 
 def _called(call: Any) -> Any:
-    """A call whose arguments are an object, as templates write them; APIs have them as JSON."""
+    """Parses a call's arguments, which APIs have as JSON, to an object, as templates write them."""
     if isinstance(call, dict) and "function" in call:
         return {**call, "function": _called(call["function"])}
     if isinstance(call, dict) and isinstance(call.get("arguments"), str):
@@ -95,7 +95,7 @@ def _called(call: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the keys that tables add to every message and tool."""
+    """Drops null keys, which tables add to every message and tool."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if not isinstance(value, dict):
@@ -116,18 +116,18 @@ def _joined(content: str | list[Any], number: int) -> str:
 
 
 def holds(turn: str, message: Message) -> bool:
-    """Whether all that a message says is in its turn, whatever white space the template puts between."""
+    """Tells whether all text of a message is in its turn, but for white space."""
     content = message.get("content") or ""
-    said = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
     named = [call.get("name") or "" for call in calls]
-    found = "".join(turn.split())
+    written = "".join(turn.split())
     thoughts = [message.get(name) or "" for name in _THOUGHTS]
-    return all("".join(text.split()) in found for text in (*said, *thoughts, *named))
+    return all("".join(text.split()) in written for text in (*texts, *thoughts, *named))
 
 
 def saying_otherwise(message: Message) -> Message:
-    """The same message with other text in the same places."""
+    """Replaces the text of a message by other text, in the same places."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": PLACEHOLDER}
@@ -135,7 +135,7 @@ def saying_otherwise(message: Message) -> Message:
 
 
 def without_opening(text: str, opening: str) -> str:
-    """An answer without the tag with which the prompt has begun it already, such as ``<think>``."""
+    """Removes the tag with which the prompt has begun an answer already, such as ``<think>``."""
     tag = _TAG.search(opening)
     if tag is None or not text.lstrip().startswith(tag[1]):
         return text

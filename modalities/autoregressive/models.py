@@ -13,44 +13,45 @@ from ...sharding import is_sharded
 
 
 def bare(model: nn.Module) -> Any:
-    """The transformers model itself, with adapters inside it where there are any."""
+    """Returns the transformers model itself, with adapters inside it where there are any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer itself, where it is part of a processor of several modalities."""
+    """Returns the tokenizer itself, where it is part of a processor of several modalities."""
     return getattr(processor, "tokenizer", processor)
 
 
 def output_embeddings(policy: Policy) -> Any:
+    """Returns the projection from hidden states to logits."""
     return bare(policy.model).get_output_embeddings()
 
 
 def known_ids(policy: Policy) -> int:
-    """Ids below it have a row of their own, both in the embeddings and in the head."""
+    """Counts the ids that have a row both in the embeddings and in the head."""
     read = bare(policy.model).get_input_embeddings()
     return int(min(read.weight.shape[0], output_embeddings(policy).weight.shape[0]))
 
 
 def cache_name(model: Any) -> str | None:
-    """What the body's forward pass calls the cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    """Names the body's argument for the cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
     names = inspect.signature(model.base_model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def eos_ids(policy: Policy) -> list[int]:
-    """Stop ids of the tokenizer and of the checkpoint's generation settings (chat models have several)."""
+    """Collects stop ids of the tokenizer and of the checkpoint's generation settings (chat models have several)."""
     configured = getattr(bare(policy.model).generation_config, "eos_token_id", None)
     return sorted({*listed(configured), *listed(tokenizer_of(policy.processor).eos_token_id)})
 
 
 def listed(ids: int | list[int] | None) -> list[int]:
-    """One id, several or none, as configurations hold them."""
+    """Converts one id, several or none, as configurations hold them, to a list."""
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def context_length(policy: Policy) -> int:
-    """Tokens that a row may have.
+    """Returns the most tokens that a row may have.
 
     Under fsdp2 not beyond the switch of longrope: ranks must make equally many passes, whatever their rows' lengths.
     """
@@ -61,22 +62,24 @@ def context_length(policy: Policy) -> int:
 
 
 def rope_switch(model: Any) -> int | None:
-    """Tokens beyond which all of a row are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
+    """Returns the length beyond which rows are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
 
-    transformers asks this of the longest row of a pass.
+    transformers compares it with the longest row of a pass.
     """
-    found = [int(rope["original_max_position_embeddings"]) for rope in _ropes(model) if rope["rope_type"] == "longrope"]
-    return min(found, default=None)
+    switches = [
+        int(rope["original_max_position_embeddings"]) for rope in _ropes(model) if rope["rope_type"] == "longrope"
+    ]
+    return min(switches, default=None)
 
 
 def rope_kinds(model: Any) -> list[str]:
-    """Kinds of its rotary embeddings that depend on the longest row of a pass."""
+    """Lists the kinds of its rotary embeddings that depend on the longest row of a pass."""
     kinds = {str(rope["rope_type"]) for rope in _ropes(model)}
     return sorted(kind for kind in kinds if kind == "longrope" or "dynamic" in kind)
 
 
 def _ropes(model: Any) -> list[dict[str, Any]]:
-    """The rotary embeddings of the text: one, or one for each kind of layer."""
+    """Lists the rotary embeddings of the text: one, or one for each kind of layer."""
     given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     several = [part for part in given.values() if isinstance(part, dict)]
     return [rope for rope in several or [given] if "rope_type" in rope]

@@ -1,4 +1,4 @@
-"""How a micro-batch is cut into forward passes, and how its rows are aligned in each.
+"""Forward passes of a micro-batch: which rows share one, and how they are aligned.
 
 Shape legend: B trajectories, W columns of a pass.
 """
@@ -19,21 +19,25 @@ CPU_PASS_TOKENS, CPU_PASS_COST, PASS_COST = 1280, 128, 2048
 
 
 def pass_limits(device: torch.device, most: int | None) -> tuple[float, int]:
-    """The most tokens of a pass (``most``, or what suits the device), and how many tokens more would take as long as
-    another pass."""
+    """Returns the most tokens of a pass (``most``, or the device's limit) and the cost of a pass, in tokens."""
     limit, cost = (CPU_PASS_TOKENS, CPU_PASS_COST) if device.type == "cpu" else (math.inf, PASS_COST)
     return most or limit, cost
 
 
 def last_trained(trajectories: Trajectories) -> Tensor:
-    """``[B]`` steps up to and including the last trained one."""
-    place = torch.arange(1, trajectories.mask.shape[1] + 1, device=trajectories.mask.device)
-    return (trajectories.mask * place).amax(1)
+    """Counts the steps up to and including the last trained one, ``[B]``."""
+    step = torch.arange(1, trajectories.mask.shape[1] + 1, device=trajectories.mask.device)
+    return (trajectories.mask * step).amax(1)
 
 
 def passes(length: Tensor, most: float, cost: int) -> list[Tensor]:
-    """Indices of ``length [B]`` cut into forward passes: no cut has fewer tokens, padding and ``cost`` for each pass
-    included, where a pass has at most ``most`` tokens (a row that is longer is alone). Rows of like length go together.
+    """Partitions rows of ``length [B]`` into forward passes of the least total cost, by dynamic programming.
+
+    The cost is the number of tokens, padding included, and ``cost`` for each pass, which has at most ``most`` tokens; a
+    longer row is alone. In an optimal partition passes are intervals of the rows sorted by length.
+
+    Returns:
+        Indices of the rows of each pass, longest rows first.
     """
     order = length.argsort(descending=True, stable=True)
     width = length[order].numpy()
@@ -45,18 +49,18 @@ def passes(length: Tensor, most: float, cost: int) -> list[Tensor]:
         total = np.where((tokens <= most) | (rows == 1), best[:stop] + tokens + cost, math.inf)
         begin[stop] = total.argmin()
         best[stop] = total[begin[stop]]
-    found, stop = [], len(width)
+    groups, stop = [], len(width)
     while stop:
-        found.append(order[begin[stop] : stop].sort().values)
+        groups.append(order[begin[stop] : stop].sort().values)
         stop = begin[stop]
-    return found[::-1]
+    return groups[::-1]
 
 
 def left_align(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs ``[B, W]`` whose rows all begin in the first column, without gaps, as wide as the longest is long."""
-    seen = inputs["attention_mask"] > 0
-    order = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
-    together = {name: t.gather(1, order) if t.shape == seen.shape else t for name, t in inputs.items()}
-    if "position_ids" in together:  # of padding, too: transformers takes a position that goes back for another text
-        together["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return together
+    """Aligns rows of ``[B, W]`` to the first column, without gaps, and cuts W to the longest row."""
+    attended = inputs["attention_mask"] > 0
+    order = (~attended).int().argsort(dim=1, stable=True)[:, : int(attended.sum(1).max())]
+    aligned = {name: t.gather(1, order) if t.shape == attended.shape else t for name, t in inputs.items()}
+    if "position_ids" in aligned:  # of padding, too: transformers takes a position that goes back for another text
+        aligned["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return aligned

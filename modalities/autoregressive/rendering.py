@@ -1,6 +1,6 @@
-"""One way from a row to text and token ids: prompts, given completions, views and replay are all rendered here.
+"""Rendering of rows as text and token ids: prompts, given completions, views and replay.
 
-A completion's ids are those that go on behind its prompt's. Wherever the chat template permits it, both together are
+A completion's ids are those that follow its prompt's. Wherever the chat template permits it, both together are
 the ids of the whole conversation, as far as the student writes it: up to the token that ends its last turn.
 """
 
@@ -32,14 +32,14 @@ from .messages import (
 from .models import tokenizer_of
 
 COLUMNS = frozenset({"prompt", "completion", "tools", "chat_template_kwargs"})
-"""What is read of a row."""
+"""Columns of a row that are read."""
 
 _OURS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders rows for whoever reads with this tokenizer and this chat template.
+    """Renderer of rows for policies with this tokenizer and this chat template.
 
     Args:
         processor: a tokenizer, or a processor that has one.
@@ -61,7 +61,7 @@ class Renderer:
     # -- prompts ------------------------------------------------------------------------------------------------
 
     def prompt(self, example: Example) -> str:
-        """The text that the reader goes on from.
+        """Renders the prompt as text, which the policy continues.
 
         Raises:
             ValueError: a chat, or tools, without a chat template to render them; an answer at the chat's end; something
@@ -84,7 +84,7 @@ class Renderer:
         return text
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Token ids of the prompt: they begin once, and do not end.
+        """Tokenizes the prompt: with one beginning-of-sequence token, and no end.
 
         Raises:
             ValueError: as in `prompt`.
@@ -94,7 +94,7 @@ class Renderer:
         return self._opened(text) if self.is_raw(example["prompt"]) else self._ids(text)
 
     def _opened(self, text: str) -> list[int]:
-        """With what the tokenizer puts before texts, and without what it puts behind them."""
+        """Tokenizes a text with the tokenizer's tokens before it, and without those behind it."""
         plain, closed = self._ids(text), list(self.tokenizer(text)["input_ids"])
         if not plain or plain[0] == self.tokenizer.bos_token_id:
             return plain
@@ -102,18 +102,18 @@ class Renderer:
         return closed[: next(starts, len(closed)) + len(plain)]
 
     def rendered_already(self, example: Example, stops: list[int]) -> str | None:
-        """The end of a turn that a text within the prompt holds, as if it had been through a template; or None."""
+        """Finds the end of a turn within a message, which was then rendered before; None: there is none."""
         prompt = example["prompt"]
         if self.is_raw(prompt):
             return None
-        said = [shown_text(message) for message in self._chat(prompt)]
+        texts = [shown_text(message) for message in self._chat(prompt)]
         ends = [token for token, i in self.tokenizer.get_added_vocab().items() if i in stops]
-        return next((end for end in ends if any(end in text for text in said)), None)
+        return next((end for end in ends if any(end in text for text in texts)), None)
 
     # -- completions --------------------------------------------------------------------------------------------
 
     def completion(self, example: Example, stops: list[int]) -> tuple[list[int], list[bool]]:
-        """Token ids of the column ``completion`` behind the prompt's, and which of them the assistant writes.
+        """Tokenizes the column ``completion`` behind the prompt, and marks the tokens that the assistant writes.
 
         The last of them is the token that ends the assistant's turn.
 
@@ -136,21 +136,21 @@ class Renderer:
                 end = len(new)
             elif end is None:
                 raise ValueError("the chat template ends a turn within the completion with none of the stop tokens")
-            ids, written = ids + new, written + [place < end for place in range(len(new))]
+            ids, written = ids + new, written + [index < end for index in range(len(new))]
             before += turn
         return ids, written
 
     def continuation(self, before: str, text: str) -> list[int]:
-        """Ids of a text that goes on behind another: the first of them is not at the beginning of anything."""
+        """Tokenizes a text that follows another one: its first token begins no sequence and no word."""
         # where a token would reach across the border, any other text before it will do
         for context in (before, "\n", "a"):
-            head, whole = self._ids(context), self._ids(context + text)
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
+            head, ids = self._ids(context), self._ids(context + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
         return self._ids(text)
 
     def turn_end(self, stops: list[int]) -> int | None:
-        """The id with which the chat template ends the assistant's turn; None: with none of its own.
+        """Finds the id with which the chat template ends the assistant's turn; None: with none of its own.
 
         Args:
             stops: ids that are known to end a turn.
@@ -166,14 +166,15 @@ class Renderer:
         last, between = self._ids(behind), self._ids(asked_again)
         both = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))]
         added = {i for token, i in self.tokenizer.get_added_vocab().items() if token.strip()}
-        for place in (both, last):  # the last turn may close the conversation, too
-            if own := [i for i in place if i in stops] or [i for i in reversed(place) if i in added]:
-                return own[0]
+        for candidates in (both, last):  # the last turn may close the conversation, too
+            if ends := [i for i in candidates if i in stops] or [i for i in reversed(candidates) if i in added]:
+                return ends[0]
         # some templates leave the end to the next turn's beginning
         return next((i for i in between if i in stops), None)
 
     def _turns(self, prompt: str, example: Example) -> list[str]:
-        """The text behind the prompt, cut where the assistant begins to write."""
+        """Renders the text behind the prompt, cut where the assistant begins to write."""
+        # 1. refusals, and raw text
         completion = example["completion"]
         if not isinstance(completion, str | list):
             raise ValueError(f"completion is neither text nor a list of messages: {quoted(completion)}")
@@ -187,47 +188,51 @@ class Renderer:
         places = [i for i, message in enumerate(answer) if message["role"] == "assistant"]
         if not places or places[0] != 0 or places[-1] != len(answer) - 1:
             raise ValueError("the completion's first and last message must be the assistant's")
+        # 2. the conversation, cut at the prompts of all turns
         chat = self._chat(example["prompt"])
-        whole = self._render(chat + answer, example)
-        self._check_written(whole, chat + answer, example, given=len(chat))
+        conversation = self._render(chat + answer, example)
+        self._check_written(conversation, chat + answer, example, given=len(chat))
         later = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
-        starts = [prompt if whole.startswith(prompt) else self._asked(prompt, chat, example), *later]
+        starts = [prompt if conversation.startswith(prompt) else self._asked(prompt, chat, example), *later]
         turns = [
-            whole[len(start) : len(stop)]
-            for start, stop in zip(starts, [*later, whole], strict=True)
-            if whole.startswith(start)
+            conversation[len(start) : len(stop)]
+            for start, stop in zip(starts, [*later, conversation], strict=True)
+            if conversation.startswith(start)
         ]
+        # 3. compared with the messages
         opening = self._opening(prompt, chat, example)
-        said = [answer[i] for i in places]
-        if len(turns) == len(said) and all(map(holds, [opening + turn for turn in turns], said)):
+        messages = [answer[i] for i in places]
+        if len(turns) == len(messages) and all(map(holds, [opening + turn for turn in turns], messages)):
             return turns
-        (first, *others) = map(plain, answer)
-        if others or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
+        (first, *rest) = map(plain, answer)
+        if rest or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
             raise ValueError("the chat template does not write the whole completion behind the prompt")
         # such as reasoning that the template leaves out of answers, or begins itself
         return [without_opening(first["content"], opening) + self._behind_answer(chat, example)]
 
     def _asked(self, prompt: str, chat: Chat, example: Example) -> str:
-        """The prompt as it is written where an answer follows, if that ends alike (Mistral's templates show the system
-        message in the last message alone); otherwise the prompt itself."""
+        """Renders the prompt as it is where an answer follows, if that ends alike; otherwise returns the prompt itself.
+
+        They differ for Mistral's templates, which write the system message in the last message alone.
+        """
         head = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example).rpartition(PLACEHOLDER)[0]
-        own = prompt[len(prompt.rstrip()) :]
+        tail = prompt[len(prompt.rstrip()) :]
         before, end, space = head.rpartition(prompt.split()[-1]) if prompt.strip() else ("", "", head)
-        return before + end + own if end and not space.strip() and space.startswith(own) else prompt
+        return before + end + tail if end and not space.strip() and space.startswith(tail) else prompt
 
     def _opening(self, prompt: str, chat: Chat, example: Example) -> str:
-        """What the template begins an answer with, at the end of the prompt."""
+        """Returns the beginning of an answer that the template writes at the end of the prompt."""
         asked = self._render(chat, example)
         return prompt[len(asked) :] if prompt.startswith(asked) else ""
 
     def _behind_answer(self, chat: Chat, example: Example, *then: Message) -> str:
-        """What the template writes behind an answer, and with further messages between it and what is said next."""
-        whole = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}, *then], example)
-        behind = whole.rpartition(PLACEHOLDER)[2]
+        """Returns the template's text behind an answer, up to the content of the message that follows, if any."""
+        conversation = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}, *then], example)
+        behind = conversation.rpartition(PLACEHOLDER)[2]
         return behind.partition(then[0]["content"])[0] if then else behind
 
     def _cut(self, ids: list[int], end: int) -> list[int]:
-        """The ids of a last turn up to its stop token, behind which a template may write a line break."""
+        """Cuts the ids of a last turn at its stop token, behind which a template may write a line break."""
         if self.tokenizer.decode(ids[end:], skip_special_tokens=True).strip():
             raise ValueError(
                 f"the completion goes on behind the stop token {self.tokenizer.decode(ids[end - 1 : end])!r}, "
@@ -236,14 +241,15 @@ class Renderer:
         return ids[:end]
 
     def _stop(self, example: Example, stops: list[int]) -> int:
-        own = None if self.is_raw(example["prompt"]) else self.turn_end(stops)
+        template_end = None if self.is_raw(example["prompt"]) else self.turn_end(stops)
         usual = self.tokenizer.eos_token_id
-        return next(token for token in (own, usual, stops[0]) if token is not None)
+        return next(token for token in (template_end, usual, stops[0]) if token is not None)
 
     # -- the template -------------------------------------------------------------------------------------------
 
     def check_options(self, key: str) -> None:
-        """
+        """Refuses options that nothing reads.
+
         Raises:
             ValueError: an option that the template never reads.
         """
@@ -260,8 +266,8 @@ class Renderer:
         options = {**self.options, **self._own_options(example)}
         if tools := tools_of(example):
             options["tools"] = tools
-        said = {name: any(message.get(name) for message in chat) for name in ("tool_calls", "function_call")}
-        for name, there in {"tools": tools, **said}.items():
+        given = {name: any(message.get(name) for message in chat) for name in ("tool_calls", "function_call")}
+        for name, there in {"tools": tools, **given}.items():
             if there and not self._reads(name):
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
@@ -282,7 +288,8 @@ class Renderer:
         return str(text)
 
     def _check_written(self, text: str, chat: Chat, example: Example, given: int | None = None) -> None:
-        """
+        """Refuses messages whose text the template does not write.
+
         Args:
             text: the chat as the template writes it.
             chat: of which the messages from ``given`` on are the completion's.
@@ -292,20 +299,20 @@ class Renderer:
         Raises:
             ValueError: the template writes the same whatever one of the messages says.
         """
-        found, begin = "".join(text.split()), given or 0
-        for place, message in list(enumerate(chat))[begin:]:
+        written, begin = "".join(text.split()), given or 0
+        for index, message in list(enumerate(chat))[begin:]:
             # templates may leave out thoughts, and what is said beside a call
-            if holds(found, message) or message.get("tool_calls"):
+            if holds(written, message) or message.get("tool_calls"):
                 continue
             try:
-                other = [*chat[:place], saying_otherwise(message), *chat[place + 1 :]]
-                lost = self._render(other, example, to_be_continued=given is None) == text
+                changed = [*chat[:index], saying_otherwise(message), *chat[index + 1 :]]
+                lost = self._render(changed, example, to_be_continued=given is None) == text
             except Exception:  # what they refuse they read
                 lost = False
             if lost:
                 column = "prompt" if given is None else "completion"
                 raise ValueError(
-                    f"message {place + 1 - begin} of the {column} has the role {quoted(message['role'])}, and the chat "
+                    f"message {index + 1 - begin} of the {column} has the role {quoted(message['role'])}, and the chat "
                     f"template of {self.tokenizer.name_or_path} writes nothing of what it says: nobody would read it. "
                     "Give it a role that the template writes"
                 )
@@ -332,7 +339,7 @@ class Renderer:
         return prompt
 
     def is_raw(self, prompt: str | Chat) -> bool:
-        """Whether a prompt is read as it is, without a template."""
+        """Tells whether a prompt is read as it is, without a template."""
         return isinstance(prompt, str) and (self.raw or self.processor.chat_template is None)
 
     def _why_raw(self) -> str:

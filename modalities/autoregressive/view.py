@@ -16,7 +16,7 @@ _jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
 
 
 class PromptView(View):
-    """Another prompt in place of the example's, written from its columns.
+    """View with another prompt in place of the example's, written from its columns.
 
     Args:
         prompt: a Jinja template over the columns, such as ``"{{ solution }}\\n\\nNow answer: {{ prompt }}"``, or a
@@ -39,38 +39,38 @@ class PromptView(View):
                 "PromptView.prompt: the last message is the assistant's: that answer would be read, and a second one "
                 "asked for. End with a message of the user"
             )
-        found = set().union(*(meta.find_undeclared_variables(_jinja.parse(text)) for text in self._templates))
-        self.columns = tuple(sorted(found))
+        columns = set().union(*(meta.find_undeclared_variables(_jinja.parse(text)) for text in self._templates))
+        self.columns = tuple(sorted(columns))
         self._compiled = [_jinja.from_string(text) for text in self._templates]
 
     def __call__(self, example: Example) -> Example | None:
         if any(example.get(column) in (None, "") for column in self.columns):
             return None
-        own = example["prompt"]
-        shown = {column: _Chat(value) if is_chat(value) else value for column, value in example.items()}
-        texts = [template.render({**shown, "prompt": last_text(own)}) for template in self._compiled]
+        original = example["prompt"]
+        values = {column: _Chat(value) if is_chat(value) else value for column, value in example.items()}
+        texts = [template.render({**values, "prompt": last_text(original)}) for template in self._compiled]
         prompt: Any
         if self._roles is not None:
             prompt = [{"role": role, "content": text} for role, text in zip(self._roles, texts, strict=True)]
-            if media := [part for message in own if isinstance(message, dict) for part in other_parts(message)]:
+            if media := [part for message in original if isinstance(message, dict) for part in other_parts(message)]:
                 asker = next((m for m in prompt if m["role"] == "user"), prompt[-1])
                 asker["content"] = [*media, {"type": "text", "text": asker["content"]}]
-        elif isinstance(own, str):
+        elif isinstance(original, str):
             prompt = texts[0]
         else:
-            prompt = [*own[:-1], with_text(own[-1], texts[0])]
+            prompt = [*original[:-1], with_text(original[-1], texts[0])]
         return {**example, "prompt": prompt}
 
 
 class _Chat(list[dict[str, Any]]):
-    """Messages, to be gone through or written as text."""
+    """Messages, as a list and as text."""
 
     def __str__(self) -> str:
         return transcript(self)
 
 
 def with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message with another text; parts that are no text, such as images, stay where they are."""
+    """Replaces the text of a message; other parts, such as images, stay where they are."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": text}
@@ -80,13 +80,13 @@ def with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def other_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message that are no text."""
+    """Lists the parts of a message that are no text."""
     content = message["content"]
     return [] if isinstance(content, str) else [part for part in content if part.get("type") != "text"]
 
 
 def last_text(prompt: str | list[dict[str, Any]]) -> str:
-    """The text of a prompt: of its last message, where it is a chat."""
+    """Returns the text of a prompt: of its last message, where it is a chat."""
     if isinstance(prompt, str):
         return prompt
     content = prompt[-1]["content"]

@@ -17,7 +17,7 @@ PAD, EOS = "<pad>", "<eos>"
 def sums(
     count: int, digits: int = 4, seed: int = 0, held_out: bool = False, hinted: float = 0.0
 ) -> list[dict[str, str]]:
-    """`count` different problems, the same ones for the same arguments.
+    """Draws `count` different problems, the same ones for the same arguments.
 
     A problem is held out or not by a hash of its two operands in any order, so that no held-out problem
     (a fifth of them all) is ever a training problem, nor its mirror image, whatever the seeds.
@@ -50,13 +50,13 @@ def sums(
 
 
 def is_held_out(first: int, second: int) -> bool:
-    """Whether `first + second`, and so `second + first`, belongs to the held-out fifth."""
+    """Tells whether `first + second`, and so `second + first`, belongs to the held-out fifth."""
     small, large = sorted((first, second))
     return zlib.crc32(f"{small}+{large}".encode()) % 5 == 0
 
 
 def scratchpad(first: int, second: int) -> str:
-    """The worked steps of a sum of two numbers with equally many digits."""
+    """Writes the worked steps of a sum of two numbers with equally many digits."""
     steps, carry = [], 0
     for a, b in zip(reversed(str(first)), reversed(str(second)), strict=True):
         total = int(a) + int(b) + carry
@@ -66,7 +66,7 @@ def scratchpad(first: int, second: int) -> str:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of the task, `<pad>` and `<eos>`; without a chat template, padded on the left.
+    """Builds a tokenizer of characters, `<pad>` and `<eos>`, without a chat template, padding on the left.
 
     A character outside the alphabet raises when encoded, instead of vanishing.
     """

@@ -31,7 +31,7 @@ READS = {"input_ids", "attention_mask", "position_ids"}
 
 
 class DecodeLoop(RolloutEngine):
-    """Every different prompt is read once, rows that have ended leave the batch, nothing is copied per step.
+    """Engine that reads every different prompt once, drops rows that have ended, and copies nothing per step.
 
     Serves decoders all of whose layers keep the keys and values of every token (no sliding window, no recurrent
     state), whose weights are not sharded. All others are handed to `Generate`.
@@ -73,23 +73,26 @@ class DecodeLoop(RolloutEngine):
 def _write(
     model: Any, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int, packed: bool
 ) -> tuple[Tensor, Tensor]:
+    # 1. read every different prompt once
     device = next(model.parameters()).device
     first, prompt_of = prompts.distinct
     inputs = prompts.inputs(first, device)
     position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
     read = DynamicCache(config=model.config)
-    seen = inputs["attention_mask"].bool()
+    attended = inputs["attention_mask"].bool()
     cached = {str(cache_name(model)): read}
     hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
 
+    # 2. one row per trajectory: its prompt's cache, position and next logits
     row = torch.tensor(prompt_of, device=device)
     body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
-    cache = RowCache(read, row, seen, rollout.horizon, share=packed and len(seen) < len(row))
+    cache = RowCache(read, row, attended, rollout.horizon, share=packed and len(attended) < len(row))
     del read, inputs, cached
     project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
-    position = position[..., -1:].expand(*position.shape[:-2], len(seen), 1)[..., row, :] + 1
+    position = position[..., -1:].expand(*position.shape[:-2], len(attended), 1)[..., row, :] + 1
 
+    # 3. draw step by step; rows that ended leave, so that a pass is as small as possible
     stop = torch.tensor(eos, device=device)
     uniform = uniforms(seeds, prompts.written + rollout.horizon)[:, prompts.written :].to(device)
     tokens = torch.full((len(seeds), rollout.horizon), pad, device=device)
@@ -112,7 +115,7 @@ def _write(
 
 
 def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -> Tensor:
-    """``[n, H]`` of the next column by the model itself, from tokens ``[n]``: the reference for `PackedDecoder`."""
+    """Computes hidden states ``[n, H]`` of tokens ``[n]`` by the model itself: the reference for `PackedDecoder`."""
     hidden: Tensor = model.base_model(
         input_ids=tokens[:, None],
         attention_mask=cache.attention_mask(),
@@ -124,15 +127,17 @@ def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -
 
 
 def compact_rows(going: Tensor, left: int) -> Tensor:
-    """``[left]`` which row each row becomes, where those not going ``[n]`` leave: the last ones fill the gaps."""
+    """Returns the source ``[left]`` of each row where those not ``going [n]`` leave: the last ones fill the gaps."""
     order = torch.arange(left, device=going.device)
     order[~going[:left]] = left + going[left:].nonzero().squeeze(1)
     return order
 
 
 def projection(head: Head, hidden: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """The head, for many passes of up to so many rows of hidden states like these: cast once, and on a CPU packed once
-    (a copy of its weights for the time of the rollout)."""
+    """Prepares the head for many passes of up to so many rows: cast once, and on a CPU packed once.
+
+    That is a copy of its weights, for the time of the rollout.
+    """
     if not head.is_linear:
         return head
     device = hidden.device.type

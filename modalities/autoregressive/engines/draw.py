@@ -11,20 +11,20 @@ from torch import Tensor
 from ....rollout_settings import Rollout
 
 BLOCK = 128
-"""Ids whose probabilities are summed first; the running sum then goes over the blocks, and inside a single one."""
+"""Ids per block: probabilities are summed per block, then the running sum goes over blocks and inside a single one."""
 
 BELOW_ONE = 1 - 1e-9
-"""By more than rounding, or the end of a running sum could point at an id of probability 0."""
+"""Upper bound of a draw, below 1 by more than rounding: the end of a running sum could be an id of probability 0."""
 
 
 def uniforms(seeds: list[int], steps: int) -> Tensor:
-    """``[n, T]`` float64 in [0, 1): a generator for each trajectory, so that nothing depends on its neighbors."""
+    """Draws ``[n, T]`` float64 in [0, 1), by one generator per trajectory, so that nothing depends on its neighbors."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators])
 
 
 def draw(logits: Tensor, uniform: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Ids ``[n]`` and their log-probs ``[n]`` in the plain distribution, from logits ``[n, V]`` and uniform ``[n]``."""
+    """Draws ids ``[n]`` from logits ``[n, V]`` by uniform ``[n]``, with their log-probs ``[n]`` without filters."""
     if rollout.temperature == 0:
         peak, ids = logits.max(1)
         return ids, peak - logits.logsumexp(1)
@@ -39,17 +39,17 @@ def draw(logits: Tensor, uniform: Tensor, rollout: Rollout) -> tuple[Tensor, Ten
 
 
 def _sums(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all ids ``[n]`` and over each block of them ``[n, V / BLOCK]``; float64."""
-    whole = weights.shape[1] // BLOCK * BLOCK
-    parts = [weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)] if whole else []
-    if whole < weights.shape[1]:
-        parts.append(weights[:, whole:].sum(1, keepdim=True))
+    """Sums weights over all ids ``[n]`` and over each block of them ``[n, V / BLOCK]``; float64."""
+    in_blocks = weights.shape[1] // BLOCK * BLOCK
+    parts = [weights[:, :in_blocks].unflatten(1, (-1, BLOCK)).sum(2)] if in_blocks else []
+    if in_blocks < weights.shape[1]:
+        parts.append(weights[:, in_blocks:].sum(1, keepdim=True))
     sums = torch.cat(parts, 1).double()
     return sums.sum(1), sums
 
 
 def _inverse(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
-    """``[n]`` the id at which the running sum of weights ``[n, V]`` passes the share ``uniform`` of its end."""
+    """Finds the id ``[n]`` at which the running sum of weights ``[n, V]`` passes the share ``uniform`` of its end."""
     running = sums.cumsum(1)
     point = uniform.clamp(max=BELOW_ONE)[:, None] * running[:, -1:]
     block = torch.searchsorted(running, point, right=True)
@@ -62,9 +62,9 @@ def _inverse(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _floor(weights: Tensor, rollout: Rollout) -> Tensor | None:
-    """``[n, 1]`` weights (1 for the likeliest id) below it are filtered out; None without filters.
+    """Computes the weight ``[n, 1]`` below which ids are filtered out (1: the likeliest id's); None without filters.
 
-    As transformers' warpers one after the other: top-k, top-p of what is left, min-p. Ids exactly as likely as the last
+    As transformers' warpers one after the other: top-k, top-p of the rest, min-p. Ids exactly as likely as the last
     one kept are kept, too.
     """
     floor = None
@@ -80,9 +80,9 @@ def _floor(weights: Tensor, rollout: Rollout) -> Tensor | None:
 
 
 def _nucleus(weights: Tensor, share: float) -> Tensor:
-    """``[n, 1]`` the least of the likeliest ids that have ``share`` of the sum together.
+    """Computes the smallest weight ``[n, 1]`` of the likeliest ids that have ``share`` of the sum together.
 
-    Only as many of the likeliest are put in order as are needed by the row that needs most.
+    Only as many ids are sorted as the row with the largest nucleus needs.
     """
     size, end = weights.shape[1], weights.sum(1, keepdim=True, dtype=torch.float64)
     count = min(BLOCK, size)

@@ -1,4 +1,4 @@
-"""What writes completions: prompts, and the interface of every rollout engine.
+"""The interface of rollout engines, and the prompts that they continue.
 
 Shape legend: B trajectories, P prompt width (left padded), T horizon.
 """
@@ -23,14 +23,14 @@ from ....trajectory import Example
 
 @dataclass
 class Prompts:
-    """What B trajectories begin with.
+    """Prompts of B trajectories.
 
     Attributes:
         tokens: ``[B, P]`` each: ``input_ids``, ``attention_mask``, and others where the model has them.
-        examples: the B examples, as whoever acts is shown them.
+        examples: the B examples, as the policy that acts reads them.
         media: from examples to the model inputs that belong to no token, such as pixels.
-        cache_key: from an example to what tells it from another with the same tokens, such as its images.
-        written: how many of the tokens are not of the prompt but were written before, and drawn with the same seeds.
+        cache_key: from an example to a key that separates examples with equal tokens, such as their images.
+        written: number of tokens behind the prompt that were written before, and drawn with the same seeds.
     """
 
     tokens: dict[str, Tensor]
@@ -41,73 +41,73 @@ class Prompts:
 
     @property
     def length(self) -> Tensor:
-        """``[B]`` tokens without padding."""
+        """Lengths ``[B]`` without padding."""
         return self.tokens["attention_mask"].sum(1)
 
     def only(self, rows: Sequence[int]) -> Prompts:
-        """Some of the trajectories, without the padding that only the others need."""
+        """Selects some of the trajectories, without the padding that only others need."""
         index = torch.tensor(rows)
         padding = self.tokens["input_ids"].shape[1] - int(self.length[index].max())
         tokens = {name: tensor[index, padding:] for name, tensor in self.tokens.items()}
         return replace(self, tokens=tokens, examples=[self.examples[i] for i in rows])
 
     def continued(self, tokens: Tensor) -> Prompts:
-        """The same with further tokens ``[B, T]``, whose places beside ``input_ids`` are 1 in the mask and else 0."""
+        """Appends tokens ``[B, T]``; of other tensors the mask is 1 there, the rest 0."""
         more = {name: torch.zeros(tokens.shape, dtype=tensor.dtype) for name, tensor in self.tokens.items()}
         more |= {"input_ids": tokens.cpu(), "attention_mask": torch.ones_like(more["attention_mask"])}
         grown = {name: torch.cat([tensor.cpu(), more[name]], 1) for name, tensor in self.tokens.items()}
         return replace(self, tokens=grown, written=self.written + tokens.shape[1])
 
     def inputs(self, rows: Sequence[int], device: Any) -> dict[str, Tensor]:
-        """Model inputs for these trajectories."""
+        """Collects model inputs of some trajectories on a device."""
         index = torch.tensor(rows)
         media = self.media([self.examples[i] for i in rows])
         return {name: t.to(device) for name, t in ({n: t[index] for n, t in self.tokens.items()} | media).items()}
 
     @cached_property
     def distinct(self) -> tuple[list[int], list[int]]:
-        """The first trajectory of every different prompt, and ``[B]`` the place of each trajectory's prompt there."""
+        """Index of the first trajectory of every different prompt, and ``[B]`` each trajectory's index in that list."""
         rows = torch.cat([t.reshape(len(t), -1).long() for t in self.tokens.values()], 1).cpu().numpy()
         same = [row.tobytes() for row in rows]
-        several = len(set(same)) < len(same)  # otherwise nobody has to look at an image
+        several = len(set(same)) < len(same)  # otherwise no image has to be read
         keys = [(tokens, self.cache_key(e) if several else None) for tokens, e in zip(same, self.examples, strict=True)]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        places = {i: place for place, i in enumerate(sorted(first.values()))}
-        return list(places), [places[first[key]] for key in keys]
+        index = {i: number for number, i in enumerate(sorted(first.values()))}
+        return list(index), [index[first[key]] for key in keys]
 
 
 class RolloutEngine(Finite, ABC):
-    """Writes completions. A backend is a subclass with this one method; its own settings are its arguments."""
+    """Engine that writes completions. A backend is a subclass with `write`; its settings are its arguments."""
 
     runs_the_model: ClassVar[bool] = False
-    """Whether it runs the policy's own model, several rows in a pass: rows that can't share one come apart then."""
+    """True where it runs the policy's own model, several rows in a pass: rows that can't share one are separated."""
 
     @abstractmethod
     def write(
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> tuple[Tensor, Tensor]:
-        """``policy``, already active, goes on from the prompts until a stop token or the horizon.
+        """Continues the prompts by ``policy``, already active, until a stop token or the horizon.
 
         Args:
-            head: says which ids can be actions (its vocabulary without the suppressed ones), and how logits are made.
-            seeds: what trajectory i draws depends on ``seeds[i]`` and its prompt only.
-            eos, pad: the ids that end a completion, and what stands behind its end.
+            head: decides which ids can be actions (its vocabulary without the suppressed ones), and computes logits.
+            seeds: the draws of trajectory i depend on ``seeds[i]`` and its prompt only.
+            eos, pad: the ids that end a completion, and the one behind its end.
 
         Returns:
             New tokens ``[B, T']``, T' ≤ T, and their log-probs ``[B, T']`` in the plain distribution: temperature 1,
-            no filters. What stands behind a stop token is not read.
+            no filters. Values behind a stop token are not read.
         """
 
     def close(self) -> None:
-        """Gives back what it holds elsewhere; it may be asked to write again afterwards."""
+        """Releases resources outside of this process; `write` may be called again afterwards."""
 
     def refusal(self, policy: Policy) -> str | None:
-        """Why it hands this policy over to `Generate`, for the start-up table; None: it does not."""
+        """Explains why it hands this policy over to `Generate`, for the start-up table; None: it does not."""
         return None
 
 
 def until_stop(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
-    """``[B, T]`` steps up to and including the first stop token, and ``[B]`` whether there was one.
+    """Marks the steps up to and including the first stop token, ``[B, T]`` bool, and rows that have one, ``[B]`` bool.
 
     Works also where padding and the stop token are the same id: only the first one counts.
     """

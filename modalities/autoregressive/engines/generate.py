@@ -26,7 +26,7 @@ from .engine import Prompts, RolloutEngine
 
 
 class Generate(RolloutEngine):
-    """transformers' own `generate`, for every model that it serves: the reference for all others."""
+    """Engine of transformers' own `generate`, for every model that it serves: the reference for all others."""
 
     runs_the_model = True
 
@@ -39,7 +39,7 @@ class Generate(RolloutEngine):
 
 
 class Sampler(LogitsProcessor):
-    """Chooses the next token itself, so that `generate` (greedy) has only to append it.
+    """Logits processor that draws the next token itself, so that greedy `generate` only appends it.
 
     Each trajectory has a generator of its own, from which one uniform number per step is drawn: what is sampled
     depends on its seed and its prompt, not on the order of calls or on who shares its batch.
@@ -72,7 +72,7 @@ class Sampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _choose(self, input_ids: Any, scores: Tensor) -> Tensor:
-        """``[B, 1]``"""
+        """Draws ids ``[B, 1]``."""
         if self._temperature == 0:
             return scores.argmax(1, keepdim=True)
         shaped = self._filters(input_ids, scores / self._temperature)
@@ -84,7 +84,7 @@ class Sampler(LogitsProcessor):
 
 @contextmanager
 def plain_generation(model: Any) -> Iterator[None]:
-    """None of the checkpoint's own generation defaults: a repetition penalty would make every stored log-prob wrong."""
+    """Removes the checkpoint's generation defaults within: a repetition penalty would falsify every stored log-prob."""
     defaults = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -103,7 +103,7 @@ def generate(
     pad: int,
     written: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """New tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped go on with padding."""
+    """Samples tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped are padded."""
     sampler = Sampler(head, rollout, seeds, written)
     config = GenerationConfig(
         max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad

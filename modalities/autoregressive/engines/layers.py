@@ -1,4 +1,4 @@
-"""Decoder layers for one token per row: what `DecodeLoop` runs on a CPU instead of the model's own forward pass.
+"""Decoder layers for one token per row, which `DecodeLoop` runs on a CPU instead of the model's own forward pass.
 
 Shape legend: n rows, H hidden size, G key heads, R query heads for each, S size of a head, L columns of the cache.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .cache import RowCache, SharedPrompts, score_bias
 
 KINDS = {"LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3VLTextDecoderLayer"}
-"""transformers' layers that compute what `_Layer` does."""
+"""Layers of transformers whose computation is that of `_Layer`."""
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -24,19 +24,19 @@ _onednn: Any = torch.ops.mkldnn
 
 
 class PackedDecoder:
-    """The decoder of a transformers model, for many passes of one token per row.
+    """Decoder of a transformers model, for many passes of one token per row.
 
     Weights that read the same input are one matrix, adapters are merged into it, and on a CPU it has oneDNN's layout.
     That is a copy of the layers' weights, made for a rollout and gone after it.
 
     Args:
-        model: one that `refusal` has nothing against.
+        model: one for which `refusal` is None.
         rows: the most rows of a pass.
     """
 
     @staticmethod
     def refusal(model: Any) -> str | None:
-        """Why the model's own forward pass has to do; None: it need not."""
+        """Explains why only the model's own forward pass can be used; None: this class can."""
         decoder = _decoder(model)
         weight = next(model.parameters())
         if weight.device.type != "cpu":
@@ -64,7 +64,7 @@ class PackedDecoder:
         self._layers = [_Layer(layer, rows, dtype) for layer in decoder.layers]
 
     def __call__(self, tokens: Tensor, position: Tensor, cache: RowCache) -> Tensor:
-        """Hidden states ``[n, H]`` of the next column.
+        """Computes hidden states ``[n, H]`` of the next column.
 
         Args:
             tokens: ``[n]``.
@@ -104,8 +104,15 @@ class _Layer:
     def __call__(
         self, hidden: Tensor, cos: Tensor, signed: Tensor, bias: Tensor | None, cache: RowCache, place: int
     ) -> Tensor:
-        """``[n, H]`` from hidden states ``[n, H]``, with rotary tables ``[n, 1, S]`` (the sine's first half negative)
-        and a bias ``[n, 1, 1, L]`` of the scores."""
+        """Computes hidden states ``[n, H]`` of the next layer.
+
+        Args:
+            hidden: ``[n, H]``.
+            cos, signed: rotary tables ``[n, 1, S]``, the first half of the sine negative.
+            bias: ``[n, 1, 1, L]`` of the scores.
+            cache: keys and values.
+            place: of this layer in the cache.
+        """
         n = len(hidden)
         heads = self.qkv(_rms(hidden, self.before.weight, self.before.variance_epsilon)).view(n, -1, self.size)
         both, values = heads.split([self.queries + self.keys, self.keys], 1)
@@ -113,8 +120,8 @@ class _Layer:
             both = _rms(both, *self.head_norm)
         both = torch.addcmul(both * cos, both.roll(self.size // 2, -1), signed)
         queries = (both[:, : self.queries] * self.scaling).view(n, self.keys, -1, self.size)
-        seen = cache.update(both[:, self.queries :, None], values[:, :, None], place)
-        hidden = hidden + self.out(attend(queries, *seen, bias, cache.prompts, place).reshape(n, -1))
+        keys_values = cache.update(both[:, self.queries :, None], values[:, :, None], place)
+        hidden = hidden + self.out(attend(queries, *keys_values, bias, cache.prompts, place).reshape(n, -1))
         gate, up = self.gate_up(_rms(hidden, self.after.weight, self.after.variance_epsilon)).chunk(2, -1)
         return hidden + self.down(self.act(gate) * up)
 
@@ -122,10 +129,10 @@ class _Layer:
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, prompts: SharedPrompts | None, place: int
 ) -> Tensor:
-    """``[n, G, R, S]`` from scaled queries ``[n, G, R, S]`` and keys and values ``[n, G, L, S]``.
+    """Computes attention ``[n, G, R, S]`` of scaled queries ``[n, G, R, S]`` over keys and values ``[n, G, L, S]``.
 
-    The prompts' columns ``[U, G, P, S]`` come before these L where they are not among them: the queries of all rows
-    that begin alike meet them in one product.
+    Shared prompts ``[U, G, P, S]`` are columns before these L: the queries of all rows of a prompt meet its keys in one
+    product.
     """
     if prompts is None:
         flat = queries.to(keys.dtype).flatten(1, 2)[:, :, None]
@@ -168,17 +175,17 @@ def _can_be_merged(linear: Any) -> bool:
 
 
 def joined(linears: Sequence[Any], rows: int, dtype: torch.dtype | None = None) -> Linear:
-    """One linear layer for several that read the same, in this dtype (default: their own)."""
+    """Joins linear layers with the same input to one, in this dtype (default: their own)."""
     weights, biases = zip(*map(_merged, linears), strict=True)
     bias = None
-    if any(part is not None for part in biases):
+    if any(b is not None for b in biases):
         bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return packed_linear(weight.to(dtype or weight.dtype), bias if bias is None else bias.to(dtype or bias.dtype), rows)
 
 
 def _merged(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[out, in]`` and bias ``[out]`` with what the active adapters add."""
+    """Merges the active adapters into weight ``[out, in]``; returns it and the bias ``[out]``."""
     adapted = isinstance(linear, LoraLinear)
     base = linear.get_base_layer() if adapted else linear
     weight = base.weight.detach()
@@ -190,7 +197,7 @@ def _merged(linear: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
-    """``[n, out]`` from ``[n, in]``, for many passes of up to so many rows; on a CPU with a copy in oneDNN's layout."""
+    """Prepares a linear map ``[n, in]`` → ``[n, out]`` for many passes of so many rows, on a CPU in oneDNN's layout."""
     onednn = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
     if onednn and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bf16())):
         layout = _onednn._reorder_linear_weight(weight.detach(), rows)

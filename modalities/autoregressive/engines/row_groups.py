@@ -24,7 +24,8 @@ Written = tuple[Tensor, Tensor]
 
 
 def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
-    """
+    """Refuses rows beyond the context of a model with dynamic NTK.
+
     Raises:
         ValueError: a row of so many tokens would be rotated otherwise at each of its lengths.
     """
@@ -38,23 +39,24 @@ def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
 
 
 def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Hidden states ``[n, W, H]`` of rows that all begin in the first column; each token is rotated as if it was the
-    last of its row, which it was when the row was written.
+    """Computes hidden states ``[n, W, H]`` of rows that all begin in the first column.
+
+    Each token is rotated as the last of its row, which it was when the row was written.
 
     Raises:
         ValueError: rows with images, which can't be cut, beyond the switch of longrope.
     """
 
-    def once(part: dict[str, Tensor]) -> Tensor:
-        hidden: Tensor = as_forward(model, lambda: model.base_model(**part, use_cache=False)[0])
+    def once(columns: dict[str, Tensor]) -> Tensor:
+        hidden: Tensor = as_forward(model, lambda: model.base_model(**columns, use_cache=False)[0])
         return hidden
 
     switch, width = rope_switch(model), inputs["input_ids"].shape[1]
     if switch is None or width <= switch:
         return once(inputs)
-    if other := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
+    if media := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
         raise ValueError(
-            f"rows of {width} tokens with {', '.join(sorted(other))}: longrope switches at {switch} tokens, and a row "
+            f"rows of {width} tokens with {', '.join(sorted(media))}: longrope switches at {switch} tokens, and a row "
             "with images can't be read in two parts; lower rollout.horizon or the size of images"
         )
     early = once({name: tensor[:, :switch] for name, tensor in inputs.items()})
@@ -62,7 +64,7 @@ def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class EqualLengths(RolloutEngine):
-    """Lets another engine write rows of equal length together, for models that can't bear padding.
+    """Engine by which another one writes rows of equal length together, for models that can't bear padding.
 
     Args:
         engine: the other one.
@@ -76,16 +78,18 @@ class EqualLengths(RolloutEngine):
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> Written:
         def some(rows: list[int]) -> Written:
-            mine = [seeds[i] for i in rows]
-            return self.engine.write(policy, head, prompts.only(rows), rollout, mine, eos, pad)
+            row_seeds = [seeds[i] for i in rows]
+            return self.engine.write(policy, head, prompts.only(rows), rollout, row_seeds, eos, pad)
 
         groups = [[i] for i in range(len(seeds))] if self.alone else list(_of_equal_length(prompts))
         return joined([(rows, some(rows)) for rows in groups], pad)
 
 
 class SwitchingRope(RolloutEngine):
-    """Lets another engine write for a model with longrope: no pass holds rows of both kinds, and a row that passes the
-    switch is read anew and goes on from there."""
+    """Engine by which another one writes for a model with longrope.
+
+    No pass holds rows on both sides of the switch, and a row that passes it is read again and goes on from there.
+    """
 
     def __init__(self, engine: RolloutEngine, switch: int) -> None:
         self.engine, self.switch = engine, switch
@@ -93,44 +97,49 @@ class SwitchingRope(RolloutEngine):
     def write(
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> Written:
-        def some(part: Prompts, rows: list[int], horizon: int) -> Written:
-            mine = [seeds[i] for i in rows]
-            return self.engine.write(policy, head, part, replace(rollout, horizon=horizon), mine, eos, pad)
+        def some(group: Prompts, rows: list[int], horizon: int) -> Written:
+            row_seeds = [seeds[i] for i in rows]
+            return self.engine.write(policy, head, group, replace(rollout, horizon=horizon), row_seeds, eos, pad)
 
         def across(rows: list[int], steps: int) -> Written:
-            """Rows of equal length, of which ``steps`` are still written before the switch."""
-            part = prompts.only(rows)
-            tokens, log_probs = some(part, rows, steps)
+            """Writes rows of equal length, ``steps`` of them before the switch and the rest after it."""
+            group = prompts.only(rows)
+            tokens, log_probs = some(group, rows, steps)
             going = (~torch.isin(tokens, torch.tensor(eos, device=tokens.device)).any(1)).nonzero().squeeze(1).tolist()
             if not going:
                 return tokens, log_probs
-            late = some(part.only(going).continued(tokens[going]), [rows[i] for i in going], rollout.horizon - steps)
+            late = some(group.only(going).continued(tokens[going]), [rows[i] for i in going], rollout.horizon - steps)
             (more, more_log_probs), width = joined([(going, late)], pad, len(rows)), tokens.shape[1]
             assert width == steps
             return torch.cat([tokens, more], 1), torch.cat([log_probs, more_log_probs], 1)
 
-        found, length = [], prompts.length
+        written, length = [], prompts.length
         early = length + rollout.horizon - 1 <= self.switch
         for kind in (early, length > self.switch):
             if rows := kind.nonzero().squeeze(1).tolist():
-                found.append((rows, some(prompts.only(rows), rows, rollout.horizon)))
+                written.append((rows, some(prompts.only(rows), rows, rollout.horizon)))
         between = (~early & (length <= self.switch)).nonzero().squeeze(1).tolist()
         for some_of in _of_equal_length(prompts.only(between)) if between else ():
             rows = [between[i] for i in some_of]
-            found.append((rows, across(rows, self.switch - int(length[rows[0]]) + 1)))
-        return joined(found, pad)
+            written.append((rows, across(rows, self.switch - int(length[rows[0]]) + 1)))
+        return joined(written, pad)
 
 
 def joined(parts: list[tuple[list[int], Written]], pad: int, count: int | None = None) -> Written:
-    """Tokens and log-probs ``[B, T']`` of all rows, from those of some rows each; ``count`` of them (default: as many
-    as there are). Rows that are not there are padding."""
+    """Joins tokens and log-probs of groups of rows to ``[B, T']``.
+
+    Args:
+        parts: indices of rows, and their tokens and log-probs.
+        pad: id behind the end of a row, and in rows of no group.
+        count: B; default: all rows of the groups.
+    """
     count = sum(len(rows) for rows, _ in parts) if count is None else count
     width = max(tokens.shape[1] for _, (tokens, _) in parts)
     first, log_probs = parts[0][1]
     all_tokens, all_log_probs = first.new_full((count, width), pad), log_probs.new_zeros(count, width)
-    for rows, (tokens, own) in parts:
+    for rows, (tokens, log_probs) in parts:
         all_tokens[rows, : tokens.shape[1]] = tokens
-        all_log_probs[rows, : own.shape[1]] = own
+        all_log_probs[rows, : log_probs.shape[1]] = log_probs
     return all_tokens, all_log_probs
 
 

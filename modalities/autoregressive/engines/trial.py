@@ -1,6 +1,6 @@
-"""A trial of a model before anything is trained: whether it reads from left to right, and how it can be let write.
+"""A trial of a model before anything is trained: whether it is causal, and which engine can write with it.
 
-Both are found out with a few ids, against the model's own forward pass over one row alone without padding or cache.
+Both are tested with a few ids, against the model's own forward pass over one row alone without padding or cache.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ EXACT, ROUNDED = 5e-4, 0.1
 
 
 def check_causal(policy: Policy, vocabulary: int) -> None:
-    """
+    """Refuses models that are not causal.
+
     Raises:
-        ValueError: what the model says of a token depends on those behind it.
+        ValueError: the distribution of a token depends on tokens behind it.
     """
     model = bare(policy.model)
     ids = _ids(vocabulary, sum(LENGTHS), next(model.parameters()).device)
     with torch.no_grad(), policy.active(), evaluating(model):
-        whole = _log_probs(model, ids)
+        full = _log_probs(model, ids)
         cut = _log_probs(model, ids[: LENGTHS[1]])
-    apart = _apart(whole[: LENGTHS[1]].exp(), cut.exp())
+    apart = _apart(full[: LENGTHS[1]].exp(), cut.exp())
     if apart > _tolerance(model):
         raise ValueError(
             f"{policy.path}: what it says of a token depends on those behind it (probabilities {apart:.2g} apart), so "
@@ -45,14 +46,14 @@ def check_causal(policy: Policy, vocabulary: int) -> None:
 
 
 class Trial:
-    """Lets a policy write with an engine, and where its log-probs are not those of the forward pass, in other ways.
+    """Trial of engines for a policy: the one that was asked for, then slower ways, until log-probs are right.
 
     Attributes:
-        engine: the first way that is right.
+        engine: the first whose log-probs are those of the forward pass.
         reason: why it is not the one that was asked for; None: it is.
 
     Raises:
-        ValueError: no way is right.
+        ValueError: none is.
     """
 
     engine: RolloutEngine
@@ -84,12 +85,12 @@ class Trial:
         prompts = Prompts(_padded(rows, self._pad), [{} for _ in rows], lambda examples: {}, lambda example: None)
         try:
             with policy.active(), evaluating(model):
-                tokens, said = engine.write(
+                tokens, stored = engine.write(
                     policy, head, prompts, Rollout(horizon=WRITTEN), list(range(len(rows))), [], self._pad
                 )
-                for row, own, log_probs in zip(rows, tokens, said, strict=True):
-                    alone = _log_probs(model, torch.cat([row, own.to(device)]), head)[len(row) - 1 : -1]
-                    apart = _apart(alone.gather(1, own.to(device)[:, None]).squeeze(1), log_probs.to(device))
+                for row, completion, log_probs in zip(rows, tokens, stored, strict=True):
+                    alone = _log_probs(model, torch.cat([row, completion.to(device)]), head)[len(row) - 1 : -1]
+                    apart = _apart(alone.gather(1, completion.to(device)[:, None]).squeeze(1), log_probs.to(device))
                     if not apart <= _tolerance(model):
                         return f"{apart:.2g} nats apart"
         except Exception as error:  # foreign code, which may raise anything where it is not made for this
@@ -98,12 +99,12 @@ class Trial:
 
 
 def first_line(error: Exception) -> str:
-    """Of what foreign code said."""
+    """Returns the first line of an error's text."""
     return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def _log_probs(model: Any, ids: Tensor, head: Head | None = None) -> Tensor:
-    """``[T, V]`` by the model itself, of one row ``[T]``."""
+    """Computes log-probs ``[T, V]`` of one row ``[T]`` by the model itself."""
     logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
     if head is not None:
         logits = logits[:, : head.vocabulary]
@@ -114,7 +115,7 @@ def _log_probs(model: Any, ids: Tensor, head: Head | None = None) -> Tensor:
 
 
 def _apart_ways(engine: RolloutEngine) -> list[tuple[RolloutEngine, str | None]]:
-    """How an engine can be let write, from the fastest to the slowest, and why not faster."""
+    """Lists ways to write with an engine, from the fastest to the slowest, and why not faster."""
     return [
         (engine, None),
         (EqualLengths(engine), "rows of equal length together: it can't bear padding"),
@@ -123,7 +124,7 @@ def _apart_ways(engine: RolloutEngine) -> list[tuple[RolloutEngine, str | None]]
 
 
 def _ids(vocabulary: int, count: int, device: torch.device, which: int = 0) -> Tensor:
-    """Different ones from one another as far as there are."""
+    """Lists ids that differ from each other as far as the vocabulary allows."""
     return torch.arange(count, device=device).mul(3 + which).add(count).remainder(vocabulary)
 
 

@@ -34,7 +34,7 @@ COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of 
 
 
 class VllmServer(RolloutEngine):
-    """Writes with the student's LoRA adapter in a server that was started beforehand:
+    """Engine that writes with the student's LoRA adapter in a server that was started beforehand:
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK
 
@@ -85,7 +85,7 @@ class VllmServer(RolloutEngine):
 
     @property
     def adapter(self) -> str:
-        """The name under which the server has the student's adapter."""
+        """Name under which the server has the student's adapter."""
         return f"{self._own}-{self._number}"
 
     def refusal(self, policy: Policy) -> str | None:
@@ -120,7 +120,7 @@ class VllmServer(RolloutEngine):
         return tokens.to(device), log_probs.to(device)
 
     def _request(self, prompt: list[int], rollout: Rollout, seed: int, eos: list[int]) -> dict[str, Any]:
-        """Everything is said: what is left out would be taken from the checkpoint's own generation defaults."""
+        """Builds a request that sets everything: the checkpoint's generation defaults would fill in the rest."""
         return {
             "model": self.adapter,
             "prompt": prompt,
@@ -166,24 +166,24 @@ class VllmServer(RolloutEngine):
             hint = ""
             if path.endswith("lora_adapter") and error.code == 404:
                 hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
-            said = printable(error.read().decode(errors="replace")[:500])
-            raise ConnectionError(f"{self.url}{path} answered {error.code}: {said}{hint}") from error
+            text = printable(error.read().decode(errors="replace")[:500])
+            raise ConnectionError(f"{self.url}{path} answered {error.code}: {text}{hint}") from error
         except OSError as error:
             raise ConnectionError(f"no vLLM server answers at {self.url}{path}: {error}") from error
 
     def _sync(self, model: Any) -> bool:
-        """Gives the server the student's adapter, unless it has it."""
+        """Loads the student's adapter into the server if it has changed; True if it has."""
         config, weights = _adapter(model)
         if self._loaded.keys() == weights.keys() and all(torch.equal(w, self._loaded[n]) for n, w in weights.items()):
             return False
         old, self._number = self.adapter, self._number + 1
-        place = self.folder / self.adapter
+        path = self.folder / self.adapter
         try:
-            config.save_pretrained(place)
-            save_file(weights, place / "adapter_model.safetensors")
-            self._post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(place.absolute())})
+            config.save_pretrained(path)
+            save_file(weights, path / "adapter_model.safetensors")
+            self._post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(path.absolute())})
         except BaseException:  # the server has the old one yet, if any
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             self._number -= 1
             raise
         if self._loaded:
@@ -196,7 +196,7 @@ class VllmServer(RolloutEngine):
         self._post("/v1/unload_lora_adapter", {"lora_name": adapter})
 
     def close(self) -> None:
-        """The server and ``folder`` lose the adapter; a server that is gone has lost it already."""
+        """Unloads the adapter from the server and removes it from ``folder``."""
         if self._loaded:
             self._loaded = {}
             try:
@@ -206,31 +206,42 @@ class VllmServer(RolloutEngine):
 
     @torch.no_grad()
     def _compare(
-        self, model: Any, head: Head, inputs: dict[str, Tensor], tokens: Tensor, theirs: Tensor, lengths: list[int]
+        self,
+        model: Any,
+        head: Head,
+        inputs: dict[str, Tensor],
+        tokens: Tensor,
+        server_log_probs: Tensor,
+        lengths: list[int],
     ) -> None:
+        """Refuses a server whose log-probs are not the student's.
+
+        Raises:
+            RuntimeError: they are more than `tolerance` apart on average.
+        """
         few, width = slice(self.checked), min(tokens.shape[1], COMPARED)
         device = inputs["input_ids"].device
         written = torch.arange(width) < torch.tensor(lengths)[few, None]
         ids = torch.cat([inputs["input_ids"][few], tokens[few, :width].to(device)], 1)
         attended = torch.cat([inputs["attention_mask"][few], written.to(device, inputs["attention_mask"].dtype)], 1)
-        places = attended.cumsum(1).sub(1).clamp(min=0)
+        position = attended.cumsum(1).sub(1).clamp(min=0)
         with evaluating(model):
-            logits = model(input_ids=ids, attention_mask=attended, position_ids=places).logits
+            logits = model(input_ids=ids, attention_mask=attended, position_ids=position).logits
         log_p = logits[:, -width - 1 : -1, : head.vocabulary].float().log_softmax(-1)
-        mine = log_p.gather(-1, ids[:, -width:, None]).squeeze(-1).cpu()[written]
-        others = theirs[few, :width][written]
-        apart = float((mine - others).abs().mean())
+        student = log_p.gather(-1, ids[:, -width:, None]).squeeze(-1).cpu()[written]
+        server = server_log_probs[few, :width][written]
+        apart = float((student - server).abs().mean())
         if not apart <= self.tolerance:
             raise RuntimeError(
-                f"{self.url} does not sample from the student: over {len(mine)} tokens the mean log-prob is "
-                f"{float(others.mean()):.4f} there and {float(mine.mean()):.4f} here, {apart:.4f} apart on average, "
+                f"{self.url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
+                f"{float(server.mean()):.4f} there and {float(student.mean()):.4f} here, {apart:.4f} apart on average, "
                 f"more than VllmServer.tolerance={self.tolerance}. Does it serve the same base model, in the same "
                 "precision, with --logprobs-mode raw_logprobs?"
             )
 
 
 def _adapter(model: Any) -> tuple[Any, Weights]:
-    """The configuration and a copy of the weights of the one adapter that is switched on, named as PEFT saves them."""
+    """Copies configuration and weights of the one adapter that is switched on, named as PEFT saves them."""
     active = {name for m in model.modules() if isinstance(m, BaseTunerLayer) for name in m.active_adapters}
     if len(active) != 1:
         raise ValueError(
