@@ -1,4 +1,4 @@
-"""What the diffusion setting refuses, of its settings before models are loaded, and of rows."""
+"""Refusals of the diffusion setting: of settings, before models are loaded, and of rows."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from .view import REFERENCE
 
 
 def check_targets(targets: Mapping[str, VelocityTarget], teachers: Collection[str]) -> None:
-    """
+    """Refuses velocity targets without their teachers.
+
     Raises:
         ValueError: a velocity target of no teacher, or one that asks a teacher that is not there.
     """
     for name, target in targets.items():
         if name not in teachers:
             raise ValueError(f"model.velocity_targets: there is no teacher {name!r}; there are {sorted(teachers)}")
-        for other in sorted(set(target.asks) - set(teachers)):
+        for missing in sorted(set(target.asks) - set(teachers)):
             raise ValueError(
-                f"model.velocity_targets.{name}: {type(target).__name__} asks {other!r}, which is no teacher: add "
+                f"model.velocity_targets.{name}: {type(target).__name__} asks {missing!r}, which is no teacher: add "
                 "it to model.teachers with the weights of a LearnedScore"
             )
 
 
 def check_densities(where: str, term: Term, sampler: Sampler) -> None:
-    """
+    """Refuses parts of a term that read densities of a sampler without them.
+
     Raises:
         ValueError: a signal or a weight that reads densities, which the sampler has none of, or a policy gradient.
     """
@@ -68,7 +70,8 @@ def _check_weight(where: str, weight: Weight, sampler: Sampler) -> None:
 
 
 def check_source(where: str, term: Term, target: VelocityTarget | None, rollout: Rollout) -> None:
-    """
+    """Refuses terms on noised data whose trajectories are not all of the dataset.
+
     Args:
         where: the term's place in the configuration.
         term: the one that is checked.
@@ -76,7 +79,7 @@ def check_source(where: str, term: Term, target: VelocityTarget | None, rollout:
         rollout: the settings that name the sources of trajectories.
 
     Raises:
-        ValueError: the term speaks of noised data only, and not all of its trajectories are of the dataset.
+        ValueError: its signal or target is defined on noised data only, and it has other trajectories.
     """
     of_data = isinstance(term.signal, FlowMatching) or (target is not None and target.of_data)
     if of_data and {"dataset"} != ({term.source} if term.source else rollout.sources):
@@ -84,7 +87,8 @@ def check_source(where: str, term: Term, target: VelocityTarget | None, rollout:
 
 
 def check_rollout(rollout: Rollout) -> None:
-    """
+    """Refuses rollout settings of language models.
+
     Raises:
         ValueError: a temperature or filters, which a sampler of images does not have.
     """
@@ -93,7 +97,8 @@ def check_rollout(rollout: Rollout) -> None:
 
 
 def check_latents(name: str, family: Family, student: Family) -> None:
-    """
+    """Compares the latents of a teacher with the student's.
+
     Raises:
         ValueError: the latents of a teacher and of the student are not of one shape.
     """
@@ -105,7 +110,8 @@ def check_latents(name: str, family: Family, student: Family) -> None:
 
 
 def check_finite(latents: Tensor, examples: list[Example]) -> None:
-    """
+    """Refuses latents that are not finite.
+
     Raises:
         FloatingPointError: latents ``[B, T, ...]`` that are not finite; the message names the first prompt of them.
     """
@@ -116,15 +122,15 @@ def check_finite(latents: Tensor, examples: list[Example]) -> None:
 
 
 def problem_with_row(example: Example, shown: list[Example], family: Family, needs_image: bool) -> str | None:
-    """Why a row can't be used, or None.
+    """Finds what is wrong with a row; None if nothing is.
 
     Args:
         example: the row.
-        shown: the row as the student and each teacher with a view of it are shown it.
+        shown: the row as the student and each teacher with a view of it read it.
         family: the student's, which encodes prompts.
         needs_image: whether images of the dataset are noised.
     """
-    for prompt in (seen["prompt"] for seen in shown):
+    for prompt in (policy_example["prompt"] for policy_example in shown):
         if not isinstance(prompt, str):
             return f"the prompt is no text but {type(prompt).__name__}"
         length, limit = family.tokens(prompt), family.max_sequence_length
@@ -132,10 +138,10 @@ def problem_with_row(example: Example, shown: list[Example], family: Family, nee
             return f"the prompt has {length} tokens, model.max_sequence_length is {limit}"
     if needs_image and example.get("image") is None:
         return "image is null, and rollout.behavior.dataset needs one"
-    for column, seen in (("image", example), *((REFERENCE, seen) for seen in shown)):
-        if seen.get(column) is not None:
+    for column, policy_example in (("image", example), *((REFERENCE, policy_example) for policy_example in shown)):
+        if policy_example.get(column) is not None:
             try:
-                opened(seen[column])
+                opened(policy_example[column])
             except ValueError as error:
                 return f"{column} can't be read: {error}"
     return None

@@ -23,7 +23,7 @@ def image_folder(
     Args:
         folder: holds the images.
         captions: a JSONL file in it whose rows have ``file_name`` and ``prompt`` (or ``text``).
-        on_bad_row: what becomes of a row without them, or whose image is not there. Default in a configuration:
+        on_bad_row: handling of a row without them, or whose image is not there. Default in a configuration:
             ``data.on_bad_row``.
 
     Raises:
@@ -39,11 +39,11 @@ def image_folder(
     for number, row in json_lines(table, bad):
         with bad.at(f"{table}, row {number}"):
             rows.append((f"{table}, row {number}", _captioned(row, root)))
-    found = tabulate(rows, str(table), bad)
+    dataset = tabulate(rows, str(table), bad)
     bad.warn()
-    if not len(found):
+    if not len(dataset):
         raise ValueError(f"{table}: no row is left" + (f"; the first was left out: {bad.first}" if bad.first else ""))
-    return found.cast_column("image", ImageFeature())
+    return dataset.cast_column("image", ImageFeature())
 
 
 def _captioned(row: Any, root: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Families of diffusers pipelines: how each one's transformer is asked, and what its other parts make of examples.
+"""Families of diffusers pipelines: the inputs of each one's transformer, and the encoders and decoders around it.
 
 A new family is one class. Shape legend: B rows; latents ``[B, ...]`` in the family's own layout.
 """
@@ -25,19 +25,19 @@ from ...shipped import shipped
 from .models import diffusers, pipeline_index
 
 Condition = dict[str, Tensor]
-"""What one prompt was encoded to: the transformer's own inputs, without a batch dimension."""
+"""One encoded prompt: the transformer's own inputs, without a batch dimension."""
 
 
 class Family(ABC):
-    """Everything of a pipeline but its transformer. Nothing in it is trained.
+    """Family of pipelines: everything of one but its transformer. Nothing in it is trained.
 
     Args:
         pipe: a diffusers pipeline without its transformer.
         config: the transformer's configuration.
         size: height and width of images in pixels.
         max_sequence_length: tokens of a prompt.
-        shift: of the noise levels, σ' = s·σ / (1 + (s−1)·σ); None: what the scheduler says.
-        cache: a folder for what prompts and images were encoded to, by content; None: only in memory.
+        shift: of the noise levels, σ' = s·σ / (1 + (s−1)·σ); None: the scheduler's.
+        cache: a folder for encoded prompts and images, by content; None: only in memory.
 
     Raises:
         ValueError: the pipeline's scheduler is not one of flow matching.
@@ -45,7 +45,7 @@ class Family(ABC):
 
     pipelines: ClassVar[tuple[str, ...]]
     jumps: ClassVar[bool] = False
-    """Whether the transformer is told where a step ends (flow maps)."""
+    """True where the end of a step is an input of the transformer (flow maps)."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ class Family(ABC):
                 shift=shift,
                 **({"use_dynamic_shifting": False} if "base_shift" in pipe.scheduler.config else {}),
             )
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: Any) -> Family:
         return self  # text encoders are large; nothing here changes but the cache, behind a lock
@@ -84,16 +84,22 @@ class Family(ABC):
 
     @abstractmethod
     def _encode(self, prompt: str) -> Condition:
-        """What the transformer reads of a prompt."""
+        """Encodes a prompt for the transformer."""
 
     def _refer(self, prompt: str, reference: Tensor) -> Condition:
-        """What it reads in addition, or instead, where the model's own encoder also sees ``reference [1, 3, H, W]`` in
-        [−1, 1]."""
+        """Encodes a prompt with ``reference [1, 3, H, W]`` in [−1, 1] by the model's own encoder.
+
+        Returns:
+            Inputs in addition to, or in place of, those of `_encode`.
+
+        Raises:
+            ValueError: it reads no images.
+        """
         raise ValueError(f"a {type(self.pipe).__name__} sees no reference images")
 
     @abstractmethod
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
-        """What the transformer predicts at latents ``[B, ...]`` for steps from level t to r, ``[B]`` each."""
+        """Predicts velocities ``[B, ...]`` at latents ``[B, ...]``, for steps from level t to r, ``[B]`` each."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -102,7 +108,7 @@ class Family(ABC):
         return channels, self.size[0] // factor, self.size[1] // factor
 
     def levels(self, steps: int) -> Tensor:
-        """``[steps + 1]`` noise levels from 1 to 0, as the pipeline's scheduler makes them."""
+        """Computes noise levels ``[steps + 1]`` from 1 to 0 by the pipeline's scheduler."""
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
         dynamic = {"mu": self._mu()} if self.pipe.scheduler.config.use_dynamic_shifting else {}
         self.pipe.scheduler.set_timesteps(sigmas=sigmas, **dynamic)
@@ -122,10 +128,11 @@ class Family(ABC):
         return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
 
     def stack(self, conditions: list[Condition]) -> dict[str, Any]:
+        """Batches encoded prompts."""
         return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
 
     def batches(self, conditions: Sequence[Condition]) -> list[list[int]]:
-        """Which rows can be asked in one forward pass."""
+        """Groups the rows that can share a forward pass."""
         groups: dict[Any, list[int]] = {}
         for row, condition in enumerate(conditions):
             groups.setdefault(tuple((name, tensor.shape) for name, tensor in condition.items()), []).append(row)
@@ -134,32 +141,34 @@ class Family(ABC):
     # -- what all families share ----------------------------------------------------------------------------------
 
     def tokens(self, prompt: str) -> int:
-        """Tokens of a prompt, by the tokenizer with the longest context."""
+        """Counts the tokens of a prompt, by the tokenizer with the longest context."""
         return len((getattr(self.pipe, "tokenizer_3", None) or self.pipe.tokenizer)(prompt)["input_ids"])
 
     @torch.no_grad()
     def conditions(self, prompts: list[str], references: list[Any]) -> list[Condition]:
-        """What the transformer reads of each prompt, and of the reference image beside it where there is one (whatever
-        `open_image` takes)."""
-        # one at a time: what a prompt is encoded to must not depend on its neighbors, not by a rounding
-        found = self._cached(
+        """Encodes prompts, with the reference image beside each where there is one (whatever `open_image` takes)."""
+        # one at a time: an encoding must not depend on its neighbors, not by a rounding
+        of_prompts = self._cached(
             [_key("prompt", self._name, prompt) for prompt in prompts],
             lambda rows: [self._encode(prompts[row]) for row in rows],
         )
         pairs = [
             (prompt, open_image(image)) for prompt, image in zip(prompts, references, strict=True) if image is not None
         ]
-        seen = iter(
+        of_references = iter(
             self._cached(
                 [_key("reference", self._name, str(self.size), prompt, _content(image)) for prompt, image in pairs],
                 lambda rows: [self._refer(pairs[row][0], self.pixels([pairs[row][1]])) for row in rows],
             )
         )
-        return [said if image is None else said | next(seen) for said, image in zip(found, references, strict=True)]
+        return [
+            encoded if image is None else encoded | next(of_references)
+            for encoded, image in zip(of_prompts, references, strict=True)
+        ]
 
     @torch.no_grad()
     def latents(self, images: list[Any]) -> Tensor:
-        """``[B, ...]`` of images (whatever `open_image` takes), which are scaled to the pipeline's size."""
+        """Encodes images (whatever `open_image` takes), scaled to the pipeline's size, to latents ``[B, ...]``."""
         opened = [open_image(image) for image in images]
 
         def make(rows: list[int]) -> list[Condition]:
@@ -167,17 +176,17 @@ class Family(ABC):
             return [{"latent": self._to_latents(self.pixels([opened[row]]))[0]} for row in rows]
 
         keys = [_key("latent", self._name, str(self.size), _content(image)) for image in opened]
-        return torch.stack([found["latent"] for found in self._cached(keys, make)])
+        return torch.stack([encoded["latent"] for encoded in self._cached(keys, make)])
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] of latents."""
+        """Decodes latents to images ``[B, 3, H, W]`` in [0, 1]."""
         vae = self.pipe.vae
         pixels = self._to_images(latents.to(vae.device, vae.dtype))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
-        """``[B, 3, H, W]`` in [−1, 1], on the encoder's device."""
+        """Converts images to pixels ``[B, 3, H, W]`` in [−1, 1], on the encoder's device."""
         height, width = self.size
         scaled = [
             image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
@@ -189,11 +198,11 @@ class Family(ABC):
 
     @cached_property
     def _name(self) -> str:
-        """Changes with whatever changes what the encoders say, where that outlives the process."""
+        """Key of the encoders' weights and settings, for a cache that outlives the process."""
         if self.cache is None:
             return ""
-        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        weights = [float(p.double().abs().sum()) for part in parts for p in part.parameters()]
+        encoders = [module for module in self.pipe.components.values() if isinstance(module, nn.Module)]
+        weights = [float(p.double().abs().sum()) for encoder in encoders for p in encoder.parameters()]
         return f"{type(self).__name__} {self.max_sequence_length} {weights}"
 
     def _cached(self, keys: list[str], make: Any) -> list[dict[str, Tensor]]:
@@ -204,9 +213,9 @@ class Family(ABC):
                     self._known[key] = load_file(file)
             missing = {key: row for row, key in enumerate(keys) if key not in self._known}
             for start in range(0, len(missing), 64):
-                part = list(missing)[start : start + 64]
-                for key, made in zip(part, make([missing[key] for key in part]), strict=True):
-                    self._known[key] = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+                batch = list(missing)[start : start + 64]
+                for key, encoded in zip(batch, make([missing[key] for key in batch]), strict=True):
+                    self._known[key] = {name: tensor.cpu().contiguous() for name, tensor in encoded.items()}
                     if self.cache is not None:
                         _keep(self._known[key], self.cache / f"{key}.safetensors")
             return [self._known[key] for key in keys]
@@ -215,7 +224,7 @@ class Family(ABC):
 class AnyFlow(Family):
     """AnyFlow (2605.13724): flow maps u(x, t, r), as diffusers has them; with one frame, images.
 
-    Where the transformer has ``image_dim``, reference images are seen through the autoencoder: a token per latent
+    Where the transformer has ``image_dim``, it reads reference images encoded by the autoencoder: a token per latent
     pixel.
     """
 
@@ -232,10 +241,10 @@ class AnyFlow(Family):
         return self.pipe.scheduler.sigmas.clone()
 
     def _encode(self, prompt: str) -> Condition:
-        said, _ = self.pipe.encode_prompt(
+        hidden, _ = self.pipe.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        return {"encoder_hidden_states": said[0]}
+        return {"encoder_hidden_states": hidden[0]}
 
     def _refer(self, prompt: str, reference: Tensor) -> Condition:
         if self.config["image_dim"] is None:
@@ -244,8 +253,8 @@ class AnyFlow(Family):
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         levels = {"timestep": 1000 * t[:, None], "r_timestep": 1000 * r[:, None]}
-        said = model(hidden_states=latent.transpose(1, 2), **levels, **condition, return_dict=False)[0]
-        return said.transpose(1, 2)
+        predicted = model(hidden_states=latent.transpose(1, 2), **levels, **condition, return_dict=False)[0]
+        return predicted.transpose(1, 2)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
@@ -268,17 +277,17 @@ class StableDiffusion3(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
 
     def _encode(self, prompt: str) -> Condition:
-        said, _, pooled, _ = self.pipe.encode_prompt(
+        hidden, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        return {"encoder_hidden_states": said[0], "pooled_projections": pooled[0]}
+        return {"encoder_hidden_states": hidden[0], "pooled_projections": pooled[0]}
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         return model(hidden_states=latent, timestep=1000 * t, **condition, return_dict=False)[0]
 
 
 class Flux(Family):
-    """FLUX.1. Where the transformer has a guidance of its own, it is told the pipeline's default, 3.5."""
+    """FLUX.1. Where guidance is an input of the transformer, it is the pipeline's default, 3.5."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
 
@@ -288,13 +297,13 @@ class Flux(Family):
         return self.config["in_channels"] // 4, 2 * (self.size[0] // factor), 2 * (self.size[1] // factor)
 
     def _encode(self, prompt: str) -> Condition:
-        said, pooled, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.max_sequence_length)
-        return {"encoder_hidden_states": said[0], "pooled_projections": pooled[0]}
+        hidden, pooled, _ = self.pipe.encode_prompt(prompt, max_sequence_length=self.max_sequence_length)
+        return {"encoder_hidden_states": hidden[0], "pooled_projections": pooled[0]}
 
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         batch, channels, height, width = latent.shape
         text = condition["encoder_hidden_states"]
-        said = model(
+        predicted = model(
             hidden_states=self.pipe._pack_latents(latent, batch, channels, height, width),
             timestep=1000 * t / 1000,  # as the pipeline does, rounding and all
             guidance=latent.new_full((batch,), 3.5) if self.config["guidance_embeds"] else None,
@@ -303,21 +312,23 @@ class Flux(Family):
             **condition,
             return_dict=False,
         )[0]
-        cells = said.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        cells = predicted.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return cells.reshape(latent.shape)
 
 
 class ZImage(Family):
-    """Z-Image. Reference images need a text encoder that sees, such as a Qwen3-VL in place of the Qwen3 (D-OPSD,
-    2605.05204): image and prompt are one user turn, and the last hidden state but one is the condition."""
+    """Z-Image. Reference images need a text encoder that reads images, such as a Qwen3-VL in place of the Qwen3.
+
+    After D-OPSD (2605.05204): image and prompt are one user turn, and the last hidden state but one is the condition.
+    """
 
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
 
     def _encode(self, prompt: str) -> Condition:
-        said, _ = self.pipe.encode_prompt(
+        hidden, _ = self.pipe.encode_prompt(
             [prompt], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        return {"prompt": said[0]}
+        return {"prompt": hidden[0]}
 
     def _refer(self, prompt: str, reference: Tensor) -> Condition:
         encoder, processor = self.pipe.text_encoder, getattr(self.pipe.tokenizer, "image_processor", None)
@@ -342,15 +353,15 @@ class ZImage(Family):
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         dtype = next(model.parameters()).dtype
         images = list(latent.to(dtype).unsqueeze(2).unbind(0))
-        said = model(images, (1000 - 1000 * t) / 1000, condition["prompt"], return_dict=False)[0]
-        return -torch.stack([one.float() for one in said]).squeeze(2)
+        predicted = model(images, (1000 - 1000 * t) / 1000, condition["prompt"], return_dict=False)[0]
+        return -torch.stack([v.float() for v in predicted]).squeeze(2)
 
 
 FAMILIES: tuple[type[Family], ...] = (AnyFlow, StableDiffusion3, Flux, ZImage)
 
 
 def load_family(path: str, config: Any, revision: str | None = None, **settings: Any) -> Family:
-    """The family of a pipeline's folder, without its transformer.
+    """Loads the family of a pipeline's folder, without its transformer.
 
     Raises:
         ValueError: no family knows the pipeline, or its scheduler is not one of flow matching.
@@ -359,19 +370,19 @@ def load_family(path: str, config: Any, revision: str | None = None, **settings:
     name = pipeline_index(path, revision)["_class_name"]
     kind = next((family for family in FAMILIES if name in family.pipelines), None)
     if kind is None:
-        known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
-        raise ValueError(f"student.path: {path} is a {name}; there are families for {known}")
+        supported = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+        raise ValueError(f"student.path: {path} is a {name}; there are families for {supported}")
     pipe = diffusers().DiffusionPipeline.from_pretrained(path, transformer=None, revision=revision)
     pipe.set_progress_bar_config(disable=True)
     return kind(pipe, config, **settings)
 
 
 def _keep(tensors: dict[str, Tensor], file: Path) -> None:
-    """All of it or nothing, whoever is killed, also where several processes write the same file."""
+    """Writes all of a file or nothing, also where a process is killed or several write the same one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, part)
-    part.replace(file)
+    partial = file.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, partial)
+    partial.replace(file)
 
 
 def _key(*parts: str) -> str:

@@ -18,7 +18,7 @@ Convention = Literal["uncond + w·(cond − uncond)", "cond + w·(cond − uncon
 
 
 def over(level: Tensor | float, like: Tensor) -> Tensor:
-    """A noise level ``[B]`` so that it multiplies ``like [B, ...]``; one of more precision keeps it."""
+    """Reshapes a noise level ``[B]`` to multiply ``like [B, ...]``; higher precision stays."""
     if not isinstance(level, Tensor):
         return torch.tensor(level, dtype=like.dtype, device=like.device)
     level = level.to(like.device, torch.promote_types(level.dtype, like.dtype))
@@ -26,43 +26,43 @@ def over(level: Tensor | float, like: Tensor) -> Tensor:
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """x_σ"""
+    """Mixes data and noise: x_σ = (1 − σ)·x₀ + σ·ε."""
     sigma = over(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
 def velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """v"""
+    """Returns v = ε − x₀."""
     return noise - clean
 
 
 def clean_estimate(latent: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """x₀ = x_σ − σ·v; a difference of two of them is σ times that of the velocities."""
+    """Returns x₀ = x_σ − σ·v; a difference of two of them is σ times that of the velocities."""
     return latent - over(sigma, latent) * v
 
 
 def noise_estimate(latent: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """ε = x_σ + (1 − σ)·v"""
+    """Returns ε = x_σ + (1 − σ)·v."""
     return latent + (1 - over(sigma, latent)) * v
 
 
 def euler(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float) -> Tensor:
-    """x_r from x_t; in the precision of the levels, which diffusers' flow-map scheduler keeps in float64."""
+    """Steps from x_t to x_r, in the precision of the levels: diffusers' flow-map scheduler has float64."""
     return (latent + (over(r, latent) - over(t, latent)) * v).to(latent.dtype)
 
 
 def renoised(latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise: Tensor) -> Tensor:
-    """The clean estimate at t with fresh noise of level r: the step of consistency models and of DMD2 (2405.14867)."""
+    """Adds fresh noise of level r to the clean estimate at t: a step of consistency models and of DMD2 (2405.14867)."""
     return noised(clean_estimate(latent, v, t), noise, r)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """v_uncond + w·(v_cond − v_uncond), the one formula of guidance here; w = 1 is the conditional model."""
+    """Returns v_uncond + w·(v_cond − v_uncond), the only formula of guidance here; w = 1: the conditional model."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def guidance_scale(value: float, convention: Convention) -> float:
-    """w of `guided` for a strength that was published under another convention.
+    """Converts a strength that was published under another convention to w of `guided`.
 
     ``cond + w·(cond − uncond)`` is written by DMD2-derived video code, Self-Forcing and LCM, ``cond + (w − 1)·(…)`` by
     FastGen.
@@ -79,7 +79,7 @@ def guidance_scale(value: float, convention: Convention) -> float:
 def stochastic_step(
     latent: Tensor, v: Tensor, t: Tensor | float, r: Tensor | float, noise_level: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean ``[B, ...]`` and standard deviation ``[B, 1, ...]`` of x_r, of the SDE with the same marginals as the ODE.
+    """Computes mean ``[B, ...]`` and deviation ``[B, 1, ...]`` of x_r, of the SDE with the ODE's marginals.
 
     With s = a·√(t / (1 − t)) and Δ = r − t < 0, the mean is x·(1 + s²·Δ / 2t) + v·(1 + s²·(1 − t) / 2t)·Δ and the
     standard deviation s·√−Δ (Flow-GRPO, 2505.05470). At t = 1, where s is infinite, 1 − r stands in for 1 − t, as in

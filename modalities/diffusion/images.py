@@ -12,16 +12,16 @@ from torch import Tensor
 from ...images import open_image
 
 opened = open_image
-"""A row's image, as every setting reads it."""
+"""Reader of a row's image, as in every setting."""
 
 
 def picture(image: Tensor) -> Image.Image:
-    """``[3, H, W]`` in [0, 1] as diffusers turns it into a picture."""
+    """Converts ``[3, H, W]`` in [0, 1] to a picture, as diffusers does."""
     return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
 
 def contact_sheet(images: Tensor, columns: int = 10, scale: int = 3) -> Image.Image:
-    """``[n, 3, H, W]`` in [0, 1] as one picture."""
+    """Joins ``[n, 3, H, W]`` in [0, 1] to one picture."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.ones(3, rows * (height + 1), columns * (width + 1))

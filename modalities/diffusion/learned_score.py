@@ -24,7 +24,7 @@ from .velocity_target import drawn
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW, learning rate 1e-4, betas (0, 0.999) (AnyFlow's), no weight decay."""
+    """Builds AdamW: learning rate 1e-4, betas (0, 0.999) (AnyFlow's), no weight decay."""
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0)
 
 
@@ -45,10 +45,11 @@ class Samples(Protocol):
 
 
 class LearnedScore(TeacherWeights):
-    """Another pretrained model, trained by flow matching on the student's samples before each of its optimizer steps.
+    """Weights of another pretrained model, trained on the student's samples before each of its optimizer steps.
 
-    Its weights and its optimizer are in the checkpoint. ``global_step`` counts the student's updates only. Each update
-    sees all samples of the optimizer step, on all ranks, with fresh noise (DMD2 draws fresh samples, too).
+    The loss is flow matching's. Weights and optimizer are in the checkpoint. ``global_step`` counts the student's
+    updates only. Each update sees all samples of the optimizer step, on all ranks, with fresh noise (DMD2 draws fresh
+    samples, too).
 
     Args:
         pretrained: where it starts; the teacher itself (DMD2).
@@ -98,7 +99,7 @@ class LearnedScore(TeacherWeights):
         return self.learn(field, setting.ends(mine), seeds, ranks.mean, done)
 
     def has_learned(self, step: int) -> bool:
-        """Whether it was trained for that optimizer step of the student before a resumed run began it again."""
+        """Tells whether it was trained for an optimizer step of the student that a resumed run begins again."""
         return self._learner is not None and self._learner.restored_at == step
 
     def learn(
@@ -129,8 +130,8 @@ class LearnedScore(TeacherWeights):
         for update in range(self.updates):
             s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
             with torch.enable_grad(), self._learner.training_it() as parameters:
-                said = field(flow.noised(clean, noise, s).to(clean.dtype), s, s)
-                loss = (said.float() - flow.velocity(clean, noise).float()).square().mean()
+                predicted = field(flow.noised(clean, noise, s).to(clean.dtype), s, s)
+                loss = (predicted.float() - flow.velocity(clean, noise).float()).square().mean()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = None if gradient is None else average(gradient)
@@ -143,16 +144,17 @@ class LearnedScore(TeacherWeights):
 
 
 class Learner(nn.Module):
-    """A model and its optimizer, as one part of a checkpoint."""
+    """Model and optimizer, as one entry of a checkpoint."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerCallable) -> None:
         super().__init__()
         self.model, self._make = model, optimizer
-        made = optimizer(list(model.parameters()))
-        self.settings, self.optimizer = settings_of(made), in_place(made)
+        built = optimizer(list(model.parameters()))
+        self.settings, self.optimizer = settings_of(built), in_place(built)
         self.learned_at = self.restored_at = -1  # optimizer steps of the student that were done
 
     def training_it(self) -> Any:
+        """Turns gradients of the model on within a block, which gets its parameters."""
         return _Training(self.model)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class Learner(nn.Module):
 
 
 class _Training:
-    """The model's parameters need gradients within it, and only there: to a strategy it is as frozen as any teacher."""
+    """Block in which parameters require gradients, and only there: DDP then ignores them, like a frozen teacher's."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

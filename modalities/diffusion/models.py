@@ -17,7 +17,8 @@ from ...shipped import shipped
 
 
 def diffusers() -> Any:
-    """
+    """Imports diffusers.
+
     Raises:
         ModuleNotFoundError: diffusers is missing; the message names the extra.
     """
@@ -29,11 +30,12 @@ def diffusers() -> Any:
 
 
 class Transformer:
-    """Loads the transformer of a pipeline's folder, as `Pretrained` asks for it."""
+    """Loader of the transformer of a pipeline's folder, as `Pretrained` calls it."""
 
     @staticmethod
     def from_pretrained(path: str, dtype: Any = "auto", quantization_config: Any = None, **settings: Any) -> nn.Module:
-        """
+        """Loads the weights.
+
         Raises:
             ValueError: the folder holds no pipeline with a transformer, or a setting that means nothing here.
             RuntimeError: quantization without a GPU.
@@ -56,7 +58,7 @@ class Transformer:
 
     @staticmethod
     def stored_dtype(path: str, revision: str | None = None, part: str = "transformer") -> torch.dtype | None:
-        """What its weights, or those of another part, are stored in; None where they are not here as safetensors."""
+        """Returns the dtype in which a part's weights are stored; None where they are not here as safetensors."""
         folder = Path(shipped(path))
         if not folder.is_dir():
             try:
@@ -71,7 +73,7 @@ class Transformer:
 
     @staticmethod
     def config(path: str, revision: str | None = None) -> dict[str, Any]:
-        """Its configuration alone."""
+        """Loads its configuration alone."""
         path = shipped(path)
         kind = getattr(diffusers(), pipeline_index(path, revision)["transformer"][1])
         return dict(kind.load_config(path, subfolder="transformer", revision=revision))
@@ -79,10 +81,10 @@ class Transformer:
 
 def save_pipeline(pipe: Any, model: nn.Module, folder: Path, path: str, revision: str | None) -> None:
     """Writes a pipeline's folder with another transformer, each other part in the dtype that ``path`` stores it in."""
-    for name, part in pipe.components.items():
+    for name, module in pipe.components.items():
         dtype = Transformer.stored_dtype(path, revision, name)
-        if isinstance(part, nn.Module) and dtype is not None:
-            part.to(dtype)  # diffusers loads all of them in float32
+        if isinstance(module, nn.Module) and dtype is not None:
+            module.to(dtype)  # diffusers loads all of them in float32
     kind, parts = type(pipe), {**pipe.components, "transformer": model}
     kind(**parts).save_pretrained(folder)
     for file in folder.glob("*/config.json"):  # diffusers writes down where the parts came from on this machine
@@ -115,14 +117,14 @@ def save_adapter(pipe: Any, model: PeftModel, folder: Path) -> None:
 
 
 def with_adapter(path: str, revision: str | None, folder: Path) -> nn.Module:
-    """The transformer of a pipeline with an adapter that `save_adapter` wrote, as diffusers loads it."""
+    """Loads the transformer of a pipeline with an adapter of `save_adapter`, as diffusers does."""
     pipe = diffusers().DiffusionPipeline.from_pretrained(shipped(path), revision=revision)
     pipe.load_lora_weights(folder)
     return pipe.transformer.eval()
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
-    """``model_index.json``: the pipeline's class and its parts.
+    """Reads ``model_index.json``: the pipeline's class and its parts.
 
     Raises:
         ValueError: there is none, or it names other code than that of diffusers and transformers, which loading it
@@ -132,7 +134,7 @@ def pipeline_index(path: str, revision: str | None = None) -> dict[str, Any]:
         index = dict(diffusers().DiffusionPipeline.load_config(path, revision=revision))
     except OSError as error:
         raise ValueError(f"{path} is no folder of a diffusers pipeline (model_index.json): {error}") from error
-    for name, part in index.items():
-        if isinstance(part, list | tuple) and part[0] not in (None, "diffusers", "transformers"):
-            raise ValueError(f"{path}: its {name} is code of {printable(part[0])}, which is not imported")
+    for name, component in index.items():
+        if isinstance(component, list | tuple) and component[0] not in (None, "diffusers", "transformers"):
+            raise ValueError(f"{path}: its {name} is code of {printable(component[0])}, which is not imported")
     return index

@@ -1,4 +1,4 @@
-"""How good samples are: distances of distributions between them and real images, at several numbers of steps."""
+"""Quality of samples: distances between their distribution and that of real images, at several numbers of steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .images import contact_sheet, log_image
 
 
 class Sampling(Protocol):
-    """What `SampleQuality` reads of the setting that samples."""
+    """Interface of the setting that `SampleQuality` reads."""
 
     @property
     def evaluator(self) -> Evaluator: ...
@@ -43,11 +43,11 @@ class Sampling(Protocol):
     @property
     def device(self) -> torch.device: ...
     def images(self, trajectories: Trajectories) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1]."""
+        """Decodes the images ``[B, 3, H, W]`` in [0, 1]."""
 
 
 class Features(nn.Module, ABC):
-    """What images are compared by.
+    """Features by which images are compared.
 
     Attributes:
         num_features: d.
@@ -57,15 +57,15 @@ class Features(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """``[n, d]`` of images ``[n, 3, H, W]`` in [0, 1]."""
+        """Computes features ``[n, d]`` of images ``[n, 3, H, W]`` in [0, 1]."""
 
     def classify(self, images: Tensor) -> Tensor | None:
-        """``[n]`` the class of each image, as the column ``label`` has it; None: no classes are known."""
+        """Classifies images ``[n]``, as the column ``label`` does; None: there are no classes."""
         return None
 
 
 class Inception(Features):
-    """Inception-v3's, as FID is published with; needs torch-fidelity, which downloads its weights.
+    """Features of Inception-v3, with which FID is published; needs torch-fidelity, which downloads its weights.
 
     Args:
         layer: 64, 192, 768 or 2048. Default 2048.
@@ -88,8 +88,9 @@ class Inception(Features):
 
 
 class DigitFeatures(Features):
-    """Of a small convolutional network that tells scikit-learn's digits apart, whatever their colors: 32 of them, each
-    divided by its standard deviation over the real digits.
+    """Features of a small convolutional network that classifies scikit-learn's digits of any color.
+
+    32 of them, each divided by its standard deviation over the real digits.
 
     Args:
         path: its weights, made by ``assets/make_diffusion_quickstart.py``.
@@ -116,6 +117,7 @@ class DigitFeatures(Features):
         return self.raw(images) / self.spread
 
     def raw(self, images: Tensor) -> Tensor:
+        """Computes the features before they are divided."""
         return self.body(nn.functional.interpolate(images, (16, 16), mode="bilinear") * 2 - 1)
 
     def classify(self, images: Tensor) -> Tensor:
@@ -123,14 +125,16 @@ class DigitFeatures(Features):
 
 
 class SampleQuality:
-    """Frechet distance (``fid``), kernel distance (``kid``, an MMD²), precision and recall (k = 3) of features, and
-    class accuracy, at each number of steps: ``val/fid_4``, ….
+    """Metrics of sample quality at each number of steps: ``val/fid_4``, ….
+
+    Frechet distance (``fid``), kernel distance (``kid``, an MMD²), precision and recall (k = 3) of features, and class
+    accuracy.
 
     The real images are the column ``image`` of the training examples, or of the validation examples where those have
     none. Class accuracy says little about few-step samples, which tend to be each class's mean.
 
     Args:
-        features: what images are compared by.
+        features: by which images are compared.
         steps: numbers of denoising steps at every validation.
         test_steps: at `test`. Default: 1, 2, 4, 8, 16, 32.
         real: the most real images that are compared with.
@@ -153,7 +157,7 @@ class SampleQuality:
         if min([*self.steps, *self.test_steps]) < 1:
             raise ValueError(f"quality: numbers of steps must be >= 1, got {steps} and {test_steps}")
         self._real: Tensor | None = None
-        self._made: dict[int, list[Tensor]] = {}
+        self._features: dict[int, list[Tensor]] = {}
         self._right: dict[int, list[Tensor]] = {}
 
     @torch.no_grad()
@@ -166,11 +170,11 @@ class SampleQuality:
                 continue
             acted = acted.select(torch.tensor(counts))
             images = module.images(acted)
-            self._made.setdefault(count, []).append(self.features(images))
-            found = self.features.classify(images)
-            if found is not None and "label" in examples[0]:
+            self._features.setdefault(count, []).append(self.features(images))
+            classes = self.features.classify(images)
+            if classes is not None and "label" in examples[0]:
                 wanted = torch.tensor([example["label"] for example in acted.examples])
-                self._right.setdefault(count, []).append((found == wanted).float())
+                self._right.setdefault(count, []).append((classes == wanted).float())
             if batch_idx == 0 and module.trainer.is_global_zero:
                 self._draw(module, who, images[: self.grid], count)
 
@@ -184,17 +188,17 @@ class SampleQuality:
 
     @torch.no_grad()
     def finish(self, module: Sampling, stage: str) -> dict[str, float]:
-        """Everything since the last call, over all ranks."""
+        """Computes the metrics of all samples since the last call, over all ranks."""
         real = self._reference(module)
         values: dict[str, float] = {}
-        for count, parts in sorted(self._made.items()):
-            made = torch.cat(module.ranks.gather_objects(torch.cat(parts)))
-            values |= {f"{stage}/{name}_{count}": value for name, value in compare(real, made).items()}
+        for count, batches in sorted(self._features.items()):
+            samples = torch.cat(module.ranks.gather_objects(torch.cat(batches)))
+            values |= {f"{stage}/{name}_{count}": value for name, value in compare(real, samples).items()}
             if count in self._right:
                 mean = MeanMetric().to(module.device)
                 mean.update(torch.cat(self._right[count]).to(module.device))
                 values[f"{stage}/class_accuracy_{count}"] = float(mean.compute())
-        self._made, self._right = {}, {}
+        self._features, self._right = {}, {}
         return values
 
     def _reference(self, module: Sampling) -> Tensor:
@@ -206,41 +210,43 @@ class SampleQuality:
             )
             if rows is None:
                 raise ValueError("model.quality compares with real images, but no split has a column 'image'")
-            parts = []
+            batches = []
             for start in range(0, min(len(rows), self.real), 64):
                 images = [rows[i]["image"] for i in range(start, min(start + 64, len(rows), self.real))]
-                parts.append(self.features(module.family.pixels(images).float().cpu() / 2 + 0.5))
-            self._real = torch.cat(parts)
+                batches.append(self.features(module.family.pixels(images).float().cpu() / 2 + 0.5))
+            self._real = torch.cat(batches)
         return self._real
 
 
-def compare(real: Tensor, made: Tensor) -> dict[str, float]:
+def compare(real: Tensor, samples: Tensor) -> dict[str, float]:
     """Distances between features ``[n, d]`` and ``[m, d]``: fid, kid, precision, recall."""
     passing = _Passing(real.shape[1])
     fid = FrechetInceptionDistance(feature=passing, normalize=True).set_dtype(torch.float64)
-    size = min(len(real), len(made), 500)
+    size = min(len(real), len(samples), 500)
     kid = KernelInceptionDistance(feature=passing, normalize=True, subset_size=size, subsets=1)
     for metric in (fid, kid):
         metric.update(real.double(), real=True)
-        metric.update(made.double(), real=False)
-    if len(made) < 2 * real.shape[1]:
-        rank_zero_warn(f"quality: {len(made)} samples are few for a covariance of {real.shape[1]} features")
+        metric.update(samples.double(), real=False)
+    if len(samples) < 2 * real.shape[1]:
+        rank_zero_warn(f"quality: {len(samples)} samples are few for a covariance of {real.shape[1]} features")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # which subset KID draws
         kernel, _ = kid.compute()
-    precision, recall = precision_and_recall(real, made)
+    precision, recall = precision_and_recall(real, samples)
     return {"fid": float(fid.compute()), "kid": float(kernel), "precision": precision, "recall": recall}
 
 
-def precision_and_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of ``made [m, d]`` within the manifold of ``real [n, d]``, and the other way round (1904.06991): within
-    the distance to the k-th nearest neighbor of some point."""
+def precision_and_recall(real: Tensor, samples: Tensor, k: int = 3) -> tuple[float, float]:
+    """Computes the shares of ``samples [m, d]`` within the manifold of ``real [n, d]``, and vice versa (1904.06991).
+
+    The manifold of points is the union of balls around each, with the distance to its k-th nearest neighbor as radius.
+    """
 
     def covered(points: Tensor, by: Tensor) -> float:
         radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values
         return float((torch.cdist(points, by) <= radius).any(1).float().mean())
 
-    return covered(made, real), covered(real, made)
+    return covered(samples, real), covered(real, samples)
 
 
 class _Passing(nn.Module):

@@ -1,4 +1,4 @@
-"""Queries a policy for velocities: at any state of a batch, or at some states of it.
+"""Queries of a policy for velocities: at any state of a batch, or at some states of it.
 
 Shape legend: B trajectories, n states, latents ``[...]`` in the family's layout.
 """
@@ -26,7 +26,7 @@ velocities ``[n, ...]``."""
 
 @dataclass(frozen=True)
 class RestrictedField:
-    """A velocity field at n states: from latents ``[n, ...]`` and the levels ``[n]`` that a step goes from and to, to
+    """Velocity field at n states: from latents ``[n, ...]`` and the levels ``[n]`` of a step's start and end to
     velocities ``[n, ...]``.
 
     Attributes:
@@ -41,20 +41,20 @@ class RestrictedField:
         return self.field(self.rows, latent, t, r)
 
     def at(self, states: Tensor) -> RestrictedField:
-        """At some of the n states only."""
+        """Restricts it to some of the n states."""
         return RestrictedField(self.field, self.rows[states])
 
 
 @dataclass
 class VisitedStates:
-    """n states that the student visited.
+    """States that the student visited, n of them.
 
     Attributes:
         latent: ``[n, ...]``.
-        t, r: ``[n]`` the noise level, and the one that the student is asked to go to.
-        clean: ``[n, ...]`` for states of the data, the image that they were made from; else the next latent.
+        t, r: ``[n]`` noise levels of the state and of the end of the student's step.
+        clean: ``[n, ...]`` for states of noised data the clean latents; else the next latents.
         seeds: n numbers of the trajectories, for draws.
-        other: the field of another policy by its name, as it sees these trajectories, without guidance.
+        other: the field of another policy by its name, without guidance, with that policy's view.
     """
 
     latent: Tensor
@@ -73,14 +73,14 @@ def velocity_field(
     jumps: bool,
     count: Callable[[Tensor], None],
 ) -> VelocityField:
-    """The velocities of a policy for any of these examples.
+    """Builds the velocity field of a policy for these examples.
 
     Args:
         policy: whose they are.
         family: of its pipeline.
-        examples: B of them, as the policy is shown them.
-        guidance: w in v_uncond + w·(v_cond − v_uncond); 1 asks once, for the prompt alone.
-        jumps: whether the policy is told where a step ends.
+        examples: B of them, as the policy reads them.
+        guidance: w in v_uncond + w·(v_cond − v_uncond); 1: one forward pass, without v_uncond.
+        jumps: the end of a step is an input of the policy.
         count: takes the rows ``[n]`` of each forward pass, one for each state.
     """
     conditions, unconditional = conditions_of(family, examples), []
@@ -96,15 +96,15 @@ def velocity_field(
 
     def velocity(of: list[Condition], rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:
         count(rows)
-        seen = [of[row] for row in rows.tolist()]
+        encoded = [of[row] for row in rows.tolist()]
         weight = next(policy.model.parameters())
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
         velocities, order = [], []
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(policy.model)
         with policy.active(), mode:
-            for group in family.batches(seen):
+            for group in family.batches(encoded):
                 at = torch.tensor(group, device=latent.device)
-                inputs = _to(family.stack([seen[i] for i in group]), device, dtype)
+                inputs = _to(family.stack([encoded[i] for i in group]), device, dtype)
                 x, start, end = latent[at].to(device, dtype), t[at].to(device), r[at].to(device)
                 velocities.append(family.velocity(policy.model, x, start, end, inputs).to(latent.device))
                 order.append(at)
@@ -115,7 +115,7 @@ def velocity_field(
 
 
 def conditions_of(family: Family, examples: list[Example]) -> list[Condition]:
-    """What a transformer reads of each example: its encoded prompt, and its reference image where there is one."""
+    """Encodes the prompt of each example for a transformer, and its reference image where there is one."""
     prompts = [example["prompt"] for example in examples]
     return family.conditions(prompts, [example.get(REFERENCE) for example in examples])
 

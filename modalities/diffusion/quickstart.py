@@ -20,11 +20,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the digits need scikit-learn: pip install 'opd-lightning[vision]'") from error
-    found = load_digits()
-    return found.images, found.target
+    dataset = load_digits()
+    return dataset.images, dataset.target
 
 
 def caption(label: int) -> str:
+    """Writes the caption of a digit."""
     return f"a handwritten {NAMES[label]}"
 
 
@@ -36,7 +37,7 @@ def digits(
     repeat: int = 1,
     seed: int = 0,
 ) -> Dataset:
-    """scikit-learn's 1,797 real digits of 8 × 8 pixels, smoothly enlarged to 16 × 16, white on black.
+    """Loads scikit-learn's 1,797 real digits of 8 × 8 pixels, smoothly enlarged to 16 × 16, white on black.
 
     Columns: ``prompt`` (a caption, such as "a handwritten three"), ``image``, ``label``, and ``reference``: another
     digit in the same colors, or none.
@@ -56,9 +57,9 @@ def digits(
     draw = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for i in list(chosen)[:limit] * repeat:
-        told, other = draw.random() < referenced, int(draw.integers(chosen.start, chosen.stop))
-        flip, label = draw.random() < inverted and (told or not referenced), int(labels[i])
-        reference = _picture(images[other], flip) if told else None
+        has_reference, source = draw.random() < referenced, int(draw.integers(chosen.start, chosen.stop))
+        flip, label = draw.random() < inverted and (has_reference or not referenced), int(labels[i])
+        reference = _picture(images[source], flip) if has_reference else None
         rows.append(
             {"prompt": caption(label), "image": _picture(images[i], flip), "label": label, "reference": reference}
         )

@@ -1,4 +1,4 @@
-"""Verifiers of images: a picture and its example in, a number out."""
+"""Rewards of images: functions of a picture and its example."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...trajectory import Example
 
 
 class Brightness(Reward):
-    """1 if the mean of the image's pixels, in [0, 1], is at least as large, else 0.
+    """Reward of 1 if the mean of the image's pixels, in [0, 1], reaches a threshold, else 0.
 
     Args:
-        at_least: default 0.5; digits are white on black.
+        at_least: the threshold. Default 0.5; digits are white on black.
     """
 
     def __init__(self, at_least: float = 0.5) -> None:
@@ -48,5 +48,5 @@ class ClipScore(Reward):
         inputs = self._processor(
             text=[example["prompt"]], images=[completion], return_tensors="pt", padding=True, truncation=True
         )
-        said = self._clip(**inputs)
-        return max(0.0, float(torch.cosine_similarity(said.image_embeds, said.text_embeds)))
+        outputs = self._clip(**inputs)
+        return max(0.0, float(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds)))

@@ -1,4 +1,4 @@
-"""Samplers: which states a few-step student visits, and which of them are trained.
+"""Samplers: the states that a few-step student visits, and those of them that are trained.
 
 Shape legend: B trajectories, T steps (padded), latents ``[B, ...]``.
 """
@@ -21,11 +21,11 @@ from .query import VelocityField
 
 @dataclass
 class Plan:
-    """The steps of one trajectory.
+    """Steps of one trajectory.
 
     Attributes:
         sigma: ``[T + 1]`` the noise level of every state, the last one too.
-        toward: ``[T]`` where the model is asked to go from each; where it goes is the next level.
+        toward: ``[T]`` the level of the step's end as an input of the model; the next level may be another.
         trained: ``[T]`` bool.
     """
 
@@ -36,39 +36,39 @@ class Plan:
 
 @dataclass
 class Transition(Gaussian):
-    """Where a step leads, and the velocity that it takes."""
+    """Distribution of the next latents, and the velocity of the step."""
 
     velocity: Tensor
 
 
 class Sampler(Finite, ABC):
-    """How the student gets from noise to an image."""
+    """Sampler, by which the student gets from noise to an image."""
 
     stochastic = False
-    """Whether its transitions have a density."""
+    """True where its transitions have a density."""
     chained = False
-    """Whether the gradient also flows through the steps that came before a trained one."""
+    """True where the gradient also flows through the steps before a trained one."""
 
     @abstractmethod
     def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
-        """The steps of one trajectory.
+        """Plans the steps of one trajectory.
 
         Args:
             levels: ``[K + 1]`` the schedule of K steps, from 1 to 0.
             horizon: ``rollout.horizon``.
-            draw: for what is random about it.
+            draw: for random plans.
         """
 
     def step(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor]) -> Tensor:
-        """The next latents ``[n, ...]``."""
+        """Computes the next latents ``[n, ...]``."""
         return flow.euler(latent, v, t, r)
 
     def transition(self, latent: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Transition:
-        """The distribution of the next latents; without a density, where the sampler has none."""
+        """Returns the distribution of the next latents; without a density, where the sampler has none."""
         return Transition(flow.euler(latent, v, t, r), latent.new_zeros(()), v)
 
     def evaluated(self) -> Sampler:
-        """How a student that was trained on its states is sampled."""
+        """Returns the sampler by which a student that was trained on its states is evaluated."""
         return Euler()
 
 
@@ -77,7 +77,7 @@ def _whole(sigma: Tensor, toward: Tensor | None = None) -> Plan:
 
 
 class Euler(Sampler):
-    """The few-step ODE: x_r = x_t + (r − t)·v at every level of the schedule; all states are trained.
+    """Few-step ODE: x_r = x_t + (r − t)·v at every level of the schedule; all states are trained.
 
     Args:
         steps: draws the number of steps of each trajectory from these, for students that jump over any interval.
@@ -95,7 +95,7 @@ class Euler(Sampler):
 
 
 class SDE(Sampler):
-    """The SDE with the ODE's marginals (Flow-GRPO, 2505.05470): transitions are Gaussian, so KLs between them exist.
+    """SDE with the ODE's marginals (Flow-GRPO, 2505.05470): transitions are Gaussian, so KLs between them exist.
 
     The step that ends at noise level 0 is Euler's, and is not trained: it has no density.
 
@@ -131,9 +131,9 @@ class SDE(Sampler):
 
 
 class Renoise(Sampler):
-    """Predicts the clean image, and adds fresh noise of the next level (consistency models, DMD2's chain, 2405.14867).
+    """Sampler that predicts the clean image and adds fresh noise of the next level (consistency models, DMD2's chain).
 
-    The model is asked to go all the way, from t to 0.
+    Steps of the model go all the way, from t to 0 (2405.14867).
 
     Args:
         random_exit: the rollout ends with the clean prediction of a step drawn uniformly, the only one that is
@@ -163,8 +163,9 @@ class Renoise(Sampler):
 
 
 class Shortcuts(Sampler):
-    """A step of an N-step rollout in at most three jumps: 1 → t_i, t_i → t_{i+1}, t_{i+1} → 0 (AnyFlow's flow-map
-    backward simulation, 2605.13724). It costs three forward passes, however large N is.
+    """Step of an N-step rollout in at most three jumps: 1 → t_i, t_i → t_{i+1}, t_{i+1} → 0.
+
+    AnyFlow's flow-map backward simulation (2605.13724). It costs three forward passes, however large N is.
 
     Args:
         steps: N is drawn from these, and i uniformly. Default 2, 4, 8, 16, 50 (AnyFlow).
@@ -196,19 +197,19 @@ class Shortcuts(Sampler):
 def plan_all(
     sampler: Sampler, levels: Callable[[int], Tensor], horizon: int, seeds: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise levels ``[B, T + 1]``, where the model is asked to go ``[B, T]``, and what is trained ``[B, T]`` bool.
+    """Plans B trajectories: noise levels ``[B, T + 1]``, ends of steps ``[B, T]`` and trained ones ``[B, T]`` bool.
 
     A trajectory that is over stays at level 0.
 
     Raises:
         ValueError: a schedule without steps, or one that does not fall from 1 to 0.
     """
-    known: dict[int, Tensor] = {}
+    schedules: dict[int, Tensor] = {}
 
     def schedule(steps: int) -> Tensor:
-        if steps not in known:
-            known[steps] = _valid(levels(steps), steps)
-        return known[steps]
+        if steps not in schedules:
+            schedules[steps] = _valid(levels(steps), steps)
+        return schedules[steps]
 
     plans = [sampler.plan(schedule, horizon, generator(seed, 1)) for seed in seeds]
     width = max(len(plan.trained) for plan in plans)
@@ -223,7 +224,7 @@ def plan_all(
 def roll_out(
     sampler: Sampler, field: VelocityField, start: Tensor, sigma: Tensor, toward: Tensor, seeds: Sequence[int]
 ) -> Tensor:
-    """``[B, T, ...]`` the latents after each step, from ``start [B, ...]``; 0 after a trajectory's end."""
+    """Samples the latents after each step, ``[B, T, ...]``, from ``start [B, ...]``; 0 after a trajectory's end."""
     latent = start
     after = []
     draws = [generator(seed, 2) for seed in seeds]
@@ -243,8 +244,10 @@ def roll_out(
 
 
 def generator(seed: int, purpose: int | None = None) -> torch.Generator:
-    """Of a trajectory's starting noise (what a pipeline makes of ``torch.Generator().manual_seed(seed)``), or of
-    another purpose."""
+    """Creates the generator of a trajectory's starting noise, or of another purpose.
+
+    That of the starting noise is a pipeline's ``torch.Generator().manual_seed(seed)``.
+    """
     return torch.Generator().manual_seed(seed if purpose is None else derived_seed(seed, purpose))
 
 
@@ -269,7 +272,7 @@ def _one_of(steps: list[int], draw: torch.Generator) -> int:
 
 @dataclass
 class Noising:
-    """Which noise levels t, and ends r of an interval, images of the dataset are shown at.
+    """Distribution of noise levels t, and of ends r of intervals, for images of the dataset.
 
     Args:
         same: the share with r = t, which is plain flow matching. Default 1; AnyFlow (2605.13724) uses 0.5.
@@ -289,7 +292,7 @@ class Noising:
             raise ValueError(f"noising: shares must be >= 0 and at most 1 together, and shift > 0, got {self}")
 
     def draw(self, draw: torch.Generator) -> tuple[float, float]:
-        """t and r of one image."""
+        """Draws t and r of one image."""
         kind, a, b = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
         t, r = max(a, b), min(a, b)
         if kind < self.same:

@@ -15,8 +15,10 @@ ADVICE = Part.advice | {"latents": "only samplers of images have velocities (Dif
 
 
 class VelocityMatching(Signal):
-    """mean (v_student − v_teacher)² over the latent: transition matching (D-OPSD, 2605.05204), flow maps, and the form
-    in which all answers come."""
+    """Mean of (v_student − v_teacher)² over the latent: transition matching (D-OPSD, 2605.05204), flow maps, ….
+
+    Every `VelocityTarget` is a velocity, so that this one signal serves all.
+    """
 
     needs = frozenset({"teacher", "latents"})
     advice = ADVICE
@@ -27,7 +29,7 @@ class VelocityMatching(Signal):
 
 
 class FlowMatching(Signal):
-    """mean (v_student − (ε − x₀))² over the latent of noised data: how flow models are pretrained. Asks no teacher."""
+    """Mean of (v_student − (ε − x₀))² over the latent of noised data, the pretraining loss of flow models."""
 
     needs = frozenset({"latents"})
     advice = ADVICE
@@ -40,7 +42,7 @@ class FlowMatching(Signal):
 
 
 class NoiseLevel(Weight):
-    """t^power of the noise level t of a state, or (t − r)^power of the interval that a step covers.
+    """Weight t^power of the noise level t of a state, or (t − r)^power of the interval of a step.
 
     Power 2 turns a squared error of velocities into one of clean images, x₀ = x − t·v (D-OPSD's released code, where
     time runs the other way and the weight is written (1 − t)²), or of where the steps end.
@@ -70,8 +72,9 @@ class NoiseLevel(Weight):
 
 
 class InverseError(Weight):
-    """1 / (e + floor)^power of each step's own squared error e: no step outweighs the others because it is far off
-    (MeanFlow's adaptive weight, 2505.13447; there e is a sum over the latent, here `VelocityMatching`'s mean).
+    """Weight 1 / (e + floor)^power of each step's own squared error e, so that no large error outweighs the others.
+
+    MeanFlow's adaptive weight (2505.13447); there e is a sum over the latent, here `VelocityMatching`'s mean.
 
     Args:
         power: 0 weighs all alike. Default 1 (MeanFlow).

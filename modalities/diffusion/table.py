@@ -1,5 +1,7 @@
-"""What came of a few-step run: ``opd table runs/demo-diffusion`` prints Frechet distances by number of
-steps, draws ``curves.png`` and ``grid.png`` and writes ``result.json``."""
+"""Reports on few-step runs: ``opd table runs/demo-diffusion`` prints Frechet distances by number of steps.
+
+It also draws ``curves.png`` and ``grid.png`` and writes ``result.json``.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ from ...report import Curves, new_figure, read_config, read_curves
 
 
 def by_steps(curves: Curves, prefix: str, place: int, metric: str = "fid") -> dict[int, float]:
-    """Number of steps → the first (0) or last (−1) value of a metric."""
+    """Collects the first (0) or last (−1) value of a metric by number of steps."""
     pattern = re.compile(rf"{re.escape(prefix)}/{metric}_(\d+)")
-    found = {int(m[1]): points[place][1] for name, points in curves.items() if (m := pattern.fullmatch(name))}
-    return dict(sorted(found.items()))
+    values = {int(m[1]): points[place][1] for name, points in curves.items() if (m := pattern.fullmatch(name))}
+    return dict(sorted(values.items()))
 
 
 def closed(before: float, after: float, aim: float) -> float:
-    """Share of the gap between ``before`` and ``aim`` that ``after`` closed."""
+    """Computes the share of the gap between ``before`` and ``aim`` that ``after`` closed."""
     return (before - after) / (before - aim)
 
 
@@ -37,6 +39,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
     Raises:
         ValueError: the run sampled no frozen teacher (``evaluation.before``).
     """
+    # 1. the table
     config, curves = read_config(run), read_curves(run)
     teacher = by_steps(curves, "val/teacher", 0)
     if not teacher:
@@ -54,27 +57,29 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
         table.add_row(name, *(f"{values[count]:.2f}" for count in teacher))
     console = Console()
     console.print(table)
+    # 2. the numbers of ``result.json``
     most, after = max(teacher), rows["student after"]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "before": round(teacher[steps], 4),
         "after": round(after[steps], 4),
         "teacher": round(teacher[most], 4),
         "gap_closed": round(closed(teacher[steps], after[steps], teacher[most]), 4),
         "steps": {name: {str(k): round(v, 4) for k, v in values.items()} for name, values in rows.items()},
     }
-    console.print(f"with {steps} steps, {found['gap_closed']:.0%} of the gap to the teacher's {most} steps is closed")
+    console.print(f"with {steps} steps, {result['gap_closed']:.0%} of the gap to the teacher's {most} steps is closed")
     if since is not None:
-        found["wall_s"] = round(time.time() - since, 1)
-    found["seed"] = config["seed_everything"]
+        result["wall_s"] = round(time.time() - since, 1)
+    result["seed"] = config["seed_everything"]
+    # 3. files
     draw(curves, run / "curves.png")
     grid(run, steps, most, run / "grid.png")
-    (run / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (run / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(cell(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}"))
-    return found
+    return result
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Distances over optimizer steps, one curve for each number of denoising steps."""
+    """Draws distances over optimizer steps, one curve for each number of denoising steps."""
     figure = new_figure(5, 3.6)
     axis: Any = figure.subplots()
     for count in by_steps(curves, "val", 0):
@@ -87,7 +92,7 @@ def draw(curves: Curves, path: Path) -> None:
 
 
 def grid(run: Path, steps: int, most: int, path: Path) -> None:
-    """The teacher's and the student's samples of the same noise, under each other."""
+    """Draws the teacher's and the student's samples of the same noise, under each other."""
     last = max(int(m[1]) for file in (run / "grids").glob("student_*") if (m := re.search(r"step-(\d+)_", file.name)))
     files = {
         f"teacher, {steps} steps": f"teacher_step-0_steps-{steps}.png",
@@ -97,9 +102,9 @@ def grid(run: Path, steps: int, most: int, path: Path) -> None:
     sheets = {title: Image.open(run / "grids" / name) for title, name in files.items()}
     width, height = (max(sheet.size[side] for sheet in sheets.values()) for side in (0, 1))
     picture = Image.new("RGB", (width, len(sheets) * (height + 16)), "white")
-    for place, (title, sheet) in enumerate(sheets.items()):
-        ImageDraw.Draw(picture).text((2, place * (height + 16) + 2), title, fill="black")
-        picture.paste(sheet, (0, place * (height + 16) + 16))
+    for row, (title, sheet) in enumerate(sheets.items()):
+        ImageDraw.Draw(picture).text((2, row * (height + 16) + 2), title, fill="black")
+        picture.paste(sheet, (0, row * (height + 16) + 16))
     picture.save(path)
 
 

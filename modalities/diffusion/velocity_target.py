@@ -1,6 +1,6 @@
-"""Answers: what a teacher says of a step that the student takes from noise level t towards r.
+"""Velocity targets: functions of a teacher for a student's step from noise level t towards r.
 
-All of them are velocities, so that one squared error serves every method. Shape legend: n states ``[n, ...]``.
+All of their values are velocities, so that one squared error serves every method. Shape legend: n states ``[n, ...]``.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from .sampler import generator
 
 
 class VelocityTarget(Finite, ABC):
-    """A teacher's answer.
+    """Target velocity of a teacher.
 
     Args:
-        guidance: w in v_uncond + w·(v_cond − v_uncond); 1, the default, asks once, for the prompt alone. Other
-            conventions are converted by `flow.guidance_scale`.
+        guidance: w in v_uncond + w·(v_cond − v_uncond); 1, the default, needs one forward pass. Other conventions
+            are converted by `flow.guidance_scale`.
 
     Raises:
         ValueError: guidance is negative.
     """
 
     jumps = False
-    """Whether the teacher is told where steps end, also when it acts."""
+    """True where the end of a step is an input of the teacher, also when it acts."""
     asks: tuple[str, ...] = ()
     """Other entries of ``model.teachers`` that it needs."""
     of_data = False
-    """Whether it can only speak of states of the data (``rollout.behavior: {dataset: …}``)."""
+    """True where it is defined at states of noised data only (``rollout.behavior: {dataset: …}``)."""
 
     def __init__(self, guidance: float = 1.0) -> None:
         if guidance < 0:
@@ -41,12 +41,15 @@ class VelocityTarget(Finite, ABC):
 
     @abstractmethod
     def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
-        """``[n, ...]``; ``field`` is the teacher's own, with guidance."""
+        """Computes target velocities ``[n, ...]``; ``field`` is the teacher's own, with guidance."""
 
 
 class StepVelocity(VelocityTarget):
-    """What it would do itself for the same step: transition matching, D-OPSD. For teachers and students that take few
-    steps already; of models that are not told where a step ends, the velocity at the state."""
+    """Velocity of the teacher for the same step: transition matching, D-OPSD.
+
+    For teachers and students that take few steps already. Of models without the end of a step as input it is the
+    velocity at the state.
+    """
 
     jumps = True
 
@@ -55,15 +58,16 @@ class StepVelocity(VelocityTarget):
 
 
 class Velocity(VelocityTarget):
-    """Its velocity at the state, that of a step of no length."""
+    """Velocity of the teacher at the state, that of a step of no length."""
 
     def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
         return field(states.latent, states.t, states.t)
 
 
 class AverageVelocity(VelocityTarget):
-    """Its average velocity from t to r: on-policy flow-map distillation. It integrates the interval in Euler steps from
-    the state that the student visited.
+    """Average velocity of the teacher from t to r: on-policy flow-map distillation.
+
+    The interval is integrated in Euler steps from the state that the student visited.
 
     Args:
         substeps: equal ones. Default 8: 4 steps of the student are then 32 of the teacher.
@@ -91,7 +95,7 @@ class AverageVelocity(VelocityTarget):
         latent, total = states.latent.clone(), torch.zeros_like(states.latent)
         for k in range(int(count.max())):
             on = (count > k).nonzero().squeeze(-1)
-            t, after = (states.t[on] - length[on] * (place / count[on]) for place in (k, k + 1))
+            t, after = (states.t[on] - length[on] * (substep / count[on]) for substep in (k, k + 1))
             v = field.at(on)(latent[on], t, t)
             total[on] += v
             latent[on] = flow.euler(latent[on], v, t, after)
@@ -99,8 +103,10 @@ class AverageVelocity(VelocityTarget):
 
 
 class TotalDerivative(VelocityTarget):
-    """v − (t − r)·du/dt with v = ε − x₀ of the data: what a flow map satisfies (AnyFlow's forward stage, 2605.13724;
-    MeanFlow's identity, 2505.13447). For a teacher with `Live` weights, or an average of them.
+    """Right-hand side v − (t − r)·du/dt of the identity of flow maps, with v = ε − x₀ of the data.
+
+    AnyFlow's forward stage (2605.13724), MeanFlow's identity (2505.13447). For a teacher with `Live`
+    weights, or an average of them.
 
     du/dt is a central difference along v with r fixed. AnyFlow also rescales the loss of the states with r < t to the
     mean of the others; that is not done here. Guidance w is folded in as AnyFlow does: the student's velocity is to be
@@ -133,8 +139,9 @@ class TotalDerivative(VelocityTarget):
 
 
 class ScoreDifference(VelocityTarget):
-    """Where the student's clean image should go for its samples to be distributed as the teacher's: DMD2 (2405.14867),
-    Self-Forcing (2506.08009), AnyFlow's second stage (2605.13724).
+    """Target by the difference of two scores, which moves the student's samples towards the teacher's distribution.
+
+    DMD2 (2405.14867), Self-Forcing (2506.08009), AnyFlow's second stage (2605.13724).
 
     g is the student's clean prediction at the state. Noised afresh to a level s, the teacher and a model of the
     student's own samples (``fake``, a `LearnedScore`) denoise it; d = x₀(fake) − x₀(teacher), divided by the mean of
@@ -158,24 +165,24 @@ class ScoreDifference(VelocityTarget):
 
     def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
         x, t = states.latent, states.t
-        said = states.other("student")(x, t, states.r)
-        g = flow.clean_estimate(x, said, t).to(x.dtype)
+        v = states.other("student")(x, t, states.r)
+        g = flow.clean_estimate(x, v, t).to(x.dtype)
         s, noise = drawn(states.seeds, g, self.low, self.high)
         noisy = flow.noised(g, noise, s).to(x.dtype)
         real = flow.clean_estimate(noisy, field(noisy, s, s), s)
         fake = flow.clean_estimate(noisy, states.other(self.fake)(noisy, s, s), s)
         size = (g - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         direction = (fake - real) / flow.over(size, g)
-        return said + (direction / flow.over(t, g)).to(said.dtype)
+        return v + (direction / flow.over(t, g)).to(v.dtype)
 
 
 def data_velocity(latent: Tensor, clean: Tensor, t: Tensor) -> Tensor:
-    """ε − x₀ of latents that were made from x₀ = ``clean``."""
+    """Returns ε − x₀ of latents that are ``clean`` = x₀ with noise."""
     return ((latent - clean) / flow.over(t, latent)).to(latent.dtype)
 
 
 def drawn(seeds: list[int], like: Tensor, low: float, high: float, again: int = 0) -> tuple[Tensor, Tensor]:
-    """Noise levels ``[n]`` and noise ``[n, ...]``, a draw for each seed and each number of ``again``."""
+    """Draws noise levels ``[n]`` and noise ``[n, ...]``, anew for each seed and each number of ``again``."""
     levels, noises = [], []
     for seed in seeds:
         draw = generator(seed, 3 + again)

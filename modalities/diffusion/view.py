@@ -9,8 +9,10 @@ REFERENCE = "reference"
 
 
 class ReferenceImage(View):
-    """The teacher also sees an image, through the model's own encoder: D-OPSD (2605.05204), where it is the picture
-    that the prompt should give. It never becomes a latent. A row without one has no view.
+    """View with a reference image for the teacher, through the model's own encoder.
+
+    In D-OPSD (2605.05204) it is the picture that the prompt should give. It never becomes a latent. A row without one
+    has no view.
 
     Args:
         column: which one holds the image. Default ``image``.
@@ -26,7 +28,7 @@ class ReferenceImage(View):
 
 
 class DetailedPrompt(View):
-    """The teacher reads another, longer prompt.
+    """View with another, longer prompt for the teacher.
 
     Args:
         column: which one holds it. Default ``caption``.

@@ -1,4 +1,4 @@
-"""How coordinates are asked for, written and read: the output formats of the field, a small class each.
+"""Answer formats: prompts for coordinates, writing and parsing them, a small class for each format of the field.
 
 Places are points ``(x, y)`` or boxes ``(x1, y1, x2, y2)``, counted from the image's top left corner to its edges: the
 bottom right corner of a screenshot of W × H pixels is (W, H), (1000, 1000) or (1, 1), as the unit has it. Sizes are
@@ -23,7 +23,7 @@ _IN_WORDS = {
     "fractions": "from 0 to 1 across the width and the height",
 }
 _DECIMALS = {"pixels": 0, "thousandths": 0, "fractions": 4}
-_LIMIT = {"pixels": 99_999, "thousandths": 1000, "fractions": 1}  # an answer's own image is not known while it is read
+_LIMIT = {"pixels": 99_999, "thousandths": 1000, "fractions": 1}  # parsing does not know the size of the image
 _TAGS = {  # of a box, and of the name before it
     "qwen2": ("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     "qwen": ("<box>", "</box>", "<ref>", "</ref>"),
@@ -33,10 +33,10 @@ _FRACTION = r"([01](?:\.[0-9]{1,9})?)"
 
 
 class AnswerFormat(ABC):
-    """One way to say where to click.
+    """Format of an answer that names a place to click.
 
     Attributes:
-        prompt: what the model is asked, with ``{instruction}`` for the instruction (a `str.format` template).
+        prompt: the question, with ``{instruction}`` for the instruction (a `str.format` template).
         box: whether `write` answers with a box rather than with a point.
         absolute: whether numbers are pixels of the resized image, so that they depend on ``model_size``.
     """
@@ -54,14 +54,14 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def _spell(self, numbers: Sequence[str]) -> str:
-        """The text that answers with two numbers or with four."""
+        """Writes an answer of two or four numbers."""
 
     @abstractmethod
     def _read(self, text: str) -> list[float] | None:
-        """The numbers of a text that is one answer and nothing else."""
+        """Reads the numbers of a text that is one answer and nothing else; None if it is not."""
 
     def parse(self, text: str) -> tuple[float, ...] | None:
-        """The point (two numbers) or box (four) that a text names, in the format's units; None if it is malformed.
+        """Parses a text as a point (two numbers) or box (four), in the format's units; None if it is malformed.
 
         The text must be one answer and nothing else, white space around it aside, with the digits of this format:
         integers without sign or leading zeros, or for fractions 0 to 1 with up to nine decimals. Boxes need
@@ -76,10 +76,10 @@ class AnswerFormat(ABC):
         return tuple(map(float, numbers))
 
     def write(self, box: Sequence[float], size: Size, model_size: Size) -> str:
-        """The text that answers with a box, or with its center.
+        """Writes an answer with a box, or with its center.
 
         Numbers are rounded to the nearest unit, fractions to four decimals. A box thinner than a unit is written as
-        the unit that its center is in, so that what is written can always be read.
+        the unit that its center is in, so that every answer can be parsed.
 
         Args:
             box: x1, y1, x2, y2 in pixels of the original image.
@@ -90,18 +90,18 @@ class AnswerFormat(ABC):
         return self._spell([axes[axis][end] for end in range(len(axes[0])) for axis in (0, 1)])
 
     def to_pixels(self, parsed: Sequence[float], size: Size, model_size: Size) -> tuple[float, ...]:
-        """What `parse` found, in pixels of the original image; ``size`` and ``model_size`` as in `write`."""
+        """Converts a parsed answer to pixels of the original image; ``size`` and ``model_size`` as in `write`."""
         return tuple(
             value * size[i % 2] / self._extent(model_size[i % 2])  # x and y take turns
             for i, value in enumerate(parsed)
         )
 
     def _extent(self, model_length: int) -> int:
-        """How many units the image's width or height has."""
+        """Returns the number of units in the image's width or height."""
         return model_length if self.absolute else _LIMIT[self.unit]
 
     def _rounded(self, low: float, high: float, length: int, model_length: int) -> list[str]:
-        """One axis of a box or of its center, in units."""
+        """Rounds one axis of a box or of its center to units."""
         decimals = _DECIMALS[self.unit]
         steps = self._extent(model_length) * 10**decimals
         center = (low + high) / 2
@@ -131,7 +131,7 @@ class _Bare(AnswerFormat):
 
 
 class AbsolutePixels(_Bare):
-    """``(x, y)`` in pixels of the image that the processor made, the coordinates of Qwen2.5-VL (2502.13923).
+    """Format ``(x, y)`` in pixels of the image that the processor made, the coordinates of Qwen2.5-VL (2502.13923).
 
     Its own notebooks wrap them in JSON or in a tool call: see `JSONAnswer` and `ToolCall`.
 
@@ -148,7 +148,7 @@ class AbsolutePixels(_Bare):
 
 
 class Normalized1000(_Bare):
-    """``(x, y)`` from 0 to 1000 across the image, as UGround (2410.05243; its V1 on Qwen2-VL) and OS-Atlas answer.
+    """Format ``(x, y)`` from 0 to 1000 across the image, of UGround (2410.05243; its V1 on Qwen2-VL) and OS-Atlas.
 
     Qwen3-VL has the same coordinates, in JSON or in a tool call: see `JSONAnswer` and `ToolCall`. A fraction such as
     ``(0.5, 0.3)`` is malformed here, not the top left corner. Places are value / 1000 × width, as those models'
@@ -167,7 +167,7 @@ class Normalized1000(_Bare):
 
 
 class BoxTags(AnswerFormat):
-    """A box from 0 to 1000 between tags, after the name of the object or alone.
+    """Format of a box from 0 to 1000 between tags, after the name of the object or alone.
 
     ``qwen2``: ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``, after ``<|object_ref_start|>…<|object_ref_end|>`` in
     Qwen2-VL (2409.12191) and OS-Atlas-Base-7B (2410.23218); UI-TARS (2501.12326) has a point between these tags.
@@ -203,7 +203,7 @@ class BoxTags(AnswerFormat):
 
 
 class JSONAnswer(AnswerFormat):
-    """``{"point_2d": [x, y]}`` or ``{"bbox_2d": [x1, y1, x2, y2]}``, as in the notebooks of Qwen2.5-VL and Qwen3-VL.
+    """Format ``{"point_2d": [x, y]}`` or ``{"bbox_2d": [x1, y1, x2, y2]}``, of Qwen2.5-VL's and Qwen3-VL's notebooks.
 
     Understood with a ``label``, in a list of one, and in a fence (three backticks and ``json``): Qwen answers with all
     of them. More than one object, a key that comes twice and other keys are malformed.
@@ -238,7 +238,7 @@ class JSONAnswer(AnswerFormat):
 
 
 class ToolCall(AnswerFormat):
-    """A click as a call of Qwen's ``computer_use`` tool, the format of GUI-SD (2605.00642) and of Qwen's own agents.
+    """Format of a click as a call of Qwen's ``computer_use`` tool, as of GUI-SD (2605.00642) and Qwen's own agents.
 
     ``<tool_call>`` and ``</tool_call>`` around
     ``{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [x, y]}}``. The description of the
@@ -272,7 +272,7 @@ class ToolCall(AnswerFormat):
 
 
 class PyAutoGUI(AnswerFormat):
-    """``pyautogui.click(x=0.4815, y=0.1024)``: Aguvis (2412.04454) with fractions, OpenCUA (2508.09123) with pixels.
+    """Format ``pyautogui.click(x=0.4815, y=0.1024)`` of Aguvis (2412.04454), in pixels of OpenCUA (2508.09123).
 
     Args:
         unit: ``fractions`` of the width and height (default), written with four decimals, or ``pixels`` of the resized
@@ -301,8 +301,8 @@ def _nearest(value: float, limit: int) -> int:
 
 
 def _match(pattern: re.Pattern[str], text: str) -> list[float] | None:
-    found = pattern.fullmatch(text)
-    return None if found is None else [float(group) for group in found.groups() if group is not None]
+    match = pattern.fullmatch(text)
+    return None if match is None else [float(group) for group in match.groups() if group is not None]
 
 
 def _integers(value: Any, count: int | None) -> list[float] | None:
@@ -311,7 +311,7 @@ def _integers(value: Any, count: int | None) -> list[float] | None:
 
 
 def _json(text: str) -> Any:
-    """What a text is in JSON; None if it is none, or names a key twice."""
+    """Parses JSON; None if a text is none, or has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):

@@ -1,5 +1,8 @@
-"""How good a predicted place is. Predictions are points ``(x, y)`` or boxes ``(x1, y1, x2, y2)`` in pixels of the
-original image, None where an answer was malformed; targets are boxes; sizes are (width, height)."""
+"""Metrics of predicted places.
+
+Predictions are points ``(x, y)`` or boxes ``(x1, y1, x2, y2)`` in pixels of the original image, None where an answer
+was malformed; targets are boxes; sizes are (width, height).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ Box = Sequence[float]
 
 
 def center(place: Sequence[float]) -> tuple[float, float]:
-    """The point itself, or the center of a box."""
+    """Returns a point itself, or the center of a box."""
     return (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2
 
 
 def point_in_box(prediction: Prediction, box: Box) -> bool:
-    """Whether the point, or the predicted box's center, is in the target; its edges count, as in ScreenSpot-Pro."""
+    """Tells whether a point, or a predicted box's center, is in the target, edges included (as in ScreenSpot-Pro)."""
     if prediction is None:
         return False
     x, y = center(prediction)
@@ -24,7 +27,7 @@ def point_in_box(prediction: Prediction, box: Box) -> bool:
 
 
 def iou(prediction: Box, box: Box) -> float:
-    """Intersection over union of two boxes, in [0, 1]."""
+    """Computes the intersection over union of two boxes, in [0, 1]."""
     width = min(prediction[2], box[2]) - max(prediction[0], box[0])
     height = min(prediction[3], box[3]) - max(prediction[1], box[1])
     shared = max(width, 0.0) * max(height, 0.0)
@@ -32,12 +35,12 @@ def iou(prediction: Box, box: Box) -> float:
 
 
 def distance(prediction: Sequence[float], box: Box, size: tuple[int, int]) -> float:
-    """Between the centers, as a share of the image's diagonal: at most 1 where both are on the screen."""
+    """Computes the distance of the centers, as a share of the image's diagonal: at most 1 for places on the screen."""
     return math.dist(center(prediction), center(box)) / math.hypot(*size)
 
 
 def grounding_metrics(prediction: Prediction, box: Box, size: tuple[int, int]) -> dict[str, float]:
-    """What is known of one prediction.
+    """Computes all metrics of one prediction.
 
     Returns:
         ``parsed`` and ``point_in_box``, 0 or 1; where it is well-formed ``distance``; where it is a box ``iou``. A mean
@@ -45,12 +48,12 @@ def grounding_metrics(prediction: Prediction, box: Box, size: tuple[int, int]) -
     """
     if prediction is None:
         return {"parsed": 0.0, "point_in_box": 0.0}
-    found = {
+    metrics = {
         "parsed": 1.0,
         "point_in_box": float(point_in_box(prediction, box)),
         "distance": distance(prediction, box, size),
     }
-    return found | ({"iou": iou(prediction, box)} if len(prediction) == 4 else {})
+    return metrics | ({"iou": iou(prediction, box)} if len(prediction) == 4 else {})
 
 
 def _area(box: Box) -> float:

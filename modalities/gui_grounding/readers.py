@@ -39,7 +39,7 @@ Located = tuple[Path, int, Row]
 
 
 def screenspot(folder: str, images: str = "screenspot_imgs", on_bad_row: OnBadRow = "refuse") -> list[Row]:
-    """ScreenSpot (arXiv 2401.10935): `screenspot_mobile.json`, `screenspot_desktop.json`, `screenspot_web.json`.
+    """Reads ScreenSpot (2401.10935): `screenspot_mobile.json`, `screenspot_desktop.json`, `screenspot_web.json`.
 
     The platform is the file's; `application` is the row's `data_source` (ios, windows, shop, …). Boxes are
     [x, y, width, height] in pixels, as github.com/njucckevin/SeeClick, pretrain/screenspot_test.py, reads them.
@@ -57,7 +57,7 @@ def screenspot(folder: str, images: str = "screenspot_imgs", on_bad_row: OnBadRo
 
 
 def screenspot_v2(folder: str, images: str = "screenspotv2_image", on_bad_row: OnBadRow = "refuse") -> list[Row]:
-    """ScreenSpot-v2 (arXiv 2410.23218): `screenspot_mobile_v2.json` and so on; otherwise as `screenspot`.
+    """Reads ScreenSpot-v2 (arXiv 2410.23218): `screenspot_mobile_v2.json` and so on; otherwise as `screenspot`.
 
     The files are those of huggingface.co/datasets/OS-Copilot/ScreenSpot-v2.
     """
@@ -90,7 +90,7 @@ def screenspot_pro(
     language: Literal["en", "cn"] = "en",
     on_bad_row: OnBadRow = "refuse",
 ) -> list[Row]:
-    """ScreenSpot-Pro (arXiv 2504.07981): `annotations/*.json`, one file an application, and `images/`.
+    """Reads ScreenSpot-Pro (arXiv 2504.07981): `annotations/*.json`, one file an application, and `images/`.
 
     `group` is the field of work (Dev, Creative, CAD, Scientific, Office, OS) by which its table is printed, `platform`
     the operating system. Boxes are [x1, y1, x2, y2] in pixels of a picture of `img_size`, as
@@ -126,8 +126,9 @@ def screenspot_pro(
 
 
 def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad_row: OnBadRow = "refuse") -> list[Row]:
-    """OSWorld-G (arXiv 2505.13227): `OSWorld-G.json` or `OSWorld-G_refined.json`, `images/`, and
-    `classification_result.json`.
+    """Reads OSWorld-G (arXiv 2505.13227): `OSWorld-G.json` or `OSWorld-G_refined.json`.
+
+    Beside it are `images/` and `classification_result.json`.
 
     `group` lists the abilities of its table (text_matching, element_recognition, layout_understanding,
     fine_grained_manipulation) that a row counts for; a row may have several, or none. A box is [x, y, width, height];
@@ -144,6 +145,7 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
     Raises:
         FileNotFoundError, ValueError: as `screenspot`.
     """
+    # 1. the files of the benchmark
     root = _root(folder)
     file, classes = root / f"OSWorld-G{'_refined' if refined else ''}.json", root / "classification_result.json"
     _present(root, [file])
@@ -171,6 +173,7 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
             "size": row["image_size"],
         }
 
+    # 2. its rows, but for those without a target
     located = list(_json_rows([file], bad))
     with_target = [(path, number, row) for path, number, row in located if row.get("box_type") != "refusal"]
     if len(with_target) < len(located):
@@ -180,7 +183,7 @@ def osworld_g(folder: str, images: str = "images", refined: bool = False, on_bad
 
 
 def _groups(file: Path) -> dict[str, list[str]]:
-    """The abilities that a row counts for, by its id."""
+    """Reads the abilities that a row counts for, by its id."""
     groups: dict[str, list[str]] = {}
     try:
         for group, members in _load(file)["classified"].items():
@@ -199,7 +202,7 @@ def rendered(
     kinds: Sequence[str] = ("task", "element"),
     on_bad_row: OnBadRow = "refuse",
 ) -> list[Row]:
-    """Screens of `opd render-gui`: `annotations.jsonl` and the pictures that it names.
+    """Reads screens of `opd render-gui`: `annotations.jsonl` and the pictures that it names.
 
     The columns of the file are kept; `application` and `group` are the page. Rows come seed by seed, so that the first
     few show every page.
@@ -220,10 +223,10 @@ def rendered(
     (file,) = _present(root, [root / "annotations.jsonl"])
     bad = _bad(root, on_bad_row)
     located = [(file, number, row) for number, row in json_lines(file, bad) if _is_object(file, number, row, bad)]
-    known = {str(row.get("page")) for _, _, row in located}
-    if unknown := (set(pages or ()) | set(except_pages)) - known:
-        raise ValueError(f"{file} has no page {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-    wanted = (known if pages is None else set(pages)) - set(except_pages)
+    pages_there = {str(row.get("page")) for _, _, row in located}
+    if unknown := (set(pages or ()) | set(except_pages)) - pages_there:
+        raise ValueError(f"{file} has no page {', '.join(sorted(unknown))}; it has {', '.join(sorted(pages_there))}")
+    wanted = (pages_there if pages is None else set(pages)) - set(except_pages)
     first, last = _seed_range(seeds)
     chosen = []
     for path, number, row in located:
@@ -302,7 +305,7 @@ def _checked(row: Row, sizes: dict[Path, tuple[int, int]]) -> Row:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height as it is shown, which is what boxes are in: upright, whatever the camera noted."""
+    """Reads width and height of the upright image, in whose pixels boxes are."""
     if not path.is_file():
         raise ValueError(f"there is no image {path}")
     try:
@@ -312,7 +315,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _from_width_and_height(box: Any) -> Any:
-    """[x, y, width, height] as [x1, y1, x2, y2]; anything else is left for the check to name."""
+    """Converts [x, y, width, height] to [x1, y1, x2, y2]; anything else is left to the check."""
     if not isinstance(box, list) or len(box) != 4:
         return box
     x, y, width, height = box

@@ -68,20 +68,20 @@ UNFIT = {
 
 
 def check_pages(names: str) -> list[str]:
-    """The pages of a list with commas between, or all that can be drawn.
+    """Lists the pages of names with commas between, or all that can be drawn.
 
     Raises:
         ModuleNotFoundError: as `pages_folder`.
         ValueError: a page that MiniWoB++ does not have, or one of `UNFIT`.
     """
-    known = [page for page in all_pages() if page not in UNFIT]
+    drawable = [page for page in all_pages() if page not in UNFIT]
     if names == "all":
-        return known
+        return drawable
     for page in names.split(","):
         if page in UNFIT:
             raise ValueError(f"--pages: {page} can't be drawn: {UNFIT[page]}")
-        if page not in known:
-            raise ValueError(f"--pages: MiniWoB++ has no page {page!r}; it has {', '.join(known)}")
+        if page not in drawable:
+            raise ValueError(f"--pages: MiniWoB++ has no page {page!r}; it has {', '.join(drawable)}")
     return names.split(",")
 
 
@@ -139,7 +139,7 @@ def render_gui(arguments: Sequence[str]) -> None:
 
 
 def readme(pages: Sequence[str], seeds: range, elements: int, kinds: Counter[str], chromium: str) -> str:
-    """What the folder holds, from which versions, and how to make it again."""
+    """Writes the README of a folder: its contents, versions, and the command that renders it."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("miniwob", "selenium", "pillow"))
     counts = ", ".join(f"{count} of the kind `{kind}`" for kind, count in kinds.items())
     return f"""# Rendered screens of MiniWoB++
@@ -166,7 +166,7 @@ the pictures are renderings of them, under the same license, which is in `LICENS
 
 
 def smallest_png(png: bytes) -> bytes:
-    """The same picture in fewer bytes: with a palette where it has at most 256 colors, opaque, at full compression."""
+    """Encodes a picture in fewer bytes: with a palette for at most 256 colors, opaque, at full compression."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     red, green, blue = np.asarray(image, dtype=np.uint32).transpose(2, 0, 1)
     colors, indices = np.unique(red << 16 | green << 8 | blue, return_inverse=True)

@@ -6,7 +6,7 @@ from ...reward import Example, Reward
 
 
 class PointInBox(Reward):
-    """1 if the predicted point, or the center of the predicted box, lies in the target, else 0."""
+    """Reward of 1 if the predicted point, or the center of the predicted box, lies in the target, else 0."""
 
     columns = ("image", "box")
 

@@ -25,7 +25,7 @@ TOLD = "Hint: it is at ({x}, {y}), from 0 to 1000 across the image."
 
 
 class BoxOnly(View):
-    """A rectangle around the target, and a hint after the prompt; no view without a box.
+    """View of a rectangle around the target, with a hint after the prompt; none without a box.
 
     A side of the rectangle that would lie outside of the screenshot is not seen.
 
@@ -50,17 +50,17 @@ class BoxOnly(View):
     def __call__(self, example: Example) -> Example | None:
         if example.get("box") is None:
             return None
-        (first, *others), target = _target(self, example)
-        shown, box = self._shown(first, target)
-        ImageDraw.Draw(shown).rectangle(self._outline(box), outline=self.color, width=self.width)
-        return with_images(_told(example, self.hint), [shown, *others]) | {"box": list(box)}
+        (first, *rest), target = _target(self, example)
+        canvas, box = self._shown(first, target)
+        ImageDraw.Draw(canvas).rectangle(self._outline(box), outline=self.color, width=self.width)
+        return with_images(_told(example, self.hint), [canvas, *rest]) | {"box": list(box)}
 
     def _shown(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
-        """A new image to draw on, and where the target is in it."""
+        """Returns a new image to draw on, and the target's box in it."""
         return image.copy(), box
 
     def _outline(self, box: Box) -> tuple[int, int, int, int]:
-        """The outermost pixels of the rectangle, inclusive."""
+        """Returns the outermost pixels of the rectangle, inclusive."""
         x1, y1, x2, y2 = box
         return (
             math.floor(x1) - self.width,
@@ -71,7 +71,7 @@ class BoxOnly(View):
 
 
 class Spotlight(BoxOnly):
-    """`BoxOnly` on a screenshot that darkens away from the target, GUI-SD's view: pixels × exp(−d² / 2σ²).
+    """View of `BoxOnly` on a screenshot that darkens away from the target, GUI-SD's view: pixels × exp(−d² / 2σ²).
 
     d is a pixel's distance to the box, 0 inside; σ = max(sigma · the box's longer side, √min_area · the image's shorter
     side).
@@ -112,7 +112,7 @@ class Spotlight(BoxOnly):
 
 
 class CropZoom(BoxOnly):
-    """`BoxOnly` on the surroundings of the target alone. An ablation.
+    """View of `BoxOnly` on the surroundings of the target alone. An ablation.
 
     Magnified, they are resized to the screenshot's size, with its aspect ratio. Image tokens then agree with the
     student's, but coordinates do not: the teacher scores the student's answer as a place in the magnified picture, and
@@ -149,9 +149,9 @@ class CropZoom(BoxOnly):
     def _shown(self, image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
         window = self._window(image.size, box)
         if not self.magnify:
-            shown = Image.new("RGB", image.size)
-            shown.paste(image.crop(window), window[:2])
-            return shown, box
+            canvas = Image.new("RGB", image.size)
+            canvas.paste(image.crop(window), window[:2])
+            return canvas, box
         left, top, right, bottom = window
         scale = image.width / (right - left), image.height / (bottom - top)
         x1, y1, x2, y2 = box
@@ -159,11 +159,11 @@ class CropZoom(BoxOnly):
         return image.resize(image.size, Image.Resampling.BICUBIC, box=window), moved
 
     def _window(self, size: tuple[int, int], box: Box) -> tuple[int, int, int, int]:
-        """The pixels around the box that have the screenshot's aspect ratio, shifted into it."""
+        """Returns the pixels around the box that have the screenshot's aspect ratio, shifted into it."""
         lengths = box[2] - box[0], box[3] - box[1]
-        needed = (length * (1 + 2 * self.margin) / whole for length, whole in zip(lengths, size, strict=True))
+        needed = (length * (1 + 2 * self.margin) / full for length, full in zip(lengths, size, strict=True))
         scale = min(1.0, max(math.sqrt(self.min_area), *needed))
-        shape = [math.ceil(whole * scale) for whole in size]
+        shape = [math.ceil(full * scale) for full in size]
         starts = [
             min(max(0, round((box[axis] + box[axis + 2] - shape[axis]) / 2)), size[axis] - shape[axis])
             for axis in (0, 1)
@@ -172,7 +172,7 @@ class CropZoom(BoxOnly):
 
 
 class CoordinatesAsText(View):
-    """The target's center, from 0 to 1000, written into the prompt: naive OPSD, for comparison; no view without a box.
+    """View with the target's center, from 0 to 1000, in the prompt: naive OPSD, for comparison; none without a box.
 
     A teacher that reads the answer need not look. GUI-SD (2605.00642) measures a teacher entropy of .17 with the
     coordinates as text against .50 with a visual cue: it is as certain as a label, and self-distillation degrades to
@@ -202,7 +202,7 @@ class CoordinatesAsText(View):
 
 
 def _target(view: View, example: Example) -> tuple[list[Image.Image], Box]:
-    """The example's images, and the box in the first of them."""
+    """Returns the example's images, and the box in the first of them."""
     images = images_of(example)
     if not images:
         raise ValueError(f"{type(view).__name__} needs an image: the row has none")
@@ -213,7 +213,7 @@ def _target(view: View, example: Example) -> tuple[list[Image.Image], Box]:
 
 
 def _told(example: Example, text: str) -> Example:
-    """The example with a line after its prompt's text."""
+    """Appends a line to the prompt's text."""
     if not text:
         return example
     prompt = example["prompt"]
@@ -222,7 +222,7 @@ def _told(example: Example, text: str) -> Example:
 
 
 def _falloff(length: int, low: float, high: float, sigma: float) -> np.ndarray:
-    """``[length]`` exp(−d² / 2σ²) of pixel centers to an interval."""
+    """Computes exp(−d² / 2σ²) ``[length]`` of the distance d of pixel centers to an interval."""
     at = np.arange(length, dtype=np.float32) + 0.5
     gap = np.maximum(np.maximum(low - at, at - high), 0) / sigma
     return np.exp(-(gap**2) / 2, dtype=np.float32)

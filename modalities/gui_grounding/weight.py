@@ -1,4 +1,4 @@
-"""Digit significance: which digits of a coordinate a token writes, and how much that counts."""
+"""Digit significance: weights of tokens by the digits of a coordinate that they write."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 class DigitSignificance(Weight):
-    """N − k for the token that writes the k-th digit (from 0) of a number of N digits: hundreds 3, tens 2, units 1.
+    """Weight N − k of a token that writes the k-th digit (from 0) of a number of N digits: hundreds 3, tens 2, units 1.
 
-    This is the "linear" base of GUI-SD (2605.00642); what writes no digit weighs ``other``.
+    This is the "linear" base of GUI-SD (2605.00642); tokens without digits weigh ``other``.
 
     It reads the channel ``digits`` of the trajectories, which GUI grounding fills with `digit_places`. A token of
     several digits counts as its most significant one.
@@ -51,9 +51,9 @@ class DigitSignificance(Weight):
 
 
 def digit_places(tokens: list[int], decode: Callable[[list[int]], str]) -> list[int]:
-    """For each token of a completion N − k of the most significant digit that it writes, 0 where it writes none.
+    """Computes N − k of the most significant digit that each token of a completion writes, 0 where it writes none.
 
-    Numbers are found in the decoded text, and a token is what the text gained by it, so that neither merged digits
+    Numbers are found in the decoded text, and a token is the text gained by it, so that neither merged digits
     (``10`` + ``43``: 4 and 2), nor spaces that a token brings along, nor characters of several tokens get in the way. A
     decimal point doesn't end a number, and N counts the digits on both sides: ``0.482`` has 4, 3, 2, 1, so that 482
     weighs as it does on a scale to 1000, and a digit never weighs less than one after it.
@@ -71,16 +71,16 @@ def digit_places(tokens: list[int], decode: Callable[[list[int]], str]) -> list[
                 places[i], left = left, left - 1
     if not any(places):
         return [0] * len(tokens)
-    found, start = [], 0
+    significance, start = [], 0
     for i in range(1, len(tokens) + 1):
         # an unfinished character shows up as a replacement that the whole text has not
         end = max(start, _agreeing(decode(tokens[:i]), text))
-        found.append(max(places[start:end], default=0))
+        significance.append(max(places[start:end], default=0))
         start = end
-    return found
+    return significance
 
 
 def _agreeing(prefix: str, text: str) -> int:
-    """How many characters two texts have in common from their start."""
-    differing = (i for i, (one, other) in enumerate(zip(prefix, text, strict=False)) if one != other)
+    """Counts the characters that two texts share from their start."""
+    differing = (i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b)
     return next(differing, min(len(prefix), len(text)))

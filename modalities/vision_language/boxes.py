@@ -11,9 +11,9 @@ SLACK = 1.0
 
 
 def problem_with_box(box: Any, size: tuple[int, int]) -> str | None:
-    """What is wrong with a box in an image of ``size`` (width, height), or None.
+    """Finds what is wrong with a box in an image of ``size`` (width, height); None if nothing is.
 
-    Told apart: not four finite numbers, no area, outside of the image, and the other conventions as far as the
+    Separate messages: not four finite numbers, no area, outside of the image, and other conventions as far as the
     numbers show them: fractions of the image, thousandths of it, [x, y, width, height].
     """
     width, height = size

@@ -25,7 +25,7 @@ FETCHES_AT_ONCE = 16
 
 
 class ImageData(PromptData):
-    """`PromptData` whose rows name images by path, store them, or name them by URL.
+    """Prompt data whose rows name images by path or URL, or store them.
 
     Examples hold images as `open_image` reads them: a path, or {bytes, path}. They are decoded when they are needed,
     so that a broken one is a bad row like any other.
@@ -95,28 +95,28 @@ class ImageData(PromptData):
     def _fetched(
         self, split: Split, rows: Dataset, values: dict[str, list[Any]]
     ) -> tuple[Dataset, dict[str, list[Any]]]:
-        """The rows whose URLs could all be fetched, and their values with paths in place of URLs."""
+        """Selects the rows whose URLs could all be fetched, and replaces URLs in their values by paths."""
         of_row = [[url for name in values for url in _urls(name, values[name][i])] for i in range(len(rows))]
         paths, problems = self._fetch({url for urls in of_row for url in urls})
         bad = self._skipped[f"{split}, fetching"] = BadRows(f"data.{split}", self.on_bad_row)
-        kept = []
+        indices = []
         for index, (location, urls) in enumerate(zip(rows[LOCATION], of_row, strict=True)):
             reason = next((problems[url] for url in urls if url in problems), None)
             if reason is None:
-                kept.append(index)
+                indices.append(index)
             else:
                 bad(location, reason)
         bad.warn()
-        if not kept:
+        if not indices:
             raise ValueError(f"data.{split}: no row is left; no image could be fetched ({bad.first})")
         fetched = {
-            name: [_renamed(name, column[index], lambda text: paths.get(text, text)) for index in kept]
+            name: [_renamed(name, column[index], lambda text: paths.get(text, text)) for index in indices]
             for name, column in values.items()
         }
-        return (rows if len(kept) == len(rows) else rows.select(kept).flatten_indices()), fetched
+        return (rows if len(indices) == len(rows) else rows.select(indices).flatten_indices()), fetched
 
     def _fetch(self, urls: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Url → path of what was fetched, and url → reason of what was not."""
+        """Fetches URLs; returns the paths of images by URL, and the reasons of failures by URL."""
         paths, problems = {}, {}
 
         def one(url: str) -> None:
@@ -139,12 +139,12 @@ class ImageData(PromptData):
 
 
 def fetch(url: str, folder: Path, try_again: bool = False) -> Path:
-    """The file in the folder that holds the image at a URL; fetched where it is not there yet.
+    """Returns the file of the image at a URL, and fetches it if it is not there yet.
 
     Args:
         url: http or https.
-        folder: the cache. It also remembers what could not be fetched, so that all processes agree on it.
-        try_again: whether to fetch what could not be fetched before.
+        folder: the cache. It also remembers failures, so that all processes agree on them.
+        try_again: fetch again where it failed before.
 
     Raises:
         ValueError: it can't be fetched, or is no image.
@@ -168,7 +168,7 @@ def fetch(url: str, folder: Path, try_again: bool = False) -> Path:
 
 
 def user_cache() -> Path:
-    """The folder for fetched images in the user's cache folder."""
+    """Returns the folder for fetched images in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opd-lightning" / "images"
 
 
@@ -177,7 +177,7 @@ def _stores_bytes(rows: Dataset, column: str) -> bool:
 
 
 def _renamed(column: str, value: Any, change: Callable[[str], str]) -> Any:
-    """The value of an image column, or a prompt, with every path or URL in it changed."""
+    """Changes every path or URL in the value of an image column, or in a prompt."""
     if column != "prompt":
         return _changed(value, change)
     if not isinstance(value, list):
@@ -200,22 +200,22 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_changed(one, change) for one in value]
+        return [_changed(inner, change) for inner in value]
     if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": change(value["path"])}
     return value
 
 
 def _urls(column: str, value: Any) -> list[str]:
-    found: list[str] = []
+    urls: list[str] = []
 
     def note(text: str) -> str:
         if is_url(text):
-            found.append(text)
+            urls.append(text)
         return text
 
     _renamed(column, value, note)
-    return found
+    return urls
 
 
 def _download(url: str) -> bytes:
@@ -230,8 +230,8 @@ def _download(url: str) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """All of it or nothing, also where several processes write the same file."""
+    """Writes all of a file or nothing, also where several processes write the same one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-        part.write(content)
-    os.replace(part.name, file)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
+        partial.write(content)
+    os.replace(partial.name, file)

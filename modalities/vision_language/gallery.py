@@ -1,4 +1,5 @@
-"""What a run's student answered before and after, beside what it and its teacher saw:
+"""Gallery of a run: the student's answers before and after, beside the images that it and its teacher saw.
+
 ``opd gallery runs/demo-vlm`` draws ``gallery.png``.
 
 The held-out examples are the first ones, as `Evaluation.show` has them written to samples.jsonl. Where answers are
@@ -26,7 +27,7 @@ BEFORE, AFTER, TARGET = "tab:red", "tab:green", "tab:blue"
 
 
 def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], list[dict[str, Any]]]:
-    """The run's module (no model is loaded), its held-out rows, and its samples before and after training.
+    """Reads a run: its module (no model is loaded), held-out rows, and samples before and after training.
 
     Raises:
         FileNotFoundError: the folder holds no run of `opd fit`.
@@ -35,16 +36,16 @@ def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], li
     parser = ArgumentParser()
     parser.add_subclass_arguments(OnPolicyDistillation, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data")
-    made = parser.instantiate_classes(parser.parse_object({"model": config["model"], "data": config["data"]}))
-    made.data.setup("validate")
+    parts = parser.instantiate_classes(parser.parse_object({"model": config["model"], "data": config["data"]}))
+    parts.data.setup("validate")
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    mine = [row for row in samples if row["who"] == "student"]
-    first, last = mine[0]["step"], mine[-1]["step"]
+    student_rows = [row for row in samples if row["who"] == "student"]
+    first, last = student_rows[0]["step"], student_rows[-1]["step"]
     return (
-        made.model,
-        made.data.validation,
-        [row for row in mine if row["step"] == first],
-        [row for row in mine if row["step"] == last],
+        parts.model,
+        parts.data.validation,
+        [row for row in student_rows if row["step"] == first],
+        [row for row in student_rows if row["step"] == last],
     )
 
 
@@ -63,10 +64,10 @@ def gallery(run: Path, across: int = 4) -> Path:
         example = dict(rows[i])
         for k, (title, look) in enumerate(views):
             axis = axes[i // across, (i % across) * width + k]
-            shown = look(example)
-            if shown is None:
+            view_example = look(example)
+            if view_example is None:
                 continue
-            images = images_of(shown)
+            images = images_of(view_example)
             axis.imshow(images[0], interpolation="nearest")
             if k == 0:
                 prompt = "\n".join(textwrap.wrap(printable(new["prompt"]), 26))
@@ -95,8 +96,8 @@ def _places(axis: Any, old: dict[str, Any], new: dict[str, Any], scale: float) -
     axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=TARGET, linewidth=1.5)
     for row, color in ((old, BEFORE), (new, AFTER)):
         if row["prediction"] is not None:
-            place = [scale * value for value in row["prediction"]]
-            x, y = (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2
+            prediction = [scale * value for value in row["prediction"]]
+            x, y = (prediction[0] + prediction[-2]) / 2, (prediction[1] + prediction[-1]) / 2
             axis.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.5, color=color)
 
 

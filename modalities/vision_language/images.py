@@ -1,4 +1,4 @@
-"""The images of an example: where they are found, how they are replaced."""
+"""Images of an example: reading and replacing them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...images import open_image
 from ...trajectory import Example
 
 CARRIERS = ("image", "path", "url")
-"""Where an image part of a chat may hold its image."""
+"""Keys of a chat's image part that may hold its image."""
 
 MARKERS = re.compile(r"<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>")
-"""What stands in a text for an image, in LLaVA's data sets and in Qwen's."""
+"""Markers of an image in a text, in LLaVA's data sets and in Qwen's."""
 
 
 def images_of(example: Example) -> list[Image.Image]:
-    """The example's images, as `open_image` gives them; none where there are none.
+    """Opens the example's images by `open_image`; an empty list where it has none.
 
     Raises:
         ValueError: an image can't be read; otherwise as in `values_of`.
@@ -30,8 +30,9 @@ def images_of(example: Example) -> list[Image.Image]:
 
 
 def values_of(example: Example) -> list[Any]:
-    """What the example holds of its images, unread: the column ``images``, else ``image``, else what the image parts of
-    the prompt carry under ``image``, ``path`` or ``url``.
+    """Collects the values of an example's images, unread.
+
+    They are in the column ``images``, else ``image``, else in the image parts of the prompt, as one of `CARRIERS`.
 
     Raises:
         ValueError: ``images`` is no list, ``image`` is one, or an image part is written in another form.
@@ -50,7 +51,7 @@ def values_of(example: Example) -> list[Any]:
 
 
 def with_images(example: Example, images: list[Image.Image]) -> Example:
-    """The example with these images in place of its own; the example itself is left as it is.
+    """Copies an example with these images in place of its own.
 
     One image stays in ``image`` where it was there, otherwise they are in ``images``. A prompt that places its images
     by parts or `MARKERS` keeps one place per image: new ones follow its last one, those that are too many go from the
@@ -58,12 +59,12 @@ def with_images(example: Example, images: list[Image.Image]) -> Example:
     """
     single = example.get("image") is not None and not example.get("images") and len(images) == 1
     rest = {name: value for name, value in example.items() if name not in ("image", "images")}
-    found = {"image": images[0]} if single else {"images": list(images)}
-    return {**rest, **found, "prompt": _placed(example["prompt"], len(images))}
+    columns = {"image": images[0]} if single else {"images": list(images)}
+    return {**rest, **columns, "prompt": _placed(example["prompt"], len(images))}
 
 
 def image_parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The image parts of a chat, in order; none of a prompt that is text.
+    """Lists the image parts of a chat, in order; none of a prompt that is text.
 
     Raises:
         ValueError: a part is written the way of an API (``image_url``), which chat templates do not read.
@@ -75,19 +76,19 @@ def image_parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def split_at_markers(text: str, own: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """A text as the parts of a content: text, and an image or video wherever a marker stands for one.
+    """Splits a text into the parts of a content: text, and an image or video in place of each marker.
 
     Args:
         text: with `MARKERS` in it, or without.
-        own: other markers: how a model itself writes an image.
+        own: further markers: those of the model itself.
     """
     marker = re.compile("|".join((MARKERS.pattern, "<video>", *map(re.escape, own))))
     parts: list[dict[str, Any]] = []
     end = 0
-    for found in marker.finditer(text):
-        parts += [{"type": "text", "text": text[end : found.start()]}] if found.start() > end else []
-        parts.append({"type": "video" if found[0] == "<video>" else "image"})
-        end = found.end()
+    for match in marker.finditer(text):
+        parts += [{"type": "text", "text": text[end : match.start()]}] if match.start() > end else []
+        parts.append({"type": "video" if match[0] == "<video>" else "image"})
+        end = match.end()
     return [*parts, {"type": "text", "text": text[end:]}] if end < len(text) or not parts else parts
 
 
@@ -113,9 +114,9 @@ def _placed(prompt: str | list[dict[str, Any]], images: int) -> str | list[dict[
     number = itertools.count(1)
 
     def copies() -> int:
-        """Of the next place."""
-        place = next(number)
-        return 0 if place > images else 1 if place < places else images - places + 1
+        """Counts the images at the next place: one, but for the last place, which gets the rest."""
+        index = next(number)
+        return 0 if index > images else 1 if index < places else images - places + 1
 
     def in_text(text: str) -> str:
         return MARKERS.sub(lambda marker: marker[0] * copies(), text)

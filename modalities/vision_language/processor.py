@@ -19,7 +19,7 @@ from ...shipped import shipped
 
 
 def image_only(processor_class: Any) -> Any:
-    """The class without its video processor; what it saves names the class itself, so that any machine loads it."""
+    """Derives the class without its video processor; saved files name the class itself, for any machine."""
 
     def __init__(
         self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
@@ -31,15 +31,15 @@ def image_only(processor_class: Any) -> Any:
 
 
 def processor_class_of(model_type: str) -> Any:
-    """What loads the processor of an architecture on this machine."""
-    known: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type) or "", None)
-    if known is None or is_torchvision_available():
+    """Selects the class that loads the processor of an architecture on this machine."""
+    kind: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type) or "", None)
+    if kind is None or is_torchvision_available():
         return AutoProcessor
-    return image_only(known) if "video_processor" in inspect.signature(known.__init__).parameters else AutoProcessor
+    return image_only(kind) if "video_processor" in inspect.signature(kind.__init__).parameters else AutoProcessor
 
 
 def load_processor(spec: Pretrained) -> Any:
-    """The processor of a checkpoint, as it came.
+    """Loads the processor of a checkpoint, unchanged.
 
     Raises:
         ValueError: the checkpoint has no processor that reads images.
@@ -57,16 +57,16 @@ def load_processor(spec: Pretrained) -> Any:
 
 
 def placeholders(processor: Any, config: Any) -> list[int]:
-    """Ids that stand for images, videos or sound, by what the processor and the configuration call them."""
-    tokenizer, found = processor.tokenizer, set()
+    """Lists the ids of placeholders of images, videos and sound, by their names in processor and configuration."""
+    tokenizer, ids = processor.tokenizer, set()
     named = {**config.to_dict(), **vars(processor)}
     for name, value in named.items():
         if not any(kind in name for kind in ("image", "video", "vision", "audio")):
             continue
         if isinstance(value, int) and name.endswith(("token_id", "token_index")):
-            found.add(value)
+            ids.add(value)
         elif isinstance(value, str) and name.endswith(("_token", "_tag")):
-            found.add(tokenizer.get_vocab().get(value))
+            ids.add(tokenizer.get_vocab().get(value))
     # Idefics3 names the tiles of an image by tokens of their own
-    found |= {i for token, i in tokenizer.get_added_vocab().items() if token.startswith("<row_")}
-    return sorted(i for i in found if i is not None)
+    ids |= {i for token, i in tokenizer.get_added_vocab().items() if token.startswith("<row_")}
+    return sorted(i for i in ids if i is not None)

@@ -41,7 +41,7 @@ def scenes(
     noise: float = 0.15,
     cells: int | None = None,
 ) -> list[dict[str, Any]]:
-    """`count` scenes: framed digits on a light ground of colored tiles, and a question about each scene.
+    """Draws `count` scenes: framed digits on a light ground of colored tiles, and a question about each scene.
 
     The same arguments make the same scenes, byte by byte, and row i is the same for every `count`. A fifth of the
     1797 handwritten samples, chosen by a hash of their index, is drawn in held-out scenes only, the others in
@@ -98,7 +98,7 @@ def scenes(
 
 
 def is_held_out(sample: int) -> bool:
-    """Whether a sample of scikit-learn's digits belongs to the held-out fifth."""
+    """Tells whether a sample of scikit-learn's digits belongs to the held-out fifth."""
     return zlib.crc32(str(sample).encode()) % 5 == 0
 
 
@@ -112,6 +112,7 @@ def _scene(
     noise: float,
     cells: int | None,
 ) -> dict[str, Any]:
+    # 1. digits, and the places of their frames
     kind = draw.choice(kinds)
     number = 2 if kind == "sum" else draw.randint(*digits)
     values = [draw.randrange(10) for _ in range(number)]
@@ -130,6 +131,7 @@ def _scene(
             strict=True,
         )
     ]
+    # 2. question, answer and picture
     asked = drawn[0]
     answer = {
         "which": str(asked["digit"]),
@@ -137,15 +139,16 @@ def _scene(
         "count": str(number),
         "sum": str(sum(values)),
     }[kind]
-    around = {"which": asked["box"], "where": [0, 0, size, size]}.get(kind) or _union([one["box"] for one in drawn])
-    order = sorted(drawn, key=lambda one: (one["box"][1], one["box"][0]))
+    around = {"which": asked["box"], "where": [0, 0, size, size]}.get(kind) or _union([frame["box"] for frame in drawn])
+    order = sorted(drawn, key=lambda frame: (frame["box"][1], frame["box"][0]))
     return {
         "prompt": QUESTIONS[kind].format(**asked),
         "image": _render(draw, drawn, size, noise),
         "box": around,
         "answer": answer,
         "cue": " ".join(
-            f"The {one['color']} frame at the {_place(one['box'], size)} holds a {one['digit']}." for one in order
+            f"The {frame['color']} frame at the {_place(frame['box'], size)} holds a {frame['digit']}."
+            for frame in order
         ),
         "category": kind,
         "scene": json.dumps({"size": size, "digits": order}),
@@ -154,8 +157,8 @@ def _scene(
 
 
 def _corners(draw: random.Random, sides: list[int], size: int, cells: int | None, aside: bool) -> list[tuple[int, int]]:
-    """Top left corners of squares that do not touch; `aside`: the first one lies clearly in one quarter."""
-    while True:
+    """Draws top left corners of squares that do not touch; `aside`: the first one lies clearly in one quarter."""
+    while True:  # rejection sampling
         if cells is not None:
             width = size // cells
             chosen = draw.sample([(width * i, width * j) for i in range(cells) for j in range(cells)], len(sides))
@@ -166,18 +169,18 @@ def _corners(draw: random.Random, sides: list[int], size: int, cells: int | None
             if not aside or _is_aside(places[0], sides[0], size):
                 return places
             continue
-        found: list[tuple[int, int]] = []
+        corners: list[tuple[int, int]] = []
         for side in sides:
             x, y = draw.randint(0, size - side), draw.randint(0, size - side)
             if any(
                 x < u + other + _GAP and u < x + side + _GAP and y < v + other + _GAP and v < y + side + _GAP
-                for (u, v), other in zip(found, sides, strict=False)
+                for (u, v), other in zip(corners, sides, strict=False)
             ):
                 break
-            found.append((x, y))
+            corners.append((x, y))
         else:
-            if not aside or _is_aside(found[0], sides[0], size):
-                return found
+            if not aside or _is_aside(corners[0], sides[0], size):
+                return corners
 
 
 def _is_aside(corner: tuple[int, int], side: int, size: int) -> bool:
@@ -191,11 +194,11 @@ def _render(draw: random.Random, drawn: list[dict[str, Any]], size: int, noise: 
     tiles = (tint + (colors - 127.5) * noise).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(tiles).resize((size, size), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
-    for one in drawn:
-        x1, y1, x2, y2 = one["box"]
-        pen.rectangle((x1, y1, x2 - 1, y2 - 1), outline=COLORS[one["color"]], width=_LINE)
+    for frame in drawn:
+        x1, y1, x2, y2 = frame["box"]
+        pen.rectangle((x1, y1, x2 - 1, y2 - 1), outline=COLORS[frame["color"]], width=_LINE)
         inside = x2 - x1 - 2 * (_LINE + _GAP)
-        ink = Image.fromarray(_digits()[one["sample"]]).resize((inside, inside), Image.Resampling.BICUBIC)
+        ink = Image.fromarray(_digits()[frame["sample"]]).resize((inside, inside), Image.Resampling.BICUBIC)
         shade = tuple(draw.randrange(60) for _ in range(3))
         image.paste(shade, (x1 + _LINE + _GAP, y1 + _LINE + _GAP), ink)
     return image
@@ -228,14 +231,14 @@ def _load() -> Any:
 
 @cache
 def _digits() -> NDArray[np.uint8]:
-    """``[1797, 8, 8]``, 255 where the pen was."""
+    """Loads the digits ``[1797, 8, 8]``, 255 where the pen was."""
     return np.round(_load().images * (255 / 16)).astype(np.uint8)
 
 
 @cache
 def _samples() -> dict[tuple[bool, int], list[int]]:
-    """(held out, digit) → indices of the samples."""
-    found: dict[tuple[bool, int], list[int]] = {}
+    """Lists the indices of samples by (held out, digit)."""
+    indices: dict[tuple[bool, int], list[int]] = {}
     for sample, value in enumerate(_load().target):
-        found.setdefault((is_held_out(sample), int(value)), []).append(sample)
-    return found
+        indices.setdefault((is_held_out(sample), int(value)), []).append(sample)
+    return indices

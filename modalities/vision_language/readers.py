@@ -13,7 +13,7 @@ _SHAPES = {"circle", "rectangle", "triangle"}
 
 
 def easy_vqa(folder: str, split: str = "train", count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """easy-VQA (github.com/vzhou842/easy-VQA, MIT): one colored shape in 64 × 64 pixels, and questions about it.
+    """Reads easy-VQA (github.com/vzhou842/easy-VQA, MIT): one colored shape in 64 × 64 pixels, and questions about it.
 
     Args:
         folder: holds `easy_vqa.zip`, or what it unpacks to: `train/questions.json`, `train/images/0.png`, ….
@@ -49,7 +49,7 @@ def easy_vqa(folder: str, split: str = "train", count: int | None = None, seed: 
 
 
 def _files(folder: Path) -> tuple[Callable[[str], bytes], Callable[[str], Any]]:
-    """What gives the bytes of a file by its name, and what gives an image as rows hold it."""
+    """Returns functions from a file's name to its bytes, and to an image as rows hold it."""
     if (folder / "train" / "questions.json").is_file():
         return lambda name: (folder / name).read_bytes(), lambda name: str(folder / name)
     if (folder / "easy_vqa.zip").is_file():

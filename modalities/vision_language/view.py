@@ -1,4 +1,4 @@
-"""Views of images: what a teacher sees more of than the student, and what a student sees less of.
+"""Views of images: more of them for a teacher, less of them for a student.
 
 `box` is in pixels of the example's first image, as the data set has it. A view that cuts or resizes that image moves
 `box` along, so that views can be chained in any order. Gold answers and reasoning need no class of their own:
@@ -21,7 +21,7 @@ from .images import images_of, with_images
 
 
 class Crop(View):
-    """The region in the column `box` in place of the whole image (Vision-OPD, 2605.18740); no view without a box.
+    """View of the region in the column `box` in place of the image (Vision-OPD, 2605.18740); none without a box.
 
     Args:
         margin: what is added on each side, as a share of the box's width and height, up to the image's edge.
@@ -44,17 +44,17 @@ class Crop(View):
     def __call__(self, example: Example) -> Example | None:
         if example.get("box") is None:
             return None
-        first, *others = _images("Crop", example)
+        first, *rest = _images("Crop", example)
         x1, y1, x2, y2 = box = _box(example, first)
         dx, dy = self.margin * (x2 - x1), self.margin * (y2 - y1)
         region = _pixels((x1 - dx, y1 - dy, x2 + dx, y2 + dy), first.size)
         crop = first.crop(region)
-        shown = crop if self.size is None else crop.resize(_fitting(crop.size, self.size), Image.Resampling.BICUBIC)
+        resized = crop if self.size is None else crop.resize(_fitting(crop.size, self.size), Image.Resampling.BICUBIC)
         if self.keep_original:
-            return with_images(example, [first, shown, *others])
-        seen = with_images(example, [shown, *others])
+            return with_images(example, [first, resized, *rest])
+        cropped = with_images(example, [resized, *rest])
         left, top = region[:2]
-        return seen | {"box": _scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), crop, shown)}
+        return cropped | {"box": _scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), crop, resized)}
 
 
 class Resize(View):
@@ -83,7 +83,7 @@ class Downscale(Resize):
 
 
 class HighResolution(View):
-    """The same picture from a column that holds it with more pixels; no view where that column is empty.
+    """View of the same picture with more pixels, from another column; none where that column is empty.
 
     It takes the place of the first image, and `box` is scaled to it.
 
@@ -102,18 +102,18 @@ class HighResolution(View):
     def __call__(self, example: Example) -> Example | None:
         if example.get(self.column) is None:
             return None
-        first, *others = _images("HighResolution", example)
+        first, *rest = _images("HighResolution", example)
         large = open_image(example[self.column])
         if abs(large.width * first.height - first.width * large.height) > max(large.size) + max(first.size):
             raise ValueError(
                 f"{self.column} is not the same picture as the first image: {large.width} × {large.height} pixels, "
                 f"and {first.width} × {first.height}"
             )
-        return _resized(example, [large, *others])
+        return _resized(example, [large, *rest])
 
 
 class ColumnImages(View):
-    """The images of another column in place of the example's, such as crops cut in advance; none where it is empty.
+    """View of the images of another column, such as crops cut in advance; none where it is empty.
 
     The shown example has no `box`.
 
@@ -134,7 +134,7 @@ class ColumnImages(View):
 
 
 class Cue(View):
-    """What is to be seen, said after the question: a text, an image or both (ViCuR, 2606.05718).
+    """View with a cue after the question: a text, an image or both (ViCuR, 2606.05718).
 
     An empty cue changes nothing: that example is distilled as without this view. ViCuR's own student has an added
     module that recovers the cue, which is no part of a view.
@@ -154,12 +154,12 @@ class Cue(View):
         self.columns = tuple(name for name in (column, image_column) if name is not None)
 
     def __call__(self, example: Example) -> Example:
-        shown = example
+        cued = example
         if self.image_column is not None and example.get(self.image_column) is not None:
-            shown = with_images(shown, [*images_of(shown), open_image(shown[self.image_column])])
+            cued = with_images(cued, [*images_of(cued), open_image(cued[self.image_column])])
         if self.column is not None and example.get(self.column):
-            shown = {**shown, "prompt": _followed(shown["prompt"], f"\n\n{shown[self.column]}")}
-        return shown
+            cued = {**cued, "prompt": _followed(cued["prompt"], f"\n\n{cued[self.column]}")}
+        return cued
 
 
 class Blur(View):
@@ -199,15 +199,16 @@ class MaskRegion(View):
     def __call__(self, example: Example) -> Example | None:
         if example.get("box") is None:
             return None
-        first, *others = _images("MaskRegion", example)
+        first, *rest = _images("MaskRegion", example)
         masked = first.copy()
         masked.paste(self.color, _pixels(_box(example, first), first.size))
-        return with_images(example, [masked, *others])
+        return with_images(example, [masked, *rest])
 
 
 class Mixture(View):
-    """One view for a share of the examples, another for the rest: a student that is warm-started on both can later be
-    its own teacher through the first.
+    """Mixture of views: one for a share of the examples, another for the rest.
+
+    A student that is warm-started on both can later be its own teacher through the first.
 
     Which examples is decided by a hash of their texts, numbers and box, so it is the same in every epoch.
 
@@ -233,7 +234,7 @@ class Mixture(View):
 
 
 class Compose(View):
-    """Several views, each applied to what the one before it shows; no view where one of them has none.
+    """Composition of views, each applied to the result of the one before it; no view where one of them has none.
 
     Raises:
         ValueError: the list is empty.
@@ -246,12 +247,12 @@ class Compose(View):
         self.columns = tuple(dict.fromkeys(column for view in views for column in view.columns))
 
     def __call__(self, example: Example) -> Example | None:
-        shown: Example | None = example
+        composed: Example | None = example
         for view in self.views:
-            if shown is None:
+            if composed is None:
                 return None
-            shown = view(shown)
-        return shown
+            composed = view(composed)
+        return composed
 
 
 def _positive(name: str, value: int | None) -> None:
@@ -275,7 +276,7 @@ def _box(example: Example, image: Image.Image) -> tuple[float, float, float, flo
 
 
 def _pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The whole pixels of the image that a box touches."""
+    """Returns the pixels of the image that a box touches, as a box of integers."""
     x1, y1, x2, y2 = box
     return max(0, math.floor(x1)), max(0, math.floor(y1)), min(size[0], math.ceil(x2)), min(size[1], math.ceil(y2))
 
@@ -291,12 +292,12 @@ def _scaled(box: Any, before: Image.Image, after: Image.Image) -> list[float]:
 
 
 def _resized(example: Example, images: list[Image.Image]) -> Example:
-    """The example with its images resized, and its box in pixels of the new first one."""
-    shown = with_images(example, images)
+    """Replaces the example's images by resized ones, and scales its box to pixels of the new first one."""
+    resized = with_images(example, images)
     if example.get("box") is None:
-        return shown
+        return resized
     first = images_of(example)[0]
-    return shown | {"box": _scaled(_box(example, first), first, images[0])}
+    return resized | {"box": _scaled(_box(example, first), first, images[0])}
 
 
 def _followed(prompt: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:

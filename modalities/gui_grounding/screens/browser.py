@@ -56,7 +56,7 @@ class Browser:
         self._driver.quit()
 
     def open(self, page: str, seed: int) -> Screen:
-        """The screen of a seed, as a freshly loaded page shows it to somebody who has touched nothing.
+        """Opens the screen of a seed: a freshly loaded page, without any input.
 
         Raises:
             ValueError: MiniWoB++ has no such page.
@@ -73,11 +73,11 @@ class Browser:
         return Screen(page, seed, self._call("instruction"), elements, png)
 
     def rewards(self, screen: Screen) -> list[float]:
-        """What the open screen gives for a click at the center of each of its elements, each in a new episode."""
+        """Collects the open screen's reward for a click at the center of each element, each in a new episode."""
         return self._call("rewards", screen.seed, [asdict(element) for element in screen.elements])
 
     def click(self, screen: Screen, element: Element) -> float:
-        """The reward of a new episode of the open screen for a click of the mouse at the element's center."""
+        """Clicks with the mouse at the element's center in a new episode of the open screen; returns its reward."""
         if not self._call("ready", screen.seed, asdict(element)):
             return 0.0
         x, y = (element.box[0] + element.box[2]) / 2, (element.box[1] + element.box[3]) / 2
@@ -87,7 +87,7 @@ class Browser:
         return self._call("reward")
 
     def target(self, screen: Screen) -> Element | None:
-        """The element that solves the open screen's task with one click, if there is exactly one."""
+        """Finds the element that solves the open screen's task with one click; None unless there is exactly one."""
         target = choose_target(screen.elements, self.rewards(screen))
         return target if target is not None and self.click(screen, target) > 0 else None
 
@@ -106,7 +106,7 @@ class Browser:
 
 
 def pages_folder() -> Path:
-    """Where the installed miniwob keeps its pages.
+    """Returns the folder of pages of the installed miniwob.
 
     Raises:
         ModuleNotFoundError: selenium or miniwob is missing.

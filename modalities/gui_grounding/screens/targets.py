@@ -17,11 +17,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Element:
-    """A visible element of the page; its boxes are [left, top, right, bottom] in CSS pixels of the window.
+    """Visible element of the page; its boxes are [left, top, right, bottom] in CSS pixels of the window.
 
     Attributes:
         tag: in lower case.
-        text: what the user reads in it.
+        text: its visible text.
         label: the text, or else what the page calls the element.
         whole: its box.
         box: its box as far as it lies in the work area.
@@ -56,7 +56,7 @@ def area_of(box: Box) -> float:
 
 
 def contains(outer: Box, inner: Box, tolerance: float = 2.0) -> bool:
-    """Whether `inner` lies in `outer`, edges within `tolerance`."""
+    """Tells whether `inner` lies in `outer`, edges within `tolerance`."""
     return (
         outer[0] <= inner[0] + tolerance
         and outer[1] <= inner[1] + tolerance
@@ -66,14 +66,14 @@ def contains(outer: Box, inner: Box, tolerance: float = 2.0) -> bool:
 
 
 def choose_target(elements: Sequence[Element], rewards: Sequence[float]) -> Element | None:
-    """The smallest element that is rewarded, or None: nothing is, or the instruction has two answers.
+    """Selects the smallest element that is rewarded; None: nothing is, or the instruction has two answers.
 
     Where the parts of an element are rewarded apart from each other (the icon and the name of a row), the answer is
     the smallest rewarded element around them in which everything is rewarded.
 
     Args:
         elements: the candidates.
-        rewards: what the page gave for a click at the center of each.
+        rewards: the page's rewards of a click at the center of each.
     """
     rewarded = [element for element, reward in zip(elements, rewards, strict=True) if reward > 0]
     missed = [element for element, reward in zip(elements, rewards, strict=True) if reward <= 0]
@@ -85,7 +85,7 @@ def choose_target(elements: Sequence[Element], rewards: Sequence[float]) -> Elem
 
 
 def choose_elements(screen: Screen, limit: int, longest: int = 40) -> list[Element]:
-    """At most `limit` elements, drawn by the screen's page and seed, that can be named by their text.
+    """Draws at most `limit` elements, by the screen's page and seed, that can be named by their text.
 
     Such a text is on the screen once and has at most `longest` characters; its element is wholly in the work area,
     and no part of running text that goes on in a second line. Its box is that of the innermost element made to be
@@ -117,7 +117,7 @@ def _clickable(holder: Element, elements: Iterable[Element]) -> Element | None:
 
 
 def row(screen: Screen, element: Element, kind: str, prompt: str) -> dict[str, Any]:
-    """An annotation of the element; its box is in pixels of the picture."""
+    """Builds the annotation of an element; its box is in pixels of the picture."""
     left, top, width, height = AREA
     x1, y1, x2, y2 = element.box
     box = [round(SCALE * edge, 2) for edge in (x1 - left, y1 - top, x2 - left, y2 - top)]
@@ -138,7 +138,7 @@ def row(screen: Screen, element: Element, kind: str, prompt: str) -> dict[str, A
 
 
 def rows_of(screen: Screen, target: Element | None, limit: int) -> list[dict[str, Any]]:
-    """The annotations of a screen: its task's, where there is one target, and at most `limit` of its elements."""
+    """Lists the annotations of a screen: its task's, where there is one target, and at most `limit` of its elements."""
     task = [] if target is None else [row(screen, target, "task", screen.instruction)]
     return task + [
         row(screen, element, "element", f'Click on "{element.text}"') for element in choose_elements(screen, limit)
