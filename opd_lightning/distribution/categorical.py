@@ -54,6 +54,7 @@ class Categorical(Distribution):
         return self.head.vocabulary * (dtype.itemsize + 4 * 4 // PIECES)
 
     def bytes_kept(self) -> int:
+        # prepared, a teacher's logits stay while all pieces of the chunk are opened
         return self.bytes_per_state()
 
     def piece(self, count: int) -> int:

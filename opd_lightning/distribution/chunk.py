@@ -82,6 +82,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (gradient,) = outputs
+        # of log-softmax: g − p·Σg; recomputing it from p keeps no graph over the vocabulary
         inner = gradient - ctx.probs * gradient.sum(-1, keepdim=True)
         return inner.div_(ctx.temperature), None, None, None
 
@@ -95,4 +96,5 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         weight = outputs[0][:, None]
+        # one-hot(action) − p, without the one-hot
         return (ctx.probs * -weight).scatter_add_(-1, ctx.action, weight), None, None, None

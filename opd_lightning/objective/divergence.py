@@ -76,6 +76,7 @@ def alpha_terms(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
         return forward_kl_terms(log_p, log_q)
     if alpha == 0.0:
         return reverse_kl_terms(log_p, log_q)
+    # the linear terms sum to 1 over the vocabulary and make each contribution ≥ 0, on a truncated support too
     power = (alpha * log_q + (1 - alpha) * log_p).exp()
     return (power - alpha * log_q.exp() - (1 - alpha) * log_p.exp()) / (alpha * (alpha - 1))
 
@@ -98,6 +99,7 @@ def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
     variance = alpha * p.scale.square() + (1 - alpha) * q.scale.square()
     if bool((variance <= 0).any()):
         raise ValueError(f"the α-divergence with alpha={alpha} between these Gaussians is infinite")
+    # log ∫ q^α p^(1−α) of two normals, per dimension
     log_power = (
         alpha * p.scale.log()
         + (1 - alpha) * q.scale.log()
@@ -164,6 +166,7 @@ class Divergence(Signal):
             leaf = log_p.detach().requires_grad_()
             value = self._sum(self.categorical(leaf, log_q))
             (slope,) = torch.autograd.grad(value.sum(), leaf)
+        # log p = logits − log Σ exp(logits): the normalizer takes p times the sum of the slopes away
         return value.detach(), slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1.0)
 
     def _sum(self, terms: Tensor) -> Tensor:
@@ -233,6 +236,7 @@ class ReverseKL(Divergence):
     """KL(p‖q), student first: seeks the teacher's modes."""
 
     def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        # the slope is p·(log p − log q) + p; what the last p adds, the normalizer takes away
         terms = (log_p - log_q).mul_(p)
         value = terms.sum(-1)
         return value, terms.addcmul_(p, value[:, None], value=-1.0)

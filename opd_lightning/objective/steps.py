@@ -164,6 +164,7 @@ class OpenSteps(Steps):
 
     def statistic(self, name: str) -> Tensor:
         key = statistic_key(name, self.stream)
+        # measured once per chunk, for all parts that read it (views of a term share the dict)
         if key not in self.statistics:
             self.statistics[key] = self._measured(name)
         return self.statistics[key]
