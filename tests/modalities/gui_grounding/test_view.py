@@ -241,7 +241,7 @@ def test_bad_rows_are_named(view, columns, reason):
     [
         (lambda: BoxOnly(color="greenish"), "greenish"),
         (lambda: Spotlight(width=0), r"Spotlight\.width is 0"),
-        (lambda: BoxOnly(hint="in the {color} one"), r"BoxOnly\.hint is no template with {color}"),
+        (lambda: BoxOnly(hint="in the {shade} one"), r"BoxOnly\.hint is no template with {color}"),
         (lambda: Spotlight(sigma=-1), "sigma and min_area"),
         (lambda: Spotlight(sigma=0, min_area=0), "not both 0"),
         (lambda: CropZoom(margin=-0.1), r"CropZoom\.margin is -0\.1"),
