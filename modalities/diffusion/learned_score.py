@@ -29,19 +29,19 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
 
 
 class Samples(Protocol):
-    """What a learned score reads of the setting whose samples it learns."""
+    """Interface of the setting whose samples a learned score learns."""
 
     padding: ClassVar[dict[str, tuple[float, str]]]
     policies: dict[str, Policy]
 
     def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
-        """The examples as the student sees them."""
+        """Applies the student's view to examples."""
 
     def velocity_field(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> VelocityField:
-        """The velocities of a policy for any of these examples."""
+        """Builds the velocity field of a policy for these examples."""
 
     def ends(self, trajectories: Trajectories) -> Tensor:
-        """``[B, ...]`` the latents that the trajectories end with."""
+        """Returns the last latents ``[B, ...]`` of the trajectories."""
 
 
 class LearnedScore(TeacherWeights):
@@ -87,16 +87,22 @@ class LearnedScore(TeacherWeights):
         return self._learner
 
     def before_update(self, name: str, step: OptimizerStep, setting: Samples, ranks: Ranks, done: int) -> Tensor | None:
-        """Learns from what the student made for this optimizer step; not in a stage in which it does not act."""
-        mine = Trajectories.concatenate(step.trajectories, setting.padding)
-        acted = mine.source == mine.sources.index("student") if "student" in mine.sources else mine.source < 0
-        mine = mine.select(acted.nonzero().squeeze(-1))
-        if not len(mine) or self.has_learned(done):
+        """Learns from the student's samples of this optimizer step, if there are any."""
+        trajectories = Trajectories.concatenate(step.trajectories, setting.padding)
+        acted = (
+            trajectories.source == trajectories.sources.index("student")
+            if "student" in trajectories.sources
+            else trajectories.source < 0
+        )
+        trajectories = trajectories.select(acted.nonzero().squeeze(-1))
+        if not len(trajectories) or self.has_learned(done):
             return None
-        seen = setting.shown(mine.examples, mine.student_view)
-        field = RestrictedField(setting.velocity_field(setting.policies[name], seen), torch.arange(len(mine)))
-        seeds = [derived_seed(seed, done) for seed in mine.observation["seed"].tolist()]
-        return self.learn(field, setting.ends(mine), seeds, ranks.mean, done)
+        examples = setting.shown(trajectories.examples, trajectories.student_view)
+        field = RestrictedField(
+            setting.velocity_field(setting.policies[name], examples), torch.arange(len(trajectories))
+        )
+        seeds = [derived_seed(seed, done) for seed in trajectories.observation["seed"].tolist()]
+        return self.learn(field, setting.ends(trajectories), seeds, ranks.mean, done)
 
     def has_learned(self, step: int) -> bool:
         """Tells whether it was trained for an optimizer step of the student that a resumed run begins again."""

@@ -16,7 +16,7 @@ from . import flow
 from .query import VelocityField
 
 EVALUATIONS = "evaluations"
-"""The observation ``[B]`` that says how many network evaluations a trajectory took, whichever thread made them."""
+"""Observation ``[B]``: network evaluations of each trajectory, by whichever thread."""
 
 
 def trajectories_of(
@@ -34,11 +34,11 @@ def trajectories_of(
         examples: B of them.
         start: ``[B, ...]`` where they begin.
         after: ``[B, T, ...]`` where each step leads.
-        sigma, toward: ``[B, T]`` the noise level of each state, and the one that the model is asked to go to.
+        sigma, toward: ``[B, T]`` noise levels of each state and of the end of its step.
         trained: ``[B, T]`` bool.
         seeds: B numbers for draws.
     """
-    made = Trajectories(
+    trajectories = Trajectories(
         observation={
             "start": start,
             "seed": torch.tensor(seeds),
@@ -51,11 +51,11 @@ def trajectories_of(
         behavior_log_probs=torch.full(trained.shape, float("nan")),
         channels={"sigma": sigma.double(), "toward": toward.double()},
     )
-    return made.to("cpu")
+    return trajectories.to("cpu")
 
 
 def retrace(field: VelocityField, trajectories: Trajectories, rows: Tensor, at: Tensor) -> Tensor:
-    """``[n, ...]`` the states at steps ``at [n]`` of some trajectories, reached anew with gradient."""
+    """Recomputes the states ``[n, ...]`` at steps ``at [n]`` of some trajectories, with gradient."""
     sigma, toward = trajectories.channels["sigma"], trajectories.channels["toward"]
     latent = trajectories.observation["start"][rows]
     for k in range(int(at.max())):
