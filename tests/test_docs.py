@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from opd_lightning.__main__ import execute
 from opd_lightning.callbacks import Curriculum, Linear
 from opd_lightning.distribution import CategoricalChunk
 from opd_lightning.methods import read
-from opd_lightning.objective import STATISTICS, Objective, ReverseKL, Term
+from opd_lightning.objective import STATISTICS, Objective, OpenSteps, Part, ReverseKL, Steps, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.scoring import Scoring
 from opd_lightning.teacher import Frozen, Teacher
+from opd_lightning.trajectory import Trajectories
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter, act, fit, make_module, sgd, teacher_forced
 from tests.tiny_vlm import vlm_rows
@@ -88,6 +90,26 @@ def test_a_statistic_of_ones_own():
     assert torch.allclose(STATISTICS["top2"](chunk, None), torch.tensor([0.5, 1.0]))
     for name in set(STATISTICS) - before:
         del STATISTICS[name]
+
+
+def listed(page: str) -> set[str]:
+    """The names in the first columns of its tables."""
+    cells = re.findall(r"^\| ([^|]*)\|", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return set(re.findall(r"`([a-z_]\w*)[`(]", " ".join(cells)))
+
+
+def test_what_a_part_and_a_callback_see_is_listed():
+    """Fields, properties and methods; but how micro-batches are cut is the objective's business."""
+    own = {"statistics", "available", "abstained", "stream", "target", "without_view", "blind"}
+    cutting = {"of", "at", "opened", "for_stream", "for_term"}
+    seen = {name for name in (*vars(Steps), *fields_of(OpenSteps)) if not name.startswith("_")} - own - cutting
+    assert seen | {"teacher"} <= listed("add_a_method.md")
+    assert {*fields_of(Trajectories)} - {"student_view"} <= listed("add_a_callback.md")
+    assert {*vars(Part)} & {"needs", "reads", "scope", "advice"} <= listed("add_a_method.md")
+
+
+def fields_of(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def test_add_a_view():
