@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ SMALL = [
     "--model.rollout.batch_size=4",
 ]
 DOCS = Path(__file__).parent.parent / "docs"
+PACKAGE = DOCS.parent / "opd_lightning"
 
 
 def example(page: str) -> tuple[str, dict[str, Any]]:
@@ -110,6 +113,70 @@ def test_what_a_part_and_a_callback_see_is_listed():
 
 def fields_of(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
+    pages = {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+    index = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text(encoding="utf-8")))
+    assert index == pages, "docs/README.md lists every page"
+    for page in (*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_how_it_works_names_files_and_functions_that_are_there():
+    text = (DOCS / "how_it_works.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(named) > 30
+    for file, name in named:
+        path = next(root / file for root in (PACKAGE, PACKAGE.parent) if (root / file).exists())
+        node: Any = ast.parse(path.read_text(encoding="utf-8"))
+        for part in name.split("."):
+            inside = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef | ast.ClassDef)}
+            assert part in inside, f"docs/how_it_works.md: {file} has no {name}"
+            node = inside[part]
+    assert re.findall(r"^(\d+)\. ", text, re.MULTILINE) == [str(number) for number in range(1, 13)]
+
+
+def test_a_training_step_goes_through_the_rooms_of_its_table_and_back_to_none(tmp_path):
+    """What `training_step` itself calls, of a micro-batch that is not the first, in order."""
+    text = (DOCS / "how_it_works.md").read_text(encoding="utf-8").partition("## One training step")[2]
+    table = [re.findall(r"`([\w/]+\.py):(?:\w+\.)?(\w+)`", row) for row in text.splitlines() if row.startswith("| `")]
+    expected = [tuple(room) for row in table for room in row]
+    calls: list[tuple[str, str]] = []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        above = frame.f_back
+        if event == "call" and above is not None and above.f_code.co_name == "training_step":
+            file = Path(frame.f_code.co_filename)
+            if file.is_relative_to(PACKAGE) and above.f_code.co_filename == str(PACKAGE / "module.py"):
+                calls.append((str(file.relative_to(PACKAGE)), frame.f_code.co_name))
+
+    class Traced(toy.Moves):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            sys.setprofile(None if batch.is_first else note)
+            try:
+                return super().training_step(batch, batch_idx)
+            finally:
+                sys.setprofile(None)
+
+    module = toy.make_module(setting=Traced, rollout=Rollout(batch_size=8, micro_batch_size=4, horizon=6))
+    toy.fit(module, tmp_path, steps=1, accumulate_grad_batches=2)
+    beside = {"module.py", "optimizer_step.py", "memory.py"}  # properties, places in a step, advice
+    clock = {"count", "phase"}
+    assert [call for call in calls if call[0] not in beside and call[1] not in clock] == expected
+    rooms = [next(group)[0] for _, group in itertools.groupby(expected, key=lambda call: call[0])]
+    assert len(rooms) == len(set(rooms))
+
+
+def test_words_are_in_order_and_name_what_is_there():
+    text = (DOCS / "words.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| ([a-z][\w ,-]*) \|", text, re.MULTILINE)[1:]
+    assert words == sorted(words, key=str.lower)
+    assert len(words) == len(set(words)) > 60
+    code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.parent.glob("[mco]*/**/*.py"))
+    for name in set(re.findall(r"`([A-Z]\w+)", text)):
+        assert re.search(rf"^class {name}\b|^{name}\b", code, re.MULTILINE), f"docs/words.md: there is no {name}"
 
 
 def test_add_a_view():
