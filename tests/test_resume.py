@@ -24,6 +24,8 @@ EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teac
 AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}
 # most checkpoints are in the middle of an epoch over a generation batch
 EPOCHS = {"rollout": {**EMA["rollout"], "epochs": 3}, "teacher": "frozen", "accumulate": 2}
+# and a weight that was settled when the batch was rolled out
+SETTLED = {**EPOCHS, "weights": ["TopEntropy"]}
 
 
 def configuration(folder: Path, world: World, setup: dict) -> Path:
@@ -54,7 +56,7 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
                 "student": {"path": str(world.student), "freeze": world.freeze},
                 **world.yaml,
                 "teachers": {"teacher": {"weights": weights, "view": view}},
-                "objective": {"terms": [{"signal": {"class_path": "ReverseKL"}}]},
+                "objective": {"terms": [{"signal": "ReverseKL", "weights": setup.get("weights", [])}]},
                 "rollout": setup["rollout"],
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
                 "schedule": {"name": "cosine", "warmup_steps": 2},
@@ -92,6 +94,7 @@ def unbroken(tmp_path_factory):
         ("text", "ema", EMA, 0.5),
         ("text", "ahead", AHEAD, 0.5),
         ("text", "epochs", EPOCHS, 0.5),
+        ("text", "settled", SETTLED, 0.5),
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),

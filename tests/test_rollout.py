@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from opd_lightning.actor import group_statistics
 from opd_lightning.modalities import DiffusionDistillation
 from opd_lightning.objective import (
+    Confidence,
     ForwardKL,
+    LogRatio,
     Objective,
     PolicyGradient,
     ReverseKL,
@@ -486,13 +488,20 @@ def cut_objectives() -> dict[str, Objective]:
         "steps": Objective([Term(ReverseKL())]),
         "weights": Objective([Term(ForwardKL(), weights=[TopEntropy(0.4)], normalizer="weights")]),
         "group": Objective([Term(PolicyGradient(RewardPlusLogRatio())), Term(ReverseKL(), coefficient=0.3)]),
+        "means": Objective(
+            [
+                Term(ReverseKL(), weights=[TopEntropy(0.4, of="teacher")], normalizer="on"),
+                Term(PolicyGradient(LogRatio(against="behavior")), normalizer="trajectories"),
+                Term(ForwardKL(), weights=[Confidence()], normalizer="weights"),
+            ]
+        ),
     }
 
 
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        *((name, "qwen3") for name in ("steps", "weights", "group")),
+        *((name, "qwen3") for name in ("steps", "weights", "group", "means")),
         *(("group", setting) for setting in ("gemma3", "llama", "vision_language", "gui_grounding")),
     ],
 )
@@ -523,7 +532,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(name, setting, make_world
         assert (theirs - weights).norm() / weights.norm() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["steps", "weights", "group"])
+@pytest.mark.parametrize("name", ["steps", "weights", "group", "means"])
 def test_several_epochs_over_a_generation_batch_do_not_depend_on_micro_batches(name, make_world, tmp_path):
     """Optimizer steps are shuffled from the second time on, and each keeps its trajectories."""
     world, found = make_world("text"), []
