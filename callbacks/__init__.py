@@ -8,6 +8,7 @@ from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
+from .weight_average import WeightAverage
 from .weight_extrapolation import WeightExtrapolation
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "StopRule",
     "SyncRule",
     "TeacherSync",
+    "WeightAverage",
     "WeightExtrapolation",
     "WhenConsolidated",
 ]
