@@ -16,7 +16,7 @@ class GradientGuard(L.Callback):
     """Checks the gradient before each optimizer step; every module brings one.
 
     Args:
-        streams: of the run; the student's gradients are checked.
+        streams: of the run, whose student has to have a gradient.
         on_nonfinite: "stop" with an error, or "skip" the optimizer step.
         metrics: where ``skipped_steps`` is recorded.
 
@@ -39,7 +39,7 @@ class GradientGuard(L.Callback):
                 "Name what the loss does not reach in student.freeze. (4-bit bases lose the gradients of their "
                 "adapters on some CPUs after a forward pass in eval mode.)"
             )
-        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = not bool(unsharded(torch.nn.utils.get_total_norm(gradients)).isfinite())
         if self.on_nonfinite == "skip":
             self.metrics.record("skipped_steps", float(bad))

@@ -106,6 +106,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.metrics, self.history = Metrics(), resume.History()
         self.streams = Streams(self, self.teachers, self.metrics.stopwatch)
         self.policies, self.teacher_state = self.streams.policies, self.streams.state
+        self.parts = self.objective.modules()
         self.loader: RolloutLoader | None = None
         self._measured: dict[str, MeanMetric] = {}
         self._recorded: dict[str, Tensor] = {}
@@ -186,6 +187,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.streams.load(self._student_spec)
         self.student: nn.Module = self.policies["student"].model
         if (mesh := mesh_of(self._trainer)) is not None:
+            if any(True for _ in self.parts.parameters()):
+                raise ValueError("objective.terms: the strategy shards the student, not the parameters of parts")
             self.streams.shard(mesh)
 
     def prepare_for_rows(self) -> None:
@@ -204,15 +207,20 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         if terms := [term for term in added if term not in self.objective.terms]:
             # a setting's checks are about the terms that people wrote
             self.objective = dataclasses.replace(self.objective, terms=[*self.objective.terms, *terms])
+            self.parts = self.objective.modules()
         return [EndOfRollouts(), GradientGuard(self.streams, self.on_nonfinite, self.metrics)]
 
     def configure_optimizers(self) -> Any:
         reshard(self.student)
-        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        optimizer = self._optimizer(self.trained_parameters())
         self.history.optimizer = resume.settings_of(optimizer)
         in_place(optimizer)
         schedule = self.schedule.of(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Returns what the optimizer trains: parameters of the student, and of parts of the objective."""
+        return [p for p in (*self.student.parameters(), *self.parts.parameters()) if p.requires_grad]
 
     def rollout_loader(self, dataset: Sequence[Example], seed: int = 0) -> RolloutLoader:
         """Makes the training dataloader over some rows; a data module's ``train_dataloader`` returns it.
@@ -319,7 +327,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.student.zero_grad()  # Lightning would keep the gradient until the next one is there
+        self.zero_grad()  # Lightning would keep the gradient until the next one is there
         self.streams.update(self.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
@@ -380,8 +388,10 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         spec, state, saved = self._student_spec, self.state_dict(), checkpoint["state_dict"]
         fits = resume.fits(self._trainer)
-        self.history.check(checkpoint, self.student, self._optimizer, fits)
+        self.history.check(checkpoint, self.student, self.trained_parameters(), self._optimizer, fits)
         resume.check_complete(kept_names(self.student, state, spec), saved)
         check_base(spec, self.streams.base, checkpoint, fits)
         resume.check_shapes(spec.path, state, saved)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
+        if not fits:  # what is evaluated and exported, where a callback keeps another student than is trained
+            saved.update(checkpoint.get("averaged", {}))

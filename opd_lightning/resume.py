@@ -120,14 +120,20 @@ class History:
         }
 
     def check(
-        self, checkpoint: dict[str, Any], student: nn.Module, make: Callable[[Any], torch.optim.Optimizer], fits: bool
+        self,
+        checkpoint: dict[str, Any],
+        student: nn.Module,
+        parameters: list[nn.Parameter],
+        make: Callable[[Any], torch.optim.Optimizer],
+        fits: bool,
     ) -> None:
         """Compares a checkpoint with the configuration, before anything of it is restored.
 
         Args:
             checkpoint: as `record` left it.
             student: as it is configured now.
-            make: from parameters to its optimizer.
+            parameters: what is trained.
+            make: from parameters to the optimizer.
             fits: whether its run goes on.
 
         Raises:
@@ -145,7 +151,7 @@ class History:
         if not checkpoint.get("optimizer_states"):
             raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
         _check_trained(made["trained"], _trained(student))
-        settings = settings_of(make([p for p in student.parameters() if p.requires_grad]))
+        settings = settings_of(make(parameters))
         check_settings("model.optimizer", make, made["optimizer"], settings)
         self._restored = made
         changed = changes(checkpoint["opd_config"], self.config_yaml)

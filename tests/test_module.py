@@ -22,7 +22,18 @@ from opd_lightning.optimization import LRSchedule, default_optimizer, in_place
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
-from tests.tiny import LongerIsBetter, attach, fit, make_module, no_teacher, sgd, teacher_forced, watch_queries
+from tests.tiny import (
+    LongerIsBetter,
+    Rows,
+    attach,
+    fit,
+    make_module,
+    make_trainer,
+    no_teacher,
+    sgd,
+    teacher_forced,
+    watch_queries,
+)
 
 
 def build(**settings):
@@ -384,3 +395,34 @@ def test_sources_route_terms(world, tmp_path):
     dataset = batch.select((batch.source == 1).nonzero().flatten())
     wanted = -float(teacher_forced(fresh, "student", dataset).sum() / dataset.mask.sum())
     assert float(trainer.callback_metrics["train/loss/CrossEntropy"]) == pytest.approx(wanted, rel=1e-4)
+
+
+# -- parts of the objective that learn --------------------------------------------------------------------------------
+
+
+class Scaled(ReverseKL, torch.nn.Module):
+    """A divergence times a number that is learned with the student."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def __call__(self, steps):
+        return super().__call__(steps) * self.scale
+
+
+def test_parameters_of_a_part_are_trained_kept_and_resumed(world, tmp_path):
+    def run(folder, steps, checkpoint=None):
+        module, trainer = world.module(objective=Objective([Term(Scaled())])), make_trainer(folder, steps=steps)
+        trainer.fit(module, datamodule=Rows(world.make_rows(24), ()), ckpt_path=checkpoint, weights_only=True)
+        return module, trainer
+
+    module, _ = run(tmp_path / "whole", 4)
+    assert float(module.objective.terms[0].signal.scale) != 1
+    assert "parts.Scaled_Scaled.scale" in module.state_dict()
+    _, trainer = run(tmp_path / "half", 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again, _ = run(tmp_path / "again", 4, tmp_path / "half.ckpt")
+    for name, weight in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics import Averages
 from ..distribution import Distribution, Stream
@@ -74,6 +74,17 @@ class Objective:
     @property
     def chunk_size(self) -> ChunkSize:
         return ChunkSize(self.chunk_mib, self.chunk_steps)
+
+    def modules(self) -> nn.ModuleDict:
+        """Returns the parts that are torch modules, whose parameters are trained with the student."""
+        return nn.ModuleDict(
+            {
+                f"{term.name}_{type(part).__name__}".replace(".", "_"): part
+                for term in self.terms
+                for part in term.parts()
+                if isinstance(part, nn.Module)
+            }
+        )
 
     def teachers(self) -> set[str]:
         """Names the teachers whose forward pass a term needs, at its present coefficient."""
