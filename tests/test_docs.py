@@ -33,6 +33,7 @@ SMALL = [
     "--trainer.limit_val_batches=0",
     "--model.evaluation.before=false",
     "--model.rollout.batch_size=4",
+    "--data.train_options.count=64",
 ]
 DOCS = Path(__file__).parent.parent / "docs"
 PACKAGE = DOCS.parent / "opd_lightning"
@@ -63,15 +64,27 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def test_add_a_method(folder):
-    part, formula, _ = blocks("add_a_method.md", "python")
-    (overlay,), (command,) = blocks("add_a_method.md", "yaml"), blocks("add_a_method.md", "sh")
-    (folder / "edge.py").write_text(part, encoding="utf-8")
-    (folder / "edge.yaml").write_text(overlay, encoding="utf-8")
+def follow(page: str, folder: Path, code: str, config: str, *extra: str) -> tuple[str, str]:
+    """Does what a page says: saves its class and its configuration under these names, and runs its command, in short.
+
+    Returns:
+        The code and the configuration.
+    """
+    texts = blocks(page, "python")[0], *blocks(page, "yaml")
+    (command,) = blocks(page, "sh")
+    for name, text in zip((code, config), texts, strict=True):
+        assert f"`{name}`" in (DOCS / page).read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     opd, *arguments = command.split()
     assert opd == "opd"
-    execute([*arguments, *SMALL, "--data.train_options.count=64", f"--trainer.default_root_dir={folder / 'runs'}"])
+    execute([*arguments, *extra, f"--trainer.default_root_dir={folder / 'runs'}"])
     assert (folder / "runs" / "checkpoints" / "last.ckpt").exists()
+    return texts
+
+
+def test_add_a_method(folder):
+    part, overlay = follow("add_a_method.md", folder, "edge.py", "edge.yaml", *SMALL)
+    _, formula, _ = blocks("add_a_method.md", "python")
     # its head is one, its test passes, and its settled part settles
     for name, text in (("text/quickstart.yaml", ""), ("methods/text/edge.yaml", overlay)):
         path = folder / "configs" / name
@@ -188,6 +201,22 @@ def test_add_a_view():
     assert shown.getpixel((5, 2)) == (0, 0, 0)
     assert shown.getpixel((5, 10)) == row["images"][0].getpixel((5, 10))
     assert view({**row, "box": None}) is None
+
+
+def test_add_a_view_as_the_page_says(folder):
+    follow("add_a_view.md", folder, "my_package.py", "stripe.yaml", *SMALL)
+
+
+def test_add_a_callback_as_the_page_says(folder):
+    follow("add_a_callback.md", folder, "my_package.py", "warmer.yaml", *SMALL)
+    saved = torch.load(folder / "runs" / "checkpoints" / "last.ckpt", weights_only=True)
+    (warmer,) = [state for name, state in saved["callbacks"].items() if "Warmer" in name]
+    assert warmer["extra"] >= 0
+
+
+def test_add_a_setting_as_the_page_says(folder):
+    (folder / "places.jsonl").write_text('{"prompt": "-3"}\n' * 32, encoding="utf-8")
+    follow("add_a_setting.md", folder, "my_package.py", "walks.yaml")
 
 
 def test_rewards():
