@@ -15,17 +15,24 @@ HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "add_a_setting.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def config(tmp_path):
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
     """A configuration in a folder of its own, where its run writes."""
 
     def make(name: str) -> Path:
-        folder = tmp_path / name
+        folder = tmp_path_factory.mktemp("control") / name
         folder.mkdir()
         (folder / "run.yaml").write_text((HERE / "control.yaml").read_text(encoding="utf-8"), encoding="utf-8")
         return folder / "run.yaml"
 
     return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(config) -> Path:
+    path = config("unbroken")
+    finish(run(path))
+    return path
 
 
 def run(config: Path, *extra: str):
@@ -60,10 +67,9 @@ def test_the_student_learns_to_steer(config):
     assert accuracies[-1] > 0.7, "and no more: where the wind is strong, only who knows of it gets there"
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(config):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, unbroken):
     """With early stop, a curriculum, freshness and rollouts made ahead: the same weights, bit for bit."""
-    unbroken, killed = config("unbroken"), config("killed")
-    finish(run(unbroken))
+    killed = config("killed")
     process = run(killed)
     process.wait_for(killed.parent / "checkpoints" / "last.ckpt")
     process.kill()
@@ -83,3 +89,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config):
     assert horizons[0] < horizons[-1]
     assert max(cuts) > 0
     assert max(lags) > 0
+
+
+def test_what_the_glossary_says_of_logs_is_logged(unbroken):
+    """But for what a vocabulary alone has, a policy gradient, and `test`."""
+    words = (HERE.parents[1] / "docs" / "words.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`((?:train|val|knob|time)/[^`]*)`", words))
+    assert len(names) > 15
+    logged = metrics(unbroken)[0].keys()
+    for name in names - {"train/loss/PolicyGradient", "train/<name>/privileged_gap"}:
+        pattern = re.sub(r"<\w+>", r"[^/]+", name).replace("…", ".+")
+        assert any(re.fullmatch(pattern, column) for column in logged), f"docs/words.md: no run logs {name}"
