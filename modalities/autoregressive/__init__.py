@@ -2,6 +2,14 @@
 
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
 from .setting import AutoregressiveDistillation
-from .view import PromptView
+from .view import PromptView, TemplateOptions
 
-__all__ = ["AutoregressiveDistillation", "DecodeLoop", "Generate", "PromptView", "RolloutEngine", "VllmServer"]
+__all__ = [
+    "AutoregressiveDistillation",
+    "DecodeLoop",
+    "Generate",
+    "PromptView",
+    "RolloutEngine",
+    "TemplateOptions",
+    "VllmServer",
+]

@@ -62,6 +62,28 @@ class PromptView(View):
         return {**example, "prompt": prompt}
 
 
+class TemplateOptions(View):
+    """View that the chat template renders with options of its own, such as a teacher that thinks.
+
+        view: {class_path: TemplateOptions, init_args: {options: {enable_thinking: true}}}
+
+    Args:
+        options: as in the column ``chat_template_kwargs``; they go before those of the row and of the setting.
+        view: what is shown otherwise; None: the example itself.
+    """
+
+    def __init__(self, options: dict[str, Any], view: View | None = None) -> None:
+        self.options, self.view = options, view
+        self.columns = () if view is None else view.columns
+
+    def __call__(self, example: Example) -> Example | None:
+        shown_example = example if self.view is None else self.view(example)
+        if shown_example is None:
+            return None
+        options = {**(shown_example.get("chat_template_kwargs") or {}), **self.options}
+        return {**shown_example, "chat_template_kwargs": options}
+
+
 class _Chat(list[dict[str, Any]]):
     """Messages, as a list and as text."""
 

@@ -6,7 +6,7 @@ import pytest
 from jinja2 import TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 
-from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive import PromptView, TemplateOptions
 from opd_lightning.modalities.autoregressive.view import last_text
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Teacher
@@ -146,3 +146,16 @@ def test_messages_that_end_with_the_assistant_s_are_refused():
     answered = [{"role": "user", "content": "{{ prompt }}"}, {"role": "assistant", "content": "{{ answer }}"}]
     with pytest.raises(ValueError, match=r"PromptView\.prompt: the last message is the assistant's"):
         PromptView(answered)
+
+
+def test_options_of_the_template_go_before_those_of_the_row_and_stand_over_another_view():
+    row = {"prompt": "1+1=", "hint": "#", "chat_template_kwargs": {"style": "dry", "enable_thinking": False}}
+    options = TemplateOptions({"enable_thinking": True}, PromptView("{{ hint }}{{ prompt }}"))
+    assert options.columns == ("hint", "prompt")
+    assert options(row) == {
+        **row,
+        "prompt": "#1+1=",
+        "chat_template_kwargs": {"style": "dry", "enable_thinking": True},
+    }
+    assert options({**row, "hint": ""}) is None
+    assert row["chat_template_kwargs"]["enable_thinking"] is False, "the example itself is left alone"

@@ -12,10 +12,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from opd_lightning.data import PromptData
-from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive import PromptView, TemplateOptions
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout_settings import Rollout
-from opd_lightning.teacher import Frozen, Live, Teacher
+from opd_lightning.teacher import Frozen, Initial, Live, Teacher
 from tests.tiny import (
     CHAT_TEMPLATE,
     act,
@@ -65,6 +65,21 @@ def test_raw_prompts_stay_as_they_are(chat_student):
 def test_options_reach_the_template(chat_student):
     module = make_module(chat_student, {}, no_teacher(), chat_template_kwargs={"enable_thinking": False})
     assert shown(module, "1+1=") == USER + "<think></think>"
+
+
+def test_a_teacher_may_have_options_of_its_own(chat_student):
+    """A template per teacher: one thinks, and what it says is that of its own prompt."""
+    view = TemplateOptions({"enable_thinking": False})
+    module = make_module(chat_student, {"teacher": Teacher(Initial(), view)})
+    rolled = act(module, [{"prompt": "1+1="}])
+    ids = module.streams.seen("teacher", rolled.examples)
+    read = module.tokenizer().decode(module.prompt_ids(ids[0], module.policies["teacher"]))
+    assert (shown(module, "1+1="), read) == (USER, USER + "<think></think>")
+    said = module.streams.query("teacher", rolled).distribution
+    alone = module.distribution(module.policies["teacher"], rolled, [view(rolled.examples[0])])
+    assert torch.equal(said.hidden, alone.hidden)
+    blind = module.distribution(module.policies["teacher"], rolled)
+    assert not torch.equal(said.hidden, blind.hidden)
 
 
 def test_without_a_template_strings_pass_and_chats_are_refused(tiny_student):
