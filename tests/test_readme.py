@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ def test_the_first_screen_installs_and_runs(tmp_path, monkeypatch):
 
 def test_the_tree_is_the_one_that_is_tracked():
     """Every file of the package with a clause, and no other; a folder's line is that of its ``__init__.py``."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone: nothing says which files are tracked")
     (tree,) = re.findall(r"<summary>the tree</summary>\n\n```\n(.*?)```", README, re.DOTALL)
     listed: dict[str, str] = {}
     folders: list[str] = []
@@ -71,6 +74,12 @@ def test_the_tree_is_the_one_that_is_tracked():
     assert not missing, "README.md, ## The house: add to the tree\n" + "\n".join(sorted(missing))
     gone = sorted(set(listed) - files)
     assert not gone, f"README.md, ## The house: take out of the tree what is no tracked file: {', '.join(gone)}"
+
+
+def test_the_changelog_knows_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[([\d.]+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)[0] == version
 
 
 def summary(name: str) -> str:
