@@ -96,8 +96,11 @@ class LogRatio(Advantage):
             raise ValueError("advantage.length_normalized: there is no return to normalize while discount is 0")
         self.clip, self.discount, self.length_normalized = clip, discount, length_normalized
         self.against = against
-        self.reads = LOG_PROBS if against == "student" else LOG_PROBS - {"student/log_prob"}
         self.scope = "row" if discount else "step"
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return LOG_PROBS if self.against == "student" else LOG_PROBS - {"student/log_prob"}
 
     def __call__(self, steps: Steps) -> Tensor:
         ratio = log_ratio(steps, self.against)
@@ -149,7 +152,10 @@ class RewardPlusLogRatio(GroupRelative):
     def __init__(self, coefficient: float = 1.0, scale: bool = True, against: Against = "student") -> None:
         super().__init__(scale)
         self.coefficient, self.against = coefficient, against
-        self.reads = LOG_PROBS if against == "student" else LOG_PROBS - {"student/log_prob"}
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return LOG_PROBS if self.against == "student" else LOG_PROBS - {"student/log_prob"}
 
     def __call__(self, steps: Steps) -> Tensor:
         return super().__call__(steps) + self.coefficient * log_ratio(steps, self.against)
