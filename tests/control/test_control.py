@@ -57,6 +57,28 @@ def test_nothing_is_overridden_that_the_page_does_not_promise():
     assert methods | fields <= promised
 
 
+def test_the_loop_has_no_name_for_what_only_some_settings_have():
+    core = HERE.parents[1] / "opd_lightning"
+    loop = [
+        "module",
+        "trajectory",
+        "optimizer_step",
+        "rollout",
+        "rollout_settings",
+        "actor",
+        "worker",
+        "streams",
+        "reader",
+    ]
+    files = [core / f"{name}.py" for name in loop]
+    files += [*(core / "objective").glob("*.py"), *(core / "distribution").glob("*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
+            name = name or getattr(node, "name", None) or ""
+            assert not re.search("token|pixel|image", str(name)), f"{file.name}: {name}"
+
+
 def test_the_student_learns_to_steer(config):
     """Without callbacks; the teacher, who is told the wind, always gets there."""
     path = config("learns")
