@@ -25,7 +25,7 @@ REPETITION = "repetition"
 
 @dataclass(frozen=True)
 class Sign:
-    """What a collapse looks like.
+    """Sign of a collapse.
 
     Attributes:
         name: the alarm's argument for its limit.
@@ -196,7 +196,7 @@ class CollapseAlarm(DistillationCallback):
         return [message for key, message in warnings.items() if self.wrong[key] == self.patience]
 
     def _repeating(self, step: OptimizerStep) -> Tensor:
-        """``[B]`` 1 for each trajectory that repeats itself."""
+        """Marks trajectories that repeat themselves, ``[B]``, 1 or 0."""
         return torch.tensor(
             [
                 float(compressibility(actions[mask][-LAST:]) > self.compression)
@@ -207,7 +207,7 @@ class CollapseAlarm(DistillationCallback):
 
 
 def compressibility(actions: Tensor) -> float:
-    """How many times smaller zlib makes ``actions [n, …]``, whatever they are: numbered by kind, two bytes each."""
+    """Computes the factor by which zlib compresses ``actions [n, …]``, numbered by kind, two bytes each."""
     if not len(actions):
         return 1.0
     kinds = np.unique(actions.float().numpy(), axis=0, return_inverse=True)[1]

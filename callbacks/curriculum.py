@@ -26,14 +26,14 @@ class Schedule(Stateful, ABC):
 
     @abstractmethod
     def __call__(self, step: int) -> Any:
-        """The value for the optimizer step after ``step`` ones were done."""
+        """Returns the value for the optimizer step after ``step`` ones were done."""
 
     @abstractmethod
     def ends(self) -> list[Any]:
-        """The values that it comes to, or lies between: if they can be served, all can."""
+        """Lists extreme values: if they can be served, all can."""
 
     def watch(self, metrics: Mapping[str, Any]) -> None:
-        """Told of ``trainer.callback_metrics`` after every validation."""
+        """Observes ``trainer.callback_metrics`` after every validation."""
 
 
 class Linear(Schedule):
@@ -49,7 +49,7 @@ class Linear(Schedule):
         self.start, self.end, self.steps, self.wait = start, end, steps, wait
 
     def share(self, step: int) -> float:
-        """How much of the way is gone, in [0, 1]."""
+        """Returns the share of the way that is done, in [0, 1]."""
         return min(1.0, max(0, step - self.wait) / self.steps)
 
     def __call__(self, step: int) -> float:
@@ -68,7 +68,7 @@ class Cosine(Linear):
 
 
 class Staircase(Schedule):
-    """start + by · ⌊step / every⌋, up to ``end``.
+    """Staircase start + by · ⌊step / every⌋, up to ``end``.
 
     TCOD (2604.24005) lets the depth of multi-turn rollouts grow by one turn every 4 to 6 steps, from 1.
 

@@ -39,14 +39,14 @@ class Anchor(Signal):
     """
 
     def __call__(self, steps: OpenSteps) -> Tensor:
-        mine = steps.per_trajectory(_by_student(steps.trajectories))
-        log_ratio = torch.where(mine, steps.student.log_prob(steps.action) - steps.behavior_log_prob, 0.0)
+        of_student = steps.per_trajectory(_by_student(steps.trajectories))
+        log_ratio = torch.where(of_student, steps.student.log_prob(steps.action) - steps.behavior_log_prob, 0.0)
         log_ratio = log_ratio.clamp(max=LARGEST)
         return log_ratio.expm1() - log_ratio
 
 
 class FreshnessControl(DistillationCallback):
-    """f-OPD (2605.17862): every trajectory has a freshness, which decides how much it counts.
+    """Freshness control of f-OPD (2605.17862): every trajectory has a freshness, which decides how much it counts.
 
     With τ optimizer steps between acting and training,
 
@@ -139,7 +139,7 @@ class FreshnessControl(DistillationCallback):
             rank_zero_info(f"FreshnessControl: step {done}: rollouts were too stale, rolling out again")
 
     def _score(self, module: OnPolicyDistillation, batch: Trajectories) -> Tensor:
-        """``[B]`` freshness."""
+        """Computes freshness ``[B]``."""
         batch = batch.to("cpu")
         lag = module.global_step - batch.weights_version
         acted = _by_student(batch)
@@ -158,21 +158,21 @@ class FreshnessControl(DistillationCallback):
         return fresh
 
     def _supervision(self, module: OnPolicyDistillation, batch: Trajectories) -> Tensor:
-        """``[B]`` D_sup; infinite where it can't be known."""
+        """Computes D_sup ``[B]``; infinite where it is unknown."""
         drift = torch.zeros(len(batch))
         for name in sorted(module.objective.teachers()):
             teacher = module.teachers[name]
             for version in batch.weights_version.unique().tolist():
                 then = self._settings_at(version).get(name)
-                mine = (batch.weights_version == version).nonzero().squeeze(-1)
+                indices = (batch.weights_version == version).nonzero().squeeze(-1)
                 if teacher.view is not None and then is not None and then != _settings(teacher.view):
-                    moved = self._moved(module, name, batch.select(mine), _with(teacher.view, then))
-                    drift[mine] = torch.maximum(drift[mine], moved)
+                    moved = self._moved(module, name, batch.select(indices), _with(teacher.view, then))
+                    drift[indices] = torch.maximum(drift[indices], moved)
         return drift
 
     @torch.no_grad()
     def _moved(self, module: OnPolicyDistillation, name: str, batch: Trajectories, view: View) -> Tensor:
-        """``[B]`` how far a teacher's answers have moved since it had this view."""
+        """Computes how far ``[B]`` a teacher's distributions have moved since it had this view."""
         batch = batch.to(module.device)
         with module.trainer.precision_plugin.forward_context():
             now, then = module.streams.query(name, batch), module.streams.query(name, batch, view)
@@ -199,33 +199,33 @@ class FreshnessControl(DistillationCallback):
 
 
 def _by_student(batch: Trajectories) -> Tensor:
-    """``[B]`` bool: who acted."""
+    """Marks trajectories ``[B]`` (bool) by the student."""
     return torch.tensor([name == "student" for name in batch.sources], device=batch.source.device)[batch.source]
 
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:
-    """``[B, T]`` → ``[B]`` mean over the trained steps; 0 where there are none, since they count nothing."""
+    """Averages ``[B, T]`` over the trained steps, ``[B]``; 0 where there are none, since they count nothing."""
     return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _settings(view: View) -> Settings:
-    """What can be turned in a view, and in the views that it is made of, by path."""
-    found: Settings = {}
+    """Collects the settings of a view, and of the views that it is made of, by path."""
+    settings: Settings = {}
     for name, value in vars(view).items():
         if isinstance(value, View):
-            found |= {f"{name}.{path}": inner for path, inner in _settings(value).items()}
+            settings |= {f"{name}.{path}": inner for path, inner in _settings(value).items()}
         elif isinstance(value, int | float | str):
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def _with(view: View, settings: Settings) -> View:
-    """The view as it was with these settings."""
-    made = copy.copy(view)
+    """Copies a view with these settings."""
+    copied = copy.copy(view)
     for name, value in vars(view).items():
         inner = {path.removeprefix(f"{name}."): v for path, v in settings.items() if path.startswith(f"{name}.")}
         if inner:
-            setattr(made, name, _with(value, inner))
+            setattr(copied, name, _with(value, inner))
         elif name in settings:
-            setattr(made, name, settings[name])
-    return made
+            setattr(copied, name, settings[name])
+    return copied

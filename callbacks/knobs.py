@@ -58,18 +58,18 @@ class Knob:
         self.path = path
         self.owner: Any = module
         self.argument, self.entry = "", None
-        found, walked = module, "the module"
+        value, walked = module, "the module"
         for part in path.split("."):
-            inside = _inside(found)
+            inside = _inside(value)
             if part not in inside:
                 raise ValueError(f"no knob {path!r}: {walked} has no {part!r}; it has {', '.join(inside)}")
-            if isinstance(found, dict):
+            if isinstance(value, dict):
                 self.entry = part
-            elif not isinstance(found, list):
-                self.owner, self.argument, self.entry = found, part, None
-            found, walked = inside[part], part if walked == "the module" else f"{walked}.{part}"
+            elif not isinstance(value, list):
+                self.owner, self.argument, self.entry = value, part, None
+            value, walked = inside[part], part if walked == "the module" else f"{walked}.{part}"
         self._configured = dict(self._kept) if isinstance(self._kept, dict) else None
-        self._check_turnable(found)
+        self._check_turnable(value)
 
     def _check_turnable(self, value: Any) -> None:
         owner, name = self.owner, type(self.owner).__name__
@@ -101,7 +101,7 @@ class Knob:
         return isinstance(self.owner, Rollout) and self.argument == "behavior"
 
     def overlaps(self, other: Knob) -> bool:
-        """Whether turning one turns the other, whatever they are called."""
+        """Tells whether turning one turns the other, under any name."""
         if self.owner is not other.owner or self.argument != other.argument:
             return False
         return self._is_share or self.entry == other.entry or None in (self.entry, other.entry)
@@ -117,10 +117,10 @@ class Knob:
             now, then = self._twin(self._kept), self._twin(kept)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path} can't be {value!r}: {error}") from error
-        for name, made in vars(then).items():
+        for name, checked in vars(then).items():
             # also what the constructor derives from the value, but nothing that the part has become since
-            if made is not vars(now).get(name):
-                setattr(self.owner, name, made)
+            if checked is not vars(now).get(name):
+                setattr(self.owner, name, checked)
 
     def _as_argument(self, value: Any) -> Any:
         if isinstance(value, float) and self._is_whole:
@@ -145,7 +145,7 @@ class Knob:
         return int in kinds and float not in kinds
 
     def _twin(self, value: Any) -> Any:
-        """Another owner, made with another value: the constructor's checks are the owner's checks."""
+        """Builds another owner with another value, by whose constructor it is checked."""
         arguments = {name: getattr(self.owner, name) for name in _arguments(self.owner)}
         return type(self.owner)(**{**arguments, self.argument: value})
 
@@ -179,15 +179,15 @@ class KnobCallback(DistillationCallback):
         self._held = {path: Knob(module, path) for path in self.knobs}
         for other in [callback for callback in module.trainer.callbacks if isinstance(callback, KnobCallback)]:  # type: ignore[attr-defined]
             for path in other.knobs:
-                for mine in self._held.values():
-                    if (other is not self or path != mine.path) and mine.overlaps(Knob(module, path)):
+                for knob in self._held.values():
+                    if (other is not self or path != knob.path) and knob.overlaps(Knob(module, path)):
                         raise ValueError(
-                            f"trainer.callbacks: {type(self).__name__} ({mine.path}) and {type(other).__name__} "
+                            f"trainer.callbacks: {type(self).__name__} ({knob.path}) and {type(other).__name__} "
                             f"({path}) turn the same knob; keep one of them"
                         )
 
     def read(self, path: str) -> Any:
-        """One of its knobs as it is."""
+        """Returns the present value of one of its knobs."""
         return self._held[path].value
 
     def turn(self, path: str, value: Any) -> None:
@@ -210,7 +210,7 @@ def _arguments(owner: Any) -> list[str]:
 
 
 def _inside(part: Any) -> dict[str, Any]:
-    """What a path may go on with."""
+    """Lists the names with which a path may continue."""
     if isinstance(part, dict):
         return {str(key): value for key, value in part.items()}
     if isinstance(part, list):
@@ -224,7 +224,5 @@ def _inside(part: Any) -> dict[str, Any]:
 
 def _numbers(name: str, value: Any) -> dict[str, float]:
     if isinstance(value, dict):
-        return {
-            found: number for key, part in value.items() for found, number in _numbers(f"{name}.{key}", part).items()
-        }
+        return {path: number for key, part in value.items() for path, number in _numbers(f"{name}.{key}", part).items()}
     return {name: float(value)} if isinstance(value, int | float) else {}

@@ -148,7 +148,7 @@ def _forget(path: Path, step: int) -> None:
 
 
 def render(rows: list[Row], title: str) -> Table:
-    """The table for the console."""
+    """Formats the table for the console."""
     table = Table(title=title, title_justify="left", show_lines=True)
     for name in COLUMNS:
         table.add_column(name)
@@ -171,7 +171,7 @@ def _shade(value: float | None, largest: float) -> str:
 
 
 def markdown(data: list[list[Any]]) -> str:
-    """A table of the rows' columns."""
+    """Formats a Markdown table of the rows' columns."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cells) + " |"

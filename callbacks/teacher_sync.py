@@ -24,11 +24,11 @@ class SyncRule(Stateful):
     needs_reward = False
 
     def rate(self, step: int) -> float:
-        """The student's share in the average at the optimizer step after ``step`` ones were done."""
+        """Returns the student's share in the average at the optimizer step after ``step`` ones were done."""
         return 0.0
 
     def observe(self, module: OnPolicyDistillation, step: OptimizerStep) -> bool:
-        """Told of every optimizer step after it: whether the teacher shall become the student now."""
+        """Observes every optimizer step after it; True: the teacher becomes the student now."""
         return False
 
 

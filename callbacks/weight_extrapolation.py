@@ -108,7 +108,7 @@ class WeightExtrapolation(DistillationCallback):
 
     @staticmethod
     def _reward(module: OnPolicyDistillation, examples: list[Example]) -> float:
-        """Mean reward of the student as it is now, over all ranks; NaN where all abstain."""
+        """Measures the mean reward of the student as it is now, over all ranks; NaN where all abstain."""
         size, _ = module.rollout.micro_batches(module.trainer.accumulate_grad_batches)
         total, count = 0.0, 0
         for place, start in enumerate(range(0, len(examples), size)):

@@ -1,4 +1,4 @@
-"""Actor: who acts, with which weights and settings."""
+"""Actor: the policies that act, with their weights and settings."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Actor:
 
         The observation is the student's in every case: that is what the loss conditions on.
         """
-        seen = shown(self.student_view, examples)
+        student_examples = shown(self.student_view, examples)
         if who == "dataset":
-            acted = self.setting.replay(self.policies["student"], examples, seen, self.rollout, seeds)
+            acted = self.setting.replay(self.policies["student"], examples, student_examples, self.rollout, seeds)
             acted = check_acted(self.setting, acted, examples, "replay")
         else:
             # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
             with self.precision():
-                acted = replace(self._act(who, examples, seen, seeds), examples=examples)
+                acted = replace(self._act(who, examples, student_examples, seeds), examples=examples)
         seed = torch.tensor(seeds, device=acted.mask.device)
         return replace(acted, student_view=settings_of(self.student_view), sources=(who,), seed=seed)
 
@@ -65,7 +65,7 @@ class Actor:
             return check_acted(setting, sample(policy, prompts, seen, self.rollout, seeds), seen)
         teacher = setting.teachers[who]
         views = teacher.seen(examples, seen)
-        seeing = [mine if view is None else view for mine, view in zip(seen, views, strict=True)]
+        seeing = [example if view is None else view for example, view in zip(seen, views, strict=True)]
         reader = policy if teacher.own_template else self.policies["student"]
         acted = sample(policy, setting.collate(seeing, reader), seeing, self.rollout, seeds)
         acted = check_acted(setting, acted, seeing)
@@ -77,7 +77,7 @@ class Actor:
 
     @blames_rows
     def with_rewards(self, trajectories: Trajectories) -> Trajectories:
-        """The same with rewards and their group statistics, if there are any."""
+        """Adds rewards and their group statistics, if there are any."""
         if not self.setting.has_rewards:
             return trajectories
         reward, _ = self.checked_rewards(trajectories)
@@ -87,7 +87,7 @@ class Actor:
 
 
 def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each.
+    """Computes mean and population standard deviation of the rewards ``[B]`` within each group, ``[B]`` each.
 
     Rewards that are NaN (they abstain) count in neither; both are NaN where all of a group do.
     """

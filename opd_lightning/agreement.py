@@ -126,19 +126,20 @@ class Comparison:
 
     @torch.no_grad()
     def _ask(self, name: str, acted: Trajectories, size: int | None = None, training: bool = False) -> Tensor:
-        """``[B, T]`` what one policy says of the actions, in batches of ``size`` rows; NaN where it says nothing, and
-        infinity where what it says is no number."""
+        """Computes one policy's log-probs ``[B, T]`` of the actions, in batches of ``size`` rows.
+
+        NaN where it is not defined, infinity where they are no numbers."""
         values = torch.full(acted.mask.shape, torch.nan, dtype=torch.float32)
         done = 0
         for part in acted.split(size or len(acted)):
             part = part.to(self._trainer.strategy.root_device)
             stream = self._queried(name, part, training)
             check_family(self._actor.setting, stream.distribution)
-            mine = self._objective.per_step(stream.distribution, {}, Steps.of(part), _of_action).cpu()
-            mine[part.mask.cpu()[:, : mine.shape[1]] & mine.isnan()] = torch.inf
+            log_probs = self._objective.per_step(stream.distribution, {}, Steps.of(part), _of_action).cpu()
+            log_probs[part.mask.cpu()[:, : log_probs.shape[1]] & log_probs.isnan()] = torch.inf
             if stream.available is not None:
-                mine[~stream.available.cpu()] = torch.nan
-            values[done : done + len(part), : mine.shape[1]] = mine
+                log_probs[~stream.available.cpu()] = torch.nan
+            values[done : done + len(part), : log_probs.shape[1]] = log_probs
             done += len(part)
         return values
 
@@ -157,7 +158,7 @@ class Comparison:
             self.apart[name][what] = max(before, float(known.max()))
 
     def rows(self) -> list[tuple[str, dict[str, str]]]:
-        """Of the table: what was compared, and how far each policy is apart of how much it may be."""
+        """Lists the rows of the table: each comparison, with the difference of each policy and its tolerance."""
         return [
             (
                 what,
@@ -171,7 +172,7 @@ class Comparison:
         ]
 
     def tolerance(self, name: str, what: str) -> float:
-        """In nats."""
+        """Returns the tolerance in nats."""
         if self._settings.tolerance is not None:
             return self._settings.tolerance
         half = "16" in str(self._trainer.precision_plugin.precision)
@@ -179,7 +180,7 @@ class Comparison:
         return max(own, self._actor.setting.acting_tolerance) if what == ACTED else own
 
     def complaints(self, is_noisy: bool) -> list[str]:
-        """A sentence for every policy and comparison beyond the tolerance, but for noise that was asked for."""
+        """Writes a sentence for every policy and comparison beyond the tolerance, but for noise that was asked for."""
         return [
             self._complaint(name, what, value)
             for name, apart in self.apart.items()
@@ -199,7 +200,7 @@ class Comparison:
 
 
 def is_rounded(model: nn.Module) -> bool:
-    """Whether a model computes in half precision or TF32, or its weights are quantized."""
+    """Tells whether a model computes in half precision or TF32, or its weights are quantized."""
     weights = [p for p in model.parameters() if p.is_floating_point()]
     exact = {p.dtype for p in weights} <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
     tf32 = any(p.is_cuda for p in weights) and torch.get_float32_matmul_precision() != "highest"
@@ -207,15 +208,15 @@ def is_rounded(model: nn.Module) -> bool:
 
 
 def _of_action(steps: OpenSteps) -> Tensor:
-    """``[n]`` the log-prob of the actions, per number of each; where there is no density, how far it points away."""
-    said: Any = steps.student
-    if isinstance(said, Gaussian) and not bool((said.scale > 0).all()):
-        return (said.mean - steps.action).flatten(1).square().mean(1).sqrt()
-    return said.log_prob(steps.action) / _width(steps.trajectories)
+    """Computes the log-prob ``[n]`` of the actions, per number of each; without a density, the distance of the mean."""
+    distribution: Any = steps.student
+    if isinstance(distribution, Gaussian) and not bool((distribution.scale > 0).all()):
+        return (distribution.mean - steps.action).flatten(1).square().mean(1).sqrt()
+    return distribution.log_prob(steps.action) / _width(steps.trajectories)
 
 
 def _width(trajectories: Trajectories) -> int:
-    """Of how many numbers an action is made."""
+    """Counts the numbers of an action."""
     return trajectories.actions[0, 0].numel()
 
 

@@ -56,10 +56,10 @@ class DistillationCallback(Stateful, L.Callback):
         return trajectories
 
     def on_optimizer_step_start(self, module: Any, step: OptimizerStep) -> None:
-        """Called before the first micro-batch of an optimizer step, whose totals are not known yet."""
+        """Acts before the first micro-batch of an optimizer step, whose totals are not known yet."""
 
     def on_optimizer_step_end(self, module: Any, step: OptimizerStep) -> None:
-        """Called after the update; ``module.global_step`` counts it already."""
+        """Acts after the update; ``module.global_step`` counts it already."""
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------
 

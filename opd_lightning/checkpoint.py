@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and when one is written."""
+"""Checkpoints: their contents, and the steps at which they are written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def kept_names(student: nn.Module, names: Iterable[str], spec: Pretrained) -> se
 
 
 def plain_rng_states() -> dict[str, Any]:
-    """RNG states as tensors, numbers, lists and tuples only, so that ``weights_only=True`` loads them."""
+    """Converts RNG states to tensors, numbers, lists and tuples only, so that ``weights_only=True`` loads them."""
     states = _collect_rng_states()
     name, keys, *rest = states["numpy"]
     return {**states, "numpy": (name, keys.tolist(), *rest)}
@@ -65,7 +65,8 @@ class AtomicIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """
+        """Writes a checkpoint beside its place, and moves it there when it is complete.
+
         Raises:
             OSError: it could not be written (the disk is full, …).
         """
@@ -84,25 +85,26 @@ class AtomicIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps what the disk said
             with suppress(OSError):  # the folder became read-only
                 part.unlink(missing_ok=True)
-            before = f"; the one before it is whole: {whole}" if (whole := newest_whole(target.parent)) else ""
+            before = f"; the one before it is whole: {intact}" if (intact := newest_whole(target.parent)) else ""
             raise OSError(f"the checkpoint {target} could not be written ({error}){before}") from error
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint that was written last and is not cut short."""
-    found = [file for file in folder.glob("*.ckpt") if file.is_dir() or zipfile.is_zipfile(file)]
-    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+    """Finds the newest checkpoint that is not cut short; None if there is none."""
+    files = [file for file in folder.glob("*.ckpt") if file.is_dir() or zipfile.is_zipfile(file)]
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def check_whole(checkpoint: Path) -> None:
-    """
+    """Refuses checkpoints that are missing or cut short.
+
     Raises:
         ValueError: there is no such file, or it was cut short; the message names the newest one beside it that was not.
     """
     if checkpoint.is_dir():
         return  # a sharded one of another strategy
-    whole = newest_whole(checkpoint.parent)
-    advice = f"the newest whole one beside it is --ckpt_path={whole}" if whole else "there is no whole one beside it"
+    intact = newest_whole(checkpoint.parent)
+    advice = f"the newest whole one beside it is --ckpt_path={intact}" if intact else "there is no whole one beside it"
     if not checkpoint.exists():
         raise ValueError(f"there is no checkpoint {checkpoint}; {advice}")
     if not os.access(checkpoint, os.R_OK):
@@ -112,7 +114,8 @@ def check_whole(checkpoint: Path) -> None:
 
 
 def check_ours(checkpoint: Path) -> None:
-    """
+    """Refuses files that are no checkpoints of `opd fit`.
+
     Raises:
         ValueError: as in `check_whole`; it is a run's folder, or none of `opd fit`'s checkpoints.
     """
@@ -122,15 +125,16 @@ def check_ours(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint} is a folder; its last checkpoint is {last}")
         return
     try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict) or not {"state_dict", "loops", "made_with"} <= found.keys():
+    if not isinstance(content, dict) or not {"state_dict", "loops", "made_with"} <= content.keys():
         raise ValueError(f"{checkpoint} is no checkpoint of `opd fit`, or one of an earlier version")
 
 
 def check_named(path: str, folders: Sequence[Path]) -> None:
-    """
+    """Refuses a path that is missing but nearly the name of a checkpoint of the run.
+
     Raises:
         ValueError: there is no such file, but one of nearly that name in these folders of the run.
     """
@@ -277,7 +281,7 @@ class Checkpoint(ModelCheckpoint):
         return super()._find_last_checkpoints(trainer)
 
     def folder(self, trainer: L.Trainer) -> Path:
-        """Where it writes."""
+        """Returns the folder of its checkpoints."""
         self._settle(trainer)
         return Path(str(self.dirpath))
 
@@ -295,7 +299,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 def _validates(trainer: L.Trainer) -> bool:
-    """Whether a validation follows upon this batch."""
+    """Tells whether a validation follows upon this batch."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     batches: Any = trainer.num_val_batches

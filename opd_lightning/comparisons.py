@@ -11,7 +11,7 @@ MEANING = {
 
 
 def usual_suspects(setting: str, what: str) -> list[str]:
-    """What may make the policies of a setting that says nothing of its own disagree with themselves.
+    """Lists what may make the policies of any setting disagree with themselves.
 
     Args:
         setting: the name of its class.

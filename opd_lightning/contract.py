@@ -1,4 +1,4 @@
-"""What the four methods of a setting have to be and to return; every message names the class, the method and the fact.
+"""Contract of the four methods of a setting; every message names the class, the method and the fact.
 
 Shape legend: B trajectories, T steps.
 """
@@ -21,7 +21,8 @@ METHODS = ("collate", "sample", "distribution", "rewards")
 
 
 def check_methods(setting: Setting) -> None:
-    """
+    """Refuses settings that are not complete.
+
     Raises:
         TypeError: a setting lacks one of the four methods.
     """
@@ -34,7 +35,7 @@ def check_methods(setting: Setting) -> None:
 
 
 def check_prompts(setting: Setting, prompts: Any, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """What `collate` returned.
+    """Checks the value of `collate`.
 
     Raises:
         TypeError: no mapping from names to tensors.
@@ -55,7 +56,7 @@ def check_prompts(setting: Setting, prompts: Any, examples: Sequence[Example]) -
 
 
 def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], method: str = "sample") -> Trajectories:
-    """What `sample` or `replay` returned.
+    """Checks the value of `sample` or `replay`.
 
     Raises:
         TypeError: no `Trajectories`.
@@ -76,8 +77,8 @@ def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], metho
     fields |= {f"observation[{name!r}]": (tensor, (count,)) for name, tensor in acted.observation.items()}
     for name, (tensor, shape) in fields.items():
         exact = name in ("behavior_log_probs", "stopped")
-        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
-        if found is None or found[: len(shape)] != shape or (exact and found != shape):
+        actual = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+        if actual is None or actual[: len(shape)] != shape or (exact and actual != shape):
             needed = ", ".join([*map(str, shape), *([] if exact else ["..."])])
             raise ValueError(f"{where}: {name} is {_kind(tensor)}; beside a mask [{count}, {steps}] it is [{needed}]")
     if acted.stopped.dtype != torch.bool:
@@ -91,7 +92,7 @@ def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], metho
 
 
 def check_rollouts(callback: Any, trajectories: Any) -> Trajectories:
-    """What `on_rollouts` of a callback returned.
+    """Checks the value of a callback's `on_rollouts`.
 
     Raises:
         TypeError: no `Trajectories`.
@@ -105,7 +106,7 @@ def check_rollouts(callback: Any, trajectories: Any) -> Trajectories:
 
 
 def check_family(setting: Setting, said: Any) -> None:
-    """Whether what `distribution` returned is what ``provides`` promises.
+    """Checks the family of `distribution`'s value against ``provides``.
 
     Raises:
         TypeError: ``provides`` names "categorical", and it is not.
@@ -120,22 +121,24 @@ def check_family(setting: Setting, said: Any) -> None:
 def check_scores(
     setting: Setting, scores: Any, trajectories: Trajectories
 ) -> tuple[Tensor | None, list[dict[str, Any]]]:
-    """What `rewards` returned: rewards ``[B]`` in float32 on the CPU, NaN where a reward abstains, and what to show.
+    """Checks the value of `rewards`; returns rewards ``[B]`` (float32, CPU, NaN where one abstains) and rows to show.
 
     Raises:
         TypeError: no pair of rewards and rows.
         ValueError: rewards or rows of another number than the trajectories', or rewards that are not finite.
     """
+    # 1. a pair, with a row per trajectory
     where, count = f"{type(setting).__name__}.rewards", len(trajectories)
     if not isinstance(scores, tuple) or len(scores) != 2:
         raise TypeError(f"{where} returned {_kind(scores)}; it has to return rewards (or None) and a list of dicts")
-    rewards, shown = scores
-    if not isinstance(shown, list) or len(shown) != count or not all(isinstance(row, dict) for row in shown):
-        raise ValueError(f"{where}: what to show is {_kind(shown)}; it has to be a list of {count} dicts")
+    rewards, rows = scores
+    if not isinstance(rows, list) or len(rows) != count or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{where}: what to show is {_kind(rows)}; it has to be a list of {count} dicts")
+    # 2. rewards where they are promised, and only there
     if rewards is None:
         if setting.has_rewards:
             raise ValueError(f"{where} has no rewards, although model.reward or the setting's `provides` says so")
-        return None, shown
+        return None, rows
     if not setting.has_rewards:
         raise ValueError(
             f"{where} has rewards, although model.reward is not set and `provides` does not name 'reward': name it "
@@ -145,8 +148,9 @@ def check_scores(
         rewards = rewards.tolist()
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise ValueError(f"{where}: rewards are {_kind(rewards)}; they have to be {count}, one for each trajectory")
+    # 3. numbers
     values = torch.full((count,), torch.nan)
-    for i, (reward, row) in enumerate(zip(rewards, shown, strict=True)):
+    for i, (reward, row) in enumerate(zip(rewards, rows, strict=True)):
         if reward is not None:
             value = as_number(reward)
             if value is None:
@@ -156,7 +160,7 @@ def check_scores(
                     "list where it abstains"
                 )
             values[i] = value
-    return values, shown
+    return values, rows
 
 
 def _kind(value: Any) -> str:

@@ -35,7 +35,7 @@ BATCH_SIZE = 64  # of rows before training, where the data module has no own
 
 
 def pass_at_k(rewards: torch.Tensor, k: int, threshold: float = 0.5) -> torch.Tensor:
-    """Unbiased share of prompts solved within k tries: 1 − C(n−c, k)/C(n, k), for rewards ``[P, n]`` → ``[P]``.
+    """Estimates the share of prompts solved within k tries, 1 − C(n−c, k)/C(n, k): ``[P]`` from rewards ``[P, n]``.
 
     c of the n samples reached ``threshold`` (Codex, 2107.03374).
     """
@@ -74,8 +74,9 @@ class Evaluator:
         return Ranks(self.trainer)
 
     def act(self, who: str, examples: list[Example], batch_idx: int, horizon: int | None = None) -> Trajectories:
-        """A policy acts as it does in validation, ``samples`` times for each example, ``horizon`` steps at most
-        (default: as many as in validation)."""
+        """Rolls a policy out as in validation, ``samples`` times for each example.
+
+        At most ``horizon`` steps; default: as many as in validation."""
         repeated = [example for example in examples for _ in range(self.settings.samples)]
         rank = self.trainer.global_rank
         seeds = [derived_seed(EVALUATION_DRAWS, rank, batch_idx, i) for i in range(len(repeated))]
@@ -90,7 +91,7 @@ class Evaluator:
         trajectories = self.act(who, examples, batch_idx)
         counts = torch.tensor([STAND_IN not in example for example in trajectories.examples])
         counted = trajectories.select(counts.nonzero().squeeze(-1))
-        reward, shown = self.actor.checked_rewards(counted)
+        reward, rows = self.actor.checked_rewards(counted)
         self._update("length", counted.length.float())
         self._update("stopped", counted.stopped.float())
         if reward is not None:
@@ -101,11 +102,11 @@ class Evaluator:
                 prompts = prompts[~prompts.isnan().any(1)]  # where one abstains nobody knows
                 self._update(f"pass@{samples}", pass_at_k(prompts, samples))
             self._update_by_column(counted.examples, reward)
-        for row in shown:
+        for row in rows:
             for name, value in row.get("metrics", {}).items():
                 self._update(name, torch.tensor(float(value)))
         if batch_idx == 0:
-            self._show(stage, who, shown[: self.settings.show * samples : samples])
+            self._show(stage, who, rows[: self.settings.show * samples : samples])
         if who == "student":
             if not counts.all():
                 trajectories = dataclasses.replace(trajectories, mask=trajectories.mask & counts[:, None])
@@ -126,7 +127,7 @@ class Evaluator:
                 self._update("/".join(("accuracy", *map(_named, path))), value)
 
     def _compare(self, trajectories: Trajectories, reward: torch.Tensor | None, inspect: bool) -> None:
-        """KL to every active teacher at the states that the student just visited."""
+        """Computes the KL to every active teacher at the states that the student just visited."""
         if reward is not None:
             mean, std = group_statistics(reward.cpu(), torch.arange(len(reward)))
             trajectories = dataclasses.replace(trajectories, reward=reward, group_mean=mean, group_std=std)
@@ -161,21 +162,21 @@ class Evaluator:
         return values | self.setting.measured(stage)
 
     def table(self, values: dict[str, float]) -> Table | None:
-        """Accuracy in % by the columns of ``evaluation.by``, as benchmarks print it."""
+        """Formats accuracy in % by the columns of ``evaluation.by``, as benchmarks print it."""
         by, start = self.settings.by, "test/accuracy/"
         if not by:
             return None
-        found = {tuple(n.removeprefix(start).split("/")): v for n, v in values.items() if n.startswith(start)}
+        accuracy = {tuple(n.removeprefix(start).split("/")): v for n, v in values.items() if n.startswith(start)}
         if "test/accuracy" in values:
-            found["all",] = values["test/accuracy"]
-        rows = [path[0] for path in found if len(path) == 1]
-        kinds = sorted({path[1] for path in found if len(path) == 2})
+            accuracy["all",] = values["test/accuracy"]
+        rows = [path[0] for path in accuracy if len(path) == 1]
+        kinds = sorted({path[1] for path in accuracy if len(path) == 2})
         table = Table(title="accuracy in %", title_justify="left")
         for heading in (by[0], *kinds, "all"):
             table.add_column(cell(heading))
         for row in rows:
-            cells = [found.get(("*" if row == "all" else row, kind)) for kind in kinds]
-            table.add_row(cell(row), *("" if v is None else f"{100 * v:.1f}" for v in (*cells, found[row,])))
+            cells = [accuracy.get(("*" if row == "all" else row, kind)) for kind in kinds]
+            table.add_row(cell(row), *("" if v is None else f"{100 * v:.1f}" for v in (*cells, accuracy[row,])))
         return table
 
     def before_training(self) -> None:
@@ -189,17 +190,17 @@ class Evaluator:
         values: dict[str, float] = {}
         for who in [*asked, "student"]:
             stage = "val" if who == "student" else f"val/{who}"
-            seen = list(range(len(examples)))
+            indices = list(range(len(examples)))
             if who != "student":
-                seen = [i for i in seen if teachers[who].look(dict(examples[i])) is not None]
-            mine = list(Share([row_of(examples, i) for i in seen], trainer.global_rank, trainer.world_size))
-            for place, start in enumerate(range(0, len(mine), size)):
-                self.step(stage, who, mine[start : start + size], place)
+                indices = [i for i in indices if teachers[who].look(dict(examples[i])) is not None]
+            share = list(Share([row_of(examples, i) for i in indices], trainer.global_rank, trainer.world_size))
+            for batch_idx, start in enumerate(range(0, len(share), size)):
+                self.step(stage, who, share[start : start + size], batch_idx)
             values |= self.finish(stage)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        found = {name: value for name, value in values.items() if self.setting.headline in name} or values
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        headline = {name: value for name, value in values.items() if self.setting.headline in name} or values
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in headline.items())
         rank_zero_info(printable(f"Before training: {scores}"))
         if silent := [name for name, value in values.items() if name.endswith("/abstained") and value == 1]:
             rank_zero_warn(
@@ -221,12 +222,12 @@ class Evaluator:
     @blames_rows
     @torch.no_grad()
     def predict(self, examples: list[Example], batch_idx: int) -> list[dict[str, Any]]:
-        """The student's completions of a batch of examples, each with the number, place and answer of its example."""
+        """Samples the student's completions of examples, each with the number, place and answer of its example."""
         trajectories = self.act("student", examples, batch_idx)
         rows = zip(self.actor.checked_rewards(trajectories)[1], trajectories.examples, strict=True)
         return [identified(example) | row for row, example in rows if STAND_IN not in example]
 
 
 def _named(value: Any) -> str:
-    """A column's value as part of a metric's name."""
+    """Converts a column's value to a part of a metric's name."""
     return printable(value).translate(_IN_NAMES)

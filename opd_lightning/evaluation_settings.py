@@ -51,7 +51,7 @@ class Evaluation:
             )
 
     def applied_to(self, rollout: Rollout, horizon: int | None = None) -> Rollout:
-        """How the student acts: as in a rollout, with these settings; ``horizon`` goes before that of the settings."""
+        """Overlays a rollout's settings with these; ``horizon`` goes before that of the settings."""
         return dataclasses.replace(
             rollout,
             temperature=self.temperature,

@@ -1,4 +1,4 @@
-"""Whether two models say the same of a few inputs: a teacher that begins as the student, an exported student."""
+"""Likeness of models at a few inputs: a teacher that begins as the student, an exported student."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The root of the mean square of their differences, in units of the spread of ``other``; infinite where they can't
-    be compared (other shapes, or no numbers)."""
+    """Computes the root mean square difference in units of the spread of ``other``.
+
+    Infinite where they can't be compared (other shapes, or no numbers)."""
     if one.shape != other.shape:
         return float("inf")
     apart = float((one.float() - other.float()).square().mean().sqrt() / other.float().std())
@@ -28,15 +29,16 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def tolerance(*models: nn.Module) -> float:
-    """That of the coarsest numbers that any of the models computes with; quantized ones do in 16 bits."""
+    """Returns the tolerance of the coarsest dtype that any of the models computes in; for quantized ones 16 bits."""
     dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for model in models for p in model.parameters()}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes | {torch.float32})
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights that training begins with, but for those of adapters: 64 numbers of each in 16 bits, so that
-    another model of the same shapes has another one; what is quantized is left out, since other machines may round it
-    in another way."""
+    """Computes a fingerprint of the base's weights: 64 numbers of each in 16 bits.
+
+    Another model of the same shapes has another one. Adapters are left out, and so are quantized weights, which other
+    machines may round in another way."""
     digest = hashlib.sha256()
     adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
@@ -48,7 +50,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def check_base(spec: Pretrained, base: str, checkpoint: dict[str, Any], fits: bool) -> None:
-    """
+    """Compares the base with the one that a checkpoint was trained from.
+
     Args:
         spec: what the student was loaded from.
         base: the fingerprint of its weights, or "drawn".
@@ -72,7 +75,8 @@ def check_base(spec: Pretrained, base: str, checkpoint: dict[str, Any], fits: bo
 def check_self_teachers(
     teachers: Mapping[str, Teacher], policies: Mapping[str, Policy], probe: Callable[[Policy], Tensor | None]
 ) -> None:
-    """
+    """Compares teachers that begin as the student with the student.
+
     Args:
         teachers: by name.
         policies: of the student and the teachers.
@@ -83,9 +87,9 @@ def check_self_teachers(
     """
     student = policies["student"]
     named = [name for name, teacher in teachers.items() if teacher.weights.starts_as_student]
-    said = probe(student) if named else None
-    for name in named if said is not None else ():
-        apart = distance(probe(policies[name]), said)  # type: ignore[arg-type]
+    outputs = probe(student) if named else None
+    for name in named if outputs is not None else ():
+        apart = distance(probe(policies[name]), outputs)  # type: ignore[arg-type]
         if apart > tolerance(student.model, policies[name].model):
             raise RuntimeError(
                 f"model.teachers.{name}: {type(teachers[name].weights).__name__} should begin as the student, "

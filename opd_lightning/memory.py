@@ -10,7 +10,8 @@ import torch
 
 @contextmanager
 def advising(chunk_mib: float) -> Iterator[None]:
-    """
+    """Adds advice to errors of memory that are raised within.
+
     Raises:
         RuntimeError: the memory does not suffice for the objective; the message says what would need less.
     """

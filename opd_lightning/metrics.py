@@ -1,4 +1,4 @@
-"""Metrics: what a run records between two logged steps, and where its time goes."""
+"""Metrics: records between two logged steps, and the time of each phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .trajectory import Trajectories
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Whether what was recorded is logged after that many optimizer steps."""
+    """Tells whether records are logged after that many optimizer steps."""
     every: int = trainer.log_every_n_steps
     return step == 1 or (every > 0 and step % every == 0)
 

@@ -117,7 +117,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
 
     @property
     def ranks(self) -> Ranks:
-        """What all ranks compute together."""
+        """Collectives over all ranks."""
         return Ranks(self._trainer)
 
     @property
@@ -140,7 +140,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     # -- building -----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Whether the parts fit together, as the knobs are now.
+        """Checks that the parts fit together, as the knobs are now.
 
         Who acts, who is asked and what is provided is known once callbacks are: when there is a trainer.
 
@@ -164,7 +164,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             self._check_served()
 
     def _check_served(self) -> None:
-        """Whether callbacks and settings together serve what the objective needs, and need what there is."""
+        """Checks that callbacks and setting serve the objective's needs, and that every teacher is used."""
         callbacks = followers(self.trainer)
         sources = self.rollout.sources.union(*(callback.sources for callback in callbacks))
         provides = set(self.provides).union(*(callback.provides for callback in callbacks))
@@ -242,7 +242,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         return dataclasses.replace(acted, weights_version=torch.full_like(acted.row, self.global_step))
 
     def reward_of(self, completion: Any, example: Example) -> float | None:
-        """What the verifier says of a completion, for `rewards`; None where it abstains.
+        """Returns the reward of a completion, for `rewards`; None where it abstains.
 
         Rows that are predicted need not have the columns that it reads: it abstains there.
         """
@@ -255,15 +255,15 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def per_step(
         self, trajectories: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None = None
     ) -> Tensor:
-        """What ``read``, such as a signal, says of every step of a generation batch, ``[B, T]`` (`Reader.per_step`)."""
+        """Evaluates ``read``, such as a signal, at every step of a generation batch, ``[B, T]`` (`Reader.per_step`)."""
         return self.reader.per_step(trajectories, read, teacher)
 
     def total(self, value: float) -> float:
-        """Σ over ranks."""
+        """Sums over ranks."""
         return self.ranks.total(value)
 
     def gather(self, values: Tensor) -> Tensor:
-        """``[N]`` of every rank, concatenated; ranks may differ in N."""
+        """Concatenates ``[N]`` of every rank; ranks may differ in N."""
         return self.ranks.gather(values)
 
     def record(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
@@ -275,12 +275,12 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         return self.metrics.recorded(self.ranks)
 
     def is_logged(self, step: int) -> bool:
-        """Whether what was recorded is logged after that many optimizer steps."""
+        """Tells whether records are logged after that many optimizer steps."""
         return is_logged(self.trainer, step)
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run."""
         return Path(self.trainer.default_root_dir)
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -335,8 +335,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             return
         values = {f"train/{name}": value for name, value in self.recorded().items()}
         self.metrics.begin({}, self.device)
-        shown = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
-        self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True)
+        in_bar = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
+        self.log_dict({name: values.pop(name) for name in in_bar}, prog_bar=True)
         self.log_dict(values | self.metrics.stopwatch.read())
 
     # -- evaluation ---------------------------------------------------------------------------------------------
@@ -352,9 +352,9 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = self.evaluator.finish("val")
         if not self.trainer.sanity_checking:
-            shown = [name for name in ("val/accuracy", "val/length") if name in values][:1]
+            in_bar = [name for name in ("val/accuracy", "val/length") if name in values][:1]
             # they are those of all ranks: the largest of equal ones, so that Lightning need not doubt it
-            self.log_dict({name: values.pop(name) for name in shown}, prog_bar=True, sync_dist=True, reduce_fx="max")
+            self.log_dict({name: values.pop(name) for name in in_bar}, prog_bar=True, sync_dist=True, reduce_fx="max")
             self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def test_step(self, examples: list[Example], batch_idx: int) -> None:

@@ -12,12 +12,12 @@ from .finite import Finite
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW, learning rate 1e-5, no weight decay."""
+    """Builds AdamW: learning rate 1e-5, no weight decay."""
     return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
 
 
 def in_place(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same; torch's Adam and AdamW then update without temporaries, unless ``foreach`` or ``fused`` is set.
+    """Sets ``fused`` on torch's Adam and AdamW, which spares temporaries, unless ``foreach`` or ``fused`` is set.
 
     What torch chooses by itself makes two tensors as large as the largest weight, on a GPU as large as all of them.
     """

@@ -1,4 +1,4 @@
-"""Policies and views: a model that acts or is queried, and what it is shown."""
+"""Policies and views: models that act or are queried, and functions of the examples that they read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Policy:
 
 
 class View(Finite, ABC):
-    """What a policy is shown instead of the example itself: a pure function of the example.
+    """View of an example: a pure function, whose value a policy reads in place of the example.
 
     ``columns`` names what it reads. Answering None says that there is nothing to show for this example: terms that
     ask this teacher are then off for its trajectories.
@@ -50,7 +50,7 @@ class View(Finite, ABC):
 
     @abstractmethod
     def __call__(self, example: Example) -> Example | None:
-        """The example as the teacher sees it; the setting collates it like any other."""
+        """Returns the example that the policy reads; the setting collates it like any other. None: there is no view."""
 
 
 class Original(View):
@@ -61,7 +61,7 @@ class Original(View):
 
 
 def shown_by(view: View, example: Example, key: str) -> Example | None:
-    """What a view shows of an example, or None.
+    """Applies a view to an example; None where it has none.
 
     Args:
         view: a teacher's or the student's.
@@ -73,22 +73,22 @@ def shown_by(view: View, example: Example, key: str) -> Example | None:
         BrokenPart: it returned no example.
     """
     try:
-        seen = view(given(example))
+        value = view(given(example))
     except Exception as error:
         read = f" from {', '.join(view.columns)}" if view.columns else ""
         raise ValueError(f"{reason_of(error)} (shown by {type(view).__name__}{read})") from error
-    if seen is not None and (not isinstance(seen, dict) or ("prompt" in example and "prompt" not in seen)):
-        found = f"a dict without a prompt: {quoted(seen)}" if isinstance(seen, dict) else quoted(seen)
+    if value is not None and (not isinstance(value, dict) or ("prompt" in example and "prompt" not in value)):
+        text = f"a dict without a prompt: {quoted(value)}" if isinstance(value, dict) else quoted(value)
         raise BrokenPart(
-            f"{key}: {type(view).__name__} returned {found}, of type {type(seen).__name__}; a view returns the example "
+            f"{key}: {type(view).__name__} returned {text}, of type {type(value).__name__}; a view returns the example "
             "as it is shown, such as {**example, 'prompt': …}, or None where it shows nothing"
         )
-    return seen
+    return value
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it: no dropout, no recomputation."""
+    """Switches to evaluation mode within a block: no dropout, no recomputation."""
     was_training = model.training
     model.eval()
     try:
@@ -98,5 +98,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the weights in evaluation mode, without gradient."""
+    """Copies the weights, in evaluation mode, without gradient."""
     return copy.deepcopy(model).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Ranks: what the processes of a run compute together. No other file calls a collective on values."""
+"""Ranks: collectives over the processes of a run. No other file calls one on values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Ranks:
         return everywhere[~everywhere.isnan()]
 
     def gather_objects(self, value: T) -> list[T]:
-        """The value of every rank, in their order; anything that can be pickled."""
+        """Collects the value of every rank, in their order; anything that can be pickled."""
         if self.count == 1:
             return [value]
         everyone: list[Any] = [None] * self.count

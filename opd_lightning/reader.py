@@ -1,4 +1,4 @@
-"""Reader: what student, teachers and objective say of trajectories, besides the loss that is trained."""
+"""Reader: evaluates student, teachers and objective at trajectories, besides the loss that is trained."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Reader:
         return self.objective.settle(trajectories, available, statistics, everywhere)
 
     def _read(self, trajectories: Trajectories, teachers: set[str]) -> Queried:
-        """A micro-batch with what the student and some teachers say, without gradient."""
+        """Evaluates the student and some teachers at a micro-batch, without gradient."""
         trajectories = trajectories.to(self.device)
         with torch.no_grad(), evaluating(self.streams.policies["student"].model):
             student = self.streams.student(trajectories)
@@ -87,7 +87,7 @@ class Reader:
     def per_step(
         self, trajectories: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None = None
     ) -> Tensor:
-        """What ``read`` says of every trained step, ``[B, T]`` on the CPU, in micro-batches and chunks.
+        """Evaluates ``read`` at every trained step, ``[B, T]`` on the CPU, in micro-batches and chunks.
 
         Args:
             trajectories: a generation batch.
@@ -102,7 +102,7 @@ class Reader:
             with self.trainer.precision_plugin.forward_context():
                 student, streams, batch = self._read(piece, set() if teacher is None else {teacher})
                 steps = Steps.of(batch, availability(streams))
-                mine = self.objective.per_step(student, streams, steps, read, teacher)
-            values[done : done + len(piece), : mine.shape[1]] = mine.cpu()
+                of_piece = self.objective.per_step(student, streams, steps, read, teacher)
+            values[done : done + len(piece), : of_piece.shape[1]] = of_piece.cpu()
             done += len(piece)
         return values

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its configuration, and what it refuses."""
+"""Resuming: values of the checkpoint, values of the configuration, and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 20
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer was made with: its class, and for each group its settings and the number of parameters."""
+    """Collects an optimizer's class, and for each group its settings and the number of parameters."""
     plain = (bool, int, float, str, tuple, type(None))
     groups = [
         {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
@@ -39,7 +39,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def check_settings(key: str, make: Callable[[Any], torch.optim.Optimizer], then: dict[str, Any], now: Any) -> None:
-    """Whether an optimizer can go on with the moments of another.
+    """Checks that an optimizer can continue with the moments of another.
 
     Args:
         key: of the optimizer.
@@ -96,7 +96,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, then: dict[str, Any], now: 
 
 
 class History:
-    """What a run is made with, and what was changed on the way; it travels through checkpoints.
+    """History of a run: its settings and their changes, which travel through checkpoints.
 
     Attributes:
         config_yaml: the resolved configuration; empty where nobody says.
@@ -139,21 +139,21 @@ class History:
         Raises:
             ValueError: something differs whose change could not take effect; the message says what, and both values.
         """
-        made = checkpoint.get("made_with")
-        if made is None:
+        made_with = checkpoint.get("made_with")
+        if made_with is None:
             if fits:
                 raise ValueError("the checkpoint was written by an earlier version, whose runs can't be resumed")
             return
-        _check_adapter(made["adapter"], _adapter(student))
+        _check_adapter(made_with["adapter"], _adapter(student))
         self.changes = list(checkpoint["changes"])
         if not fits:
             return
         if not checkpoint.get("optimizer_states"):
             raise ValueError("the checkpoint holds weights only: it can be evaluated and exported, not resumed")
-        _check_trained(made["trained"], _trained(student))
+        _check_trained(made_with["trained"], _trained(student))
         settings = settings_of(make(parameters))
-        check_settings("model.optimizer", make, made["optimizer"], settings)
-        self._restored = made
+        check_settings("model.optimizer", make, made_with["optimizer"], settings)
+        self._restored = made_with
         changed = changes(checkpoint["opd_config"], self.config_yaml)
         if changed:
             self.changes.append({"step": checkpoint["global_step"], "keys": changed})
@@ -175,7 +175,7 @@ class History:
 
 
 def fits(trainer: Any) -> bool:
-    """Whether a trainer trains; None does not."""
+    """Tells whether a trainer trains; None does not."""
     return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
@@ -223,7 +223,8 @@ def _short(value: Any) -> str:
 
 
 def check_complete(kept: set[str], saved: Mapping[str, Any]) -> None:
-    """
+    """Refuses checkpoints without all trained weights.
+
     Raises:
         ValueError: a checkpoint lacks some of the weights that are ``kept``.
     """
@@ -236,7 +237,8 @@ def check_complete(kept: set[str], saved: Mapping[str, Any]) -> None:
 
 
 def check_shapes(path: str, mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """
+    """Refuses weights of other shapes.
+
     Raises:
         ValueError: the ``saved`` weights are of another model than those of the student from ``path``.
     """
@@ -252,7 +254,7 @@ def check_shapes(path: str, mine: Mapping[str, Any], saved: Mapping[str, Any]) -
 
 
 def changes(then: str, now: str) -> list[list[str]]:
-    """``[key, old, new]`` for each value in which two configurations (YAML) differ; empty if one is unknown."""
+    """Lists ``[key, old, new]`` for each value in which two configurations (YAML) differ; empty if one is unknown."""
     if not then or not now:
         return []
     old, new = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
@@ -265,7 +267,7 @@ def changes(then: str, now: str) -> list[list[str]]:
 
 
 def told(history: list[dict[str, Any]]) -> list[str]:
-    """A line for each change."""
+    """Formats a line for each change."""
     return [
         f"after optimizer step {entry['step']}: {key} {new} (was {old})"
         for entry in history
@@ -275,17 +277,17 @@ def told(history: list[dict[str, Any]]) -> list[str]:
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, part in parts:
-        found |= _leaves(part, f"{path}.{name}" if path else str(name))
-    return found or {path: value}
+        leaves |= _leaves(part, f"{path}.{name}" if path else str(name))
+    return leaves or {path: value}
 
 
 # -- in the middle of an optimizer step -------------------------------------------------------------------------------
 
 
 class StepStart:
-    """What changes while an optimizer step is on its way, as it was before its first micro-batch.
+    """State before the first micro-batch of an optimizer step of all that changes during one.
 
     Attributes:
         step: optimizer steps that were done then.

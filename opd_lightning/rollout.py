@@ -35,7 +35,8 @@ from .worker import RolloutWorker
 
 
 def check_limit(trainer: Any) -> None:
-    """
+    """Refuses limits that end an epoch within an optimizer step.
+
     Raises:
         ValueError: an epoch would end in the middle of an optimizer step, which Lightning would then take with a part
             of its micro-batches.
@@ -107,11 +108,11 @@ class RolloutLoader:
 
     @cached_property
     def fingerprints(self) -> Tensor:
-        """``[N]`` of the rows, by which a resumed run knows them again."""
+        """Fingerprints ``[N]`` of the rows, by which a resumed run recognizes them."""
         return fingerprint.of_rows(self.dataset)
 
     def __len__(self) -> int:
-        """Micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
+        """Counts micro-batches per epoch on this rank; prompts that fill no generation batch wait for another epoch."""
         return self.generations * self.rounds * self.per_generation
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -161,13 +162,13 @@ class RolloutLoader:
         if done:
             number = self.epoch * self.generations + self.generation
             steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
-        for mine in steps.tolist():
-            caches = [self._caches[i] for i in mine]
-            micro_batches += OptimizerStep([pieces[i] for i in mine], caches=caches)
+        for indices in steps.tolist():
+            caches = [self._caches[i] for i in indices]
+            micro_batches += OptimizerStep([pieces[i] for i in indices], caches=caches)
         return micro_batches
 
     def _generate(self) -> Trajectories:
-        """The next generation batch, with rewards."""
+        """Makes the next generation batch, with rewards."""
         number, metrics = self.epoch * self.generations + self.generation, self.metrics
         with metrics.stopwatch.phase("rollout"):
             if self._worker is None:
@@ -196,7 +197,8 @@ class RolloutLoader:
             self._ahead.append(worker.submit(partial(self._roll_out, later, version)))
 
     def _roll_out(self, number: int, version: int, actor: Actor) -> Trajectories:
-        """Generation batch ``number`` since the start of the run, without rewards."""
+        """Rolls out generation batch ``number`` since the start of the run, without rewards."""
+        # 1. rows and seeds, by their numbers since the start of the run
         rollout = actor.rollout
         epoch, generation = divmod(number, self.generations)
         order = torch.randperm(len(self.dataset), generator=self._generator(epoch))
@@ -208,6 +210,7 @@ class RolloutLoader:
         examples: list[Example] = [row_of(self.dataset, int(row)) for row in rows]
         seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
 
+        # 2. each behavior policy acts on its prompts
         sources = tuple(rollout.members or rollout.behavior)
         if rollout.members is None:
             source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
@@ -216,14 +219,15 @@ class RolloutLoader:
             source = torch.arange(len(sources)).repeat_interleave(counts).repeat(rollout.batch_size)
         parts, places = [], []
         for i, name in enumerate(sources):
-            mine = (source == i).nonzero().squeeze(-1)
+            indices = (source == i).nonzero().squeeze(-1)
             # whose weights are cut can't act without the other ranks, so all of them act
-            some = mine if len(mine) or not self._in_step else mine.new_zeros(1)
+            some = indices if len(indices) or not self._in_step else indices.new_zeros(1)
             if len(some):
-                who = actor.act(name, [examples[j] for j in some], [seeds[j] for j in some])
-            if len(mine):
-                parts.append(dataclasses.replace(who.to("cpu"), sources=sources))
-                places.append(mine)
+                acted = actor.act(name, [examples[j] for j in some], [seeds[j] for j in some])
+            if len(indices):
+                parts.append(dataclasses.replace(acted.to("cpu"), sources=sources))
+                places.append(indices)
+        # 3. joined in the order of the rows
         trajectories = Trajectories.concatenate(parts, actor.setting.padding)
         return dataclasses.replace(
             trajectories.select(torch.cat(places).argsort()),
@@ -250,7 +254,7 @@ class RolloutLoader:
         self._hold(None)
 
     def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
-        """``[B]`` which behavior policy acts: one draw per prompt, so a group is never mixed."""
+        """Draws the index ``[B]`` of the behavior policy, once per prompt, so that a group is never mixed."""
         if len(shares) == 1:
             return torch.zeros_like(draws)
         uniform = torch.tensor([np.random.default_rng((self.seed, 1, int(draw))).random() for draw in draws])
@@ -260,7 +264,7 @@ class RolloutLoader:
         return torch.Generator().manual_seed(derived_seed(self.seed, *key))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, on every rank; trajectories without their examples, which ``row`` finds again."""
+        """Saves the position, on every rank, and pending trajectories without examples, which ``row`` restores."""
         done = self.next - self.unfinished
         over = done == self.rounds * self.per_generation
         return {
@@ -282,11 +286,13 @@ class RolloutLoader:
         return self.ranks.gather_objects(trajectories.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restores the position and pending trajectories.
+
         Raises:
             ValueError: the checkpoint was written over other rows, by another seed, or with other batches over all
                 ranks.
         """
+        # 1. refusals
         self._check_rows(state)
         if state["seed"] != self.seed:
             raise ValueError(
@@ -310,6 +316,7 @@ class RolloutLoader:
                 f"the checkpoint holds {len(state['ahead'])} generation batches that were rolled out ahead; "
                 f"rollout.max_staleness is {self.actor.rollout.max_staleness}, which would train them out of turn"
             )
+        # 2. position, pending trajectories, and those that were rolled out ahead
         self.epoch, self.generation = state["epoch"], state["generation"]
         self.begun, self.next, pending = None, state["next"], state["pending"]
         self._hold(None if pending is None else self._restored(pending, self.per_generation))
@@ -352,8 +359,8 @@ class RolloutLoader:
             return parts[self.rank]
         everyone = Trajectories.concatenate(parts, self.actor.setting.padding)
         places = torch.arange(len(everyone)).view(len(parts), pieces, -1).transpose(0, 1).reshape(pieces, -1)
-        mine: Tensor = places.chunk(self.world_size, 1)[self.rank]
-        return everyone.select(mine.flatten())
+        indices: Tensor = places.chunk(self.world_size, 1)[self.rank]
+        return everyone.select(indices.flatten())
 
 
 class EndOfRollouts(L.Callback):

@@ -1,4 +1,4 @@
-"""Rollout: how the behavior policy acts, and the seeds of what it draws."""
+"""Rollout: settings of the behavior policy, and the seeds of its draws."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Rollout:
 
 
 def check_sampling(key: str, settings: Any) -> None:
-    """The settings that rollouts and evaluation share.
+    """Checks the settings that rollouts and evaluation share.
 
     Raises:
         ValueError: a value out of range, named below ``key``.
@@ -130,5 +130,5 @@ def check_sampling(key: str, settings: Any) -> None:
 
 
 def derived_seed(*key: int) -> int:
-    """A 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
+    """Derives a 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -52,7 +52,7 @@ class Setting(Portable):
 
     @abstractmethod
     def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """Raw columns to model inputs, as ``policy`` renders them: the student, or a teacher with its own template."""
+        """Converts raw columns to model inputs of ``policy``: the student, or a teacher with its own template."""
 
     @abstractmethod
     def sample(
@@ -63,7 +63,7 @@ class Setting(Portable):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        """``policy`` acts. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbors.
+        """Lets ``policy`` act. Draws for trajectory i depend on ``seeds[i]`` alone, not on its neighbors.
 
         It may run in a thread of its own, beside training: nothing but the arguments says who acts, and how.
         """
@@ -72,7 +72,7 @@ class Setting(Portable):
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Distribution:
-        """What ``policy`` says at every visited state ``[B, T]``; ``view``: the examples as it sees them."""
+        """Evaluates ``policy`` at every visited state ``[B, T]``; ``view``: the examples as it reads them."""
 
     @abstractmethod
     def rewards(
@@ -100,7 +100,7 @@ class Setting(Portable):
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
     ) -> Trajectories:
-        """Given completions as trajectories, for ``rollout.behavior: {dataset: …}``.
+        """Converts given completions to trajectories, for ``rollout.behavior: {dataset: …}``.
 
         Args:
             policy: the student, whose processor reads them.
@@ -111,18 +111,18 @@ class Setting(Portable):
         raise NotImplementedError(f"{type(self).__name__} cannot replay dataset completions")
 
     def refusal(self, example: Example) -> str | None:
-        """Why this example cannot be used (too long a prompt, …), or None."""
+        """Finds why this example cannot be used (too long a prompt, …); None if it can."""
         return None
 
     def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
-        """Further validation metrics, a value per trajectory ``[B]`` each; asked for one batch of each validation."""
+        """Computes further metrics, a value per trajectory ``[B]`` each, for one batch of each validation."""
         return {}
 
     def measure(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
         """Measures more of a batch of held-out examples than how one rollout of each ends (see `Evaluator.step`)."""
 
     def measured(self, stage: str) -> dict[str, float]:
-        """What `measure` found since the last call, over all batches and ranks, by ``<stage>/<name>``."""
+        """Returns the metrics of `measure` since the last call, over all batches and ranks, by ``<stage>/<name>``."""
         return {}
 
     def asked_by_parts(self) -> set[str]:
@@ -133,7 +133,7 @@ class Setting(Portable):
         """Gives back what it holds outside of this process; comes at the end of every stage, however it ends."""
 
     def decode_steps(self, trajectories: Trajectories) -> list[list[str]] | None:
-        """What each trained step of each trajectory wrote, for people; None where steps can't be read."""
+        """Decodes each trained step of each trajectory, for people; None where steps can't be read."""
         return None
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
@@ -141,7 +141,7 @@ class Setting(Portable):
         return []
 
     def readings(self, example: Example) -> list[tuple[str, str]]:
-        """What is made of a row, for people to look at before training: whose reading, and what it is."""
+        """Lists the model inputs of a row, for people before training: whose they are, and their text."""
         return []
 
     @property
@@ -150,13 +150,13 @@ class Setting(Portable):
         return 0.0
 
     def suspects(self, policy: Policy, what: str) -> list[str]:
-        """What may make a policy disagree with itself in one of the `comparisons`, for its message."""
+        """Lists what may make a policy disagree with itself in one of the `comparisons`, for its message."""
         return usual_suspects(type(self).__name__, what)
 
     # -- what its parts need ----------------------------------------------------------------------------------
 
     def required_columns(self) -> dict[str, str]:
-        """Canonical column → who needs it."""
+        """Lists the required columns, each with the part that needs it."""
         needed = dict.fromkeys(self.columns, "the rollout")
 
         def need(column: str, who: str) -> None:
@@ -179,9 +179,9 @@ class Setting(Portable):
 
     @property
     def has_rewards(self) -> bool:
-        """Whether `rewards` has rewards: of a verifier, or of its own."""
+        """True where `rewards` has rewards, of `model.reward` or of its own."""
         return self.reward is not None or "reward" in self.provides
 
     def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
-        """The examples as the student sees them; ``settings``: as it saw them when its view had these."""
+        """Applies the student's view to examples; ``settings``: as the view was when it had these."""
         return shown(self.student_view, examples, settings)

@@ -56,12 +56,12 @@ class FSDP2(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors, on rank 0 only; every rank must ask."""
+        """Gathers unsharded tensors, on rank 0 only; every rank must call it."""
         assert self.lightning_module is not None
         return self._whole(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Whole tensors, on rank 0 only; every rank must ask."""
+        """Gathers unsharded tensors, on rank 0 only; every rank must call it."""
         return self._whole(optimizer.state_dict())
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +75,8 @@ class FSDP2(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         saved = checkpoint["state_dict"]
-        mine = {name: sliced_like(t, saved[name]) for name, t in module.state_dict().items() if name in saved}
-        module.load_state_dict(mine, strict=strict)
+        slices = {name: sliced_like(t, saved[name]) for name, t in module.state_dict().items() if name in saved}
+        module.load_state_dict(slices, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -98,7 +98,7 @@ StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and op
 
 
 def mesh_of(trainer: L.Trainer | None) -> Any:
-    """The ranks that weights are cut over; None where each has all of them.
+    """Returns the ranks over which weights are sharded; None where each has all of them.
 
     Raises:
         ValueError: a strategy that shards in a way which rollouts and the objective can't follow.
@@ -150,29 +150,29 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def as_forward(model: Any, call: Callable[[], T]) -> T:
-    """``call()`` as the forward pass of the model, for calls that use a part of it; afterwards its head is whole."""
+    """Runs ``call()`` as the model's forward pass, for calls that use a part of it; then its head is unsharded."""
     return model.as_forward(call) if is_sharded(model) else call()
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to slices: what a forward pass leaves gathered would not see that the slices are changed."""
+    """Reshards weights that a forward pass left gathered: they would not follow updates of the slices."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def unsharded(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered from all ranks where it is cut; every rank must ask."""
+    """Gathers a sharded tensor from all ranks, each of which must call it; others are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def slice_of(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """Returns this rank's slice of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sliced_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """A whole ``value``, which every rank has, cut as ``tensor`` is."""
+    """Shards ``value``, which every rank has, like ``tensor``."""
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(tensor.device)

@@ -12,7 +12,7 @@ from .trajectory import Example
 
 
 class Splits(Protocol):
-    """What a LightningDataModule of one's own offers besides its dataloaders; `PromptData` does.
+    """Interface of a LightningDataModule that offers its rows besides its dataloaders, as `PromptData` does.
 
     Attributes:
         train, validation, test, predict: rows by index, once it is set up; None where there are none.
@@ -27,7 +27,7 @@ class Splits(Protocol):
 
 
 def rows_of(trainer: Any, split: str, skipped: str) -> Sequence[Example] | None:
-    """The rows of a split of the trainer's data module; None where there are none, or where it does not say.
+    """Returns the rows of a split of the trainer's data module; None where there are none, or it does not offer them.
 
     Args:
         trainer: of the run.

@@ -1,4 +1,4 @@
-"""Streams: what the student and its teachers say, by name."""
+"""Streams: distributions of the student and its teachers, by name."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Streams:
     # -- what they say --------------------------------------------------------------------------------------------
 
     def student(self, batch: Trajectories) -> Distribution:
-        """What the student says at every state."""
+        """Evaluates the student at every state."""
         return self.setting.distribution(self.policies["student"], batch)
 
     def query(self, name: str, batch: Trajectories, view: View | None = None) -> Stream:
@@ -116,11 +116,11 @@ class Streams:
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if (view or teacher.view) is None and not teacher.where and not teacher.own_template:
                 return Stream(self.setting.distribution(policy, batch))
-            seen = self.seen(name, batch.examples, batch.student_view, view)
-            available = torch.tensor([shown is not None for shown in seen], device=batch.mask.device)
+            views = self.seen(name, batch.examples, batch.student_view, view)
+            available = torch.tensor([viewed is not None for viewed in views], device=batch.mask.device)
             # where there is no view the student's own prompt keeps the shapes; the term is off there
             own = self.setting.shown(batch.examples, batch.student_view)
-            seeing = [mine if shown is None else shown for mine, shown in zip(own, seen, strict=True)]
+            seeing = [example if viewed is None else viewed for example, viewed in zip(own, views, strict=True)]
             return Stream(self.setting.distribution(policy, batch, seeing), available)
 
     def query_all(
@@ -172,7 +172,7 @@ class Streams:
     def seen(
         self, name: str, examples: list[Example], settings: dict[str, Any] | None = None, view: View | None = None
     ) -> list[Example | None]:
-        """The examples as a policy is shown them; None where a teacher has nothing to say.
+        """Applies a policy's view to examples; None where a teacher is not defined.
 
         Args:
             name: of the policy.
@@ -184,7 +184,7 @@ class Streams:
         return list(own) if name == "student" else self.teachers[name].seen(examples, own, view)
 
     def available(self, names: Iterable[str], batch: Trajectories) -> dict[str, Tensor]:
-        """``[B]`` bool by teacher, for those that may be undefined for an example, without asking their models."""
+        """Returns the availability ``[B]`` (bool) of teachers that may be undefined, without querying their models."""
         routed = [name for name in names if self.teachers[name].view is not None or self.teachers[name].where]
         looks = {name: [self.teachers[name].look(e) is not None for e in batch.examples] for name in routed}
         return {name: torch.tensor(look, device=batch.mask.device) for name, look in looks.items()}

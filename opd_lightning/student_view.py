@@ -11,7 +11,7 @@ from .trajectory import Example
 
 
 def shown(view: View | None, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]:
-    """The examples through the student's view, or as they are where it has none or shows nothing.
+    """Applies the student's view to examples; those without a view stay as they are.
 
     Args:
         view: the student's, as it is now.
@@ -29,8 +29,10 @@ def shown(view: View | None, examples: list[Example], settings: dict[str, Any] |
 
 
 def settings_of(view: View | None) -> dict[str, Any]:
-    """What a callback can turn of a view, for a checkpoint: its class, and the arguments of its constructor that it
-    keeps under their own names, those of the views that it holds too. Empty where there is no view."""
+    """Collects the settings of a view for a checkpoint: its class and its constructor's arguments.
+
+    Those that it keeps under their own names, which callbacks can turn, and those of the views that it holds. Empty
+    where there is no view."""
     if view is None:
         return {}
     kept = {name: _plain(getattr(view, name)) for name in _arguments(view) if hasattr(view, name)}
@@ -38,7 +40,7 @@ def settings_of(view: View | None) -> dict[str, Any]:
 
 
 def as_it_was(view: View | None, settings: dict[str, Any]) -> View | None:
-    """A view like this one with these settings; whoever turns the one does not turn the other.
+    """Copies a view with these settings, independent of the original.
 
     Raises:
         ValueError: the settings are another view's.
@@ -64,7 +66,7 @@ def _arguments(view: View) -> list[str]:
 
 
 def _plain(value: Any) -> tuple[Any, bool]:
-    """A value as a checkpoint holds it, and whether it can."""
+    """Converts a value for a checkpoint; also returns whether that is possible."""
     if isinstance(value, View):
         return settings_of(value), True
     if isinstance(value, list | tuple):
@@ -74,7 +76,7 @@ def _plain(value: Any) -> tuple[Any, bool]:
 
 
 def _restored(value: Any, then: Any) -> Any:
-    """An argument as it was."""
+    """Restores an argument."""
     if isinstance(value, View):
         return as_it_was(value, then)
     if isinstance(value, list | tuple):

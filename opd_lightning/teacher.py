@@ -24,7 +24,7 @@ from .trajectory import Example
 
 
 class TeacherWeights(Finite, ABC):
-    """Where a teacher's weights come from, and how they move."""
+    """Weights of a teacher: their source and their updates."""
 
     stands_still: bool = False
     """Whether they are the same throughout the run: what it said once holds for as long as its view shows the same."""
@@ -42,7 +42,7 @@ class TeacherWeights(Finite, ABC):
         """Makes the policy, of the `base`; called once, before a checkpoint is restored."""
 
     def before_update(self, name: str, step: OptimizerStep, setting: Any, ranks: Ranks, done: int) -> Tensor | None:
-        """Called before every optimizer step, for weights that learn from what the student did.
+        """Acts before every optimizer step, for weights that learn from the student's trajectories.
 
         Args:
             name: of the teacher.
@@ -57,11 +57,11 @@ class TeacherWeights(Finite, ABC):
         return None
 
     def update(self, step: int) -> None:
-        """Called after every optimizer step, with the number of steps done."""
+        """Acts after every optimizer step, with the number of steps done."""
 
     @property
     def state(self) -> nn.Module | None:
-        """What belongs into the checkpoint besides the student; adapters live in the student already."""
+        """State for the checkpoint besides the student; adapters live in the student already."""
         return None
 
 
@@ -140,7 +140,9 @@ class Initial(TeacherWeights):
 
 
 class EMA(TeacherWeights):
-    """teacher ← (1−rate)·teacher + rate·student: with LoRA a second adapter (see `AverageAdapter`), otherwise a copy.
+    """Exponential moving average, teacher ← (1−rate)·teacher + rate·student.
+
+    With LoRA a second adapter (see `AverageAdapter`), otherwise a copy.
 
     A copy in 16 bits is rounded at random (see `rounded_at_random`): the nearest number would be the old one for ever.
 
@@ -194,8 +196,8 @@ class EMA(TeacherWeights):
             reshard(self._copy)
             device = next(self._copy.parameters()).device
             generator = torch.Generator(device).manual_seed(seed)
-            for mine, theirs in zip(self._copy.parameters(), self._student.parameters(), strict=True):
-                own, other = slice_of(mine), slice_of(theirs).to(mine.device)
+            for average, student in zip(self._copy.parameters(), self._student.parameters(), strict=True):
+                own, other = slice_of(average), slice_of(student).to(average.device)
                 if own.dtype in ROUNDED_BITS:
                     own.copy_(rounded_at_random(own.float().lerp_(other.float(), rate), own.dtype, generator))
                 else:
@@ -207,7 +209,7 @@ ROUNDED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def rounded_at_random(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 ``values`` in 16 bits, up or down with the odds that make them right on average; what fits stays."""
+    """Rounds float32 ``values`` to 16 bits at random, unbiased; values that fit stay."""
     bits = ROUNDED_BITS[dtype]
     noise = torch.randint(1 << bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     return (values.view(torch.int32) + noise).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
@@ -249,15 +251,16 @@ class Teacher:
         return example if view is None else shown_by(view, example, f"model.teachers.{self.name}.view")
 
     def seen(self, examples: list[Example], own: list[Example], view: View | None = None) -> list[Example | None]:
-        """The examples as in `look`; where it has no view it sees ``own``, which the student does."""
+        """Applies `look` to examples; without a view it reads ``own``, as the student does."""
         looks = [self.look(example, view) for example in examples]
         if (view or self.view) is not None:
             return looks
-        return [None if look is None else mine for look, mine in zip(looks, own, strict=True)]
+        return [None if look is None else example for look, example in zip(looks, own, strict=True)]
 
 
 def check_names(teachers: Iterable[str]) -> None:
-    """
+    """Refuses names of teachers that clash or can't be written.
+
     Raises:
         ValueError: a teacher is called as something else is, or so that neither log nor checkpoint can name it.
     """

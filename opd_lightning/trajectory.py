@@ -22,7 +22,7 @@ OPTIONAL = {"reward": torch.nan, "group_mean": torch.nan, "group_std": torch.nan
 
 @dataclass
 class Trajectories:
-    """What the behavior policy did, and the states it visited. Every tensor's first dimension is B.
+    """Actions of the behavior policy, and the states that it visited. Every tensor's first dimension is B.
 
     Attributes:
         observation: the setting's own student inputs, each ``[B, ...]``.
@@ -81,12 +81,12 @@ class Trajectories:
 
     @property
     def length(self) -> Tensor:
-        """``[B]`` trained steps of each trajectory."""
+        """Number ``[B]`` of trained steps of each trajectory."""
         return self.mask.sum(1)
 
     @property
     def abstained(self) -> Tensor | None:
-        """``[B]`` bool: whose reward abstains; None without rewards."""
+        """Trajectories ``[B]`` (bool) whose reward abstains; None without rewards."""
         return None if self.reward is None else self.reward.isnan()
 
     @property
@@ -95,7 +95,7 @@ class Trajectories:
         return self.mask.sum() if self.reward is None else self.mask[~self.reward.isnan()].sum()
 
     def without_abstentions(self) -> Trajectories:
-        """With zeros for what is not known of rewards, for parts that read them; the term is off there."""
+        """Replaces unknown rewards by zeros, for parts that read them; the term is off there."""
         rewards = {name: getattr(self, name) for name in ("reward", "group_mean", "group_std")}
         return dataclasses.replace(self, **{name: v.nan_to_num() for name, v in rewards.items() if v is not None})
 
@@ -120,7 +120,7 @@ class Trajectories:
         return dataclasses.replace(self, **self._map(lambda tensor: tensor.to(device, non_blocking=True)))
 
     def select(self, index: Tensor) -> Trajectories:
-        """The trajectories at ``index [K]``, in that order."""
+        """Selects the trajectories at ``index [K]``, in that order."""
         examples = [self.examples[i] for i in index.tolist()]
         return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples)
 
@@ -147,7 +147,7 @@ class Trajectories:
         return dataclasses.replace(joined, **own, reward=None, group_mean=None, group_std=None)
 
     def truncate(self, horizon: int) -> Trajectories:
-        """At most ``horizon`` steps of each trajectory; what was cut can no longer count as stopped."""
+        """Cuts each trajectory at ``horizon`` steps; those that were cut no longer count as stopped."""
         if self.mask.shape[1] <= horizon:
             return self
         return dataclasses.replace(
@@ -160,13 +160,13 @@ class Trajectories:
         )
 
     def split(self, size: int) -> Iterator[Trajectories]:
-        """Micro-batches of ``size`` trajectories, each without the steps that only the others need."""
+        """Yields micro-batches of ``size`` trajectories, each without the steps that only the others need."""
         for part in torch.arange(len(self)).split(size):
             piece = self.select(part)
             yield piece.truncate(max(1, int(piece.length.max())) if not _holes(piece.mask) else piece.mask.shape[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Only tensors, strings, lists and dicts, so that a checkpoint loads with ``weights_only=True``."""
+        """Saves tensors, strings, lists and dicts only, so that a checkpoint loads with ``weights_only=True``."""
         plain = {"sources": list(self.sources), "student_view": self.student_view}
         return {**self._map(lambda tensor: tensor.cpu()), **plain}
 
@@ -183,6 +183,7 @@ class Trajectories:
         Raises:
             ValueError: they have not the same channels.
         """
+        # 1. channels, and the width of all
         if len(names := {tuple(sorted(part.channels)) for part in parts}) > 1:
             listed = " and ".join(f"[{', '.join(some)}]" for some in sorted(names))
             raise ValueError(f"trajectories of one generation batch have different channels: {listed}")
@@ -192,6 +193,7 @@ class Trajectories:
             wide = max(t.shape[1] for t in tensors) if width is None else width
             return torch.cat([_widen(tensor, wide, value, side) for tensor in tensors])
 
+        # 2. observations, whose widths are their own
         first = parts[0]
         observation = {
             name: join([part.observation[name] for part in parts], *pad[name])
@@ -199,6 +201,7 @@ class Trajectories:
             else torch.cat([part.observation[name] for part in parts])
             for name in first.observation
         }
+        # 3. sources, numbered anew, and what only some batches have
         sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
         places = [torch.tensor([sources.index(name) for name in part.sources]) for part in parts]
         source = [place.to(part.source.device)[part.source] for place, part in zip(places, parts, strict=True)]
@@ -223,7 +226,7 @@ class Trajectories:
 
 
 def _holes(mask: Tensor) -> bool:
-    """Whether some trajectory has an untrained step before a trained one."""
+    """Tells whether some trajectory has an untrained step before a trained one."""
     return bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 

@@ -21,7 +21,8 @@ from .trajectory import Trajectories
 
 
 def refuse_teachers(rollout: Rollout) -> None:
-    """
+    """Refuses teachers that act ahead of training.
+
     Raises:
         ValueError: a teacher is to act ahead of training.
     """

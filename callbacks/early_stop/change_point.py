@@ -85,7 +85,7 @@ class ChangePoint(StopRule):
 
 
 def falls_at(values: Tensor, fewest: int) -> int | None:
-    """How many of ``values [n]`` come before a single step down that BIC accepts; None: there is none.
+    """Counts the ``values [n]`` before a single step down that BIC accepts; None: there is none.
 
     Args:
         fewest: values on either side of the step.

@@ -96,7 +96,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return processor
 
     def reads_as(self, policy: Policy) -> Policy:
-        """Whose processor renders what a policy reads: its own, or the student's for a teacher without `own_template`.
+        """Returns the policy whose processor renders a policy's prompts: itself, or the student without `own_template`.
 
         A copy of the student, which a worker acts with, has a processor of its own.
         """
@@ -104,19 +104,19 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return self.policies["student"] if shares else policy
 
     def renderer(self, policy: Policy) -> Renderer:
-        """How a policy reads rows."""
+        """Builds the renderer of a policy's rows."""
         return Renderer(policy.processor, self.chat_template_kwargs)
 
     def asked(self, example: Example) -> Example:
-        """The row with the prompt that is rendered; ``example`` as whoever reads it is shown it."""
+        """Returns the row with the prompt that is rendered; ``example``: as the policy reads it."""
         return example
 
     def answered(self, example: Example, seen: Example, policy: Policy) -> Example:
-        """The row with its given completion; ``seen``: as the student is shown it, ``policy``: the student."""
+        """Returns the row with its given completion; ``seen``: as ``policy``, the student, reads the row."""
         return example
 
     def tokenizer(self, policy: Policy | None = None) -> Any:
-        """The tokenizer of a policy (default: the student that is trained, whose a worker must not use)."""
+        """Returns the tokenizer of a policy (default: the trained student, whose a worker must not use)."""
         return tokenizer_of((policy or self.policies["student"]).processor)
 
     @cached_property
@@ -125,14 +125,14 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return self.stop_ids(self.policies["student"])
 
     def stop_ids(self, policy: Policy) -> list[int]:
-        """Every id that ends a turn: those that a policy came with, and the one with which its template does."""
+        """Collects the ids that end a turn: a policy's own, and that of its template."""
         known = eos_ids(policy)
         own = self.renderer(policy).turn_end(known) if policy.processor.chat_template is not None else None
         return sorted({*known, *listed(own)})
 
     @cached_property
     def padding_id(self) -> int:
-        """What stands before prompts and behind completions. It is masked, so any id with an embedding will do."""
+        """Padding id. It is masked, so any id with an embedding will do."""
         own = self.tokenizer().pad_token_id
         return own if own is not None and own < self.vocabulary else 0
 
@@ -190,7 +190,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         )
 
     def engine_of(self, policy: Policy) -> RolloutEngine:
-        """What lets a policy write: ``model.engine``, with rows apart that this policy must not read together."""
+        """Returns the engine of a policy: ``model.engine``, with rows separated that it can't read together."""
         trial = self.trials.get(policy.name)
         engine = self.engine if trial is None or trial.reason is None else trial.engine
         model = bare(policy.model)
@@ -200,9 +200,9 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
     ) -> Trajectories:
-        """The column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
+        """Converts the column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
         horizon = rollout.horizon
-        given = [self.given(example, shown, policy) for example, shown in zip(examples, seen, strict=True)]
+        given = [self.given(example, view, policy) for example, view in zip(examples, seen, strict=True)]
         width = min(max(len(ids) for ids, _ in given), horizon)
         actions = torch.full((len(given), width), self.padding_id)
         mask = torch.zeros(actions.shape, dtype=torch.bool)
@@ -239,40 +239,44 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Categorical:
+        # 1. prompts as the policy reads them
         model = bare(policy.model)
         device = next(model.parameters()).device
         if view is None:
             prompts = trajectories.observation
-            seen = self.shown(trajectories.examples, trajectories.student_view)
+            examples = self.shown(trajectories.examples, trajectories.student_view)
         else:
-            prompts, seen = self.collate(view, self.reads_as(policy)), view
-        media = {name: tensor.to(device) for name, tensor in self.media(seen, policy).items()}
+            prompts, examples = self.collate(view, self.reads_as(policy)), view
+        media = {name: tensor.to(device) for name, tensor in self.media(examples, policy).items()}
         length = prompts["attention_mask"].sum(1).cpu() + last_trained(trajectories).cpu()
         check_dynamic(policy, model, int(length.max()))
-        # media belong to the batch as a whole; ranks that share weights must make equally many passes
-        whole = bool(media) or is_sharded(model)
-        rows = [torch.arange(len(length))] if whole else passes(length, *pass_limits(device, self.pass_tokens))
+        # 2. rows per forward pass: media belong to the batch as a whole, and ranks that share weights must make equally
+        # many passes
+        single_pass = bool(media) or is_sharded(model)
+        rows = [torch.arange(len(length))] if single_pass else passes(length, *pass_limits(device, self.pass_tokens))
 
-        def forward(mine: Tensor) -> Tensor:
-            part = trajectories if len(rows) == 1 else trajectories.select(mine)
-            own = {name: tensor[mine.to(tensor.device)].to(device) for name, tensor in prompts.items()}
-            inputs = left_align(self.continued(own, part, device)) | media
+        def forward(indices: Tensor) -> Tensor:
+            group = trajectories if len(rows) == 1 else trajectories.select(indices)
+            prompt = {name: tensor[indices.to(tensor.device)].to(device) for name, tensor in prompts.items()}
+            inputs = left_align(self.continued(prompt, group, device)) | media
             if inputs.keys() == TEXT:
                 # no token sees those behind it, so padding needs no mask, with which attention would be slower
                 del inputs["attention_mask"]
             hidden = read(model, inputs)
-            # a step is said by the token before it; what is said behind a row's end is never read
-            place = own["attention_mask"].sum(1, keepdim=True) - 1 + torch.arange(part.mask.shape[1], device=device)
-            place = place.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
-            return hidden.gather(1, place)
+            # the distribution of step t comes from position t − 1; values behind a row's end are never read
+            steps = torch.arange(group.mask.shape[1], device=device)
+            position = prompt["attention_mask"].sum(1, keepdim=True) - 1 + steps
+            position = position.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+            return hidden.gather(1, position)
 
+        # 3. hidden states, in the order of the trajectories
         with policy.active():
-            parts = [forward(mine) for mine in rows]
+            parts = [forward(indices) for indices in rows]
         hidden = torch.cat(parts)[torch.cat(rows).argsort().to(device)] if len(rows) > 1 else parts[0]
         return Categorical(hidden.to(trajectories.mask.device), self._head_at(policy, trajectories.mask.device))
 
     def _head_at(self, policy: Policy, device: torch.device) -> Head:
-        """The head where the objective computes: of a teacher that lives on another device, a copy made once."""
+        """Returns the head on the objective's device: of a teacher on another device, a copy made once."""
         head = self.head(policy)
         if next(head.module.parameters()).device != device and policy.name in self.teachers:
             if policy.name not in self._heads:
@@ -281,18 +285,18 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return head
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """Model inputs that belong to no token of the prompt, such as pixels; made when needed, never stored."""
+        """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""
         return {}
 
     def cache_key(self, example: Example) -> Hashable:
-        """What tells an example from another one whose prompt has the same tokens."""
+        """Returns the key that separates examples with equal token ids (their images)."""
         return None
 
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
-        """Model inputs for prompt and completion ``[B, P + T]``."""
+        """Builds model inputs for prompt and completion ``[B, P + T]``."""
         # a step may be visible without being trained, so everything up to the last trained one is attended to
-        seen = trajectories.mask.flip(1).cumsum(1).flip(1) > 0
-        attention = torch.cat([prompts["attention_mask"], seen.to(device).long()], 1)
+        written = trajectories.mask.flip(1).cumsum(1).flip(1) > 0
+        attention = torch.cat([prompts["attention_mask"], written.to(device).long()], 1)
         return {
             "input_ids": torch.cat([prompts["input_ids"], trajectories.actions.to(device)], 1),
             "attention_mask": attention,
@@ -302,29 +306,29 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         tokens = [row[keep].tolist() for row, keep in zip(trajectories.actions, trajectories.mask, strict=True)]
         texts = [self.written_as(row) for row in tokens]
-        shown: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
         for text, example in zip(texts, trajectories.examples, strict=True):
             facts = self.parsed(text, example, trajectories.student_view)
-            shown.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
+            samples.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
-                shown[-1]["reward"] = self.reward_of(text, example | facts)
-        return None if self.reward is None else [row["reward"] for row in shown], shown
+                samples[-1]["reward"] = self.reward_of(text, example | facts)
+        return None if self.reward is None else [row["reward"] for row in samples], samples
 
     def release(self) -> None:
         self.engine.close()
 
     def written_as(self, tokens: list[int]) -> str:
-        """The text of a completion, for rewards and samples."""
+        """Decodes a completion, for rewards and samples."""
         # what ends a turn need not be marked as special
-        said = [token for token in tokens if token not in self.eos]
-        return str(self.tokenizer().decode(said, skip_special_tokens=True))
+        visible = [token for token in tokens if token not in self.eos]
+        return str(self.tokenizer().decode(visible, skip_special_tokens=True))
 
     def decode_steps(self, trajectories: Trajectories) -> list[list[str]]:
         rows = zip(trajectories.actions, trajectories.mask, strict=True)
         return [[str(self.tokenizer().decode([token])) for token in row[keep].tolist()] for row, keep in rows]
 
     def parsed(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What only the setting can find out about a completion: rewards read it as further columns, samples show it,
+        """Parses a completion to columns that only the setting knows: rewards read them, samples show them,
         and validation averages the numbers in its entry ``metrics``. ``student_view``: as `Trajectories` has it."""
         return {}
 
@@ -332,17 +336,18 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     @torch.no_grad()
     def probe(self, policy: Policy) -> Tensor:
-        """``[n, V]`` log-probs behind drawn ids."""
+        """Computes log-probs ``[n, V]`` behind drawn ids."""
         possible = torch.tensor(sorted({*range(self.vocabulary)} - {*self.suppressed()}))
         draw = torch.randint(len(possible), (PROBES, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         ids, device = possible[draw], next(policy.model.parameters()).device
         with evaluating(policy.model), policy.active():
-            said = bare(policy.model)(input_ids=ids.to(device)).logits[..., : self.vocabulary]
-        return said.float().log_softmax(-1).flatten(0, 1).cpu()
+            logits = bare(policy.model)(input_ids=ids.to(device)).logits[..., : self.vocabulary]
+        return logits.float().log_softmax(-1).flatten(0, 1).cpu()
 
     def save_student(self, model: nn.Module, folder: Path) -> None:
-        """What can be no action here (padding of the head, placeholders) is none in `generate` either, and what ends a
-        turn here ends it there."""
+        """Writes the student with its suppressed ids and stop ids as settings of `generate`.
+
+        Suppressed are padding of the head and placeholders."""
         settings = bare(model).generation_config
         rows = bare(model).get_output_embeddings().weight.shape[0]
         impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
@@ -369,12 +374,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return readings(self, example)
 
     def prompt_ids(self, example: Example, policy: Policy) -> Tensor:
-        """``[P]`` the prompt, as whoever reads with this tokenizer and template is shown it."""
+        """Tokenizes the prompt ``[P]`` of an example, as the policy reads it."""
         prompt = self.collate([example], policy)
         return prompt["input_ids"][prompt["attention_mask"] > 0]
 
     def prepare_for_rows(self) -> None:
-        """
+        """Checks the horizon and the template's options before rows are read.
+
         Raises:
             ValueError: every row would be too long, or the template does not take the run's options.
         """

@@ -174,13 +174,13 @@ class DiffusionDistillation(OnPolicyDistillation):
     def refusal(self, example: Example) -> str | None:
         self.configure_model()
         looks = [self.shown([example])[0], *(teacher.look(example) for teacher in self.teachers.values())]
-        shown = [seen for seen in looks if seen is not None]
-        return problem_with_row(example, shown, self.family, "dataset" in self.rollout.sources)
+        views = [view for view in looks if view is not None]
+        return problem_with_row(example, views, self.family, "dataset" in self.rollout.sources)
 
     # -- the methods of a setting ---------------------------------------------------------------------------------
 
     def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """Nothing: what prompts are encoded to is remembered by content, and never stored with trajectories."""
+        """Returns nothing: encoded prompts are cached by content, and never stored with trajectories."""
         return {}
 
     def sample(
@@ -232,12 +232,12 @@ class DiffusionDistillation(OnPolicyDistillation):
         return acted
 
     def _log_probs(self, sampler: Sampler, policy: Policy, acted: Trajectories, count: Count) -> Tensor:
-        """``[B, T]`` of the steps that were taken."""
-        found = torch.zeros(acted.mask.shape)
+        """Computes log-probs ``[B, T]`` of the steps that were taken."""
+        log_probs = torch.zeros(acted.mask.shape)
         index = acted.mask.flatten().nonzero().squeeze(-1)
-        said = self._distribution(sampler, policy, acted, acted.examples, count).at(index).chunk(slice(None))
-        found.view(-1)[index] = said.log_prob(acted.actions.flatten(0, 1)[index]).float()
-        return found
+        transition = self._distribution(sampler, policy, acted, acted.examples, count).at(index).chunk(slice(None))
+        log_probs.view(-1)[index] = transition.log_prob(acted.actions.flatten(0, 1)[index]).float()
+        return log_probs
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
@@ -257,6 +257,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     def _distribution(
         self, sampler: Sampler, policy: Policy, trajectories: Trajectories, examples: list[Example], count: Count
     ) -> Lazy:
+        # 1. the fields of this policy and of others that its target reads
         is_student, target = policy.name == "student", self._target(policy)
         field = self._field(policy, examples, target.guidance, count)
         width, device = trajectories.mask.shape[1], trajectories.mask.device
@@ -270,20 +271,24 @@ class DiffusionDistillation(OnPolicyDistillation):
             own = self.shown(trajectories.examples, trajectories.student_view)
             return self._field(self.policies[name], own, 1.0, count)
 
+        # 2. transitions, evaluated only while their chunk is open
         def make(index: Tensor) -> Transition:
             rows, at = index // width, index % width
             latent = before[rows, at]
             t, r = trajectories.channels["sigma"][rows, at], trajectories.channels["toward"][rows, at]
 
             if is_student and sampler.chained and torch.is_grad_enabled():
-                came = retrace(field, trajectories, rows, at)
-                # what the end of the step owes to the state that it starts from
-                v = field(rows, came, t, r) + (latent - came) / flow.over(t, latent)
+                retraced = retrace(field, trajectories, rows, at)
+                # the added term is 0, with the gradient −∂x_t / t: the clean estimate x₀ = x_t − t·v then has the
+                # gradient through x_t, too
+                v = field(rows, retraced, t, r) + (latent - retraced) / flow.over(t, latent)
             elif is_student:
                 v = field(rows, latent, t, r)
             else:
-                after, mine = trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()]
-                states = VisitedStates(latent, t, r, after, mine, lambda name: RestrictedField(other_field(name), rows))
+                after, state_seeds = trajectories.actions[rows, at], [seeds[row] for row in rows.tolist()]
+                states = VisitedStates(
+                    latent, t, r, after, state_seeds, lambda name: RestrictedField(other_field(name), rows)
+                )
                 v = target(RestrictedField(field, rows), states)
             return sampler.transition(latent, v.to(device), t, r)
 
@@ -294,7 +299,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         return StepVelocity() if policy.name == "student" else self.velocity_target(policy.name)
 
     def velocity_target(self, teacher: str) -> VelocityTarget:
-        """What a teacher says of a step."""
+        """Returns the velocity target of a teacher."""
         return self.velocity_targets.get(teacher) or StepVelocity()
 
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
@@ -306,22 +311,22 @@ class DiffusionDistillation(OnPolicyDistillation):
             self.reward_of(picture(self.family.images(end[None])[0].cpu()), example)
             for end, example in zip(self.ends(trajectories), trajectories.examples, strict=True)
         ]
-        shown = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]
-        return rewards, shown
+        samples = [{"prompt": p, "completion": "", "reward": r} for p, r in zip(prompts, rewards, strict=True)]
+        return rewards, samples
 
     # -- images ---------------------------------------------------------------------------------------------------
 
     def ends(self, trajectories: Trajectories) -> Tensor:
-        """``[B, ...]`` the latents that the trajectories end with."""
+        """Returns the last latents ``[B, ...]`` of the trajectories."""
         last = (trajectories.channels["sigma"] > 0).sum(1) - 1
         return trajectories.actions[torch.arange(len(last), device=last.device), last]
 
     def images(self, trajectories: Trajectories) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1]."""
+        """Decodes the trajectories' images ``[B, 3, H, W]`` in [0, 1]."""
         return self.family.images(self.ends(trajectories)).cpu()
 
     def velocity_field(self, policy: Policy, examples: list[Example], guidance: float = 1.0) -> VelocityField:
-        """The velocities of a policy for any of these examples; it is told where a step ends if the student is."""
+        """Builds the velocity field of a policy for these examples; ends of steps are inputs as of the student."""
         return self._field(policy, examples, guidance, self._count)
 
     def _field(self, policy: Policy, examples: list[Example], guidance: float, count: Count) -> VelocityField:
@@ -362,19 +367,19 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     @torch.no_grad()
     def probe(self, policy: Policy) -> Tensor:
-        """``[2, ...]`` velocities at two noise levels."""
+        """Computes velocities ``[2, ...]`` at two noise levels."""
         evaluations, device = self.network_evaluations, next(policy.model.parameters()).device
         latent = torch.randn((2, *self.family.latent_shape), generator=generator(0)).to(device)
         t, r = torch.tensor([[0.8, 0.3], [0.4, 0.0]], dtype=torch.float64, device=device)
-        said = self.velocity_field(policy, [{"prompt": "a"}])(torch.zeros(2, dtype=torch.long), latent, t, r)
+        velocities = self.velocity_field(policy, [{"prompt": "a"}])(torch.zeros(2, dtype=torch.long), latent, t, r)
         self.network_evaluations = evaluations
-        return said.float().cpu()
+        return velocities.float().cpu()
 
     def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
         return Transformer.stored_dtype(spec.path, spec.revision)
 
     def save_student(self, model: Any, folder: Path) -> None:
-        """A pipeline's folder, which ``DiffusionPipeline.from_pretrained`` loads, or an adapter for
+        """Writes a pipeline's folder for ``DiffusionPipeline.from_pretrained``, or an adapter for
         ``load_lora_weights``."""
         if isinstance(model, PeftModel):
             save_adapter(self.family.pipe, model, folder)

@@ -61,18 +61,18 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     # -- coordinates --------------------------------------------------------------------------------------------
 
     def model_size(self, size: Size, policy: Policy) -> Size:
-        """Width and height to which the student's processor resizes an image of this size; ``policy``: the student."""
+        """Computes the size to which the processor of ``policy``, the student, resizes an image of this size."""
         if size not in self._model_sizes:
             processor = policy.processor.image_processor
-            made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
-            if "image_grid_thw" not in made:
+            inputs = processor(images=[Image.new("RGB", size)], return_tensors="pt")
+            if "image_grid_thw" not in inputs:
                 return size
-            _, rows, columns = made["image_grid_thw"][0].tolist()
+            _, rows, columns = inputs["image_grid_thw"][0].tolist()
             self._model_sizes[size] = columns * processor.patch_size, rows * processor.patch_size
         return self._model_sizes[size]
 
     def written(self, example: Example, seen: Example, policy: Policy) -> str:
-        """The completion that answers with the example's box, of the image that the student (``policy``) sees."""
+        """Writes the completion with the example's box in the image that ``policy``, the student, reads."""
         absolute = self.answer_format.absolute
         model_size = self.model_size(images_of(seen)[0].size, policy) if absolute else (1, 1)
         return self.answer_format.write(tuple(example["box"]), images_of(example)[0].size, model_size)
@@ -80,7 +80,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     def predicted(
         self, completion: str, example: Example, student_view: dict[str, Any] | None = None
     ) -> tuple[float, ...] | None:
-        """The point or box that a completion names, in pixels of the original screenshot; None: it is malformed.
+        """Parses the point or box that a completion names, in pixels of the original screenshot; None: it is malformed.
 
         ``student_view``: its settings when the completion was written (`Trajectories`); None: those of now.
         """
@@ -89,8 +89,8 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
             return None
         size = model_size = images_of(example)[0].size
         if self.answer_format.absolute:
-            (seen,) = self.shown([example], student_view)
-            model_size = self.model_size(images_of(seen)[0].size, self.policies["student"])
+            (student_example,) = self.shown([example], student_view)
+            model_size = self.model_size(images_of(student_example)[0].size, self.policies["student"])
         return self.answer_format.to_pixels(parsed, size, model_size)
 
     # -- the methods of a setting -------------------------------------------------------------------------------
@@ -137,12 +137,12 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         if problem is not None:
             return problem
         if self.answer_format.absolute:
-            (seen,) = self.shown([example])
+            (student_example,) = self.shown([example])
             student = self.policies["student"]
-            mine = self.model_size(images_of(seen)[0].size, student)
+            student_size = self.model_size(images_of(student_example)[0].size, student)
             for name, teacher in self.teachers.items():
                 view = teacher.look(example) if teacher.view is not None else None
-                if view is not None and self.model_size(images_of(view)[0].size, student) != mine:
+                if view is not None and self.model_size(images_of(view)[0].size, student) != student_size:
                     return (
                         f"the view of model.teachers.{name} has another image size, so pixels mean other places there"
                     )

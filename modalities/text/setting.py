@@ -37,7 +37,7 @@ class TextDistillation(AutoregressiveDistillation):
         return Renderer(self.tokenizer(policy), self.chat_template_kwargs, self.raw_prompts)
 
     def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` ``[B, P]``, left padded.
+        """Tokenizes prompts: ``input_ids`` and ``attention_mask`` ``[B, P]``, left padded.
 
         Raises:
             ValueError: as in `Renderer.prompt`.

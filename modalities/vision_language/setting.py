@@ -77,10 +77,10 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     @cached_property
     def _placeholders(self) -> list[int]:
-        found: set[int] = set()
+        ids: set[int] = set()
         for policy in self.policies.values():
-            found |= set(placeholders(policy.processor, bare(policy.model).config))
-        return sorted(i for i in found if i < self.vocabulary)
+            ids |= set(placeholders(policy.processor, bare(policy.model).config))
+        return sorted(i for i in ids if i < self.vocabulary)
 
     def suppressed(self) -> list[int]:
         return self._placeholders
@@ -91,7 +91,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     @torch.no_grad()
     def probe(self, policy: Policy) -> Tensor:
-        """``[n, V]`` log-probs behind drawn ids, and behind an image as the policy's own processor reads it."""
+        """Computes log-probs ``[n, V]`` behind drawn ids, and behind an image read by the policy's own processor."""
         of_ids = super().probe(policy)
         shades = torch.arange(PROBE_PIXELS**2, dtype=torch.float64).sin().add(1).mul(127).byte()
         image = Image.fromarray(shades.view(PROBE_PIXELS, PROBE_PIXELS).numpy()).convert("RGB")
@@ -103,13 +103,13 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 8  # an image may be thousands of tokens
         with evaluating(policy.model), policy.active():
-            said = model(**given).logits
-        return torch.cat([of_ids, said[..., : self.vocabulary].float().log_softmax(-1).flatten(0, 1).cpu()])
+            logits = model(**given).logits
+        return torch.cat([of_ids, logits[..., : self.vocabulary].float().log_softmax(-1).flatten(0, 1).cpu()])
 
     # -- inputs -------------------------------------------------------------------------------------------------
 
     def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and, where the model has them, token types ``[B, P]``, left padded.
+        """Tokenizes prompts: ``input_ids``, ``attention_mask`` and, if any, token types ``[B, P]``, left padded.
 
         Raises:
             ValueError: an image cannot be read, or as in `placed_images` and `Renderer.prompt`.
@@ -125,7 +125,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return tuple((image.size, image.tobytes()) for image in images_of(example))
 
     def _process(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
-        """Everything that the processor makes of the examples; `collate` and `media` of one batch share a call."""
+        """Calls the processor on examples; `collate` and `media` of one batch share a call."""
         processor = policy.processor
         if "processed" in policy.cache:
             of, inputs = policy.cache["processed"]
@@ -136,10 +136,10 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         texts = [renderer.prompt(self.asked(example)) for example in examples]
         given: dict[str, Any] = {"images": images} if any(images) else {}
         # a rendered chat holds its own beginning-of-sequence token already
-        made = processor(
+        processed = processor(
             text=texts, **given, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         )
-        inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        inputs = {name: value for name, value in processed.items() if isinstance(value, Tensor)}
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding_id)
         policy.cache["processed"] = examples, inputs
         return inputs
@@ -174,19 +174,19 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Categorical:
-        said = super().distribution(policy, trajectories, view)
+        categorical = super().distribution(policy, trajectories, view)
         if torch.is_grad_enabled() and policy.name == "student" and not self._sees(trajectories):
             # a batch without images must still reach every trained parameter
-            idle = sum((p.sum() * 0.0 for p in self._vision_parameters(policy)), said.hidden.new_zeros(()))
-            said.hidden = said.hidden + idle
-        return said
+            idle = sum((p.sum() * 0.0 for p in self._vision_parameters(policy)), categorical.hidden.new_zeros(()))
+            categorical.hidden = categorical.hidden + idle
+        return categorical
 
     def _sees(self, trajectories: Trajectories) -> bool:
-        seen = self.shown(trajectories.examples, trajectories.student_view)
-        return any(images_of(example) for example in seen)
+        student_examples = self.shown(trajectories.examples, trajectories.student_view)
+        return any(images_of(example) for example in student_examples)
 
     def _vision_parameters(self, policy: Policy) -> list[Tensor]:
-        """Trained parameters outside of the language model."""
+        """Lists trained parameters outside of the language model."""
         model = bare(policy.model)
         reading = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
         return [p for p in model.parameters() if p.requires_grad and id(p) not in reading]
@@ -208,7 +208,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         super().on_train_start()
 
     def check_images(self) -> None:
-        """
+        """Refuses policies that do not read their images.
+
         Raises:
             ValueError: a policy says the same whether its images are there or blank.
         """
@@ -232,20 +233,20 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     @torch.no_grad()
     def image_gaps(self, trajectories: Trajectories) -> dict[str, Tensor]:
-        """By policy: mean over steps of log p(y | images) − log p(y | blank images) of each trajectory ``[K]``.
+        """Computes by policy the mean over steps of log p(y | images) − log p(y | blank images), ``[K]`` trajectories.
 
         Trajectories without images, and those for which a teacher has no view, are left out.
         """
         gaps = {}
         for name, policy in self.policies.items():
-            seen = self.streams.seen(name, trajectories.examples, trajectories.student_view)
-            kept = [i for i, e in enumerate(seen) if e is not None and images_of(e) and trajectories.mask[i].any()]
+            examples = self.streams.seen(name, trajectories.examples, trajectories.student_view)
+            kept = [i for i, e in enumerate(examples) if e is not None and images_of(e) and trajectories.mask[i].any()]
             # other ranks may have some, and wait for this one where the weights are cut
             asked = kept if kept or not is_sharded(bare(policy.model)) else [0]
             if not asked:
                 continue
             some = trajectories.select(torch.tensor(asked))
-            views = [seen[i] or trajectories.examples[i] for i in asked]
+            views = [examples[i] or trajectories.examples[i] for i in asked]
             with evaluating(policy.model):
                 with_pixels = self.log_probs(policy, some, views)
                 without = self.log_probs(policy, some, [blanked(example) for example in views])
@@ -253,19 +254,19 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return gaps
 
     def log_probs(self, policy: Policy, trajectories: Trajectories, seen: list[Example]) -> Tensor:
-        """``[B, T]`` of the actions taken, 0 where nothing is trained."""
-        said, mask = self.distribution(policy, trajectories, seen), trajectories.mask
+        """Computes log-probs ``[B, T]`` of the actions taken, 0 where nothing is trained."""
+        categorical, mask = self.distribution(policy, trajectories, seen), trajectories.mask
         taken = torch.zeros(mask.numel(), device=mask.device)
         actions = trajectories.actions.flatten()
         for index in mask.flatten().nonzero().squeeze(-1).split(256):
-            states = said.at(index)
+            states = categorical.at(index)
             log_probs = states.head(states.hidden).float().log_softmax(-1)
             taken[index] = log_probs.gather(1, actions[index, None]).squeeze(1)
         return taken.view_as(mask)
 
 
 def placed_images(chat: Chat, example: Example, own: tuple[str, ...] = ()) -> Chat:
-    """The chat with contents that are lists of parts, one image part for each image of the row.
+    """Converts contents of a chat to lists of parts, with one image part for each image of the row.
 
     Where the texts hold `MARKERS`, an image's place is there; a chat that says no places has them at the beginning of
     its first user message.
@@ -312,7 +313,7 @@ def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any
 
 
 def blanked(example: Example) -> Example:
-    """The same with every image gray."""
+    """Replaces every image by a gray one."""
     return with_images(example, [Image.new("RGB", image.size, (127, 127, 127)) for image in images_of(example)])
 
 
