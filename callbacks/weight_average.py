@@ -15,7 +15,7 @@ from ..sharding import refuse_sharded
 
 
 class WeightAverage(DistillationCallback):
-    """average ← (1−rate)·average + rate·student, after every optimizer step; training goes on with the student itself.
+    """Average ← (1−rate)·average + rate·student after every optimizer step; the student itself is trained on.
 
     Validation during training measures the average, and so do `opd validate`, `test`, `predict` and `export` of a
     checkpoint. (A teacher that is such an average is another thing: `EMA`.) It is kept in float32, beside the weights
