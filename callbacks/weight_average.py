@@ -22,9 +22,10 @@ class WeightAverage(DistillationCallback):
     and in the checkpoint; validation holds the student's own for as long as it takes. Adapters are averaged factor by
     factor, as AnyFlow does it.
 
-        trainer:
-          callbacks+:
-            - {class_path: WeightAverage, init_args: {rate: 0.01}}
+    Example::
+
+        callbacks+:
+          - {class_path: WeightAverage, init_args: {rate: 0.01}}
 
     Args:
         rate: the student's share per optimizer step, in (0, 1]. Default 0.001 (AnyFlow, 2605.13724: EMA .999 in its
