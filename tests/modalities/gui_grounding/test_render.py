@@ -197,7 +197,7 @@ def picture(png: bytes) -> Image.Image:
 @needs_chromium
 def test_a_box_covers_its_element(browser: Browser) -> None:
     colors = {"black": (0, 0, 0), "red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
-    colors |= {"yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255), "gray": (128,) * 3}
+    colors |= {"yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255), "grey": (128,) * 3}
     colors |= {"pink": (255, 192, 203), "orange": (255, 165, 0), "purple": (128, 0, 128), "olive": (128, 128, 0)}
     for seed in range(6):
         one = browser.open("click-color", seed)
