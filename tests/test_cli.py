@@ -161,14 +161,14 @@ def test_a_class_without_arguments_is_a_word(config, tmp_path, capsys):
     found = printed(capsys, *arguments, "--model.teachers.teacher.weights.rate=0.5")
     (term,) = found["model"]["init_args"]["objective"]["terms"]
     assert term["signal"] == {
-        "class_path": "opd_lightning.objective.ReverseKL",
+        "class_path": "opd_lightning.ReverseKL",
         "init_args": term["signal"]["init_args"],
     }
     assert [weight["class_path"] for weight in term["weights"]] == [
         "opd_lightning.objective.Entropy", "opd_lightning.objective.Confidence",
     ]  # fmt: skip
     weights = found["model"]["init_args"]["teachers"]["teacher"]["weights"]
-    assert weights["class_path"] == "opd_lightning.teacher.EMA"
+    assert weights["class_path"] == "opd_lightning.EMA"
     assert weights["init_args"]["rate"] == 0.5
     assert found["trainer"]["callbacks"][0]["class_path"] == "opd_lightning.callbacks.Samples"
     again = tmp_path / "printed.yaml"
