@@ -21,9 +21,7 @@ ARROWS_IN_CIRCLES: set[tuple[str, str]] = set()
 LONG_FILES: set[str] = set()
 LARGE_CLASSES: set[str] = set()
 COPIED_MODULES: set[str] = set()
-SWAPPED_ATTRIBUTES = {
-    "opd_lightning.modalities.vision_language.data: self._try_again",
-}
+SWAPPED_ATTRIBUTES: set[str] = set()
 
 # Models of transformers and layers of peft offer no other way
 OF_LIBRARIES = {

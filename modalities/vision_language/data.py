@@ -59,27 +59,22 @@ class ImageData(PromptData):
             raise ValueError(f"data.image_folder is {image_folder!r}, which is no folder")
         self.image_folder, self.allow_urls, self.image_columns = image_folder, allow_urls, tuple(image_columns)
         self.cache_folder = Path(cache_folder).expanduser() if cache_folder else user_cache()
-        self._try_again = False
 
     def prepare_data(self) -> None:
         """Downloads, once per machine; what could not be fetched in an earlier run is tried again."""
         if not self.allow_urls:
             super().prepare_data()
             return
-        self._try_again = True
-        try:
-            for split, source in self._sources.items():
-                if isinstance(source, str):
-                    self._read_source(split)
-        finally:
-            self._try_again = False
+        for split, source in self._sources.items():
+            if isinstance(source, str):
+                self._read_source(split, try_again=True)
 
-    def _read_source(self, split: Split) -> Dataset:
+    def _read_source(self, split: Split, try_again: bool = False) -> Dataset:
         rows = super()._read_source(split)
         named = [name for name in ("prompt", *self.image_columns) if name in rows.column_names]
         values = {name: rows[name][:] for name in named if not _stores_bytes(rows, name)}
         if self.allow_urls:
-            rows, values = self._fetched(split, rows, values)
+            rows, values = self._fetched(split, rows, values, try_again)
         folder = self._folder(self._sources[split])
 
         def found(name: str) -> str:
@@ -93,11 +88,11 @@ class ImageData(PromptData):
         return rows
 
     def _fetched(
-        self, split: Split, rows: Dataset, values: dict[str, list[Any]]
+        self, split: Split, rows: Dataset, values: dict[str, list[Any]], try_again: bool
     ) -> tuple[Dataset, dict[str, list[Any]]]:
         """Selects the rows whose URLs could all be fetched, and replaces URLs in their values by paths."""
         of_row = [[url for name in values for url in _urls(name, values[name][i])] for i in range(len(rows))]
-        paths, problems = self._fetch({url for urls in of_row for url in urls})
+        paths, problems = self._fetch({url for urls in of_row for url in urls}, try_again)
         bad = self._skipped[f"{split}, fetching"] = BadRows(f"data.{split}", self.on_bad_row)
         indices = []
         for index, (location, urls) in enumerate(zip(rows[LOCATION], of_row, strict=True)):
@@ -115,13 +110,13 @@ class ImageData(PromptData):
         }
         return (rows if len(indices) == len(rows) else rows.select(indices).flatten_indices()), fetched
 
-    def _fetch(self, urls: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    def _fetch(self, urls: Iterable[str], try_again: bool) -> tuple[dict[str, str], dict[str, str]]:
         """Fetches URLs; returns the paths of images by URL, and the reasons of failures by URL."""
         paths, problems = {}, {}
 
         def one(url: str) -> None:
             try:
-                paths[url] = str(fetch(url, self.cache_folder, self._try_again))
+                paths[url] = str(fetch(url, self.cache_folder, try_again))
             except ValueError as error:
                 problems[url] = str(error)
 
