@@ -176,7 +176,7 @@ class _CategoricalGradient(GradientAccumulator):
         # `close` left the gradients in the buffer of the raw logits
         logits_gradient = self._student.raw(self._prepared)
         hidden = self._hidden[self._prepared].detach().to(logits_gradient.dtype)
-        sums: dict[Tensor | None, Tensor] = dict(zip(self._parameters, self.sums[1:], strict=True))
+        sums: dict[Any, Tensor] = dict(zip(self._parameters, self.sums[1:], strict=True))
         of_weight, of_bias = (sums.get(tensor) for tensor in (self._head.module.weight, self._head.module.bias))
         for ids, weight, _ in self._student.blocks():
             gradient = logits_gradient[:, ids]
