@@ -48,6 +48,8 @@ class WeightAverage(DistillationCallback):
     def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         if not self.average:
             self.average = {name: weight.detach().float().clone() for name, weight in _trained(module).items()}
+        # a checkpoint is restored before the model is on its device
+        self.average = {name: average.to(module.device) for name, average in self.average.items()}
 
     @torch.no_grad()
     def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
@@ -71,9 +73,8 @@ class WeightAverage(DistillationCallback):
         checkpoint["averaged"] = {f"student.{name}": weight.cpu() for name, weight in self.average.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        device = pl_module.device
         self.average = {
-            name.removeprefix("student."): weight.to(device) for name, weight in checkpoint["averaged"].items()
+            name.removeprefix("student."): weight for name, weight in checkpoint.get("averaged", {}).items()
         }
 
 

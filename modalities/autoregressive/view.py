@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ...chat import is_chat
 from ...policy import View
 from ...trajectory import Example
-from .messages import transcript
+from .messages import options_of, transcript
 
 _jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
 
@@ -80,7 +80,7 @@ class TemplateOptions(View):
         shown_example = example if self.view is None else self.view(example)
         if shown_example is None:
             return None
-        options = {**(shown_example.get("chat_template_kwargs") or {}), **self.options}
+        options = {**options_of(shown_example), **self.options}
         return {**shown_example, "chat_template_kwargs": options}
 
 

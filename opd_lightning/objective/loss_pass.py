@@ -17,7 +17,7 @@ from ..trajectory import Trajectories
 from .chunks import Chunks, ChunkSize, GradientsInside
 from .diagnostics import chunk_diagnostics
 from .steps import OpenSteps, Steps, statistic_key
-from .term import Term
+from .term import Term, weighed
 
 
 @dataclass
@@ -39,7 +39,9 @@ class Share:
         view = self.term.seen(chunk)
         advantage = self.term.advantage
         if advantage is not None:
-            view.advantage = (advantage(view) if self.advantage is None else self.advantage[states]).detach()
+            values = (advantage(view) if self.advantage is None else self.advantage[states]).detach()
+            # where the term is off the values may be NaN (no behavior log-probs), which a factor of 0 does not undo
+            view.advantage = torch.where(self.factor[states] != 0, values, 0.0)
         return view
 
 
@@ -170,7 +172,7 @@ class LossPass:
             values = term.value(weight, steps)
             if weight.scope == "row":
                 self.metrics.add_clipped(f"{term.name}/{type(weight).__name__}", values, term.on(steps))
-            factor = factor * values
+            factor = weighed(factor, values)
         advantage = term.advantage
         if advantage is None or advantage.scope == "step":
             return Share(term, factor * scale, None)
@@ -204,7 +206,7 @@ class LossPass:
             values = weight(view).detach()
             if metrics is not None:
                 metrics.add_clipped(f"{share.term.name}/{type(weight).__name__}", values, share.term.on(view))
-            factor = factor * values
+            factor = weighed(factor, values)
         return factor
 
 

@@ -61,11 +61,15 @@ class Objective:
             raise ValueError("objective.terms is empty: nothing would be trained")
         if self.chunk_mib < 1 or (self.chunk_steps is not None and self.chunk_steps < 1):
             raise ValueError(f"objective: chunk_mib={self.chunk_mib} and chunk_steps={self.chunk_steps} must be >= 1")
-        counts: dict[str, int] = {}
+        taken: set[str] = set()
         for term in self.terms:
-            name = term.name or type(term.signal).__name__
-            counts[name] = counts.get(name, 0) + 1
-            term.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+            name = base = term.name or type(term.signal).__name__
+            number = 1
+            while name in taken:  # Z, channels and logs go by it
+                number += 1
+                name = f"{base}_{number}"
+            term.name = name
+            taken.add(name)
 
     @property
     def active(self) -> list[Term]:

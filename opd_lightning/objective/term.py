@@ -130,7 +130,7 @@ class Term:
         """Multiplies `counts` ``[N]`` with the weights that are known before a forward pass."""
         counts = self.counts(steps)
         for weight in self.weights_of("data", "generation"):
-            counts = counts * self.value(weight, steps)
+            counts = weighed(counts, self.value(weight, steps))
         return counts
 
     @property
@@ -151,3 +151,8 @@ class Term:
     def measured(self, chunk: OpenSteps, name: str) -> Tensor:
         """Returns a statistic ``[n]`` that one of its parts reads; only ``teacher/…`` needs the target."""
         return (self.seen(chunk) if name.startswith("teacher/") else chunk).statistic(name)
+
+
+def weighed(factor: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies a factor ``[N]`` with a weight; 0 stays 0, whatever the weight is where the term is off."""
+    return torch.where(factor != 0, factor * weight, 0.0)

@@ -76,3 +76,11 @@ def test_it_composes_and_resumes(tmp_path):
 def test_a_rate_that_is_no_share_is_refused(rate):
     with pytest.raises(ValueError, match=r"WeightAverage\.rate is the student's share per optimizer step"):
         WeightAverage(rate)
+
+
+def test_a_run_may_begin_to_average_when_it_is_resumed(tmp_path):
+    toy.fit(toy.make_module(), tmp_path / "before", steps=2)
+    callback, module = WeightAverage(1.0), toy.make_module()
+    toy.fit(module, tmp_path / "after", [callback], steps=4, checkpoint=tmp_path / "before" / "step-2.ckpt")
+    for name, weight in module.student.named_parameters():
+        assert torch.equal(callback.average[name], weight)

@@ -22,6 +22,7 @@ from opd_lightning.objective import (
     Entropy,
     ForwardKL,
     GroupRelative,
+    ImportanceRatio,
     LogLinear,
     LogRatio,
     Objective,
@@ -487,3 +488,42 @@ def test_parameters_of_a_part_have_the_gradient_of_the_loss(chunk_steps):
     with torch.no_grad():
         alone, _ = objective(world.student.distribution, world.streams, world.trajectories)
     close(alone, loss.detach(), 1e-7)
+
+
+# -- where a term is off ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalizer", ["steps", "on", "trajectories", "weights"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Term(ReverseKL(), weights=[ImportanceRatio()]),
+        lambda: Term(PolicyGradient(LogRatio(against="behavior"))),
+        lambda: Term(PolicyGradient(LogRatio(discount=0.9, against="behavior"))),
+    ],
+    ids=["weight", "advantage", "return"],
+)
+def test_completions_without_behavior_log_probs_reach_neither_value_nor_gradient(made, normalizer):
+    def parts(filling: float) -> list[Tensor]:
+        world = World(0)
+        given = world.trajectories.source == 1
+        world.trajectories.behavior_log_probs[given] = filling
+        term = made()
+        term.source, term.normalizer = "student", normalizer
+        return world.whole(Objective([term, Term(CrossEntropy(), None, source="dataset")]))
+
+    unknown, known = parts(torch.nan), parts(-1.0)
+    assert all(bool(tensor.isfinite().all()) for tensor in unknown)
+    equal(unknown, known)
+
+
+def test_names_of_terms_never_collide():
+    def names(*given: str) -> list[str]:
+        return [term.name for term in Objective([Term(ReverseKL(), name=name) for name in given]).terms]
+
+    assert names("a", "a", "a_2") == ["a", "a_2", "a_2_2"]
+    assert names("", "", "ReverseKL_2") == ["ReverseKL", "ReverseKL_2", "ReverseKL_2_2"]
+    once = Objective([Term(ReverseKL()), Term(ReverseKL())])
+    assert [t.name for t in dataclasses.replace(once, terms=[*once.terms, Term(ReverseKL())]).terms] == [
+        "ReverseKL", "ReverseKL_2", "ReverseKL_3",
+    ]  # fmt: skip

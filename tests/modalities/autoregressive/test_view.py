@@ -159,3 +159,7 @@ def test_options_of_the_template_go_before_those_of_the_row_and_stand_over_anoth
     }
     assert options({**row, "hint": ""}) is None
     assert row["chat_template_kwargs"]["enable_thinking"] is False, "the example itself is left alone"
+    assert options({**row, "chat_template_kwargs": '{"style": "dry"}'})["chat_template_kwargs"] == {
+        "style": "dry",
+        "enable_thinking": True,
+    }, "a table holds them as text"
