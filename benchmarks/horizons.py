@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
+
 from methods import fit
 
 RUNS, SEEDS, UPDATES = Path("runs/horizons"), (0, 1, 2), 200

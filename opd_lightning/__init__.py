@@ -1,7 +1,8 @@
 """On-policy distillation on Lightning.
 
 What people write has its name here, and is imported when it is first asked for: ``import opd_lightning`` alone costs
-nothing. Settings are in `opd_lightning.modalities`, callbacks that ship in `opd_lightning.callbacks`.
+nothing. Settings are in `opd_lightning.modalities`, callbacks that ship in `opd_lightning.callbacks`, parts of single
+papers in `opd_lightning.methods`.
 """
 
 from importlib import import_module
@@ -63,7 +64,7 @@ _NAMES = {
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [*_HOMES]
 
-for _name in ("assets", "callbacks", "configs", "modalities"):
+for _name in ("assets", "callbacks", "configs", "methods", "modalities"):
     _path = Path(__file__).with_name(_name)
     if not _path.is_dir():
         raise ImportError(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_lightning.catalog import Method, read_all
 from opd_lightning.cli import OPDCLI, run
-from opd_lightning.methods import Method, read_all
 
 ROOT = Path(__file__).parent.parent / "configs"
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))

@@ -15,8 +15,8 @@ import torch
 
 from opd_lightning.__main__ import execute
 from opd_lightning.callbacks import Curriculum, Linear
+from opd_lightning.catalog import read
 from opd_lightning.distribution import CategoricalChunk
-from opd_lightning.methods import read
 from opd_lightning.objective import STATISTICS, Objective, OpenSteps, Part, ReverseKL, Steps, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout

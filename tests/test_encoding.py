@@ -38,7 +38,9 @@ def text_without_encoding(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["opd_lightning", "modalities", "callbacks", "benchmarks", "assets", "tests"])
+@pytest.mark.parametrize(
+    "folder", ["opd_lightning", "modalities", "callbacks", "methods", "benchmarks", "assets", "tests"]
+)
 def test_every_text_file_names_its_encoding(folder):
     sources = list((ROOT / folder).rglob("*.py"))
     assert sources
@@ -56,7 +58,7 @@ def test_a_clone_without_symbolic_links_says_so(tmp_path, left):
     package.mkdir()
     for name in ("__init__.py", "__main__.py"):
         shutil.copy(ROOT / "opd_lightning" / name, package)
-    for name in ("assets", "configs", "modalities"):
+    for name in ("assets", "configs", "methods", "modalities"):
         (package / name).symlink_to(ROOT / name)
     if left == "text file":
         (package / "callbacks").write_text("../callbacks", encoding="utf-8")

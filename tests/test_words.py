@@ -28,7 +28,11 @@ NAMES: dict[str, int] = {}
 
 
 def sources() -> list[Path]:
-    paths = [path for folder in ("opd_lightning", "modalities", "callbacks") for path in (ROOT / folder).rglob("*.py")]
+    paths = [
+        path
+        for folder in ("opd_lightning", "modalities", "callbacks", "methods")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     return sorted(path for path in paths if not any(parent.is_symlink() for parent in path.parents))
 
 

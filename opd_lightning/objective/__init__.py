@@ -1,5 +1,6 @@
 """The objective: terms of signal × weights × target × teacher, evaluated chunk by chunk."""
 
+from .advantage import Advantage, GroupRelative, LogRatio, RewardPlusLogRatio, RewardTimesLogRatio
 from .divergence import (
     JSD,
     AlphaDivergence,
@@ -13,14 +14,7 @@ from .divergence import (
 from .generation import Generation
 from .loss_pass import availability
 from .objective import LossOutput, Objective, Queried
-from .policy_gradient import (
-    Advantage,
-    GroupRelative,
-    LogRatio,
-    PolicyGradient,
-    RewardPlusLogRatio,
-    RewardTimesLogRatio,
-)
+from .policy_gradient import PolicyGradient
 from .signal import CrossEntropy, Part, Signal
 from .steps import STATISTICS, OpenSteps, Steps
 from .support import Support

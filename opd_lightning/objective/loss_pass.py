@@ -27,22 +27,23 @@ class Share:
     Attributes:
         term: with its weights and its advantage.
         factor: ``[N]`` what each step's loss is multiplied by, but for the weights that read the open chunk.
-        advantage: ``[N]`` of its policy gradient; None: it reads the open chunk, or there is none.
+        inputs: ``[N]`` each, by name: those of its signal that do not read the open chunk.
     """
 
     term: Term
     factor: Tensor
-    advantage: Tensor | None
+    inputs: dict[str, Tensor]
 
     def seen(self, chunk: OpenSteps, states: slice) -> OpenSteps:
-        """Adds the term's target and its advantage to an open chunk of the steps ``states``."""
+        """Adds the term's target and its signal's inputs to an open chunk of the steps ``states``."""
         view = self.term.seen(chunk)
-        advantage = self.term.advantage
-        if advantage is not None:
-            values = (advantage(view) if self.advantage is None else self.advantage[states]).detach()
-            # where the term is off the values may be NaN (no behavior log-probs), which a factor of 0 does not undo
-            view.advantage = torch.where(self.factor[states] != 0, values, 0.0)
-        return view
+        inputs = {
+            name: self.inputs[name][states] if name in self.inputs else part(view).detach()
+            for name, part in self.term.signal.inputs.items()
+        }
+        # where the term is off the values may be NaN (no behavior log-probs), which a factor of 0 does not undo
+        on = self.factor[states] != 0
+        return replace(view, inputs={name: torch.where(on, values, 0.0) for name, values in inputs.items()})
 
 
 class LossPass:
@@ -50,7 +51,7 @@ class LossPass:
 
     1. data     weights that are known from the trajectories; steps that no term wants leave
     2. wide     statistics over whole rows, in a pass without gradient, if a part reads them
-    3. factors  per term ``[N]``: coefficient × weights / Z, and its advantage where that is known by now
+    3. factors  per term ``[N]``: coefficient × weights / Z, and what its signal asks for where that is known by now
     4. chunks   open, evaluate every term, differentiate, close; logits never outlive a chunk
 
     No field holds anything of a chunk: what does would keep its logits.
@@ -165,7 +166,7 @@ class LossPass:
         self.steps.statistics = {key: torch.cat(pieces) for key, pieces in values.items()}
 
     def _share(self, term: Term, scale: float) -> Share:
-        """Computes a term's factor, but for the weights that read the open chunk, and its advantage."""
+        """Computes a term's factor and its signal's inputs, but for the parts that read the open chunk."""
         steps = self.steps
         factor = term.counts(steps)
         for weight in term.weights_of("data", "generation", "row"):
@@ -173,10 +174,8 @@ class LossPass:
             if weight.scope == "row":
                 self.metrics.add_clipped(f"{term.name}/{type(weight).__name__}", values, term.on(steps))
             factor = weighed(factor, values)
-        advantage = term.advantage
-        if advantage is None or advantage.scope == "step":
-            return Share(term, factor * scale, None)
-        return Share(term, factor * scale, term.value(advantage, steps))
+        wide = {name: part for name, part in term.signal.inputs.items() if part.scope != "step"}
+        return Share(term, factor * scale, {name: term.value(part, steps) for name, part in wide.items()})
 
     def _restrict(self, shares: list[Share]) -> None:
         """Restricts every teacher to the steps where a term that reads it has a factor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ Scope = Literal["data", "step", "row", "generation"]
 
 class Part(Finite):
     """Component of a term, with what it needs of the run.
+
+    A part of scope ``generation`` implements `settle`, any other `__call__`.
 
     Attributes:
         needs: what the run must provide, any of ``teacher``, ``reward`` (a reward is configured), ``group``
@@ -39,8 +41,12 @@ class Part(Finite):
         "categorical": "only distributions over a vocabulary have it",
     }
 
+    def __call__(self, steps: Any) -> Tensor:
+        """Returns ``[n]`` of an open chunk's `OpenSteps` for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
+        raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
+
     def settle(self, generation: Generation) -> Tensor:
-        """Returns the values ``[B, T]``, on the CPU, of a weight or an advantage of scope ``generation``."""
+        """Returns the values ``[B, T]``, on the CPU, of a part of scope ``generation``."""
         raise NotImplementedError(f"{type(self).__name__} has the scope generation, but no method settle")
 
     @property
@@ -51,6 +57,11 @@ class Part(Finite):
 
 class Signal(Part, ABC):
     """Loss ℓ(p_θ, q) at every step, differentiable in the student."""
+
+    @property
+    def inputs(self) -> dict[str, Part]:
+        """Parts that are evaluated for it, without gradient, by the name that it reads them by in ``steps.inputs``."""
+        return {}
 
     @abstractmethod
     def __call__(self, steps: OpenSteps) -> Tensor:

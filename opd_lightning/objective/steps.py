@@ -142,14 +142,14 @@ class OpenSteps(Steps):
         streams: teachers by name.
         without_view: teachers by name, without their view, for the log.
         target: what the term compares the student with: its teacher's distribution, after the target.
-        advantage: ``[n]`` of the term's policy gradient.
+        inputs: ``[n]`` each, what the term's signal asked for (`Signal.inputs`), such as its advantage.
     """
 
     student: Chunk = None  # type: ignore[assignment]
     streams: dict[str, Chunk] = field(default_factory=dict)
     without_view: dict[str, Chunk] = field(default_factory=dict)
     target: Chunk | None = None
-    advantage: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def for_term(self, stream: str | None, target: Chunk | None) -> OpenSteps:
         """Sets the stream that "teacher" stands for and its distribution, as one term reads these steps."""

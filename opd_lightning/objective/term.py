@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..finite import Finite
-from .policy_gradient import Advantage, PolicyGradient
 from .signal import Part, Scope, Signal
 from .steps import OpenSteps, Steps
 from .target import Target
@@ -52,15 +51,9 @@ class Term:
 
     __setattr__ = Finite.__setattr__
 
-    @property
-    def advantage(self) -> Advantage | None:
-        """Advantage of its policy gradient; None for other signals."""
-        return self.signal.advantage if isinstance(self.signal, PolicyGradient) else None
-
     def parts(self) -> list[Part]:
-        """Lists the signal, its advantage and the weights."""
-        extra = [] if self.advantage is None else [self.advantage]
-        return [self.signal, *extra, *self.weights]
+        """Lists the signal, what that asks for, such as an advantage, and the weights."""
+        return [self.signal, *self.signal.inputs.values(), *self.weights]
 
     def weights_of(self, *scopes: Scope) -> list[Weight]:
         """Selects its weights of these scopes."""
@@ -92,8 +85,8 @@ class Term:
         index = next(i for i, candidate in enumerate(settled) if candidate is part)
         return f"{self.name}/{type(part).__name__}" + (f"_{index + 1}" if index else "")
 
-    def value(self, part: Weight | Advantage, steps: Steps) -> Tensor:
-        """Evaluates one of its weights, or its advantage: ``[N]``, without gradient."""
+    def value(self, part: Part, steps: Steps) -> Tensor:
+        """Evaluates one of its weights, or of its signal's inputs: ``[N]``, without gradient."""
         if part.scope == "generation":
             # a term that is turned on in the middle of a generation batch begins with the next
             settled = self.channel(part) in steps.trajectories.channels

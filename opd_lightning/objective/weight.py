@@ -19,14 +19,7 @@ from .steps import Steps
 
 
 class Weight(Part, ABC):
-    """Factor w(i, t) ≥ 0 of a step's loss.
-
-    A subclass of scope ``generation`` implements `settle`, any other `__call__`.
-    """
-
-    def __call__(self, steps: Steps) -> Tensor:
-        """Returns ``[n]`` of an open chunk's `OpenSteps` for the scope ``step``, ``[N]`` for ``data`` and ``row``."""
-        raise NotImplementedError(f"{type(self).__name__} has the scope {self.scope}, but no method __call__")
+    """Factor w(i, t) ≥ 0 of a step's loss."""
 
 
 class Constant(Weight):

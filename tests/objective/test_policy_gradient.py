@@ -22,11 +22,13 @@ from opd_lightning.objective import (
     RewardPlusLogRatio,
     RewardTimesLogRatio,
     Steps,
+    Support,
     Term,
 )
-from opd_lightning.objective.policy_gradient import returns_to_go, surrogate
+from opd_lightning.objective.advantage import returns_to_go
+from opd_lightning.objective.policy_gradient import surrogate
 from opd_lightning.trajectory import Trajectories
-from tests.objective.reference import Policy, batch, close, examples
+from tests.objective.reference import Policy, batch, close, dense, examples, kl
 
 V = 5
 MASK = [[1, 1, 1, 0], [1, 0, 1, 1]]
@@ -93,6 +95,12 @@ def advantages(world: World) -> list[tuple[Advantage, Tensor]]:
     mask = world.trajectories.mask
     rows = torch.zeros(SHAPE, dtype=torch.float64).masked_scatter(mask, delta)
     factor = (reward.sign() * delta).exp().clamp(0.7, 1.3)
+    # of two rows of three steps the first is right
+    against = (-reward.sign() * delta).exp().clamp(0.7, 1.3)
+    rebellious = torch.cat([(reward * (0.4 + 0.6 * against))[:3], reward[3:]])
+    logits = world.student.logits(mask), world.teacher.logits(mask), world.trajectories.actions[mask]
+    divergence = dense(kl, *logits).detach()
+    on_two = dense(kl, *logits, of="student", k=2, remainder="renormalize").detach()
     return [
         (LogRatio(), delta),
         (LogRatio(clip=0.3), delta.clamp(-0.3, 0.3)),
@@ -102,10 +110,13 @@ def advantages(world: World) -> list[tuple[Advantage, Tensor]]:
         (GroupRelative(scale=False), torch.tensor([0.75, -0.5]).double()[:, None].expand(SHAPE)[mask]),
         (RewardPlusLogRatio(0.5), reward + 0.5 * delta),
         (RewardTimesLogRatio(share=0.6, clip=0.3), reward * (0.4 + 0.6 * factor)),
+        (RewardTimesLogRatio(0.6, 0.3, reverse=True, only_right=True), rebellious),
+        (LogRatio(baseline=ReverseKL()), delta + divergence),
+        (LogRatio(baseline=ReverseKL(Support("student", 2, "renormalize"))), delta + on_two),
     ]
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(11))
 @examples(10)
 @given(seed=st.integers(0, 10**6))
 def test_on_the_first_pass_the_gradient_is_minus_advantage_times_that_of_the_log_prob(which, seed):
@@ -116,7 +127,7 @@ def test_on_the_first_pass_the_gradient_is_minus_advantage_times_that_of_the_log
         close(actual, formula, 1e-6)
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(11))
 def test_off_policy_the_surrogate_is_clipped(which):
     """Both signs of the advantage and both sides of the clip occur among the seeds."""
     sides = set()
@@ -141,9 +152,66 @@ def test_off_policy_the_surrogate_is_clipped(which):
 def test_an_upper_clip_defaults_to_the_lower_one():
     ratio = torch.tensor([0.5, 0.9, 1.1, 1.5], dtype=torch.float64)
     for sign, expected in ((1.0, [-0.5, -0.9, -1.1, -1.2]), (-1.0, [0.8, 0.9, 1.1, 1.5])):
-        value = surrogate(ratio.log(), torch.zeros(4).double(), torch.full((4,), sign).double(), 0.2, 0.2)
+        value = surrogate(ratio, torch.full((4,), sign).double(), 0.2, 0.2)
         close(value, torch.tensor(expected), 1e-7)
     assert PolicyGradient(LogRatio(), clip=0.3).clip_high == 0.3
+
+
+def test_without_a_clip_the_surrogate_is_the_importance_weighted_one():
+    world = World(6, on_policy=False)
+    mask = world.trajectories.mask
+    ratio = (world.log_prob(world.student) - world.trajectories.behavior_log_probs[mask]).exp()
+    loss = world.loss(LogRatio(), clip=None)
+    close(loss, -(ratio * world.delta).sum() / 6, 1e-6)
+    wanted = world.student.gradients(-(ratio * world.delta).sum() / 6)
+    for actual, formula in zip(world.gradient(LogRatio(), clip=None), wanted, strict=True):
+        close(actual, formula, 1e-6)
+
+
+@pytest.mark.parametrize("clips", [(None, None), (0.3, 0.4)])
+def test_the_ratio_of_a_trajectory_is_the_geometric_mean_of_its_steps(clips):
+    """GSPO: value and gradient of −mean over trajectories of min(sA, clip(s)A), where A is that of the trajectory."""
+    sides = set()
+    for seed in range(8):
+        world = World(seed, on_policy=False)
+        old = world.trajectories.behavior_log_probs.masked_fill(~world.trajectories.mask, 0)
+        now = world.every_log_prob(world.student).masked_fill(~world.trajectories.mask, 0)
+        s = ((now - old).sum(1) / 3).exp()
+        advantage = torch.tensor([0.75 / (0.4 + 1e-6), -0.5 / (0.5 + 1e-6)], dtype=torch.float64)
+        low, high = clips
+        clipped = s if low is None else s.clamp(1 - low, 1 + high)
+        total = -torch.minimum(s * advantage, clipped * advantage).mean()
+        sides |= set((s != clipped).tolist())
+        term = Term(
+            PolicyGradient(GroupRelative(), clip=low, clip_high=high, ratio="trajectory"), normalizer="trajectories"
+        )
+        loss = Objective([term], chunk_steps=2)(world.student.distribution, {}, world.trajectories)[0]
+        close(loss, total, 1e-6)
+        for actual, wanted in zip(world.student.gradients(loss), world.student.gradients(total), strict=True):
+            close(actual, wanted, 1e-6)
+    assert sides == ({False} if clips[0] is None else {False, True})
+
+
+def test_without_a_ratio_nobody_has_to_know_how_likely_the_behavior_was():
+    world = World(7)
+    world.trajectories.behavior_log_probs = torch.full(SHAPE, torch.nan)
+    signal = PolicyGradient(LogRatio(), clip=None, ratio="none")
+    assert "behavior" not in signal.needs
+    assert "behavior" in PolicyGradient(LogRatio(against="behavior"), clip=None, ratio="none").needs
+    wanted = world.student.gradients(-(world.delta * world.log_prob(world.student)).sum() / 6)
+    for actual, formula in zip(world.gradient(LogRatio(), clip=None, ratio="none"), wanted, strict=True):
+        close(actual, formula, 1e-6)
+
+
+def test_a_baseline_is_unbiased_and_takes_variance_away():
+    """Over all actions of a state: the mean advantage is 0, and the gradient's the same as without (vOPD)."""
+    world = World(8)
+    p = world.student.logits(world.trajectories.mask).softmax(-1).detach()
+    log_ratio = world.teacher.logits(world.trajectories.mask).log_softmax(-1).detach() - p.log()
+    advantage = log_ratio + (p * -log_ratio).sum(-1, keepdim=True)
+    close((p * advantage).sum(-1), torch.zeros(6), 1e-12)
+    mean = [(p[..., None] * a[..., None] * (torch.eye(V) - p[:, None])).sum(1) for a in (advantage, log_ratio)]
+    close(mean[0], mean[1], 1e-12)
 
 
 def test_an_advantage_has_no_gradient():
@@ -291,5 +359,11 @@ def test_out_of_range_settings_are_refused():
             RewardTimesLogRatio(clip=clip)
     with pytest.raises(ValueError, match=r"signal\.clip and clip_high must be > 0, got -0\.2 and -0\.2"):
         PolicyGradient(LogRatio(), clip=-0.2)
+    with pytest.raises(ValueError, match="a step's own log-ratio against the student as it is now"):
+        LogRatio(discount=0.9, baseline=ReverseKL())
+    with pytest.raises(ValueError, match=r"signal\.ratio is step, trajectory or none, not 'row'"):
+        PolicyGradient(LogRatio(), ratio="row")
+    with pytest.raises(ValueError, match=r"signal\.ratio: none leaves nothing to clip; set signal\.clip to null"):
+        PolicyGradient(LogRatio(), ratio="none")
     with pytest.raises(ValueError, match=r"signal\.clip and clip_high must be > 0, got 0\.2 and 0"):
         PolicyGradient(LogRatio(), clip_high=0)

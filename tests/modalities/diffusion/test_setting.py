@@ -34,8 +34,7 @@ from opd_lightning.modalities.diffusion import (
 from opd_lightning.modalities.diffusion.families import load_family
 from opd_lightning.modalities.diffusion.models import Transformer
 from opd_lightning.modalities.diffusion.sampler import generator
-from opd_lightning.objective import CrossEntropy, ForwardKL, Objective, PolicyGradient, ReverseKL, Term
-from opd_lightning.objective.policy_gradient import LogRatio
+from opd_lightning.objective import CrossEntropy, ForwardKL, LogRatio, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.reward import Reward
 from opd_lightning.rollout_settings import Rollout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.methods import main, read_all, shipped_configs, table, updated
+from opd_lightning.catalog import main, read_all, shipped_configs, table, updated
 
 ROOT = Path(__file__).parent.parent
 NEW = """\

@@ -1,0 +1,5 @@
+"""Methods: parts that one paper alone uses, a file a family; what two papers share belongs to the core."""
+
+from . import advantage
+
+__all__ = ["advantage"]
