@@ -33,7 +33,8 @@ class Portable:
 
     def stored_dtype(self, spec: Pretrained) -> torch.dtype | None:
         """Returns the dtype in which a base is stored; None where its folder does not say."""
-        return getattr(spec.config(), "dtype", None) if self._is_of_transformers else None
+        known = self._is_of_transformers and spec.packed is None  # a GGUF file has another one for each tensor
+        return getattr(spec.config(), "dtype", None) if known else None
 
     @property
     def _is_of_transformers(self) -> bool:
@@ -85,4 +86,5 @@ class Portable:
             spec = dataclasses.replace(spec, lora=adapter, freeze=None, gradient_checkpointing=False)
             return Policy(spec.load(self.model_class, trained=True), self.load_processor(spec))
         model = self.model_class.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-        return Policy(model.eval(), self.load_processor(dataclasses.replace(spec, path=str(folder), revision=None)))
+        here = dataclasses.replace(spec, path=str(folder), gguf_file=None, revision=None)
+        return Policy(model.eval(), self.load_processor(here))

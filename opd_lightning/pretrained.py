@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from . import gguf
 from .finite import Finite
 from .noise import set_adapter_dropout, silence
 from .shipped import shipped
@@ -53,7 +54,10 @@ class Pretrained:
     """A pretrained model, by folder or hub name.
 
     Args:
-        path: folder, hub name, or ``opd:assets/…`` for a shipped one; must hold the tokenizer (or processor) too.
+        path: folder, hub name, GGUF file, or ``opd:assets/…`` for a shipped one; must hold the tokenizer (or processor)
+            too.
+        gguf_file: the name of a GGUF file in the folder or on the hub, instead of weights of transformers. Its weights
+            are unpacked when they are loaded (float32 unless ``dtype`` is given); needs the extra ``gguf``.
         dtype: ``auto`` is float32 for weights that are trained, and what the checkpoint holds for frozen ones.
         quantization: bitsandbytes; needs the extra ``quant``. A student so loaded must be trained through ``lora``.
         lora: train adapters instead of all weights.
@@ -69,12 +73,13 @@ class Pretrained:
 
     Raises:
         ValueError: a quantized model is to be trained without adapters; ``freeze`` matches nothing; an adapter does not
-            fit; or a setting that nothing would read.
+            fit; a GGUF file holds no language model or is damaged; or a setting that nothing would read.
         OSError: there is no such model; the message is one sentence.
-        ModuleNotFoundError: bitsandbytes is missing; the message names the extra.
+        ModuleNotFoundError: bitsandbytes or gguf is missing; the message names the extra.
     """
 
     path: str
+    gguf_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     lora: Lora | None = None
@@ -91,6 +96,17 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.random_init and self.quantization:
             raise ValueError(f"random_init draws new weights: quantization={self.quantization} has nothing to quantize")
+        if self.packed and self.quantization:
+            raise ValueError(
+                f"quantization={self.quantization}: {self.packed} is a GGUF file, whose weights are unpacked when they "
+                "are loaded; write them as a folder first (`opd fetch` has --unpack, `opd export` writes one) and "
+                "quantize that"
+            )
+
+    @property
+    def packed(self) -> str | None:
+        """Name of the GGUF file that the weights come from; None: they come from none."""
+        return gguf.located(self.path, self.gguf_file)[1]
 
     @property
     def is_noisy(self) -> bool:
@@ -144,16 +160,23 @@ class Pretrained:
         """Loads transformers' configuration of the model."""
         from transformers import AutoConfig
 
-        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return AutoConfig.from_pretrained(self.found(), **options)
+        return self._read(AutoConfig)
+
+    def tokenizer(self) -> Any:
+        """Loads transformers' tokenizer that comes with the model."""
+        from transformers import AutoTokenizer
+
+        return self._read(AutoTokenizer)
 
     def found(self) -> str:
-        """Returns the path, resolved where it is that of a shipped model.
+        """Returns the folder or hub name, resolved where it is that of a shipped model.
 
         Raises:
-            FileNotFoundError: it can be nothing but a folder, and there is none.
+            FileNotFoundError: it can be nothing but a folder or a GGUF file, and there is none.
         """
-        path = shipped(self.path)
+        path, file = gguf.located(shipped(self.path), self.gguf_file)
+        if file is not None and (Path(path).is_dir() or self.gguf_file is None) and not Path(path, file).is_file():
+            raise FileNotFoundError(f"path: there is no file {Path(path, file)}")
         names_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
         if names_a_folder and not Path(path).is_dir():
             raise FileNotFoundError(f"path: there is no folder {path}; give a folder that holds a model, or a hub name")
@@ -166,6 +189,8 @@ class Pretrained:
             ValueError: the base is stored quantized, and is to be trained without adapters or quantized again.
         """
         self.found()
+        if self.packed is not None:
+            return  # its weights are unpacked
         read_config = getattr(model_class, "config", None)  # loaders of other libraries know their own configurations
         if read_config is None and not model_class.__module__.startswith("transformers."):
             return  # nobody knows how a setting's own loader stores
@@ -186,8 +211,7 @@ class Pretrained:
             raise ValueError(f"{given}: {self.path} is stored quantized already ({stored}); leave it out")
 
     def _base(self, model_class: Any, trained: bool) -> nn.Module:
-        path = shipped(self.path)
-        shared: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        shared: dict[str, Any] = {}
         if self.attn_implementation:
             shared["attn_implementation"] = self.attn_implementation
         dtype: Any = self.dtype
@@ -201,7 +225,22 @@ class Pretrained:
             return model_class.from_config(self.config()).to(torch.float32 if dtype == "auto" else dtype)
         if self.quantization:
             shared["quantization_config"] = self._quantization_config()
-        return model_class.from_pretrained(path, dtype=dtype, **shared)
+        if self.packed is None:
+            return self._read(model_class, dtype=dtype, **shared)
+        if not model_class.__module__.startswith("transformers."):
+            raise ValueError(f"path: {self.packed} is a GGUF file, and only models of transformers are read from those")
+        model = self._read(model_class, dtype=dtype, **shared, **gguf.unpacked())
+        gguf.forget_packing(model)
+        return model
+
+    def _read(self, kind: Any, **settings: Any) -> Any:
+        """Calls ``from_pretrained`` of a class of transformers with what locates the model."""
+        settings |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        file = self.packed
+        if file is None:
+            return kind.from_pretrained(self.found(), **settings)
+        with gguf.reading(file):
+            return kind.from_pretrained(self.found(), gguf_file=file, **settings)
 
     def _quantization_config(self) -> Any:
         if find_spec("bitsandbytes") is None:

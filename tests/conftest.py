@@ -135,3 +135,12 @@ def tiny_data(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, where `opd fetch smollm2` has put it."""
+    path = Path(__file__).parents[1] / "models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.skip("needs `opd fetch smollm2` in the clone")
+    return path

@@ -175,7 +175,9 @@ def test_a_base_that_is_stored_quantized_needs_adapters(stored, tiny_student, tm
         ("no-such-model", "no-such-model can't be loaded: "),
     ],
 )
-def test_a_wrong_path_is_one_sentence(path, message, tmp_path):
+def test_a_wrong_path_is_one_sentence(path, message, tmp_path, monkeypatch):
+    # without a network the hub's client would try again for a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for trained in (True, False):
         with pytest.raises(OSError, match=message) as caught:
             load(path.format(tmp=tmp_path), trained)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from ...adapters import SWITCHED
 from ...chat import problem_with_form
@@ -24,7 +23,6 @@ from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
 from ...sharding import is_sharded, mesh_of
-from ...shipped import shipped
 from ...trajectory import Example, Trajectories
 from .audit import audit_rows, check_horizon, problem_with_row, readings, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
@@ -86,9 +84,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         super().configure_model()
 
     def original_processor(self, spec: Pretrained) -> Any:
-        return AutoTokenizer.from_pretrained(
-            shipped(spec.path), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        return spec.tokenizer()
 
     def load_processor(self, spec: Pretrained) -> Any:
         processor = self.original_processor(spec)

@@ -1,0 +1,72 @@
+"""Models in GGUF files, llama.cpp's format: their weights are unpacked when they are loaded, and plain from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+SUFFIX = ".gguf"
+
+
+def located(path: str, file: str | None) -> tuple[str, str | None]:
+    """Returns the folder or hub name of a model, and the name of the GGUF file in it; None: it is not in one.
+
+    Args:
+        path: a folder, a hub name, or a GGUF file itself.
+        file: the name of a GGUF file in the folder or on the hub, if given.
+
+    Raises:
+        ValueError: both name a file, or what ``file`` names is none of this kind.
+    """
+    if file is not None and not file.endswith(SUFFIX):
+        raise ValueError(f"gguf_file={file}: the name of such a file ends with {SUFFIX}")
+    if not path.endswith(SUFFIX) or Path(path).is_dir():
+        return path, file
+    if file is not None:
+        raise ValueError(f"gguf_file={file}: path is {path}, a GGUF file itself; leave one out")
+    return str(Path(path).parent), Path(path).name
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Explains what is raised while a GGUF file is read.
+
+    Raises:
+        ModuleNotFoundError: the package that reads it is missing; the message names the extra.
+        ValueError: it is damaged, or transformers does not know its architecture.
+    """
+    if find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"path: {file} is read with the package gguf: pip install 'opd-lightning[gguf]'")
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # whichever the place where it breaks off brings
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if message.startswith("Unrecognized configuration class"):
+            raise
+        raise ValueError(f"path: {file} can't be read as a GGUF file ({message}); is it whole?") from error
+
+
+def unpacked() -> dict[str, Any]:
+    """Returns what transformers is told to unpack the weights: it may leave them packed where it knows a kernel."""
+    kind = getattr(transformers, "GgufConfig", None)  # releases without it unpack always
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def forget_packing(model: nn.Module) -> None:
+    """Removes what makes transformers, which refuses to save such a model, take unpacked weights for quantized ones."""
+    config: Any = model.config
+    for text in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("quantization_config", "_model_name_or_path"):  # the latter is the title that the file gives
+            if hasattr(text, name):
+                delattr(text, name)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
