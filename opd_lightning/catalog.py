@@ -1,11 +1,15 @@
-"""The methods that ship, read from the heads of their files; ``opd methods`` lists them and writes the docs' tables."""
+"""The catalog: the methods that ship, read from the heads of their files, and the published systems that are not built.
+
+``opd methods`` lists both, shows one, and writes the docs' tables.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,37 @@ from .config_file import did_you_mean
 SOURCES = ("paper", "official code", "third-party code", "note", "abstract", "ours")
 """Where formula and numbers come from: the paper's text, its authors' code, other people's code, a detailed account by
 others, the abstract alone; ``ours`` where there is no paper."""
+PRIVILEGES = {
+    "any": "whatever the teacher has in the configuration that it is laid over",
+    "model": "a better model",
+    "solution": "a worked solution or a demonstration",
+    "answer": "the final answer alone",
+    "hint": "a part of the solution, or words on what is to be seen",
+    "feedback": "what was said of an answer",
+    "prompt": "another prompt: an instruction, or one without what misleads",
+    "picture": "an image: a crop, a spotlight, the target",
+    "none": "nothing: its own past, or data",
+}
+"""What the teacher has that the student has not."""
+MISSING = {
+    "class": "a small class is missing",
+    "seam": "the core can't do it yet",
+    "formula": "its formula is unpublished",
+    "signal": "there is nothing to train a student by",
+    "domain": "another domain",
+    "survey": "a survey",
+}
+"""Why published systems are not built."""
 ID = r"\d{4}\.\d{5}"
 FORMS = {
     "Paper": rf"none|(after )?{ID}(, {ID})*",
+    "System": r".+",
     "Settings": r"[a-z_]+(, [a-z_]+)*",
     "Over": r"any|[a-z_/]+(, [a-z_/]+)*",
+    "Privilege": r"({0})(, ({0}))*".format("|".join(PRIVILEGES)),
     "Parts": r"[A-Z]\w+(, [A-Z]\w+)*",
+    "Formula": r".+",
+    "Defaults": r".+",
     "Evidence": r"({0})(, ({0}))*(; .+)?".format("|".join(SOURCES)),
     "Differs": r".+",
     "Measured": r"not measured|.+ \(docs/\w+\.md\)",
@@ -38,9 +67,15 @@ class Method:
         name: as in ``opd:NAME.yaml``: ``methods/gkd``, ``methods/text/opsd``, ``overlays/samples``.
         title: one sentence.
         paper: arXiv ids, ``after`` and ids where only the idea is the paper's, or ``none``.
+        systems: the published systems of on-policy distillation that it builds, in the file with ``; `` between them;
+            none for baselines, for methods of other kinds, and where only the idea is a paper's.
         settings: those whose quickstart it can overlay as it is.
         over: the methods that an overlay is for, one of each setting; empty: any, and for methods.
+        privilege: some of `PRIVILEGES`.
         parts: the classes that the file names.
+        formula: the loss of a step, or of a trajectory of T: p is the student, q the teacher through its view, b who
+            acted, y what was done, A a group-relative reward, sg without gradient.
+        defaults: the numbers of the file, and in parentheses where they come from.
         evidence: some of `SOURCES`, and a remark.
         differs: from the paper: what is left out, and which numbers are ours.
         measured: the number to expect and the page that has it, or ``not measured``.
@@ -50,9 +85,13 @@ class Method:
     name: str
     title: str
     paper: str
+    systems: tuple[str, ...]
     settings: tuple[str, ...]
     over: tuple[str, ...]
+    privilege: tuple[str, ...]
     parts: tuple[str, ...]
+    formula: str
+    defaults: str
     evidence: str
     differs: str
     measured: str
@@ -62,6 +101,23 @@ class Method:
         """Lists the configurations of a run of it: the setting's quickstart, for overlays a method, and itself."""
         folder = f"methods/{setting}/"
         return [f"{setting}/quickstart", *(name for name in self.over if name.startswith(folder)), self.name]
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """A published system that no method builds.
+
+    Attributes:
+        system: its name.
+        paper: an arXiv id, or ``none``.
+        missing: one of `MISSING`.
+        reason: more exactly.
+    """
+
+    system: str
+    paper: str
+    missing: str
+    reason: str
 
 
 def shipped_configs() -> Path:
@@ -105,8 +161,9 @@ def read(path: Path, configs: Path) -> Method:
     for key, value in head.items():
         if not re.fullmatch(FORMS[key], value):
             raise ValueError(f"{path}: {key}: {value} is not of the form {FORMS[key]}")
-    settings, parts = tuple(head["Settings"].split(", ")), tuple(head["Parts"].split(", "))
+    settings, privilege, parts = (tuple(head[key].split(", ")) for key in ("Settings", "Privilege", "Parts"))
     over = () if head.get("Over", "any") == "any" else tuple(head["Over"].split(", "))
+    systems = () if head["System"] == "none" else tuple(head["System"].split("; "))
     # 3. whether they are true of the file
     missing = [n for n in (*over, *(f"{s}/quickstart" for s in settings)) if not (configs / f"{n}.yaml").exists()]
     if missing:
@@ -117,9 +174,22 @@ def read(path: Path, configs: Path) -> Method:
     if set(parts) != (named := set(classes(yaml.safe_load(text)))):
         raise ValueError(f"{path}: Parts: {', '.join(sorted(parts))}, but the file names {', '.join(sorted(named))}")
     return Method(
-        name, " ".join(title.split()), head["Paper"], settings, over, parts, head["Evidence"], head["Differs"],
-        head["Measured"], prose,
+        name, " ".join(title.split()), head["Paper"], systems, settings, over, privilege, parts, head["Formula"],
+        head["Defaults"], head["Evidence"], head["Differs"], head["Measured"], prose,
     )  # fmt: skip
+
+
+def read_unbuilt(path: Path | None = None) -> list[Unbuilt]:
+    """Reads the published systems that are not built.
+
+    Args:
+        path: a file like the shipped one, ``not_built.yaml``, which is the default.
+    """
+    path = path or Path(str(files("opd_lightning"))) / "not_built.yaml"
+    kinds = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [
+        Unbuilt(system, missing=kind, **entry) for kind, entries in kinds.items() for system, entry in entries.items()
+    ]
 
 
 def _end(text: str) -> int:
@@ -144,11 +214,20 @@ def table(kind: str, methods: Sequence[Method]) -> str:
     """Formats a Markdown table.
 
     Args:
-        kind: ``methods`` or ``overlays``, what they are; ``evidence``, how sure all of them are.
+        kind: ``methods`` or ``overlays``, what they are; ``formulas`` and ``evidence``, how sure all of them are;
+            ``unbuilt``, the published systems that are not built.
+        methods: those that ship.
     """
+    rows: list[list[str]]
     if kind == "evidence":
         columns = ["overlay", "parts", "evidence", "differs from the paper in", "measured"]
         rows = [[f"`{m.name}`", f"`{'`, `'.join(m.parts)}`", m.evidence, m.differs, m.measured] for m in methods]
+    elif kind == "formulas":
+        columns = ["overlay", "privilege", "formula", "numbers"]
+        rows = [[f"`{m.name}`", ", ".join(m.privilege), m.formula, m.defaults] for m in methods if m.formula != "none"]
+    elif kind == "unbuilt":
+        columns = ["system", "paper", "not built", "more exactly"]
+        rows = [[u.system, "" if u.paper == "none" else u.paper, MISSING[u.missing], u.reason] for u in read_unbuilt()]
     else:
         columns = ["overlay", "method" if kind == "methods" else "what it does", "paper", "settings"]
         chosen = [m for m in methods if m.name.startswith(f"{kind}/")]
@@ -163,22 +242,78 @@ def updated(page: str, methods: Sequence[Method]) -> str:
     return re.sub(pattern, lambda match: match[1] + table(match[2], methods) + match[3], page, flags=re.DOTALL)
 
 
+def as_json(methods: Sequence[Method], unbuilt: Sequence[Unbuilt]) -> str:
+    """Formats the catalog: ``methods``, all that heads say; ``systems``, all published ones with what builds them."""
+    systems: dict[str, dict[str, Any]] = {entry.system: {**asdict(entry), "built": []} for entry in unbuilt}
+    for method in methods:
+        for system in method.systems:
+            entry = systems.setdefault(system, {"system": system, "paper": method.paper, "built": []})
+            entry["built"].append(method.name)
+    catalog = {"methods": [asdict(method) for method in methods], "systems": list(systems.values())}
+    return json.dumps(catalog, indent=1, ensure_ascii=False)
+
+
+def listing(methods: Sequence[Method], unbuilt: Sequence[Unbuilt]) -> str:
+    """Formats the catalog for a terminal: four lines a method, then a line a system that is not built."""
+    lines = []
+    for method in methods:
+        lines += [
+            f"{method.name:<42}{method.title}",
+            f"    paper: {method.paper} · privilege: {', '.join(method.privilege)} · {', '.join(method.settings)}",
+            f"    {', '.join(method.parts)}",
+            f"    evidence: {method.evidence} · measured: {method.measured}",
+        ]
+    for kind, what in MISSING.items():
+        entries = [entry for entry in unbuilt if entry.missing == kind]
+        lines += [f"\nnot built, {what}:"] if entries else []
+        lines += [f"    {entry.system:<46}{entry.paper:<12}{entry.reason}" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+def page(name: str, methods: Sequence[Method], unbuilt: Sequence[Unbuilt]) -> str:
+    """Returns the files of a method, or of a published system; of one that is not built, the reason.
+
+    A file's head has the formula, the numbers and their sources, and what is left out.
+
+    Raises:
+        ValueError: there is nothing of that name.
+    """
+    chosen = [m for m in methods if name in (m.name, m.name.rpartition("/")[2])]
+    chosen = chosen or [m for m in methods if name.lower() in map(str.lower, m.systems)]
+    if chosen:
+        configs = shipped_configs()
+        return "\n".join(
+            f"opd:{m.name}.yaml\n{(configs / m.name).with_suffix('.yaml').read_text(encoding='utf-8')}" for m in chosen
+        )
+    for entry in unbuilt:
+        if entry.system.lower() == name.lower():
+            return f"{entry.system} (paper: {entry.paper}) is not built, {MISSING[entry.missing]}: {entry.reason}\n"
+    known = [spelled for m in methods for spelled in (m.name, m.name.rpartition("/")[2], *m.systems)]
+    near = did_you_mean(name, [*known, *(entry.system for entry in unbuilt)])
+    raise ValueError(f"there is no method {name}{near}")
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Lists the methods that ship, shows the head of one, or writes the tables of Markdown pages anew."""
+    """Lists the methods that ship and the published ones that do not, shows one, or writes the tables of pages anew."""
     parser = argparse.ArgumentParser(prog="opd methods", description=main.__doc__)
-    parser.add_argument("name", nargs="?", help="whose head is shown, such as gkd; default: a list of all")
+    parser.add_argument("show", nargs="?", choices=["show"], help="the formula, the numbers and the file of one")
+    parser.add_argument("name", nargs="?", help="which one, such as gkd; published systems, too, such as SDPO")
     parser.add_argument("--setting", help="only what works in it, such as gui_grounding")
+    parser.add_argument("--json", action="store_true", help="print the catalog for programs")
     parser.add_argument("--update", type=Path, nargs="+", default=[], metavar="PAGE", help="Markdown pages with tables")
     options = parser.parse_args(arguments)
     methods = [m for m in read_all() if options.setting in (None, *m.settings)]
-    for page in options.update:
-        page.write_text(updated(page.read_text(encoding="utf-8"), read_all()), encoding="utf-8")
-    if options.name is not None:
-        known = {spelled: m for m in methods for spelled in (m.name, m.name.rpartition("/")[2])}
-        if options.name not in known:
-            parser.error(f"there is no method {options.name}{did_you_mean(options.name, known)}")
-        name = known[options.name].name
-        text = (shipped_configs() / f"{name}.yaml").read_text(encoding="utf-8")
-        print(f"opd:{name}.yaml\n{text[: _end(text)]}", end="")
+    unbuilt = read_unbuilt() if options.setting is None else []
+    for path in options.update:
+        path.write_text(updated(path.read_text(encoding="utf-8"), read_all()), encoding="utf-8")
+    if options.show and options.name is None:
+        parser.error("show which method? `opd methods` lists them")
+    if options.show:
+        try:
+            print(page(options.name, methods, unbuilt), end="")
+        except ValueError as error:
+            parser.error(str(error))
+    elif options.json:
+        print(as_json(methods, unbuilt))
     elif not options.update:
-        print("".join(f"{m.name:<42}{m.title}\n" for m in methods), end="")
+        print(listing(methods, unbuilt), end="")

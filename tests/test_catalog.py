@@ -1,22 +1,29 @@
-"""The heads of methods and overlays, and the tables that are made from them."""
+"""The heads of methods and overlays, the systems that are not built, and what is made of both."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from opd_lightning.catalog import main, read_all, shipped_configs, table, updated
+from opd_lightning.catalog import MISSING, main, read_all, read_unbuilt, shipped_configs, table, updated
 
 ROOT = Path(__file__).parent.parent
+SYSTEMS = 116  # published up to June 2026, as far as they were found
 NEW = """\
 # Newest: what was thought of
 #   this morning.
 # Paper: after 2612.00001, 2612.00002
+# System: Newest, of all; Newest 2
 # Settings: text
+# Privilege: solution, model
 # Parts: ReverseKL, EMA, Window
+# Formula: Σ_t KL(p ‖ q)
+# Defaults: 0.3 (ours)
 # Evidence: abstract, third-party code; the code is unlicensed
 # Differs: half of it
 #   is left out | 0.3 is ours
@@ -46,20 +53,34 @@ def test_a_method_is_one_file(configs):
     assert newest.name == "methods/text/newest"
     assert newest.title == "Newest: what was thought of this morning."
     assert newest.paper == "after 2612.00001, 2612.00002"
+    assert newest.systems == ("Newest, of all", "Newest 2")
+    assert newest.privilege == ("solution", "model")
     assert newest.parts == ("ReverseKL", "EMA", "Window")
+    assert newest.formula == "Σ_t KL(p ‖ q)"
+    assert newest.defaults == "0.3 (ours)"
     assert newest.evidence == "abstract, third-party code; the code is unlicensed"
     assert newest.prose == "Needs the column `completion`."
     assert newest.stack("text") == ["text/quickstart", "methods/text/newest"], "what the test of all methods trains"
     assert "| `methods/text/newest` | Newest: what was thought of this morning. | after" in table("methods", methods)
+    assert "| `methods/text/newest` | solution, model | Σ_t KL(p ‖ q) | 0.3 (ours) |" in table("formulas", methods)
     assert r"| half of it is left out \| 0.3 is ours | not measured |" in table("evidence", methods)
 
 
 @pytest.mark.parametrize(
     ("line", "instead", "message"),
     [
-        (NEW.partition("\nmodel")[0], "# All that it needs.", "its head is a sentence and then Paper, Settings, "),
-        ("# Paper: after 2612.00001, 2612.00002\n", "", "not Settings, Parts, Evidence, Differs, Measured"),
+        (
+            NEW.partition("\nmodel")[0],
+            "# All that it needs.",
+            "its head is a sentence and then Paper, System, Settings, ",
+        ),
+        ("# Paper: after 2612.00001, 2612.00002\n", "", "not System, Settings, Privilege, Parts, Formula, "),
         ("# Paper: after 2612.00001, 2612.00002", "# Paper: a blog", "Paper: a blog is not of the form none|"),
+        (
+            "# Privilege: solution",
+            "# Privilege: luck",
+            "Privilege: luck, model is not of the form (any|model|solution|",
+        ),
         ("# Evidence: abstract", "# Evidence: hearsay", "Evidence: hearsay, third-party code; the code is"),
         ("# Measured: not measured", "# Measured: 90 %", "Measured: 90 % is not of the form not measured|"),
         ("# Settings: text", "# Settings: texts", "there is no texts/quickstart"),
@@ -104,23 +125,80 @@ def test_what_was_measured_is_on_the_page_that_is_named():
             assert number[0] in (ROOT / page).read_text(encoding="utf-8"), method.name
 
 
+def test_every_published_system_is_in_the_catalog_once():
+    built = {system: method.paper for method in read_all() for system in method.systems}
+    unbuilt = read_unbuilt()
+    names = Counter([*built, *(entry.system for entry in unbuilt)])
+    assert [name for name, times in names.items() if times > 1] == [], "built, and in not_built.yaml, or twice in it"
+    assert len(names) == SYSTEMS, "a system was lost or came: who builds one takes it out of not_built.yaml"
+    papers = Counter(paper for paper in [*built.values(), *(entry.paper for entry in unbuilt)] if paper != "none")
+    assert [paper for paper, times in papers.items() if times > 1] == []
+    assert not any(paper.startswith("after") for paper in built.values()), "an idea of a paper is not its system"
+    for entry in unbuilt:
+        assert re.fullmatch(r"none|\d{4}\.\d{5}", entry.paper), entry.system
+        assert entry.missing in MISSING
+        assert len(entry.reason) > 5, entry.system
+
+
+def test_what_was_read_in_an_abstract_alone_is_after_its_paper():
+    read = ("paper", "official code", "third-party code")
+    for method in read_all():
+        if method.systems and not any(source in method.evidence for source in read):
+            assert method.title.startswith("After "), method.name
+
+
 def test_the_command_lists_shows_and_updates(capsys, tmp_path):
     main([])
-    assert len(capsys.readouterr().out.splitlines()) == len(read_all())
+    listed = capsys.readouterr().out
+    assert all(f"\n{method.name} " in f"\n{listed}" for method in read_all())
+    assert re.search(r"not built, the core can't do it yet:\n(    .*\n)*    TrOPD +2606\.01249  ", listed)
     main(["--setting", "gui_grounding"])
     listed = capsys.readouterr().out
     assert "methods/gui_grounding/gui_sd " in listed
     assert "methods/text/opsd" not in listed
-    main(["opsd"])
-    shown = capsys.readouterr().out
-    assert shown.startswith("opd:methods/text/opsd.yaml\n# OPSD: ")
-    assert "Paper: 2601.18734" in shown
+    assert "not built" not in listed
     with pytest.raises(SystemExit):
-        main(["opds"])
-    assert "there is no method opds; did you mean opsd?" in capsys.readouterr().err
+        main(["show"])
+    assert "show which method?" in capsys.readouterr().err
     page = tmp_path / "page.md"
     page.write_text("Before\n<!-- opd methods: overlays -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
     main(["--update", str(page)])
     made = table("overlays", read_all())
     expected = f"Before\n<!-- opd methods: overlays -->\n{made}<!-- end -->\nafter\n"
     assert page.read_text(encoding="utf-8") == expected
+
+
+def test_one_is_shown_with_its_file_or_the_reason_why_there_is_none(capsys):
+    main(["show", "opsd"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("opd:methods/text/opsd.yaml\n# OPSD: ")
+    assert "\n# Formula: " in shown
+    assert "\n# Defaults: " in shown
+    assert shown.endswith((shipped_configs() / "methods/text/opsd.yaml").read_text(encoding="utf-8"))
+    main(["show", "anyflow"])
+    assert "flow_map_forward" not in capsys.readouterr().out, "a method's name wins over a system's"
+    main(["show", "performance recovery"])
+    assert capsys.readouterr().out.startswith("opd:methods/text/recover.yaml\n")
+    main(["show", "lightning opd"])
+    assert capsys.readouterr().out.startswith(
+        "Lightning OPD (paper: 2604.13010) is not built, the core can't do it yet: "
+    )
+    with pytest.raises(SystemExit):
+        main(["show", "opds"])
+    assert "there is no method opds; did you mean opsd?" in capsys.readouterr().err
+
+
+def test_programs_get_all_methods_and_all_systems(capsys):
+    main(["--json"])
+    catalog = json.loads(capsys.readouterr().out)
+    assert [method["name"] for method in catalog["methods"]] == [method.name for method in read_all()]
+    assert len(catalog["systems"]) == SYSTEMS
+    systems = {entry["system"]: entry for entry in catalog["systems"]}
+    assert systems["OPSD"] == {
+        "system": "OPSD",
+        "paper": "2601.18734",
+        "built": ["methods/text/opsd", "methods/vision_language/opsd_vision"],
+    }
+    assert systems["LaTER"]["built"] == []
+    assert systems["LaTER"]["missing"] == "signal"
+    assert systems["LaTER"]["reason"]

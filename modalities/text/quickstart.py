@@ -30,7 +30,8 @@ def sums(
         solution: `"1+7+0=08 2+3+0=05 8+9+0=17 4+1+1=06 #6758"`, digits from the right, each as
             `first+second+carry=total`, then the answer after a `#`;
         completion: the solution;
-        answer: `"6758"`.
+        answer: `"6758"`;
+        other_prompt: the prompt of another row, without its solution; empty where there is no other.
     Raises ValueError when there are fewer than `10 * count` pairs of operands.
     """
     low, high = 10 ** (digits - 1), 10**digits
@@ -46,7 +47,8 @@ def sums(
         if is_held_out(*pair) == held_out:
             problems[pair] = None
     hints = random.Random(seed + 1)
-    return [_row(first, second, hints.random() < hinted) for first, second in problems]
+    others = [_prompt(*pair) if count > 1 else "" for pair in [*problems][1:] + [*problems][:1]]
+    return [_row(*pair, hints.random() < hinted, other) for pair, other in zip(problems, others, strict=True)]
 
 
 def is_held_out(first: int, second: int) -> bool:
@@ -83,11 +85,16 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _row(first: int, second: int, hinted: bool) -> dict[str, str]:
-    solution = scratchpad(first, second)
+def _prompt(first: int, second: int) -> str:
+    return f"{first}+{second}="
+
+
+def _row(first: int, second: int, hinted: bool, other: str) -> dict[str, str]:
+    solution, prompt = scratchpad(first, second), _prompt(first, second)
     return {
-        "prompt": f"{solution}?{first}+{second}=" if hinted else f"{first}+{second}=",
+        "prompt": f"{solution}?{prompt}" if hinted else prompt,
         "answer": str(first + second),
         "solution": solution,
         "completion": solution,
+        "other_prompt": other,
     }

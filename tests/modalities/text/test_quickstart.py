@@ -56,6 +56,14 @@ def test_hinted_prompts_begin_with_the_solution_and_change_nothing_else():
     assert shown == pytest.approx(700, abs=50)
 
 
+def test_another_prompt_is_that_of_another_row():
+    rows = sums(200, seed=2, hinted=0.5)
+    prompts = {row["prompt"].rpartition("?")[2] for row in rows}
+    assert {row["other_prompt"] for row in rows} == prompts
+    assert all(row["other_prompt"] != row["prompt"].rpartition("?")[2] for row in rows)
+    assert sums(1)[0]["other_prompt"] == "", "there is none"
+
+
 def test_more_problems_than_there_are_is_refused():
     with pytest.raises(ValueError, match="811 different problems of 2 digits asked for, at most 810 can be drawn"):
         sums(811, digits=2)
