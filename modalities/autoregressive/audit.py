@@ -21,7 +21,7 @@ from ...sharding import as_forward
 from ...teacher import Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
-from .engines.trial import Trial, check_causal, first_line
+from .engines.trial import Trial, check_causal, first_line, problem_with_shared_prefix
 from .models import bare, context_length, output_embeddings, rope_kinds
 from .rendering import Renderer
 
@@ -104,6 +104,7 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
             {n: f"{i}{'' if i == module.eos else ' (differs: the student stops rollouts)'}" for n, i in stops.items()},
         ),
         ("rollouts by", {name: _engine(module, policy) for name, policy in roles if name in actors}),
+        ("shared prefixes", {name: _prefixes(module, policy) for name, policy in roles}),
         ("chat template", {name: _template(module, name, policy) for name, policy in roles}),
         ("prompt limit", {name: str(limits.get(name) or context_length(policy)) for name, policy in roles}),
     ]
@@ -259,6 +260,11 @@ def _engine(module: Audited, policy: Policy) -> str:
             f"{printable(policy.path)}: {type(engine).__name__} is not used as it is, which may take longer: {name}"
         )
     return name
+
+
+def _prefixes(module: Audited, policy: Policy) -> str:
+    problem = problem_with_shared_prefix(policy, module.head(policy))
+    return "read once" if problem is None else f"read in every row ({problem})"
 
 
 def suspects(module: Audited, policy: Policy, what: str) -> list[str]:

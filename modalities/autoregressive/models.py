@@ -7,9 +7,14 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ...policy import Policy
 from ...sharding import is_sharded
+
+READ = {"input_ids", "attention_mask", "position_ids"}
+"""What the body of a text model reads of every row."""
 
 
 def bare(model: nn.Module) -> Any:
@@ -37,6 +42,20 @@ def cache_name(model: Any) -> str | None:
     """Names the body's argument for the cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
     names = inspect.signature(model.base_model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
+def problem_with_cache(model: Any) -> str | None:
+    """Explains why rows can't be continued from nothing but the keys and values of all their tokens; None: they can."""
+    if model.config.is_encoder_decoder:
+        return "an encoder and a decoder"
+    if is_sharded(model):
+        return "sharded weights"  # ranks would have to make equally many passes
+    if not inspect.signature(model.base_model.forward).parameters.keys() >= READ or cache_name(model) is None:
+        return "a forward pass without position ids or cache"
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if kinds != {DynamicLayer} or getattr(model, "_is_stateful", False):
+        return "layers that keep other things than the keys and values of every token"
+    return None
 
 
 def eos_ids(policy: Policy) -> list[int]:

@@ -1,17 +1,21 @@
-"""Forward passes of a micro-batch: which rows share one, and how they are aligned.
+"""Forward passes of a micro-batch: which rows share one, how they are aligned, and what is read in one.
 
-Shape legend: B trajectories, W columns of a pass.
+Shape legend: B trajectories, n rows of a pass, W its columns, T steps, H hidden size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...sharding import as_forward
 from ...trajectory import Trajectories
+from .models import rope_switch
 
 # Measured on 2 x86-64 cores (docs/performance.md). Elsewhere nothing was: a GPU begins a pass in some 10 ms, in which
 # it could do some thousand tokens
@@ -64,3 +68,45 @@ def left_align(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     if "position_ids" in aligned:  # of padding, too: transformers takes a position that goes back for another text
         aligned["position_ids"] = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return aligned
+
+
+def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Computes hidden states ``[n, W, H]`` of rows that all begin in the first column.
+
+    Each token is rotated as the last of its row, which it was when the row was written.
+
+    Raises:
+        ValueError: rows with images, which can't be cut, beyond the switch of longrope.
+    """
+
+    def once(columns: dict[str, Tensor]) -> Tensor:
+        hidden: Tensor = as_forward(model, lambda: model.base_model(**columns, use_cache=False)[0])
+        return hidden
+
+    switch, width = rope_switch(model), inputs["input_ids"].shape[1]
+    if switch is None or width <= switch:
+        return once(inputs)
+    if media := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
+        raise ValueError(
+            f"rows of {width} tokens with {', '.join(sorted(media))}: longrope switches at {switch} tokens, and a row "
+            "with images can't be read in two parts; lower rollout.horizon or the size of images"
+        )
+    early = once({name: tensor[:, :switch] for name, tensor in inputs.items()})
+    return torch.cat([early, once(inputs)[:, switch:]], 1)
+
+
+def at_steps(passes: Iterable[tuple[Tensor, int, Tensor]], last: Tensor, steps: int) -> Tensor:
+    """Gathers hidden states ``[B, T, H]`` of steps: that of step t is t columns behind the prompt's last token.
+
+    Args:
+        passes: of each its rows, its first column, and its hidden states ``[n, W, H]``.
+        last: ``[B]`` columns of the last tokens of prompts.
+        steps: T; values behind a row's end are never read.
+    """
+    parts, order = [], []
+    step = torch.arange(steps, device=last.device)
+    for rows, start, hidden in passes:
+        column = (last[rows.to(last.device), None] - start + step).clamp(max=hidden.shape[1] - 1)
+        parts.append(hidden.gather(1, column[..., None].expand(-1, -1, hidden.shape[2])))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort().to(last.device)] if len(parts) > 1 else parts[0]

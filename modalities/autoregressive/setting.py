@@ -27,17 +27,16 @@ from ...trajectory import Example, Trajectories
 from .audit import audit_rows, check_horizon, problem_with_row, readings, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
 from .engines.engine import until_stop
-from .engines.row_groups import SwitchingRope, check_dynamic, read
-from .engines.trial import Trial
+from .engines.row_groups import SwitchingRope, check_dynamic
+from .engines.trial import Trial, shares_prefixes
 from .generation import make_savable
 from .messages import transcript
-from .models import bare, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
-from .passes import last_trained, left_align, pass_limits, passes
+from .models import READ, bare, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .passes import at_steps, last_trained, left_align, pass_limits, read
+from .prefix import Prefix, read_rows, shared_prefixes
 from .rendering import COLUMNS, Renderer
 
 PROBES, PROBE_TOKENS = 3, 12
-
-TEXT = {"input_ids", "attention_mask", "position_ids"}
 
 
 class AutoregressiveDistillation(OnPolicyDistillation):
@@ -48,7 +47,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         pass_tokens: the most tokens, padding included, of one forward pass in which a policy says what it would do; a
             micro-batch is asked in as many as it takes, and a row that is longer has one of its own. Default: 1,280 on
             a CPU, where activations then stay in the cache (docs/performance.md), and no limit elsewhere. Batches with
-            images are always one pass.
+            images are always one pass. A prefix that rows share is read once, in a pass of its own.
         chat_template_kwargs: passed to the chat template, such as ``{enable_thinking: false}`` or tools; the columns
             ``chat_template_kwargs`` and ``tools`` of a row go before them.
         **kwargs: as in `OnPolicyDistillation`.
@@ -235,40 +234,35 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Categorical:
-        # 1. prompts as the policy reads them
+        # 1. rows as the policy reads them
         model = bare(policy.model)
-        device = next(model.parameters()).device
+        device, steps = next(model.parameters()).device, trajectories.mask.shape[1]
         if view is None:
             prompts = trajectories.observation
             examples = self.shown(trajectories.examples, trajectories.student_view)
         else:
             prompts, examples = self.collate(view, self.reads_as(policy)), view
+        prompts = {name: tensor.to(device) for name, tensor in prompts.items()}
         media = {name: tensor.to(device) for name, tensor in self.media(examples, policy).items()}
-        length = prompts["attention_mask"].sum(1).cpu() + last_trained(trajectories).cpu()
+        inputs = left_align(self.continued(prompts, trajectories, device)) | media
+        last = prompts["attention_mask"].sum(1) - 1
+        length = last.cpu() + 1 + last_trained(trajectories).cpu()
         check_dynamic(policy, model, int(length.max()))
-        # 2. rows per forward pass: media belong to the batch as a whole, and ranks that share weights must make equally
-        # many passes
-        single_pass = bool(media) or is_sharded(model)
-        rows = [torch.arange(len(length))] if single_pass else passes(length, *pass_limits(device, self.pass_tokens))
-
-        def forward(indices: Tensor) -> Tensor:
-            group = trajectories if len(rows) == 1 else trajectories.select(indices)
-            prompt = {name: tensor[indices.to(tensor.device)].to(device) for name, tensor in prompts.items()}
-            inputs = left_align(self.continued(prompt, group, device)) | media
-            if inputs.keys() == TEXT:
-                # no token sees those behind it, so padding needs no mask, with which attention would be slower
-                del inputs["attention_mask"]
-            hidden = read(model, inputs)
-            # the distribution of step t comes from position t − 1; values behind a row's end are never read
-            steps = torch.arange(group.mask.shape[1], device=device)
-            position = prompt["attention_mask"].sum(1, keepdim=True) - 1 + steps
-            position = position.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
-            return hidden.gather(1, position)
-
-        # 3. hidden states, in the order of the trajectories
+        if is_text := inputs.keys() == READ:
+            # no token sees those behind it, so padding needs no mask, with which attention would be slower
+            del inputs["attention_mask"]
+        # 2. hidden states; the distribution of step t comes from the column before it
+        prefix, (most, cost) = Prefix(torch.arange(len(length))), pass_limits(device, self.pass_tokens)
+        if is_text:
+            prefix = shared_prefixes(inputs["input_ids"].cpu(), last.cpu(), cost)
+        if prefix.longer and not shares_prefixes(policy, self.head(policy)):
+            prefix = Prefix(prefix.rows)
         with policy.active():
-            parts = [forward(indices) for indices in rows]
-        hidden = torch.cat(parts)[torch.cat(rows).argsort().to(device)] if len(rows) > 1 else parts[0]
+            if media or is_sharded(model):
+                # media belong to the batch as a whole, and ranks that share weights must make equally many passes
+                hidden = at_steps([(prefix.rows, 0, read(model, inputs))], last, steps)
+            else:
+                hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost), last, steps)
         return Categorical(hidden.to(trajectories.mask.device), self._head_at(policy, trajectories.mask.device))
 
     def _head_at(self, policy: Policy, device: torch.device) -> Head:

@@ -6,7 +6,6 @@ L = P + T columns.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,20 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ....distribution import Head
 from ....policy import Policy, evaluating
 from ....rollout_settings import Rollout
-from ....sharding import is_sharded
-from ..models import bare, cache_name
+from ..models import bare, cache_name, problem_with_cache
 from .cache import RowCache
 from .draw import draw, uniforms
 from .engine import Prompts, RolloutEngine
 from .generate import Generate
 from .layers import PackedDecoder, packed_linear
-
-READS = {"input_ids", "attention_mask", "position_ids"}
 
 
 class DecodeLoop(RolloutEngine):
@@ -47,17 +42,7 @@ class DecodeLoop(RolloutEngine):
         self.packed = packed
 
     def refusal(self, policy: Policy) -> str | None:
-        model = bare(policy.model)
-        if model.config.is_encoder_decoder:
-            return "an encoder and a decoder"
-        if is_sharded(model):
-            return "sharded weights"  # ranks would have to end together
-        if not inspect.signature(model.base_model.forward).parameters.keys() >= READS or cache_name(model) is None:
-            return "a forward pass without position ids or cache"
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        if kinds != {DynamicLayer} or getattr(model, "_is_stateful", False):
-            return "layers that keep other things than the keys and values of every token"
-        return None
+        return problem_with_cache(bare(policy.model))
 
     def write(
         self, policy: Policy, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int

@@ -1,7 +1,7 @@
 """Rows that must not share a forward pass: of models that can't bear padding, or whose rotary embeddings depend on the
 longest row of the pass.
 
-Shape legend: B trajectories, n rows of a pass, W its columns, T horizon, H hidden size.
+Shape legend: B trajectories, T horizon.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from ....distribution import Head
 from ....policy import Policy
 from ....rollout_settings import Rollout
-from ....sharding import as_forward
-from ..models import context_length, rope_kinds, rope_switch
+from ..models import context_length, rope_kinds
 from .engine import Prompts, RolloutEngine
 
 Written = tuple[Tensor, Tensor]
@@ -36,31 +35,6 @@ def check_dynamic(policy: Policy, model: Any, longest: int) -> None:
             "tokens anew for each further one: a rollout then has no replay. Lower rollout.horizon or "
             "rollout.max_prompt_length, or choose another rope_type (yarn, linear)"
         )
-
-
-def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Computes hidden states ``[n, W, H]`` of rows that all begin in the first column.
-
-    Each token is rotated as the last of its row, which it was when the row was written.
-
-    Raises:
-        ValueError: rows with images, which can't be cut, beyond the switch of longrope.
-    """
-
-    def once(columns: dict[str, Tensor]) -> Tensor:
-        hidden: Tensor = as_forward(model, lambda: model.base_model(**columns, use_cache=False)[0])
-        return hidden
-
-    switch, width = rope_switch(model), inputs["input_ids"].shape[1]
-    if switch is None or width <= switch:
-        return once(inputs)
-    if media := {name for name, tensor in inputs.items() if tensor.shape != inputs["input_ids"].shape}:
-        raise ValueError(
-            f"rows of {width} tokens with {', '.join(sorted(media))}: longrope switches at {switch} tokens, and a row "
-            "with images can't be read in two parts; lower rollout.horizon or the size of images"
-        )
-    early = once({name: tensor[:, :switch] for name, tensor in inputs.items()})
-    return torch.cat([early, once(inputs)[:, switch:]], 1)
 
 
 class EqualLengths(RolloutEngine):

@@ -5,6 +5,7 @@ Both are tested with a few ids, against the model's own forward pass over one ro
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from ....policy import Policy, evaluating
 from ....rollout_settings import Rollout
 from ....sharding import is_sharded
 from ..models import bare
+from ..prefix import Prefix, problem_with_prefixes, read_rows, reads_whole_rows
 from .engine import Prompts, RolloutEngine
 from .generate import Generate
 from .row_groups import EqualLengths
 
 LENGTHS, WRITTEN = (3, 7, 6, 7), 4
+PREFIX = 4
 # Nats. In float32 the worst of 117 architectures that were right was 1e-4
 EXACT, ROUNDED = 5e-4, 0.1
 
@@ -43,6 +46,38 @@ def check_causal(policy: Policy, vocabulary: int) -> None:
             "it can't write from left to right: no causal language model, or one whose configuration needs "
             "`is_decoder: true`"
         )
+
+
+def problem_with_shared_prefix(policy: Policy, head: Head) -> str | None:
+    """Explains why a policy must read whole rows, by a trial when it is first asked; None: it need not."""
+    if "prefix" not in policy.cache:
+        policy.cache["prefix"] = problem_with_prefixes(bare(policy.model)) or _prefix_failure(policy, head)
+    problem: str | None = policy.cache["prefix"]
+    return problem
+
+
+def shares_prefixes(policy: Policy, head: Head) -> bool:
+    """Tells whether a policy reads once, now, what rows begin with."""
+    return problem_with_shared_prefix(policy, head) is None and not reads_whole_rows(bare(policy.model))
+
+
+@torch.no_grad()
+def _prefix_failure(policy: Policy, head: Head) -> str | None:
+    """Compares rows behind a prefix that was read once with whole rows."""
+    model = bare(policy.model)
+    ids = _ids(head.vocabulary, 2 * LENGTHS[1], next(model.parameters()).device).view(2, -1)
+    ids[1, :PREFIX] = ids[0, :PREFIX]
+    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)}
+    rows, length = torch.arange(2), torch.full((2,), ids.shape[1])
+    shared = Prefix(rows, longer=(Prefix(rows, 0, PREFIX),))
+    try:
+        with policy.active(), evaluating(model):
+            ((_, _, behind),) = read_rows(model, inputs, length, shared, math.inf, 0)
+            ((_, _, plain),) = read_rows(model, inputs, length, Prefix(rows), math.inf, 0)
+        apart = _apart(head(behind).log_softmax(-1), head(plain[:, PREFIX:]).log_softmax(-1))
+    except Exception as error:  # foreign code, which may raise anything where it is not made for this
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None if apart <= _tolerance(model) else f"{apart:.2g} nats apart"
 
 
 class Trial:
