@@ -184,8 +184,8 @@ def test_one_is_shown_with_its_file_or_the_reason_why_there_is_none(capsys):
         "Lightning OPD (paper: 2604.13010) is not built, the core can't do it yet: "
     )
     with pytest.raises(SystemExit):
-        main(["show", "opds"])
-    assert "there is no method opds; did you mean opsd?" in capsys.readouterr().err
+        main(["show", "opsdd"])
+    assert "there is no method opsdd; did you mean opsd?" in capsys.readouterr().err
 
 
 def test_programs_get_all_methods_and_all_systems(capsys):

@@ -6,11 +6,13 @@ Shape legend: B trajectories of this rank, T steps, M values of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..trajectory import Trajectories
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,15 @@ class Generation:
     on: Tensor
     statistics: dict[str, Tensor]
     everywhere: Callable[[Tensor], Tensor]
+
+    @property
+    def steps(self) -> Steps:
+        """All N trained steps, with their statistics: as parts of the scopes ``data`` and ``row`` are given them."""
+        steps = Steps.of(self.trajectories).for_stream("teacher")
+        return replace(steps, statistics={name: rows.flatten()[steps.index] for name, rows in self.statistics.items()})
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Spreads values ``[N]`` of the trained steps over ``[B, T]``, NaN elsewhere."""
+        rows = values.new_full(self.on.shape, torch.nan)
+        rows[self.trajectories.mask] = values
+        return rows

@@ -243,3 +243,24 @@ class ByReward(Weight):
         reward = steps.trajectories.reward
         assert reward is not None
         return steps.per_trajectory(reward).clamp(min=0)
+
+
+class Length(Weight):
+    """Number T of the trajectory's trained steps, divided by a constant.
+
+    With the normalizer ``trajectories``, which counts a step as 1/T, it makes the sum over a trajectory of the mean:
+    divided by a constant (Dr. GRPO, 2503.20783) or not at all (SCOPE, 2604.10688).
+
+    Args:
+        per: the constant. Default 1; Dr. GRPO takes the longest rollout that there may be.
+    """
+
+    scope = "data"
+
+    def __init__(self, per: float = 1.0) -> None:
+        if per <= 0:
+            raise ValueError(f"weight.per must be > 0, got {per}")
+        self.per = per
+
+    def __call__(self, steps: Steps) -> Tensor:
+        return steps.per_trajectory(steps.trajectories.length).float() / self.per

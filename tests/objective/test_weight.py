@@ -18,6 +18,7 @@ from opd_lightning.objective import (
     Constant,
     CrossEntropy,
     Entropy,
+    Length,
     LogRatio,
     Objective,
     Outcome,
@@ -87,12 +88,13 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
         (ByReward(), torch.tensor([1.0, 0.25, 0.0])[ROW]),
         (PassRate(), torch.tensor([0.0, 0.25 * 0.75, 0.25])[ROW]),
         (PassRate(easy=2.0, hard=0.5), torch.tensor([0.0, 0.25**2 * 0.75**0.5, 0.5**2.5])[ROW]),
+        (Length(per=4), mask.sum(1)[ROW] / 4),
     ]
 
 
 @pytest.mark.parametrize("normalizer", ["steps", "weights"])
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
-@pytest.mark.parametrize("which", range(16))
+@pytest.mark.parametrize("which", range(17))
 def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer):
     student, teacher, trajectories = world
     mask = trajectories.mask

@@ -1,0 +1,154 @@
+"""Callbacks of single papers: what is done to a generation batch before it is trained, and what follows its updates.
+
+Shape legend: B trajectories of T steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..actor import group_statistics
+from ..callback import DistillationCallback
+from ..callbacks import KnobCallback
+from ..module import OnPolicyDistillation
+from ..trajectory import Trajectories
+
+
+def refuse_without_rewards(callback: DistillationCallback, module: OnPolicyDistillation) -> None:
+    """Refuses a run without rewards.
+
+    Raises:
+        ValueError: naming the callback.
+    """
+    if not module.has_rewards:
+        raise ValueError(f"{type(callback).__name__} reads rewards: set model.reward")
+
+
+def spread(trajectories: Trajectories) -> Tensor:
+    """Returns the largest minus the smallest reward of each trajectory's group ``[B]``; 0 where all abstain."""
+    assert trajectories.reward is not None
+    _, member = trajectories.group.unique(return_inverse=True)
+    known, shape = ~trajectories.reward.isnan(), (int(member.max()) + 1,)
+    low, high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+    low.scatter_reduce_(0, member[known], trajectories.reward[known], "amin")
+    high.scatter_reduce_(0, member[known], trajectories.reward[known], "amax")
+    return (high - low).clamp(min=0)[member]
+
+
+class DynamicSampling(DistillationCallback):
+    """Leaves out groups whose rewards are all equal: they have no advantage (DAPO, 2503.14476).
+
+    DAPO rolls out until the batch is full again; here it is trained with what is left, and ``normalizer: on`` or
+    ``steps`` divides by that. Logged: ``train/dynamic_sampling/dropped``, the share of trajectories that is left out;
+    those count in ``train/length`` with no steps. Put it before callbacks that change rewards.
+
+    Raises:
+        ValueError: when training begins: no rewards, or groups of one.
+    """
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        refuse_without_rewards(self, module)
+        if module.rollout.group_size < 2:
+            raise ValueError("DynamicSampling compares the rewards of a group: set rollout.group_size > 1")
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        differ = spread(trajectories) > 0
+        module.record("dynamic_sampling/dropped", (~differ).double())
+        return replace(trajectories, mask=trajectories.mask & differ[:, None])
+
+
+class OverlongPunishment(DistillationCallback):
+    """Lowers the reward of rollouts that come near to the horizon: by up to 1, linearly (DAPO, 2503.14476).
+
+    A rollout of more than L − cache of at most L steps loses (its length − (L − cache)) / cache, and the statistics of
+    its group are computed anew. Logged: ``train/overlong_punishment``, the mean that is taken off.
+
+    Args:
+        cache: the end of the horizon in which rollouts are punished, as a share of it. Default 0.2 (DAPO: 4,096 of
+            20,480).
+
+    Raises:
+        ValueError: a share that is not in (0, 1]; when training begins: no rewards.
+    """
+
+    def __init__(self, cache: float = 0.2) -> None:
+        if not 0 < cache <= 1:
+            raise ValueError(f"OverlongPunishment.cache must be in (0, 1], got {cache}")
+        self.cache = cache
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        refuse_without_rewards(self, module)
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        assert trajectories.reward is not None
+        cache = self.cache * module.rollout.horizon
+        beyond = (trajectories.length - (module.rollout.horizon - cache)) / cache
+        punishment = beyond.clamp(0, 1).to(trajectories.reward)
+        module.record("overlong_punishment", punishment.double())
+        reward = trajectories.reward - punishment
+        mean, std = group_statistics(reward, trajectories.group)
+        return replace(trajectories, reward=reward, group_mean=mean, group_std=std)
+
+
+class EntropyGate(KnobCallback):
+    """Turns a knob to 0 while the teacher's entropy is low, and back when it has recovered (AntiSD, 2605.11609).
+
+    The entropy is the median over a generation batch's trained steps, on all ranks. It is watched with the knob at 0
+    for ``warmup`` batches, whose median is the level. From then on the gate closes below ``close`` times the level, and
+    opens again at the level. Logged: ``train/entropy_gate/entropy``, and the knob.
+
+    Args:
+        knob: its path, such as ``objective.terms.anti.signal.advantage.share``.
+        value: of the knob while the gate is open. Default 0.5 (AntiSD).
+        warmup: generation batches before it opens first. Default 5 (AntiSD, whose batches are optimizer steps).
+        close: share of the level below which it closes. Default 0.93 (AntiSD).
+        teacher: an entry of ``model.teachers``.
+
+    Raises:
+        ValueError: a number out of range; when training begins, no such knob or teacher.
+    """
+
+    remembers = ("entropies", "is_open")
+
+    def __init__(
+        self, knob: str, value: float = 0.5, warmup: int = 5, close: float = 0.93, teacher: str = "teacher"
+    ) -> None:
+        if warmup < 1 or not 0 < close <= 1:
+            raise ValueError(f"EntropyGate: warmup={warmup} must be >= 1 and close={close} in (0, 1]")
+        self.knob, self.value, self.warmup, self.close, self.teacher = knob, value, warmup, close, teacher
+        self.entropies: list[float] = []
+        self.is_open = True
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        return (self.knob,)
+
+    @property
+    def asks(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.teacher})
+
+    def advance(self, module: OnPolicyDistillation) -> None:
+        is_warm = len(self.entropies) == self.warmup
+        self.turn(self.knob, self.value if is_warm and self.is_open else 0.0)
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        entropy = module.per_step(trajectories, lambda steps: steps.teacher.entropy(), self.teacher)
+        everywhere = module.gather(entropy[~entropy.isnan()].to(module.device))
+        if len(everywhere):
+            module.record("entropy_gate/entropy", float(everywhere.median()))
+            self.see(float(everywhere.median()))
+        self.advance(module)
+        return trajectories
+
+    def see(self, entropy: float) -> None:
+        """Opens or closes by the entropy of one more generation batch."""
+        if len(self.entropies) < self.warmup:
+            self.entropies.append(entropy)
+            return
+        level = median(self.entropies)
+        # between the two it stays as it is
+        self.is_open = entropy >= (self.close * level if self.is_open else level)

@@ -1,0 +1,115 @@
+"""Callbacks of single papers: what they do to a generation batch, row by row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opd_lightning.actor import group_statistics
+from opd_lightning.methods.advantage import RewardMinusPMI
+from opd_lightning.methods.callback import DynamicSampling, EntropyGate, OverlongPunishment
+from opd_lightning.objective import Objective, PolicyGradient, Term
+from opd_lightning.rollout_settings import Rollout
+from tests.callbacks import toy
+from tests.methods.world import GROUP, REWARD, World
+from tests.tiny import LongerIsBetter
+
+
+class Module(SimpleNamespace):
+    """What callbacks read of a setting, and what they had logged."""
+
+    def __init__(self, horizon: int = 4, group_size: int = 3, has_rewards: bool = True) -> None:
+        super().__init__(
+            rollout=SimpleNamespace(horizon=horizon, group_size=group_size),
+            has_rewards=has_rewards,
+            logged=defaultdict(list),
+        )
+
+    def record(self, name, values, counts=None):
+        self.logged[name].append(values)
+
+
+def test_groups_of_equal_rewards_are_left_out_and_counted():
+    world, module = World(), Module()
+    kept = DynamicSampling().on_rollouts(module, world.trajectories)
+    differ = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]).bool()  # the pair is right
+    assert torch.equal(kept.mask, world.mask & differ[:, None])
+    assert module.logged["dynamic_sampling/dropped"][0].mean() == 2 / 8
+    assert DynamicSampling().on_rollouts(module, World(reward=REWARD * 0 + 0.1).trajectories).mask.sum() == 0
+
+
+def test_a_reward_that_abstains_does_not_tell_a_group_apart():
+    reward = torch.tensor([1.0, torch.nan, 1.0, 0.0, torch.nan, 1.0, torch.nan, torch.nan])
+    kept = DynamicSampling().on_rollouts(Module(), World(reward=reward).trajectories)
+    assert kept.mask.any(1).tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+def test_dynamic_sampling_is_refused_where_there_is_nothing_to_compare():
+    with pytest.raises(ValueError, match=r"DynamicSampling reads rewards: set model\.reward"):
+        DynamicSampling().check(Module(has_rewards=False))
+    with pytest.raises(ValueError, match=r"set rollout\.group_size > 1"):
+        DynamicSampling().check(Module(group_size=1))
+    DynamicSampling().check(Module())
+
+
+def test_long_rollouts_lose_reward_linearly():
+    """Of at most 4 steps the last 2: a rollout of 3 steps loses a half, one of 4 steps all of 1."""
+    world, module = World(), Module()
+    shaped = OverlongPunishment(cache=0.5).on_rollouts(module, world.trajectories)
+    punishment = torch.tensor([{1: 0.0, 2: 0.0, 3: 0.5, 4: 1.0}[int(n)] for n in world.mask.sum(1)])
+    assert torch.equal(shaped.reward, REWARD - punishment)
+    mean, std = group_statistics(REWARD - punishment, GROUP)
+    assert torch.equal(shaped.group_mean, mean)
+    assert torch.equal(shaped.group_std, std)
+    assert torch.equal(module.logged["overlong_punishment"][0], punishment.double())
+    untouched = OverlongPunishment(cache=0.2).on_rollouts(Module(horizon=100), world.trajectories)
+    assert torch.equal(untouched.reward, REWARD)
+
+
+def test_a_punishment_is_refused_without_rewards_or_with_an_impossible_share():
+    with pytest.raises(ValueError, match="OverlongPunishment reads rewards"):
+        OverlongPunishment().check(Module(has_rewards=False))
+    with pytest.raises(ValueError, match=r"OverlongPunishment\.cache must be in \(0, 1\], got 0"):
+        OverlongPunishment(cache=0)
+
+
+def trace(gate, *entropies):
+    """Whether the knob is on after each batch."""
+    states = []
+    for entropy in entropies:
+        gate.see(entropy)
+        states.append(len(gate.entropies) == gate.warmup and gate.is_open)
+    return states
+
+
+def test_the_gate_closes_low_and_opens_only_at_its_level():
+    gate = EntropyGate("objective.terms.0.coefficient", warmup=3, close=0.93)
+    assert trace(gate, 1.1, 0.9, 1.0) == [False, False, True], "warm, and the level is 1"
+    assert trace(gate, 0.94, 0.92, 0.97, 0.999, 1.0, 0.93) == [True, False, False, False, True, True]
+
+
+def test_a_run_with_a_gate_resumes(tmp_path):
+    """The toy's teacher has one entropy for all states: the gate opens after the warm-up and stays open."""
+
+    def make():
+        term = Term(PolicyGradient(RewardMinusPMI(0.5)), name="anti")
+        module = toy.make_module(
+            objective=Objective([term]), reward=LongerIsBetter(), rollout=Rollout(batch_size=4, horizon=4, group_size=2)
+        )
+        return module, [EntropyGate("objective.terms.anti.signal.advantage.share", value=0.3, warmup=2)]
+
+    toy.assert_resumes(make, tmp_path, steps=4)
+    module, (gate,) = make()
+    module.objective.terms[0].signal.advantage.share = 0.5
+    toy.fit(module, tmp_path / "again", [gate], 1)
+    assert module.objective.terms[0].signal.advantage.share == 0.0, "off while it warms up"
+    toy.fit(module, tmp_path / "on", [gate], 4)
+    assert module.objective.terms[0].signal.advantage.share == 0.3
+
+
+def test_a_gate_refuses_impossible_numbers():
+    with pytest.raises(ValueError, match=r"EntropyGate: warmup=0 must be >= 1 and close=0\.93 in \(0, 1\]"):
+        EntropyGate("rollout.temperature", warmup=0)
