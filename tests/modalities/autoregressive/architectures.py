@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ def put_to_the_start(kind: str, folder: Path) -> Found:
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         ours = str(Path(opd_lightning.__file__).parent) in last or "modalities" in last
         readable = ours and isinstance(error, ValueError | RuntimeError) and "model" in str(error)
-        text = one_line(error).replace(str(folder / "model"), "…")
+        text = one_line(error, str(folder / "model"))
         return Found(kind, name, "refused" if readable else "unreadable", text)
     with quiet():
         apart = from_plain(module)
@@ -236,9 +237,10 @@ def from_plain(module: Any) -> float:
     return worst
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+def one_line(error: BaseException, folder: str = "") -> str:
+    """The message, cut at a word, without the folder, whose length is another every time."""
+    text = str(error).replace(folder, "…") if folder else str(error)
+    return f"{type(error).__name__}: {shorten(text, 300, placeholder=' …')}"
 
 
 @contextlib.contextmanager
