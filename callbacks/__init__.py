@@ -6,6 +6,7 @@ from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedu
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
 from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
+from .retention import Retention
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
 from .weight_average import WeightAverage
@@ -30,6 +31,7 @@ __all__ = [
     "Never",
     "OnPlateau",
     "Piecewise",
+    "Retention",
     "Samples",
     "Schedule",
     "Stage",

@@ -76,8 +76,8 @@ class PromptData(LightningDataModule):
     """Prompts and their other columns, from files, tasks, functions or the hub.
 
     A source is one of
-        a local .jsonl, .json or .parquet file, or a folder of such files (of one split: hidden files and what
-            `datasets` keeps beside them are left out);
+        a local .jsonl, .json or .parquet file, one that ships (``opd:assets/…``), or a folder of such files (of one
+            split: hidden files and what `datasets` keeps beside them are left out);
         a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`;
         `reasoning_gym:TASK`, with the extra `tasks`; columns `prompt`, `answer`, `task`, `metadata`;
         `python:package.module.function`, which returns a list of dicts (where it has an argument `on_bad_row`, it is

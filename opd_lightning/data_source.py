@@ -25,6 +25,7 @@ from pyarrow.parquet import ParquetFile
 from .printable import printable
 from .reward import encode_metadata, import_callable, import_reasoning_gym
 from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
+from .shipped import shipped
 from .table import Doubled, as_object, kind, readable, tabulate, without_added_nulls
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -48,6 +49,10 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: 
         ValueError: the source does not exist, can't be read, refuses its options, or has no rows.
         ModuleNotFoundError: reasoning-gym is not installed.
     """
+    try:
+        source = shipped(source)
+    except FileNotFoundError as error:
+        raise ValueError(f"{key}: {error}") from None
     scheme, _, name = source.partition(":")
     if scheme == "reasoning_gym":
         dataset = _from_reasoning_gym(name, {"seed": seed, **options}, key, bad)
@@ -64,7 +69,7 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: 
 
 def is_remote(source: str) -> bool:
     """Tells whether a source is downloaded."""
-    return source.partition(":")[0] not in ("reasoning_gym", "python") and not is_local(source)
+    return source.partition(":")[0] not in ("reasoning_gym", "python", "opd") and not is_local(source)
 
 
 def is_local(source: str) -> bool:

@@ -22,6 +22,7 @@ from .printable import cell, printable
 from .ranks import Ranks
 from .rollout_settings import derived_seed
 from .rows import STAND_IN, blames_rows, identified, row_of
+from .scoring import Scoring
 from .setting import Setting
 from .splits import rows_of
 from .streams import Streams
@@ -55,6 +56,7 @@ class Evaluator:
         streams: student and teachers.
         objective: whose diagnostics are measured.
         trainer: of the run.
+        scoring: how metrics are called.
         metrics: means since the last `finish`, by name.
     """
 
@@ -63,6 +65,7 @@ class Evaluator:
     streams: Streams
     objective: Objective
     trainer: Any
+    scoring: Scoring
     metrics: dict[str, MeanMetric]
 
     @property
@@ -102,9 +105,7 @@ class Evaluator:
                 prompts = prompts[~prompts.isnan().any(1)]  # where one abstains nobody knows
                 self._update(f"pass@{samples}", pass_at_k(prompts, samples))
             self._update_by_column(counted.examples, reward)
-        for row in rows:
-            for name, value in row.get("metrics", {}).items():
-                self._update(name, torch.tensor(float(value)))
+        self._update_metrics(counted.examples, rows)
         if batch_idx == 0:
             self._show(stage, who, rows[: self.settings.show * samples : samples])
         if who == "student":
@@ -125,6 +126,17 @@ class Evaluator:
             paths |= {("*", kind) for group in groups[1:] for kind in group}
             for path in paths:
                 self._update("/".join(("accuracy", *map(_named, path))), value)
+
+    def _update_metrics(self, examples: list[Example], rows: list[dict[str, Any]]) -> None:
+        """Adds what the setting measured of each row, and ``evaluation.metrics``."""
+        for example, row in zip(examples, rows, strict=True):
+            for name, value in row.get("metrics", {}).items():
+                self._update(name, torch.tensor(float(value)))
+            for name, metric in self.settings.metrics.items():
+                # beside the columns, what the setting read in the completion
+                value = self.scoring(metric, row["completion"], {**row, **example})
+                if value is not None:
+                    self._update(name, torch.tensor(value))
 
     def _compare(self, trajectories: Trajectories, reward: torch.Tensor | None, inspect: bool) -> None:
         """Computes the KL to every active teacher at the states that the student just visited."""

@@ -6,7 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from .finite import Finite
+from .reward import Reward
 from .rollout_settings import Rollout, check_sampling
+
+MEASURED = {"abstained", "accuracy", "length", "stopped"}
 
 
 @dataclass
@@ -22,9 +25,12 @@ class Evaluation:
         show: held-out prompts whose completions go to samples.jsonl at each validation.
         by: one or two columns; accuracy is also reported for each of their values, as ``accuracy/web/icon`` (with
             ``()|`` for ``[]/`` in a value), and `test` prints the table.
+        metrics: rewards that are measured of the same completions and never trained on, by the name under which their
+            mean is logged (``val/<name>``).
 
     Raises:
-        ValueError: several greedy samples, which would be equal; a value out of range; more than two columns.
+        ValueError: several greedy samples, which would be equal; a value out of range; more than two columns; a metric
+            with a name that is taken.
     """
 
     samples: int = 1
@@ -36,6 +42,7 @@ class Evaluation:
     before: bool = True
     show: int = 3
     by: list[str] = field(default_factory=list)
+    metrics: dict[str, Reward] = field(default_factory=dict)
 
     __setattr__ = Finite.__setattr__
 
@@ -43,11 +50,30 @@ class Evaluation:
         if self.samples < 1:
             raise ValueError(f"evaluation.samples must be >= 1, got {self.samples}")
         check_sampling("evaluation", self)
+        if taken := MEASURED & self.metrics.keys():
+            raise ValueError(f"evaluation.metrics: {', '.join(sorted(taken))} is measured anyway; take another name")
         if len(self.by) > 2:
             raise ValueError(f"evaluation.by: a table has at most two columns to go by, got {self.by}")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"evaluation.samples={self.samples} greedy samples would be equal; set evaluation.temperature"
+            )
+
+    def check(self, has_rewards: bool, provides: frozenset[str]) -> None:
+        """Refuses what a setting cannot measure.
+
+        Args:
+            has_rewards: whether there are rewards, and so an accuracy.
+            provides: what the setting offers (`Setting.provides`).
+
+        Raises:
+            ValueError: `by` without rewards; metrics where nobody writes texts.
+        """
+        if self.by and not has_rewards:
+            raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
+        if self.metrics and "categorical" not in provides:
+            raise ValueError(
+                "evaluation.metrics read completions that are texts, which this setting's students don't write"
             )
 
     def applied_to(self, rollout: Rollout, horizon: int | None = None) -> Rollout:

@@ -129,7 +129,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     @property
     def evaluator(self) -> Evaluator:
         """Who measures the student on held-out prompts."""
-        return Evaluator(self.evaluation, self.actor, self.streams, self.objective, self.trainer, self._measured)
+        rooms = self.actor, self.streams, self.objective, self.trainer, self.scoring
+        return Evaluator(self.evaluation, *rooms, self._measured)
 
     @property
     def reader(self) -> Reader:
@@ -153,8 +154,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             if isinstance(teacher.weights, Same):
                 teacher.weights.share(name, self.teachers)
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
-        if self.evaluation.by and not self.has_rewards:
-            raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
+        self.evaluation.check(self.has_rewards, self.provides)
         for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
             raise ValueError(
                 f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from .distribution import Stream
 from .objective import Objective, OpenSteps, Queried, Steps, availability
 from .optimizer_step import MicroBatch, OptimizerStep
-from .policy import evaluating
+from .policy import View, evaluating
 from .ranks import Ranks
 from .streams import Streams
 from .trajectory import Trajectories
@@ -76,16 +76,20 @@ class Reader:
         available = self.streams.available(self.objective.teachers(), trajectories)
         return self.objective.settle(trajectories, available, statistics, everywhere)
 
-    def _read(self, trajectories: Trajectories, teachers: set[str]) -> Queried:
-        """Evaluates the student and some teachers at a micro-batch, without gradient."""
+    def _read(self, trajectories: Trajectories, teachers: set[str], view: View | None = None) -> Queried:
+        """Evaluates the student and some teachers at a micro-batch, without gradient; ``view``: in place of theirs."""
         trajectories = trajectories.to(self.device)
         with torch.no_grad(), evaluating(self.streams.policies["student"].model):
             student = self.streams.student(trajectories)
-        return student, {name: self.streams.query(name, trajectories) for name in sorted(teachers)}, trajectories
+        return student, {name: self.streams.query(name, trajectories, view) for name in sorted(teachers)}, trajectories
 
     @torch.no_grad()
     def per_step(
-        self, trajectories: Trajectories, read: Callable[[OpenSteps], Tensor], teacher: str | None = None
+        self,
+        trajectories: Trajectories,
+        read: Callable[[OpenSteps], Tensor],
+        teacher: str | None = None,
+        view: View | None = None,
     ) -> Tensor:
         """Evaluates ``read`` at every trained step, ``[B, T]`` on the CPU, in micro-batches and chunks.
 
@@ -93,6 +97,7 @@ class Reader:
             trajectories: a generation batch.
             read: from the n steps of an open chunk to ``[n]``; any signal will do.
             teacher: an entry of ``model.teachers``, whom ``steps.teacher`` then stands for.
+            view: what the teacher is shown; default: its own view.
 
         Returns:
             NaN where nothing is trained, and where the teacher has nothing to say.
@@ -100,7 +105,7 @@ class Reader:
         values, done = torch.full(trajectories.mask.shape, torch.nan, dtype=torch.float32), 0
         for piece in trajectories.split(self.size):
             with self.trainer.precision_plugin.forward_context():
-                student, streams, batch = self._read(piece, set() if teacher is None else {teacher})
+                student, streams, batch = self._read(piece, set() if teacher is None else {teacher}, view)
                 steps = Steps.of(batch, availability(streams))
                 of_piece = self.objective.per_step(student, streams, steps, read, teacher)
             values[done : done + len(piece), : of_piece.shape[1]] = of_piece.cpu()

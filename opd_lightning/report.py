@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from rich.table import Table
 from .printable import cell, printable
 
 Curves = dict[str, list[tuple[int, float]]]
+
+# what is reported besides accuracy and metrics of the run's own, which are shares
+FORMATS = {"length": "{:.1f}", "retention/kl": "{:.3f}", "retention/perplexity": "{:.2f}"}
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -58,6 +62,27 @@ def summarize(curves: Curves) -> dict[str, float]:
     summary = {"before": accuracy[0][1], "after": accuracy[-1][1]}
     teachers = [name for name in curves if name.startswith("val/") and name.endswith("/accuracy")]
     return summary | {name.split("/")[1]: curves[name][0][1] for name in teachers if name != "val/accuracy"}
+
+
+def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
+
+    Empty where a run has neither metrics nor the callback `Retention`.
+
+    Args:
+        curves: as `read_curves` returns them.
+        metrics: names of the run's ``model.evaluation.metrics``.
+    """
+    if not metrics and "val/retention/kl" not in curves:
+        return {}
+    teachers = [name.split("/")[1] for name in curves if re.fullmatch("val/[^/]+/length", name)]
+    table = {}
+    for measure in (*metrics, *FORMATS):
+        if points := curves.get(f"val/{measure}"):
+            table[measure] = {"before": points[0][1], "after": points[-1][1]}
+            known = [name for name in teachers if f"val/{name}/{measure}" in curves]
+            table[measure] |= {name: curves[f"val/{name}/{measure}"][0][1] for name in known}
+    return table
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
@@ -103,6 +128,18 @@ def draw(curves: Curves, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure_table(measured: dict[str, dict[str, float]]) -> Table:
+    """Formats what `measures` collected: a row for each measure."""
+    columns = list(dict.fromkeys(name for row in measured.values() for name in row))
+    table = Table(title="Other measures", title_justify="left")
+    for heading in ("", *columns):
+        table.add_column(cell(heading), justify="right" if heading else "left")
+    for name, row in measured.items():
+        form = FORMATS.get(name, "{:.1%}")
+        table.add_row(cell(name), *(form.format(row[column]) if column in row else "" for column in columns))
+    return table
+
+
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
     config, curves = read_config(run), read_curves(run)
@@ -113,6 +150,10 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
         table.add_column(cell(name), justify="right")
     table.add_row(*(f"{value:.1%}" for value in result.values()))
     console.print(table)
+    own = config.get("model", {}).get("init_args", {}).get("evaluation") or {}
+    if measured := measures(curves, own.get("metrics") or {}):
+        console.print(measure_table(measured))
+        result["measures"] = {name: {k: round(v, 4) for k, v in row.items()} for name, row in measured.items()}
     for row in read_samples(run):
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
         console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))

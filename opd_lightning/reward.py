@@ -143,6 +143,43 @@ class RegexMatch(Reward):
         return float(extracted is not None and extracted.strip() == answer.strip())
 
 
+class JSONForm(Reward):
+    """Reward of 1 if the completion is one JSON object with these keys, each a text, and nothing else around it.
+
+    Args:
+        keys: all that the object has. Default: ``answer``.
+
+    Raises:
+        ValueError: no keys.
+    """
+
+    def __init__(self, keys: tuple[str, ...] = ("answer",)) -> None:
+        if not keys:
+            raise ValueError("JSONForm.keys is empty; name at least one key")
+        self.keys = frozenset(keys)
+
+    def __call__(self, completion: str, example: Example) -> float:
+        try:
+            value = json.loads(completion)
+        except (ValueError, RecursionError):
+            return 0.0
+        is_form = isinstance(value, dict) and value.keys() == self.keys
+        return float(is_form and all(isinstance(text, str) for text in value.values()))
+
+
+class Mentions(Reward):
+    """Reward of 1 if the completion contains the example's `answer` as whole words, in whatever case, else 0.
+
+    An entry of the column `aliases`, where there is one, does as well. Free text and texts in a form are judged alike.
+    """
+
+    columns = ("answer",)
+
+    def __call__(self, completion: str, example: Example) -> float:
+        answers = [_answer("Mentions", example), *(example.get("aliases") or [])]
+        return float(any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", completion, re.IGNORECASE) for a in answers))
+
+
 class MathVerify(Reward):
     """Reward of 1 if math-verify finds the completion mathematically equal to the example's `answer`, else 0.
 

@@ -168,6 +168,9 @@ class Setting(Portable):
             need(column, "model.reward")
         for column in self.evaluation.by:
             need(column, "model.evaluation.by")
+        for name, metric in self.evaluation.metrics.items():
+            for column in metric.columns:
+                need(column, f"model.evaluation.metrics.{name}")
         for column in self.student_view.columns if self.student_view else ():
             need(column, "model.student_view")
         for name, teacher in self.teachers.items():

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_lightning.data import PromptData
-from opd_lightning.data_source import is_local
+from opd_lightning.data_source import is_local, read_source
+from opd_lightning.rows import BadRows
 
 ROWS = [{"prompt": "1+1="}] * 3
 
@@ -281,3 +282,11 @@ def test_what_a_function_returns_beside_rows_is_a_bad_row() -> None:
     with pytest.raises(ValueError, match=r"mixed, row 4: not an object but text"):
         ready(train=f"python:{__name__}.mixed")
     assert len(ready(train=f"python:{__name__}.mixed", on_bad_row="skip").train) == 3  # type: ignore[arg-type]
+
+
+def test_a_file_that_ships_is_named_as_configurations_are():
+    bad = BadRows("data.train", "refuse")
+    rows = read_source("opd:assets/facts/train.jsonl", {}, "data.train", 0, bad)
+    assert {"prompt", "answer", "aliases", "kind"} < set(rows.column_names)
+    with pytest.raises(ValueError, match=r"data\.train: opd:assets/facts/trian\.jsonl: nothing of that name"):
+        read_source("opd:assets/facts/trian.jsonl", {}, "data.train", 0, bad)

@@ -35,6 +35,13 @@ class IsEven:
         return float(example["task"] == "even" and "24" not in example["prompt"])
 
 
+class Abstains:
+    columns = ()
+
+    def __call__(self, completion: str, example: dict) -> None:
+        return None
+
+
 def validate(module, folder, rows, **settings) -> dict[str, float]:
     trainer = make_trainer(folder, **settings)
     return trainer.validate(module, datamodule=Rows([], rows), verbose=False)[0]
@@ -94,6 +101,21 @@ def test_without_a_reward_there_is_no_accuracy(world, held_out, tmp_path):
     found = validate(module, tmp_path, held_out)
     assert {"val/length", "val/stopped"} <= found.keys()
     assert not any("accuracy" in name or "kl" in name for name in found)
+
+
+def test_metrics_are_measured_of_the_same_completions_and_change_no_reward(world, held_out, tmp_path):
+    metrics = {"even": IsEven(), "no_opinion": Abstains()}
+    plain = world.alone(reward=LongerIsBetter(3))
+    if "categorical" not in plain.provides:
+        with pytest.raises(ValueError, match=r"evaluation\.metrics read completions that are texts"):
+            world.alone(evaluation=Evaluation(metrics=metrics))
+        return
+    module = world.alone(reward=LongerIsBetter(3), evaluation=Evaluation(metrics=metrics))
+    assert "model.evaluation.metrics.even" in module.required_columns()["task"]
+    found = validate(module, tmp_path, held_out)
+    assert found.pop("val/even") == pytest.approx(2 / 6)
+    assert "val/no_opinion" not in found
+    assert found == validate(plain, tmp_path / "plain", held_out)
 
 
 def test_test_and_predict(world, held_out, tmp_path):
@@ -172,6 +194,7 @@ def test_nothing_before_training_if_so_configured(world, held_out, tmp_path):
         ({"temperature": -1.0}, r"evaluation\.temperature must be >= 0"),
         ({"top_p": 2.0}, r"evaluation\.top_p must be in \(0, 1\]"),
         ({"horizon": 0}, r"evaluation\.horizon must be >= 1"),
+        ({"metrics": {"length": LongerIsBetter()}}, r"evaluation\.metrics: length is measured anyway"),
     ],
 )
 def test_what_cannot_be_is_refused_when_built(settings, message):

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from opd_lightning.report import read_curves, report
+from opd_lightning.report import measures, read_curves, report
 
 
 @pytest.fixture
@@ -48,6 +48,31 @@ def test_report_writes_result_and_picture(run_folder, capsys):
     printed = capsys.readouterr().out
     assert "1+1=2 ✓" in printed
     assert "1+1=3" not in printed, "only the last completions are shown"
+
+
+def test_report_has_a_table_of_what_else_was_measured(run_folder, capsys):
+    assert "measures" not in report(run_folder)
+    config = {"seed_everything": 7, "model": {"init_args": {"evaluation": {"metrics": {"in_form": "JSONForm"}}}}}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (run_folder / "logs" / "version_2").mkdir()
+    (run_folder / "logs" / "version_2" / "metrics.csv").write_text(
+        "step,val/in_form,val/teacher/in_form,val/length,val/teacher/length,val/retention/kl,val/retention/perplexity\n"
+        "0,0.0,0.75,25.0,9.0,0.0,12.345\n10,0.5,,8.04,,0.1234,13.0\n",
+        encoding="utf-8",
+    )
+    assert report(run_folder)["measures"] == {
+        "in_form": {"before": 0.0, "after": 0.5, "teacher": 0.75},
+        "length": {"before": 25.0, "after": 8.04, "teacher": 9.0},
+        "retention/kl": {"before": 0.0, "after": 0.1234},
+        "retention/perplexity": {"before": 12.345, "after": 13.0},
+    }
+    printed = capsys.readouterr().out
+    for text in ("in_form", "50.0%", "75.0%", "8.0", "0.123", "13.00"):
+        assert text in printed
+
+
+def test_lengths_alone_are_no_measures():
+    assert measures({"val/length": [(0, 1.0), (5, 2.0)]}, {}) == {}
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):

@@ -19,7 +19,9 @@ from opd_lightning.isolated_worker import decoded, evaluate
 from opd_lightning.reward import (
     CallableReward,
     ExactMatch,
+    JSONForm,
     MathVerify,
+    Mentions,
     ReasoningGymScore,
     RegexMatch,
     RelaxedMatch,
@@ -517,3 +519,47 @@ def test_metadata_survives_as_text(value: object) -> None:
 
 def test_metadata_that_is_no_literal_becomes_json() -> None:
     assert decoded(encode_metadata({"path": Path("a")})) == {"path": "a"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ('{"answer": "Paris"}', 1),
+        (' {"answer": "The capital is Paris."}\n', 1),
+        ('{"answer": "Paris", "city": "Paris"}', 0),
+        ('{"city": "Paris"}', 0),
+        ('{"answer": 7}', 0),
+        ('{"answer": "Paris"} That is it.', 0),
+        ('["answer"]', 0),
+        ("{'answer': 'Paris'}", 0),
+        ("[" * 100_000, 0),
+        ("Paris", 0),
+        ("", 0),
+    ],
+)
+def test_json_form_wants_one_object_with_its_keys_and_nothing_else(completion: str, expected: int) -> None:
+    assert JSONForm()(completion, {}) == expected
+
+
+def test_json_form_takes_other_keys() -> None:
+    assert JSONForm(("name", "age"))('{"age": "7", "name": "Ada"}', {}) == 1
+    with pytest.raises(ValueError, match=r"JSONForm\.keys is empty"):
+        JSONForm(())
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("The capital is Bern.", 1),
+        ('{"answer": "berne"}', 1),
+        ("It is Bernard.", 0),
+        ("Zurich", 0),
+    ],
+)
+def test_mentions_wants_an_answer_or_an_alias_as_whole_words(completion: str, expected: int) -> None:
+    assert Mentions()(completion, {"answer": "Bern", "aliases": ["Berne"]}) == expected
+
+
+def test_mentions_needs_no_aliases_and_reads_no_pattern() -> None:
+    assert Mentions()("It costs $5 (about).", {"answer": "$5 (about)"}) == 1
+    assert Mentions()("It is 1500.", {"answer": "1.00", "aliases": None}) == 0

@@ -1,0 +1,213 @@
+"""Questions with short answers, for recipes on a language model that people know: ``python assets/make_facts.py``.
+
+How they were made: the tables below were written down for this file from what any atlas, dictionary or school book
+says; nothing was copied from a data set, and facts like these are in the public domain. Each kind of question has a few
+ways to be asked, of which an entry gets one, in turn. An entry is held out by a hash of its kind and name, so that
+no fact is asked in both files, in whatever words. Kinds were kept of which SmolLM2-135M-Instruct knows a good share.
+(``unrelated.jsonl`` beside them was written by hand: passages of old books, and prompts with answers of our own.)
+
+Writes ``assets/facts/train.jsonl`` and ``assets/facts/validation.jsonl``, with rows of
+
+    prompt: the question;
+    answer: as short as it goes;
+    aliases: other answers that are right, maybe none;
+    kind: of question.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "facts"
+
+KINDS: dict[str, tuple[list[str], str]] = {
+    "capital": (
+        [
+            "What is the capital of {}?",
+            "Which city is the capital of {}?",
+            "Name the capital city of {}.",
+            "Tell me the capital of {}.",
+        ],
+        """France: Paris; Germany: Berlin; Italy: Rome; Spain: Madrid; Portugal: Lisbon; Japan: Tokyo; China:
+        Beijing/Peking; India: New Delhi/Delhi; Russia: Moscow; Greece: Athens; Egypt: Cairo; Turkey: Ankara;
+        Poland: Warsaw; Austria: Vienna; Hungary: Budapest; Sweden: Stockholm; Norway: Oslo; Denmark: Copenhagen;
+        Finland: Helsinki; Ireland: Dublin; the United Kingdom: London; Canada: Ottawa; Australia: Canberra;
+        Argentina: Buenos Aires; Brazil: Brasilia/Brasília; Chile: Santiago; Peru: Lima; Colombia: Bogota/Bogotá;
+        Cuba: Havana; Kenya: Nairobi; Nigeria: Abuja; Ethiopia: Addis Ababa; Morocco: Rabat; Iran: Tehran; Iraq:
+        Baghdad; Thailand: Bangkok; Vietnam: Hanoi; South Korea: Seoul; Indonesia: Jakarta; the Philippines:
+        Manila; Belgium: Brussels; the Netherlands: Amsterdam; Switzerland: Bern/Berne; the Czech Republic:
+        Prague; Romania: Bucharest; Bulgaria: Sofia; Croatia: Zagreb; Serbia: Belgrade; Ukraine: Kyiv/Kiev;
+        Iceland: Reykjavik/Reykjavík; Pakistan: Islamabad; Nepal: Kathmandu; Bangladesh: Dhaka; Saudi Arabia:
+        Riyadh; Venezuela: Caracas; Uruguay: Montevideo; Ecuador: Quito; Jamaica: Kingston; Lebanon: Beirut;
+        Syria: Damascus; Jordan: Amman; Ghana: Accra; Senegal: Dakar; Zimbabwe: Harare""",
+    ),
+    "state capital": (
+        ["What is the capital of the state of {}?", "Which city is the capital of the US state of {}?"],
+        """Texas: Austin; California: Sacramento; Colorado: Denver; Georgia: Atlanta; Massachusetts: Boston; Arizona:
+        Phoenix; Hawaii: Honolulu; Ohio: Columbus; Tennessee: Nashville; Florida: Tallahassee; Minnesota: Saint
+        Paul/St. Paul/St Paul; Oregon: Salem; Louisiana: Baton Rouge; Virginia: Richmond; Wisconsin: Madison;
+        Alaska: Juneau; Michigan: Lansing; Illinois: Springfield; New Mexico: Santa Fe; Alabama: Montgomery""",
+    ),
+    "continent": (
+        [
+            "What continent is {} in?",
+            "Which continent does {} belong to?",
+            "In which continent is {} located?",
+        ],
+        """France: Europe; Brazil: South America; Kenya: Africa; Japan: Asia; Canada: North America; Egypt: Africa;
+        Germany: Europe; India: Asia; Argentina: South America; Nigeria: Africa; China: Asia; Mexico: North
+        America; Spain: Europe; Peru: South America; Thailand: Asia; Morocco: Africa; Poland: Europe; Chile: South
+        America; Vietnam: Asia; Ghana: Africa; Italy: Europe; Bolivia: South America; Mongolia: Asia; Ethiopia:
+        Africa; Sweden: Europe; Colombia: South America; Nepal: Asia; Tanzania: Africa; Portugal: Europe; Iraq:
+        Asia; Uganda: Africa; Norway: Europe; Venezuela: South America; South Korea: Asia; Hungary: Europe;
+        Algeria: Africa; Pakistan: Asia; Ireland: Europe; Uruguay: South America; Angola: Africa; Greece: Europe;
+        Ecuador: South America; Finland: Europe; Indonesia: Asia; Sudan: Africa; Austria: Europe; Cuba: North
+        America; Libya: Africa; Zambia: Africa; Laos: Asia; Romania: Europe; Paraguay: South America; Iran: Asia;
+        Bangladesh: Asia; Senegal: Africa; Belgium: Europe""",
+    ),
+    "opposite": (
+        [
+            "What is the opposite of {}?",
+            "Give me the opposite of the word {}.",
+            "What word means the opposite of {}?",
+            "Which word is the antonym of {}?",
+        ],
+        """hot: cold/cool; big: small/little/tiny; up: down; day: night; happy: sad/unhappy; fast: slow; light:
+        dark/heavy/darkness; young: old; rich: poor; open: closed/close/shut; strong: weak; wet: dry; hard:
+        soft/easy; early: late; full: empty; loud: quiet/silent/soft; clean: dirty; good: bad/evil; left: right;
+        tall: short; thick: thin; wide: narrow; win: lose/loss; love: hate/hatred; true: false/untrue; begin:
+        end/finish/stop; alive: dead; brave: cowardly/afraid/fearful/timid; sweet: sour/bitter; deep: shallow;
+        smooth: rough; sharp: dull/blunt; buy: sell; push: pull; always: never; inside: outside; above:
+        below/under/beneath; arrive: leave/depart; remember: forget; war: peace; laugh: cry; north: south; east:
+        west; first: last; black: white; high: low; near: far; noisy: quiet/silent; asleep: awake; success:
+        failure; beautiful: ugly; friend: enemy/foe; accept: reject/refuse/decline; increase: decrease/reduce""",
+    ),
+    "plural": (
+        [
+            "What is the plural of {}?",
+            "What is the plural form of the word {}?",
+            "How do you write the plural of the noun {}?",
+        ],
+        """child: children; man: men; woman: women; foot: feet; tooth: teeth; goose: geese; mouse: mice; leaf:
+        leaves; knife: knives; wolf: wolves; city: cities; baby: babies; box: boxes; bus: buses; potato: potatoes;
+        tomato: tomatoes; church: churches; lady: ladies; story: stories; wife: wives; life: lives; shelf:
+        shelves; half: halves; hero: heroes; dish: dishes; class: classes; country: countries; thief: thieves;
+        loaf: loaves; watch: watches; berry: berries; glass: glasses; dog: dogs; cat: cats; book: books; tree:
+        trees; house: houses; apple: apples; car: cars; girl: girls; fox: foxes; brush: brushes; peach: peaches;
+        party: parties; family: families; puppy: puppies; penny: pennies; key: keys; boy: boys; day: days; fly:
+        flies; wish: wishes; calf: calves; scarf: scarves/scarfs; echo: echoes; library: libraries; enemy:
+        enemies; sandwich: sandwiches; ox: oxen""",
+    ),
+    "symbol": (
+        [
+            "What is the chemical symbol of {}?",
+            "Which chemical symbol stands for {}?",
+            "What is the symbol for the element {}?",
+        ],
+        """hydrogen: H; oxygen: O; carbon: C; nitrogen: N; gold: Au; silver: Ag; iron: Fe; copper: Cu; sodium: Na;
+        potassium: K; calcium: Ca; helium: He; lead: Pb; zinc: Zn; tin: Sn; neon: Ne; chlorine: Cl; magnesium: Mg;
+        aluminum: Al; silicon: Si; sulfur: S; uranium: U; mercury: Hg; lithium: Li; nickel: Ni; iodine: I; boron:
+        B; fluorine: F; phosphorus: P; argon: Ar; platinum: Pt; tungsten: W; titanium: Ti; chromium: Cr;
+        manganese: Mn; cobalt: Co; arsenic: As; bromine: Br; radium: Ra; plutonium: Pu; barium: Ba; beryllium: Be""",
+    ),
+    "author": (
+        ["Who wrote {}?", "Who is the author of {}?", "Name the author of {}."],
+        """Romeo and Juliet: Shakespeare; Hamlet: Shakespeare; Macbeth: Shakespeare; Pride and Prejudice: Austen;
+        Emma: Austen; Oliver Twist: Dickens; A Tale of Two Cities: Dickens; Great Expectations: Dickens;
+        Moby-Dick: Melville; War and Peace: Tolstoy; Anna Karenina: Tolstoy; Don Quixote: Cervantes; Frankenstein:
+        Shelley; Dracula: Stoker; The Odyssey: Homer; The Iliad: Homer; The Republic: Plato; Nineteen Eighty-Four:
+        Orwell; Animal Farm: Orwell; The Great Gatsby: Fitzgerald; Jane Eyre: Brontë/Bronte; Wuthering Heights:
+        Brontë/Bronte; Crime and Punishment: Dostoevsky/Dostoyevsky; The Adventures of Tom Sawyer: Twain/Clemens;
+        Faust: Goethe; Alice's Adventures in Wonderland: Carroll; Robinson Crusoe: Defoe; Gulliver's Travels:
+        Swift; Treasure Island: Stevenson; The Divine Comedy: Dante/Alighieri; Paradise Lost: Milton; Les
+        Misérables: Hugo""",
+    ),
+    "space": (
+        ["{}"],
+        """Which planet is closest to the Sun?: Mercury; Which planet do we live on?: Earth; Which planet is known as
+        the red planet?: Mars; What is the largest planet of the solar system?: Jupiter; Which planet is famous
+        for its rings?: Saturn; Which star is closest to Earth?: Sun; What is the natural satellite of the Earth
+        called?: Moon; What galaxy do we live in?: Milky Way; Which planet is the second from the Sun?: Venus;
+        Which planet is the farthest from the Sun?: Neptune; What does the Earth orbit?: Sun; How many planets
+        does the solar system have?: eight/8; What force keeps the planets in their orbits?:
+        gravity/gravitational; Who was the first person to walk on the Moon?: Armstrong; What do we call a person
+        who travels into space?: astronaut/cosmonaut""",
+    ),
+    "language": (
+        ["What language do people speak in {}?", "Which language is spoken in {}?", "What is the main language of {}?"],
+        """Germany: German; Italy: Italian; Japan: Japanese; Portugal: Portuguese; Russia: Russian; Greece: Greek;
+        Poland: Polish; Sweden: Swedish; Turkey: Turkish; Mexico: Spanish; Brazil: Portuguese; Argentina: Spanish;
+        Austria: German; Egypt: Arabic; Iran: Persian/Farsi; Hungary: Hungarian; Thailand: Thai; Vietnam:
+        Vietnamese; Denmark: Danish; Cuba: Spanish; Norway: Norwegian; Ukraine: Ukrainian; Finland: Finnish;
+        Chile: Spanish; Israel: Hebrew; the Netherlands: Dutch; Romania: Romanian;
+        Bulgaria: Bulgarian; Peru: Spanish; Colombia: Spanish; Iceland: Icelandic; Croatia: Croatian; Mongolia:
+        Mongolian; Morocco: Arabic; Iraq: Arabic; South Korea: Korean; Saudi Arabia: Arabic; Spain: Spanish;
+        England: English; Australia: English; Jamaica: English; Uruguay: Spanish; Indonesia: Indonesian""",
+    ),
+    "currency": (
+        ["What is the currency of {}?", "Which currency is used in {}?", "What money do people pay with in {}?"],
+        """Japan: yen; the United Kingdom: pound/sterling; Germany: euro; India: rupee; China: yuan/renminbi; the
+        United States: dollar; Mexico: peso; Russia: ruble/rouble; Switzerland: franc; France: euro; South Korea:
+        won; Brazil: real; Italy: euro; Canada: dollar; Sweden: krona; Poland: zloty/złoty; Thailand: baht;
+        Turkey: lira; Australia: dollar; Spain: euro; Argentina: peso; Norway: krone; Pakistan: rupee""",
+    ),
+    "counting": (
+        ["{}"],
+        """How many legs does a spider have?: eight/8; How many legs does an insect have?: six/6; How many legs does
+        a dog have?: four/4; How many sides does a triangle have?: three/3; How many sides does a square have?:
+        four/4; How many sides does a pentagon have?: five/5; How many sides does a hexagon have?: six/6; How many
+        sides does an octagon have?: eight/8; How many wheels does a bicycle have?: two/2; How many wheels does a
+        car have?: four/4; How many letters are in the English alphabet?: 26/twenty-six; How many continents are
+        there?: seven/7; How many fingers are on one hand?: five/5; How many players does a football team have on
+        the field?: eleven/11; How many strings does a violin have?: four/4; How many arms does an octopus have?:
+        eight/8; How many wings does a bird have?: two/2; How many cents are in a dollar?: 100/hundred; How many
+        centimeters are in a meter?: 100/hundred; How many grams are in a kilogram?: 1000/1,000/thousand; How many
+        eggs are in a dozen?: twelve/12; How many degrees are in a right angle?: 90/ninety; How many degrees are
+        in a circle?: 360; How many stars are on the flag of the United States?: 50/fifty""",
+    ),
+    "nature": (
+        ["{}"],
+        """What do bees make?: honey; What gas do humans need to breathe?: oxygen; What gas do plants take in?:
+        carbon dioxide; What is frozen water called?: ice; What is the largest ocean on Earth?: Pacific; What is
+        the tallest animal?: giraffe; What is the largest animal on Earth?: blue whale/whale; What is the fastest
+        land animal?: cheetah; What is the chemical formula of water?: H2O; What is the highest mountain on
+        Earth?: Everest; What animal is known as man's best friend?: dog; What animal is known as the king of the
+        jungle?: lion; Which bird cannot fly and lives in Antarctica?: penguin; Which animal gives us wool?:
+        sheep; Which animal gives us milk?: cow; What do caterpillars turn into?: butterfly/butterflies/moth; What
+        is the hardest natural substance?: diamond; What organ pumps blood through the body?: heart; What organ do
+        we use to think?: brain; What organ do we see with?: eye/eyes; What organ do we breathe with?: lung/lungs;
+        What is the largest organ of the human body?: skin; What is the process by which plants make food from
+        light?: photosynthesis; What melts when it gets warm in winter?: snow/ice; What is the longest river in
+        Africa?: Nile; What is the largest desert in Africa?: Sahara; What is the largest country in the world by
+        area?: Russia; What sound does a cat make?: meow/purr; What sound does a dog make?: bark/woof; What sound
+        does a cow make?: moo; What do cows eat?: grass/hay; What do pandas eat?: bamboo; What tree grows from an
+        acorn?: oak; Which animal has a trunk?: elephant; Which animal has black and white stripes?: zebra; What
+        do you call molten rock from a volcano?: lava/magma; At how many degrees Celsius does water boil?:
+        100/hundred; At how many degrees Celsius does water freeze?: 0/zero; What instrument measures
+        temperature?: thermometer; What is the center of an atom called?: nucleus""",
+    ),
+}  # fmt: skip
+
+
+def rows() -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Yields every question with whether it is held out, in the order of the tables."""
+    for kind, (ways, table) in KINDS.items():
+        for i, entry in enumerate(table.split(";")):
+            name, answers = " ".join(entry.split()).rsplit(": ", 1)
+            answer, *aliases = answers.split("/")
+            row = {"prompt": ways[i % len(ways)].format(name), "answer": answer, "aliases": aliases, "kind": kind}
+            yield zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0, row
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, wanted in (("train", False), ("validation", True)):
+        part = [json.dumps(row, ensure_ascii=False) + "\n" for held_out, row in rows() if held_out == wanted]
+        (FOLDER / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+        print(f"{FOLDER / name}.jsonl: {len(part)} questions")
+
+
+if __name__ == "__main__":
+    main()
