@@ -69,7 +69,7 @@ class Actor:
         reader = policy if teacher.own_template else self.policies["student"]
         acted = sample(policy, setting.collate(seeing, reader), seeing, self.rollout, seeds)
         acted = check_acted(setting, acted, seeing)
-        return replace(acted, observation=acted.observation | prompts)
+        return replace(acted, observation=acted.observation | prompts)  # the student's prompt over the teacher's
 
     def checked_rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
         """Checks what `rewards` returned: ``[B]`` on the CPU, NaN where one abstains (None: no rewards), and rows."""
@@ -94,6 +94,7 @@ def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     _, member = group.unique(return_inverse=True)
     known = ~reward.isnan()
     count = torch.zeros(int(member.max()) + 1).index_add(0, member, known.float())
+    # 0 / 0: NaN for groups that abstain altogether
     mean = torch.zeros_like(count).index_add(0, member, torch.where(known, reward, 0.0)) / count
     centered = torch.where(known, reward - mean[member], 0.0)
     variance = torch.zeros_like(count).index_add(0, member, centered.square()) / count

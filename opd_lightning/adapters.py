@@ -159,6 +159,7 @@ def average_product(
     q_in, r_in = torch.linalg.qr(wide.T)
     u, s, v = torch.linalg.svd(r_out @ r_in.T)
     root = s.sqrt()[:rank]
+    # below ``rank`` in layers that are narrower
     kept_rank = len(root)
     new = tall.new_zeros(tall.shape[0], rank), wide.new_zeros(rank, wide.shape[1])
     new[0][:, :kept_rank] = q_out @ u[:, :kept_rank] * root
@@ -209,6 +210,7 @@ class AverageAdapter(AnotherAdapter):
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             scaling = layer.scaling[STUDENT]
+            # in float32, which QR and SVD need at least; the student's scaling goes into a factor
             left, right = average_product(
                 unsharded(b).float(),
                 unsharded(a).float(),
@@ -223,4 +225,5 @@ class AverageAdapter(AnotherAdapter):
                 slice_of(layer.lora_B[self.name].bias).lerp_(slice_of(layer.lora_B[STUDENT].bias) * scaling, rate)
         for name, (average, student) in self.pairs().items() if self._has_entries else ():
             if not _is_factor(name):
+                # not low-rank: averaged entry by entry
                 slice_of(average).lerp_(slice_of(student), rate)

@@ -79,6 +79,7 @@ class AtomicIO(TorchCheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
+                # contents reach the disk before the name does: a rename alone could survive a crash empty
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
@@ -259,6 +260,7 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # gradients are in no checkpoint, so one is written between optimizer steps only
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0 and _validates(trainer):
@@ -266,6 +268,7 @@ class Checkpoint(ModelCheckpoint):
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._ending.step_done()
+        # every rank asks at every step: a signal to one of them ends all after the same step
         if trainer.strategy.reduce_boolean_decision(self._ending.number is not None, all=False):
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

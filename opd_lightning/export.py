@@ -76,15 +76,18 @@ def write(
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; export into a new folder")
+    # 1. the student alone, and what it says before and after training
     state = read(checkpoint)
     config = yaml.safe_load(state["opd_config"])
     module = student_alone(config["model"], trust_remote_code)
     module.check_portable()
     student = module.policies["student"]
     _check_mergeable(module, merge)
+    # how far training moved it measures what the file may lose
     untrained = module.probe(student)
     restore(module, state)
     outputs, rough = module.probe(student), tolerance(student.model)
+    # 2. written beside, read again, compared
     with beside(folder) as partial:
         model = _finished(module, merge, dtype)
         module.save_student(model, partial)
@@ -144,6 +147,7 @@ def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> On
         ValueError: the checkpoint names code to be run, and is not trusted.
         FileNotFoundError: the student's base is not where it was.
     """
+    # 1. what may be imported
     path, arguments = config["class_path"], config["init_args"]
     ours = path.startswith("opd_lightning.")
     if not trust_remote_code and (not ours or arguments["student"].get("trust_remote_code")):
@@ -154,11 +158,13 @@ def student_alone(config: dict[str, Any], trust_remote_code: bool = False) -> On
     setting: Any = import_object(path)
     if not (inspect.isclass(setting) and issubclass(setting, OnPolicyDistillation)):
         raise ValueError(f"the checkpoint was written by {printable(path)}, which is no setting")
+    # 2. the arguments that it needs, plain values: a class path among them would be imported
     core = inspect.signature(OnPolicyDistillation.__init__).parameters.keys() - {"self", "student"}
     names = setting.exported_with if ours else arguments.keys() - core
     needed = {name: arguments[name] for name in {*names, "student"} if name in arguments}
     if ours and "class_path" in yaml.safe_dump(needed):
         raise ValueError("the checkpoint names classes where plain values belong; it is not exported")
+    # 3. the setting with its student
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(setting, skip=set(core))
     built = parser.instantiate_classes(parser.parse_object(needed))

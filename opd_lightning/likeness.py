@@ -25,7 +25,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
     apart = float((one.float() - other.float()).square().mean().sqrt() / other.float().std())
-    return apart if apart == apart else float("inf")
+    return apart if apart == apart else float("inf")  # NaN equals nothing
 
 
 def tolerance(*models: nn.Module) -> float:
@@ -45,6 +45,7 @@ def fingerprint(model: nn.Module) -> str:
         if parameter.is_floating_point() and not (adapted and parameter.requires_grad):
             numbers = parameter.detach().flatten()
             digest.update(name.encode())
+            # float() because numpy has no bfloat16
             digest.update(numbers[:: max(1, len(numbers) // 64)][:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -177,7 +177,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.objective.check(set(self.teachers), provides, sources)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked.union(sources, *(callback.asks for callback in callbacks))
-        if idle and not any(not term.teachers for term in self.objective.terms):
+        if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves the teacher of its base idle
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
 
     def configure_model(self) -> None:
@@ -211,7 +211,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         return [EndOfRollouts(), GradientGuard(self.streams, self.on_nonfinite, self.metrics)]
 
     def configure_optimizers(self) -> Any:
-        reshard(self.student)
+        reshard(self.student)  # the optimizer must hold slices; passes of the audit left weights gathered
         optimizer = self._optimizer(self.trained_parameters())
         self.history.optimizer = resume.settings_of(optimizer)
         in_place(optimizer)
@@ -297,10 +297,10 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         noisy = self._student_spec.is_noisy
         check_agreement(self.agreement, self.actor, self.streams, self.objective, self.trainer, noisy)
         if self._rng is not None:
-            _set_rng_states(self._rng)
+            _set_rng_states(self._rng)  # not earlier: making the loader's iterator draws numbers
             self._rng = None
-        self.history.renew(self.trainer)
-        if self.global_step == 0:
+        self.history.renew(self.trainer)  # Lightning restored both before this hook
+        if self.global_step == 0:  # later the two may differ
             check_self_teachers(self.teachers, self.policies, self.probe)
             if self.evaluation.before:
                 self.evaluator.before_training()
@@ -308,7 +308,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     @blames_rows
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         if batch.is_first:
-            self.reader.prepare(batch.step)
+            self.reader.prepare(batch.step)  # Z is a sum over all of its micro-batches
             for name, loss in self.streams.learn(batch.step, self.ranks, self.global_step).items():
                 self.record(f"learned/{name}", loss)
         trajectories, stopwatch = batch.trajectories, self.metrics.stopwatch
@@ -328,7 +328,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()  # Lightning would keep the gradient until the next one is there
-        self.streams.update(self.global_step + 1)
+        self.streams.update(self.global_step + 1)  # Lightning counts the step after this hook
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         if not batch.is_last or not self.is_logged(self.global_step):

@@ -54,6 +54,7 @@ class Reader:
     def prepare(self, step: OptimizerStep) -> None:
         """Moves an optimizer step to the device and finds what the losses of its micro-batches are divided by."""
         step.trajectories = [trajectories.to(self.device) for trajectories in step.trajectories]
+        # a generator: no model runs unless some Z is a sum of weights that read distributions
         queried = ((self.streams.student(batch.trajectories), self.query(batch)) for batch in step)
         sums = self.objective.weight_sums(queried, step.trajectories)
         teachers = self.objective.routed_teachers()
@@ -67,9 +68,11 @@ class Reader:
             return trajectories
         teachers, width = self.objective.generation_streams(), trajectories.mask.shape[1]
         pieces = trajectories.split(self.size) if teachers is not None else ()
+        # outside of Lightning's hooks, which enter it by themselves
         with self.trainer.precision_plugin.forward_context():
             statistics = self.objective.measure((self._read(piece, teachers or set()) for piece in pieces), width)
 
+        # collectives want the device of the run, parts the CPU, where a generation batch waits
         def everywhere(values: Tensor) -> Tensor:
             return self.ranks.gather(values.to(self.device)).cpu()
 

@@ -67,6 +67,7 @@ def _check_moments(key: str, make: Callable[[Any], torch.optim.Optimizer], then:
     weight = nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros_like(weight)
     try:
+        # the first step makes the moments of then, which the second one needs
         optimizer = make([weight])
         for settings in (then, now):
             for group, values in zip(optimizer.param_groups, settings["groups"], strict=False):
@@ -168,6 +169,7 @@ class History:
         schedule: Any = config.scheduler
         apply_settings(optimizer, self._restored["optimizer"], self.optimizer)
         schedule.base_lrs = [group["lr"] for group in self.optimizer["groups"]]
+        # a LambdaLR multiplies `initial_lr`, which was restored, and would be that of the checkpoint
         for group, base, rate in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = base, base * rate(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
@@ -298,6 +300,7 @@ class StepStart:
     def __init__(self, step: int, averages: Averages) -> None:
         self.step, self.rng = step, plain_rng_states()
         self.averages = Averages(averages.device)
+        # shallow: `Averages` replaces its sums and changes none in place
         self.averages.sums = dict(averages.sums)
 
 
@@ -310,4 +313,4 @@ def rewind(checkpoint: dict[str, Any], unfinished: int) -> None:
     for counted in (progress["total"], progress["current"]):
         done = counted["ready"] - unfinished
         counted.update(ready=done, started=done, processed=done, completed=done)
-    progress["is_last_batch"] = False
+    progress["is_last_batch"] = False  # or Lightning would take the epoch for done

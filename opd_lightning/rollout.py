@@ -116,6 +116,7 @@ class RolloutLoader:
         return self.generations * self.rounds * self.per_generation
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        # the last iterator stopped at its yield: Lightning asks for no batch beyond the epoch's length
         self._leave_behind()
         if self.generation == self.generations:
             self.epoch, self.generation = self.epoch + 1, 0
@@ -128,6 +129,7 @@ class RolloutLoader:
             batch = self._round[place]
             if place % self.accumulate == 0:
                 forget_logged(self.trainer, self.trainer.global_step)
+                # a checkpoint from the middle of this step goes back to here
                 self.begun = StepStart(self.trainer.global_step, self.metrics.averages)
             self.next += 1
             if place + 1 == self.per_generation:
@@ -161,6 +163,7 @@ class RolloutLoader:
         steps = torch.arange(self.per_generation).view(-1, self.accumulate)
         if done:
             number = self.epoch * self.generations + self.generation
+            # whole optimizer steps change places, so the order depends neither on micro_batch_size nor on ranks
             steps = steps[torch.randperm(len(steps), generator=self._generator(2, number, done))]
         for indices in steps.tolist():
             caches = [self._caches[i] for i in indices]
@@ -177,6 +180,7 @@ class RolloutLoader:
                 self._keep_ahead(number, self._worker)
                 trajectories = self._ahead.popleft().result()
         metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
+        # here and not in the worker's thread, where rewards would have no time limit
         trajectories = self.actor.with_rewards(trajectories)
         if trajectories.reward is not None:
             metrics.record("reward", trajectories.reward[~trajectories.reward.isnan()])
@@ -204,6 +208,7 @@ class RolloutLoader:
         order = torch.randperm(len(self.dataset), generator=self._generator(epoch))
         first = generation * self.prompts + self.rank * rollout.batch_size
         rows = order[first : first + rollout.batch_size].repeat_interleave(rollout.group_size)
+        # one number for each draw of a prompt in the whole run
         draws = epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
         draws = draws.repeat_interleave(rollout.group_size)
         members = torch.arange(rollout.group_size).repeat(rollout.batch_size)
@@ -225,6 +230,7 @@ class RolloutLoader:
             if len(some):
                 acted = actor.act(name, [examples[j] for j in some], [seeds[j] for j in some])
             if len(indices):
+                # all parts name the same sources, so that `source` below holds for each
                 parts.append(dataclasses.replace(acted.to("cpu"), sources=sources))
                 places.append(indices)
         # 3. joined in the order of the rows
@@ -258,6 +264,7 @@ class RolloutLoader:
         if len(shares) == 1:
             return torch.zeros_like(draws)
         uniform = torch.tensor([np.random.default_rng((self.seed, 1, int(draw))).random() for draw in draws])
+        # clamp: shares may sum to a little less than 1 (`Rollout` allows 1e-6)
         return torch.searchsorted(shares.double().cumsum(0), uniform, right=True).clamp(max=len(shares) - 1)
 
     def _generator(self, *key: int) -> torch.Generator:
@@ -358,6 +365,7 @@ class RolloutLoader:
         if len(parts) == self.world_size:
             return parts[self.rank]
         everyone = Trajectories.concatenate(parts, self.actor.setting.padding)
+        # [old ranks, pieces, n] → [pieces, all n of a piece], of which each rank takes its share
         places = torch.arange(len(everyone)).view(len(parts), pieces, -1).transpose(0, 1).reshape(pieces, -1)
         indices: Tensor = places.chunk(self.world_size, 1)[self.rank]
         return everyone.select(indices.flatten())

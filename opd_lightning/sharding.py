@@ -53,7 +53,7 @@ class FSDP2(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return True
+        return True  # the parent restores from folders of slices, by itself
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gathers unsharded tensors, on rank 0 only; every rank must call it."""
@@ -74,6 +74,7 @@ class FSDP2(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
+        # every rank has read all of it, and takes its slices
         saved = checkpoint["state_dict"]
         slices = {name: sliced_like(t, saved[name]) for name, t in module.state_dict().items() if name in saved}
         module.load_state_dict(slices, strict=strict)
@@ -140,7 +141,9 @@ def shard(model: nn.Module, mesh: Any) -> None:
     trunk = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
     for layer in [module for module in trunk.modules() if type(module).__name__ in kinds]:
         fully_shard(layer, mesh=mesh)
+    # after its layers: what they leave, with the head, is one unit
     fully_shard(bare, mesh=mesh)
+    # FSDP2 gathers for `forward` alone, and neither `generate` nor the body without its head is one
     bare.as_forward = lambda call: call()
     register_fsdp_forward_method(bare, "as_forward")
 
@@ -176,4 +179,5 @@ def sliced_like(tensor: Tensor, value: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(tensor.device)
+    # no source rank: every rank cuts its own, and nothing is sent
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)

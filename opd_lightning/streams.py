@@ -73,7 +73,9 @@ class Streams:
         elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}
         elsewhere |= {name for name, teacher in self.teachers.items() if teacher.weights.base in elsewhere}
         student = self.policies["student"].model
+        # a set: teachers in adapters share the student's model
         for model in {policy.model for name, policy in self.policies.items() if name not in elsewhere}:
+            # quantized teachers stay whole on every rank; `shard` refuses a quantized student
             if model is student or not getattr(model, "is_quantized", False):
                 shard(model, mesh)
 
@@ -82,6 +84,7 @@ class Streams:
         for name, teacher in self.teachers.items():
             where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or device
             model = self.policies[name].model
+            # `Same` shares a model that is moved for its owner; quantized weights stay where they were loaded
             if teacher.weights.base == "student" and not getattr(model, "is_quantized", False):
                 model.to(where)
 
@@ -142,6 +145,7 @@ class Streams:
     def _query_once(self, name: str, batch: Trajectories, cache: Cache, step: int, again: bool) -> Stream:
         lasts = self.keeps and self.teachers[name].weights.stands_still
         views = self.seen(name, batch.examples, batch.student_view) if lasts else None
+        # taken out: main memory holds only what will be read again
         cached = cache.pop(name, None)
         if cached is not None and (cached.step == step or (lasts and cached.views == views)):
             if lasts:
@@ -151,6 +155,7 @@ class Streams:
             return stream
         stream = self.query(name, batch)
         if lasts or again:
+            # nothing to keep of what is evaluated only when it is opened (`Lazy`)
             kept = stream.to("cpu")
             if kept is not None:
                 cache[name] = CachedStream(kept, step, views)

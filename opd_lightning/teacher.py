@@ -119,7 +119,7 @@ class Same(TeacherWeights):
         self.stands_still, self.starts_as_student = other.weights.stands_still, other.weights.starts_as_student
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
-        return replace(student, cache={})
+        return replace(student, cache={})  # another view makes other inputs
 
 
 class Initial(TeacherWeights):
@@ -212,6 +212,7 @@ def rounded_at_random(values: Tensor, dtype: torch.dtype, generator: torch.Gener
     """Rounds float32 ``values`` to 16 bits at random, unbiased; values that fit stay."""
     bits = ROUNDED_BITS[dtype]
     noise = torch.randint(1 << bits, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    # noise carries over with the probability of the bits that are cut off; −(1 << bits) masks these
     return (values.view(torch.int32) + noise).bitwise_and_(-(1 << bits)).view(torch.float32).to(dtype)
 
 

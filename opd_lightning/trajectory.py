@@ -140,6 +140,7 @@ class Trajectories:
         """
         if len(index) != len(other):
             raise ValueError(f"{len(other)} trajectories can't take the place of {len(index)}")
+        # into both batches, one behind the other: a replaced one is found in the second
         places = torch.arange(len(self))
         places[index.cpu()] = len(self) + torch.arange(len(other))
         joined = Trajectories.concatenate([self, other], padding).select(places)
@@ -163,6 +164,7 @@ class Trajectories:
         """Yields micro-batches of ``size`` trajectories, each without the steps that only the others need."""
         for part in torch.arange(len(self)).split(size):
             piece = self.select(part)
+            # with holes in the mask the number of trained steps is not where the last one is
             yield piece.truncate(max(1, int(piece.length.max())) if not _holes(piece.mask) else piece.mask.shape[1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +211,7 @@ class Trajectories:
         for name, missing in OPTIONAL.items():
             values = [getattr(part, name) for part in parts]
             if any(value is not None for value in values):
+                # only some have it: the others get what it means to have none
                 unknown = [torch.full_like(part.row, missing, dtype=torch.float32) for part in parts]
                 flat[name] = torch.cat([u if v is None else v for u, v in zip(unknown, values, strict=True)])
         return cls(

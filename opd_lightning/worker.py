@@ -62,9 +62,11 @@ class RolloutWorker:
     def refresh(self) -> None:
         """Takes the student's weights over; nothing may be running."""
         for copied, weight in zip(self._copy.model.parameters(), self._student.parameters(), strict=True):
+            # the others are what they were when they were copied
             if weight.requires_grad:
                 copied.copy_(weight)
         if self._stream is not None:
+            # the worker's stream must not act before the copies are done
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def submit(self, job: Callable[[Actor], Trajectories]) -> Future[Trajectories]:
