@@ -177,7 +177,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.objective.check(set(self.teachers), provides, sources)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked.union(sources, *(callback.asks for callback in callbacks))
-        if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves the teacher of its base idle
+        if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves them idle
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
 
     def configure_model(self) -> None:
