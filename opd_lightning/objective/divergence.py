@@ -137,7 +137,7 @@ class Divergence(Signal):
             have zero gradient.
 
     Raises:
-        ValueError: temperature or clip not positive.
+        ValueError: temperature or clip not positive; a support that is another divergence's.
     """
 
     needs: frozenset[str] = frozenset({"teacher"})
@@ -148,6 +148,11 @@ class Divergence(Signal):
         if clip is not None and clip <= 0:
             raise ValueError(f"signal.clip must be > 0, got {clip}")
         self.support, self.temperature, self.clip = support, temperature, clip
+        if support.remainder == "stop" and not isinstance(self, ReverseKL):
+            raise ValueError(
+                f"signal.support.remainder: stop leaves the reverse KL's log p without gradient; {type(self).__name__} "
+                "is no ReverseKL"
+            )
         of_a_vocabulary = support != FULL or temperature != 1 or clip is not None
         if of_a_vocabulary or type(self).gaussian is Divergence.gaussian:
             self.needs = self.needs | {"categorical"}
@@ -242,6 +247,8 @@ class ReverseKL(Divergence):
         return value, terms.addcmul_(p, value[:, None], value=-1.0)
 
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self.support.remainder == "stop":
+            return log_p.exp() * (log_p.detach() - log_q)
         return reverse_kl_terms(log_p, log_q)
 
     def gaussian(self, p: Gaussian, q: Gaussian) -> Tensor:

@@ -41,7 +41,7 @@ class Constant(Weight):
 
 
 class Window(Weight):
-    """Weight 1 for the steps start ≤ t < stop of each trajectory, 0 elsewhere.
+    """Weight 1 for the steps start ≤ t < stop of each trajectory, and of these for its ``last``, 0 elsewhere.
 
     This picks which steps are *trained*; how far rollouts *go* is `Rollout.horizon`. The two are not interchangeable
     (ESR, 2605.27028: the first 100 steps generated beat 100 steps picked from full rollouts).
@@ -49,19 +49,26 @@ class Window(Weight):
     Args:
         start: steps left out at the beginning. Default 0; SDFT (2601.19897) leaves out 3.
         stop: first step left out at the end. Default: none.
+        last: how many trained steps count, from the trajectory's end. Default: all; SPEAR (2605.07977) unlearns the
+            last 32.
     """
 
     scope = "data"
 
-    def __init__(self, start: int = 0, stop: int | None = None) -> None:
+    def __init__(self, start: int = 0, stop: int | None = None, last: int | None = None) -> None:
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"weight: need 0 <= start < stop, got start={start}, stop={stop}")
-        self.start, self.stop = start, stop
+        if last is not None and last < 1:
+            raise ValueError(f"weight.last must be >= 1, got {last}")
+        self.start, self.stop, self.last = start, stop, last
 
     def __call__(self, steps: Steps) -> Tensor:
         inside = steps.position >= self.start
         if self.stop is not None:
             inside &= steps.position < self.stop
+        if self.last is not None:
+            left = steps.trajectories.mask.flip(1).cumsum(1).flip(1)  # trained steps from here on, this one included
+            inside &= left.flatten()[steps.index] <= self.last
         return inside.float()
 
 
@@ -264,3 +271,34 @@ class Length(Weight):
 
     def __call__(self, steps: Steps) -> Tensor:
         return steps.per_trajectory(steps.trajectories.length).float() / self.per
+
+
+class MeanOne(Weight):
+    """Weight divided by its mean over the generation batch, where the term is on: the loss keeps its scale.
+
+    The mean is that of all ranks. FiRe-OPD (2606.02684), RESD (2605.12741) and SRPO (2604.02288).
+
+    Args:
+        of: the weight; not one that reads whole distributions, which are not kept so long.
+    """
+
+    scope = "generation"
+
+    def __init__(self, of: Weight) -> None:
+        self.of = of
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.of.needs
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self.of.reads
+
+    def settle(self, generation: Generation) -> Tensor:
+        is_settled = self.of.scope == "generation"
+        values = self.of.settle(generation) if is_settled else generation.rows(self.of(generation.steps))
+        known = generation.on & ~values.isnan()
+        everywhere = generation.everywhere(values[known])
+        mean = everywhere.double().mean() if len(everywhere) else torch.tensor(1.0)
+        return torch.where(known, values / (mean if float(mean) else 1.0), 0.0).float()

@@ -191,6 +191,9 @@ def on_support(
         kept = everything
     elif of == "sampled":
         kept = {action}
+    elif of in ("intersection", "difference"):
+        assert k is not None
+        kept = top(log_p, k) & top(log_q, k) if of == "intersection" else top(log_p, k) ^ top(log_q, k)
     else:
         assert k is not None
         sides = {"teacher": (log_q,), "student": (log_p,), "union": (log_q, log_p)}[of]

@@ -130,6 +130,24 @@ def test_value_and_gradient_equal_the_dense_reference(
         close(actual, wanted, tolerance / min(temperature, 1))
 
 
+@pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop"])
+@pytest.mark.parametrize("of", ["intersection", "difference"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd_.5"])
+def test_value_and_gradient_on_what_both_rank_high_or_one_alone(name, of, remainder):
+    make, formula = SIGNALS[name]
+    for seed in range(6):
+        student, teacher = pair("random", seed, (2,), torch.float64)
+        trajectories = batch(MASK, V, actions=torch.zeros(SHAPE, dtype=torch.long))
+        for k in (1, 3):
+            logits, targets = student.logits(trajectories.mask), teacher.logits(trajectories.mask).detach()
+            expected = dense(formula, logits, targets, torch.zeros(4, dtype=torch.long), of, k, remainder).sum() / 4
+            signal = make(support=Support(of, k, remainder))
+            loss, _ = Objective([Term(signal)])(student.distribution, {"teacher": teacher.stream}, trajectories)
+            close(loss, expected, 1e-6)
+            for actual, wanted in zip(student.gradients(loss), student.gradients(expected), strict=True):
+                close(actual, wanted, 1e-9)
+
+
 @pytest.mark.parametrize(("of", "remainder"), [s for s in SUPPORTS if s != ("student", "renormalize")])
 @pytest.mark.parametrize("name", sorted(BOUNDED | {"total_variation"}))
 def test_ids_that_only_the_teacher_rules_out(name, of, remainder):

@@ -63,6 +63,14 @@ def entropy(policy: Policy, mask: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+def last_two(mask: Tensor, count: int = 2) -> Tensor:
+    """1 for the last trained steps of each trajectory, by a loop."""
+    last = torch.zeros(mask.shape)
+    for row, here in enumerate(mask):
+        last[row, here.nonzero().flatten()[-count:]] = 1
+    return last[mask].double()
+
+
 def share_of_highest(values: Tensor, share: float) -> Tensor:
     return (values >= values.quantile(1 - share)).double()
 
@@ -77,6 +85,8 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
         (Window(stop=2), (POSITION < 2).double()),
         (Window(start=1, stop=3), ((POSITION >= 1) & (POSITION < 3)).double()),
         (Window(start=9), torch.zeros(N)),
+        (Window(last=2), last_two(mask)),
+        (Window(start=2, last=1), last_two(mask, 1) * (POSITION >= 2)),
         (Entropy(), (-theirs).exp()),
         (Entropy("student", beta=-0.5), (0.5 * ours).exp()),
         (TopEntropy(0.3), share_of_highest(ours, 0.3)),
@@ -94,7 +104,7 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
 
 @pytest.mark.parametrize("normalizer", ["steps", "weights"])
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
-@pytest.mark.parametrize("which", range(17))
+@pytest.mark.parametrize("which", range(19))
 def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer):
     student, teacher, trajectories = world
     mask = trajectories.mask
@@ -112,7 +122,7 @@ def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer
 
 def test_weights_multiply_and_each_is_counted(world):
     student, teacher, trajectories = world
-    parts = [weights(student, teacher, trajectories.mask)[i] for i in (3, 6, 9)]
+    parts = [weights(student, teacher, trajectories.mask)[i] for i in (3, 8, 11)]
     term = Term(ReverseKL(), weights=[weight for weight, _ in parts], coefficient=3.0, normalizer="weights")
     loss, averages = Objective([term])(student.distribution, {"teacher": teacher.stream}, trajectories)
     product = parts[0][1] * parts[1][1] * parts[2][1]

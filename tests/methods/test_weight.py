@@ -1,0 +1,153 @@
+"""Weights of single papers, against their formulas in float64 and against what they reduce to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_lightning.methods.weight import (
+    Accepted,
+    Agreement,
+    Doubt,
+    Evidence,
+    PerplexityShare,
+    SuccessShare,
+    Sureness,
+    TokenIds,
+)
+from opd_lightning.objective import Constant, Entropy, ForwardKL, LogRatio, MeanOne, PolicyGradient, ReverseKL, Term
+from tests.methods.world import GROUP, REWARD, SHAPE, World
+from tests.objective.reference import close
+
+
+def assert_weighs(world, weight, expected):
+    """The values, and the loss and the gradients that they make."""
+    close(world.values(weight)[world.mask], expected[world.mask], 1e-6)
+    log_p, log_q = (world.log_probs(policy) for policy in (world.student, world.teachers["teacher"]))
+    divergence = (log_p.exp() * (log_p - log_q.detach())).sum(-1)
+    wanted = world.student.gradients((expected * divergence)[world.mask].sum() / world.mask.sum())
+    for ours, formula in zip(world.gradients(Term(ReverseKL(), weights=[weight])), wanted, strict=True):
+        close(ours, formula, 1e-5)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5])
+def test_evidence(threshold):
+    """Every kept step has a positive advantage at 0: its log-prob must rise."""
+    world = World(1, ("teacher", "plain"))
+    assert_weighs(world, Evidence(threshold), (world.delta > threshold).double())
+    e = (world.log_prob(world.teachers["teacher"]) - world.log_prob(world.teachers["plain"])).detach()
+    close(world.values(Evidence(threshold, "plain"))[world.mask], (e > threshold).double()[world.mask], 1e-9)
+
+
+def test_evidence_below_all_is_the_loss_without_it_and_a_text_that_tells_nothing_keeps_nothing():
+    world = World(1)
+    k1 = Term(PolicyGradient(LogRatio()))
+    kept = Term(PolicyGradient(LogRatio()), weights=[Evidence(-1e9)])
+    for ours, plain in zip(world.gradients(kept), world.gradients(k1), strict=True):
+        assert torch.equal(ours, plain)
+    world.teachers["teacher"] = world.student.copy()
+    assert float(world.values(Evidence())[world.mask].sum()) == 0
+
+
+def test_doubt():
+    world = World(2)
+    assert_weighs(world, Doubt(), 1 - world.log_prob(world.student).detach().exp())
+
+
+def test_token_ids_weigh_the_action_and_leave_the_normalizer_alone():
+    world = World(3)
+    is_one = torch.isin(world.trajectories.actions, torch.tensor([0, 2]))
+    assert_weighs(world, TokenIds([0, 2], 0.25), torch.where(is_one, 0.25, 1.0).double())
+    same = world.gradients(Term(ReverseKL(), weights=[TokenIds([0, 2], 1.0)]))
+    for ours, plain in zip(same, world.gradients(Term(ReverseKL())), strict=True):
+        assert torch.equal(ours, plain)
+    with pytest.raises(ValueError, match=r"ids must not be empty and value >= 0, got \[\] and 0"):
+        TokenIds([])
+
+
+def test_agreement_and_its_complement():
+    world = World(4)
+    wanted = world.delta.clamp(min=0)
+    gate = wanted / (wanted + world.entropy(world.teachers["teacher"]))
+    assert_weighs(world, Agreement(), gate)
+    assert_weighs(world, Agreement(complement=True), 1 - gate)
+
+
+def test_what_is_accepted_is_split_between_two_terms():
+    world = World(5)
+    accepted, others = world.values(Accepted()), world.values(Accepted(complement=True))
+    assert torch.equal((accepted + others)[world.mask], torch.ones(int(world.mask.sum())).double())
+    sure = world.mask & (world.delta >= 0)
+    assert (accepted[sure] == 1).all()
+    assert 0 < float(accepted[world.mask].mean()) < 1
+
+
+def test_the_chance_of_being_accepted_is_the_ratio():
+    """Over many draws: the mean over p of min(q/p, 1) is 1 − TV(p, q)."""
+    world, total, count = World(5), torch.zeros(SHAPE).double(), 400
+    for seed in range(count):
+        world.trajectories.seed = torch.arange(SHAPE[0]) + 1000 * seed
+        total += world.values(Accepted()).nan_to_num()
+    chance = world.delta.clamp(max=0).exp()
+    assert float((total / count - chance)[world.mask].abs().max()) < 5 * 0.5 / count**0.5
+    world.teachers["teacher"] = world.student.copy()
+    assert (world.values(Accepted())[world.mask] == 1).all(), "always, where the teacher is the student"
+
+
+def test_the_rarer_outcome_counts_more():
+    share = float(REWARD.mean())
+    expected = torch.where(REWARD == 1, (1 - share) ** 2, share**0.5).double()[:, None].expand(SHAPE)
+    assert_weighs(World(6), SuccessShare(2.0, 0.5), expected)
+    for outcome in (0.0, 1.0):
+        world = World(6, reward=torch.full((8,), outcome))
+        assert_weighs(world, SuccessShare(), torch.full(SHAPE, 1 / 8).double())
+        assert_weighs(world, MeanOne(SuccessShare()), torch.ones(SHAPE).double())
+
+
+def test_sureness():
+    world = World(7)
+    theirs, ours = world.entropy(world.teachers["teacher"]), world.entropy(world.student)
+    sure, puzzled = 1 - theirs / theirs[world.mask].max(), ours / ours[world.mask].max()
+    expected = (1 + 0.5 * sure) * (1 + 2 * puzzled)
+    assert_weighs(world, Sureness(0.5, 2.0), expected)
+    assert_weighs(world, MeanOne(Sureness(0.5, 2.0)), expected / expected[world.mask].mean())
+    assert_weighs(world, Sureness(0.0, 0.0), torch.ones(SHAPE).double())
+    with pytest.raises(ValueError, match="alpha and beta must be >= 0, got -1 and 1"):
+        Sureness(-1)
+
+
+def test_mean_one_of_a_weight_of_steps_keeps_the_scale():
+    world = World(8)
+    weight = (-2 * world.entropy(world.teachers["teacher"])).exp()
+    assert_weighs(world, MeanOne(Entropy(beta=2.0)), weight / weight[world.mask].mean())
+    for part, value in ((MeanOne(Entropy(beta=0.0)), 1.0), (MeanOne(Constant(0.0)), 0.0)):
+        assert_weighs(world, part, torch.full(SHAPE, value).double())
+
+
+@pytest.mark.parametrize(("of", "sign", "who"), [("right", -1, "student"), ("wrong", 1, "teacher")])
+def test_perplexity_shares_add_up_to_one_in_each_group(of, sign, who):
+    world = World(9)
+    log_prob = world.log_prob(world.student if who == "student" else world.teachers["teacher"]).detach()
+    mean = torch.stack([row[mask].mean() for row, mask in zip(log_prob, world.mask, strict=True)])
+    expected = torch.zeros(8).double()
+    for group in range(3):
+        here = (group == GROUP) & ((of == "right") == REWARD)
+        scores = (sign * mean[here] / 0.5).exp()
+        expected[here] = scores / scores.sum()
+    assert_weighs(world, PerplexityShare(of, 0.5), expected[:, None].expand(SHAPE))
+    flat = world.values(PerplexityShare(of, 1e9))[:, 0].nan_to_num()
+    assert all(v == pytest.approx(0) or v in (pytest.approx(1), pytest.approx(0.5)) for v in flat), "uniform"
+
+
+def test_perplexity_shares_are_of_right_or_of_wrong_ones():
+    with pytest.raises(ValueError, match="of is right or wrong and tau > 0, got 'all' and 1"):
+        PerplexityShare("all")
+
+
+def test_a_gated_mixture_of_both_kls():
+    """Where the teacher agrees with nothing only the forward KL is left."""
+    world = World(10)
+    terms = [Term(ReverseKL(), weights=[Agreement()]), Term(ForwardKL(), weights=[Agreement(complement=True)])]
+    world.teachers["teacher"] = world.student.copy()
+    for ours, plain in zip(world.gradients(*terms), world.gradients(Term(ForwardKL())), strict=True):
+        close(ours, plain, 1e-6)
