@@ -187,6 +187,7 @@ class PromptData(LightningDataModule):
     def prepare_data(self) -> None:
         """Downloads the sources of the hub, once per machine."""
         for split, source in self._sources.items():
+            # Lightning calls this on one process of each machine; the others find it in the cache
             if isinstance(source, str) and is_remote(source):
                 self._read_source(split)
 
@@ -230,6 +231,7 @@ class PromptData(LightningDataModule):
 
     def _provide(self, split: Split, unset: str | None = None) -> None:
         module = self.trainer.lightning_module if self.trainer is not None else None
+        # a split fits a module, whose columns and views it was checked by
         if split in self._checked_for and self._checked_for[split] is module:
             return
         if self._sources[split] is None:
@@ -244,6 +246,7 @@ class PromptData(LightningDataModule):
                 self._read[split] = self._read_source(split)
             else:
                 rows = self._read_source("train")
+                # read once: both splits are of the same rows, each of which is in one of them
                 trained, held_out = hold_out(len(rows), self._sources["validation"], self.seed)
                 self._read["train"], self._read["validation"] = rows.select(trained), rows.select(held_out)
         return self._read[split]
@@ -280,6 +283,7 @@ class PromptData(LightningDataModule):
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})
         if module is not None:
+            # raises what is wrong with models here, where no row is blamed for it
             module.prepare_for_rows()
         # 2. rows, one after the other
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
@@ -327,6 +331,7 @@ def hold_out(rows: int, part: int | float, seed: int) -> tuple[list[int], list[i
             f"data.validation is {part}: that holds out {count} of the {rows} rows of data.train, "
             "and both parts need at least one"
         )
+    # a generator of its own: the same rows are held out whatever was drawn before
     held_out = set(random.Random(seed).sample(range(rows), count))
     return [row for row in range(rows) if row not in held_out], sorted(held_out)
 
@@ -350,6 +355,7 @@ def rename(dataset: Dataset, columns: Mapping[str, str], key: str) -> Dataset:
     if not columns:
         return dataset
     renamed = [dataset.select_columns(old).rename_column(old, new) for new, old in columns.items() if new != old]
+    # a column may be mapped to itself to keep its old name beside the new one
     moved = {old for new, old in columns.items() if columns.get(old) != old}
     return concatenate_datasets([dataset.remove_columns(list(moved)), *renamed], axis=1)
 

@@ -68,6 +68,7 @@ class Ending:
             threading.Thread(target=self._insist, daemon=True).start()
             return
         _say(f"{name}: ends at once, at the last checkpoint")
+        # for what can't be interrupted
         threading.Thread(target=self._force, daemon=True).start()
         _leave(number)
 

@@ -81,6 +81,7 @@ class Evaluator:
 
         At most ``horizon`` steps; default: as many as in validation."""
         repeated = [example for example in examples for _ in range(self.settings.samples)]
+        # by rank and batch, so that draws depend on the number of ranks
         rank = self.trainer.global_rank
         seeds = [derived_seed(EVALUATION_DRAWS, rank, batch_idx, i) for i in range(len(repeated))]
         rollout = self.settings.applied_to(self.actor.rollout, horizon)
@@ -91,10 +92,12 @@ class Evaluator:
     def step(self, stage: str, who: str, examples: list[Example], batch_idx: int) -> None:
         """Measures one batch of held-out examples; ``stage`` is "val", "test", or "val/<teacher>" before training."""
         samples = self.settings.samples
+        # 1. all act, stand-ins too: ranks keep step
         trajectories = self.act(who, examples, batch_idx)
         counts = torch.tensor([STAND_IN not in example for example in trajectories.examples])
         counted = trajectories.select(counts.nonzero().squeeze(-1))
         reward, rows = self.actor.checked_rewards(counted)
+        # 2. means over the rows that count
         self._update("length", counted.length.float())
         self._update("stopped", counted.stopped.float())
         if reward is not None:
@@ -106,10 +109,12 @@ class Evaluator:
                 self._update(f"pass@{samples}", pass_at_k(prompts, samples))
             self._update_by_column(counted.examples, reward)
         self._update_metrics(counted.examples, rows)
+        # 3. what is written down, and KLs to teachers
         if batch_idx == 0:
             self._show(stage, who, rows[: self.settings.show * samples : samples])
         if who == "student":
             if not counts.all():
+                # stand-ins stay as rows without steps: a rank that left its pass out would keep the others waiting
                 trajectories = dataclasses.replace(trajectories, mask=trajectories.mask & counts[:, None])
                 reward = None if reward is None else torch.zeros(len(counts)).masked_scatter(counts, reward)
             self._compare(trajectories, reward, inspect=batch_idx == 0)
@@ -123,6 +128,7 @@ class Evaluator:
             # a row may belong to several groups of a column (OSWorld-G)
             groups = [v if isinstance(v := example.get(column), list) else [v] for column in columns]
             paths = {path[:depth] for path in product(*groups) for depth in range(1, len(path) + 1)}
+            # over all values of the first column: the last row of `table`
             paths |= {("*", kind) for group in groups[1:] for kind in group}
             for path in paths:
                 self._update("/".join(("accuracy", *map(_named, path))), value)
@@ -224,6 +230,7 @@ class Evaluator:
 
     def _show(self, stage: str, who: str, rows: list[dict[str, Any]]) -> None:
         trainer, folder = self.trainer, Path(self.trainer.default_root_dir)
+        # one file for all ranks
         if trainer.global_rank or trainer.sanity_checking:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ class GradientGuard(L.Callback):
                 "adapters on some CPUs after a forward pass in eval mode.)"
             )
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # of slices a collective call: every rank comes to the same number
         bad = not bool(unsharded(torch.nn.utils.get_total_norm(gradients)).isfinite())
         if self.on_nonfinite == "skip":
             self.metrics.record("skipped_steps", float(bad))

@@ -55,8 +55,9 @@ class Isolated:
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={**inherited, **threads, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HOME": folder},
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C must not reach it: the trainer finishes its step
         )
+        # also where nobody closes it: at the end of the object, or of Python
         self._close = weakref.finalize(self, _end, self.process, folder)
         try:
             self._exchange(None, START_TIMEOUT)
@@ -90,6 +91,7 @@ class Isolated:
             if not line:
                 raise BrokenPipeError
             return line
+        # a late answer would be taken for that of the next question
         except BaseException:
             self._close()
             self.process = None

@@ -74,6 +74,7 @@ def _value(node: ast.AST, names: dict[str, Any]) -> Any:
         return names[node.id]
     if isinstance(node, ast.Call) and all(keyword.arg for keyword in node.keywords):
         function, arguments = _value(node.func, names), [_value(item, names) for item in node.args]
+        # a power that is called, checked as the operator is
         if getattr(function, "__name__", "") in ("Pow", "pow") and len(arguments) > 1:
             _refuse_vast(ast.Pow(), *arguments[:2])
         return function(*arguments, **{str(k.arg): _value(k.value, names) for k in node.keywords})
@@ -121,6 +122,7 @@ def _reasoning_gym() -> Callable[..., Any]:
     scorers: dict[str, Any] = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "reasoning_gym":
+            # globals of a module go before builtins
             module.eval, module.exec = evaluate, _refuse  # type: ignore[attr-defined]
 
     def score(task: str, completion: str, entry: dict[str, Any]) -> float | str:
@@ -150,6 +152,7 @@ def _isolate() -> None:
     """Limits the process to computing and answering, for good."""
     if "sympy" in sys.modules:
         parser: Any = importlib.import_module("sympy.parsing.sympy_parser")
+        # what sympy would compile is a syntax tree, which `evaluate` reads as it is
         parser.eval, parser.compile = evaluate, lambda tree, *_: tree
     # A tower of powers would take all memory well within the time limit.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -171,6 +174,7 @@ def _refuse_effects(event: str, arguments: tuple[Any, ...]) -> None:
 
 def serve(kind: str) -> None:
     """Answers until nobody asks any more."""
+    # libraries in C print to descriptor 1: answers get another one
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = sys.stderr  # what libraries print is no answer

@@ -28,6 +28,7 @@ def silence(model: nn.Module) -> None:
         if hasattr(module, DRAWING):
             module.register_forward_pre_hook(_in_evaluation)
         config = vars(module).get("config")
+        # a layer's, and not the model's own, which is written on export
         if hasattr(config, "to_dict") and not hasattr(module, "save_pretrained"):
             module.config = copies.setdefault(id(config), _without_rates(config))
 

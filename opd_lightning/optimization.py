@@ -55,4 +55,5 @@ class LRSchedule:
             raise ValueError(f"model.schedule.name={name} needs trainer.max_steps")
         if name == "constant" and self.warmup_steps:
             name = "constant_with_warmup"  # transformers' "constant" has none
+        # −1: no limit; a constant rate does not read it
         return get_scheduler(name, optimizer, self.warmup_steps, max(max_steps, 1))

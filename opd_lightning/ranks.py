@@ -54,12 +54,14 @@ class Ranks:
         padded = values.new_full((longest,), float("nan"), device=strategy.root_device)
         padded[: len(values)] = values
         everywhere = strategy.all_gather(padded).flatten()
+        # so values must not be NaN themselves
         return everywhere[~everywhere.isnan()]
 
     def gather_objects(self, value: T) -> list[T]:
         """Collects the value of every rank, in their order; anything that can be pickled."""
         if self.count == 1:
             return [value]
+        # past Lightning, which gathers tensors only
         everyone: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(everyone, value)
         return everyone

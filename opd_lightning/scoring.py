@@ -61,6 +61,7 @@ class Scoring:
         """
         cause = None
         try:
+            # outside of the time limit: a worker's start takes longer than its answers
             if hasattr(reward, "prepare"):
                 reward.prepare()
             answer = within(self.timeout, lambda: reward(completion, given(example)))
@@ -103,6 +104,7 @@ def as_number(answer: Any) -> float | None:
         value = float(answer)
     except (OverflowError, ValueError):
         return None
+    # also False for NaN; beyond float32 it would be infinite among the other rewards
     return value if abs(value) <= LARGEST else None
 
 

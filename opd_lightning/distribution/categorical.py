@@ -97,6 +97,7 @@ class Categorical(Distribution):
                 else:
                     torch.addmm(bias, hidden, weight.T, out=raw[:, ids])
             if self.head.is_plain:
+                # no −inf, of which 0 × ∞ would make NaN
                 raw.clamp_(min=IMPOSSIBLE)
                 if self.head.suppressed is not None:
                     raw.index_fill_(-1, self.head.suppressed.to(raw.device), IMPOSSIBLE)
@@ -125,6 +126,7 @@ class _CategoricalGradient(GradientAccumulator):
         self._student, self._head, self._hidden = student, student.head, student.hidden
         self._parameters = student.head.trainable()
         self.inputs = [student.hidden, *self._parameters]
+        # at 16 bits a long sum loses what single chunks add
         dtype = torch.promote_types(student.hidden.dtype, torch.float32)
         self.sums = [torch.zeros_like(tensor, dtype=dtype) for tensor in self.inputs]
         self._prepared = slice(0, 0)
@@ -167,6 +169,7 @@ class _CategoricalGradient(GradientAccumulator):
     def _add_up(self) -> None:
         """Adds the gradients of the inputs, made from the logits' gradients of a whole chunk."""
         if not self._head.is_linear:
+            # through the graph that `prepare` left
             leaves = [self._open_hidden, *self._parameters]
             gradients = torch.autograd.grad(self._projected, leaves, self._gradient)
             del self._projected, self._gradient, self._gradient_here
@@ -184,6 +187,7 @@ class _CategoricalGradient(GradientAccumulator):
             self.sums[0][self._prepared] += gradient @ weight
             if of_bias is not None:
                 of_bias[ids] += gradient.sum(0)
+            # into the sum itself where dtypes allow: the product is as large as the head
             if of_weight is not None and of_weight.dtype == gradient.dtype:
                 of_weight[ids].addmm_(gradient.T, hidden)
             elif of_weight is not None:

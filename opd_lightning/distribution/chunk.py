@@ -62,7 +62,7 @@ class CategoricalChunk:
 
     def confidence(self) -> Tensor:
         """Returns 1 − H / log V ``[n]``, in [0, 1] from uniform to certain, without gradient."""
-        return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)
+        return (1 - self.entropy() / math.log(self.logits.shape[-1])).clamp(0, 1)  # rounding leaves [0, 1]
 
 
 def normalize_(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,7 @@ class GradientsInside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluate: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *inputs: Tensor) -> Tensor:
         loss, gradients = evaluate()
+        # summed in float32 at least; autograd wants the inputs' dtype
         ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
         return loss
 
@@ -108,6 +109,7 @@ class GradientsInside(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the objective's gradients were already consumed by an earlier backward pass")
+        # in place, since they are handed on once
         return None, *(None if gradient is None else gradient.mul_(outputs[0]) for gradient in gradients)
 
 

@@ -106,6 +106,7 @@ def gaussian_alpha(p: Gaussian, q: Gaussian, alpha: float) -> Tensor:
         - 0.5 * variance.log()
         - 0.5 * alpha * (1 - alpha) * (p.mean - q.mean).square() / variance
     )
+    # expm1 keeps the digits where the two are nearly equal
     return log_power.flatten(1).sum(1).expm1() / (alpha * (alpha - 1))
 
 
@@ -220,6 +221,7 @@ class _OverVocabulary(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the divergence's gradient was already consumed by an earlier backward pass")
+        # it is that in the logits / temperature
         return gradient.mul_(outputs[0][:, None] / ctx.temperature), None, None, None
 
 
@@ -227,6 +229,7 @@ class ForwardKL(Divergence):
     """KL(q‖p), teacher first: covers the teacher's modes. Gradient in the student's logits: p − q."""
 
     def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        # one tensor [n, V] for contributions and gradient
         scratch = (log_q - log_p).mul_(q)
         return scratch.sum(-1), torch.sub(p, q, out=scratch)
 

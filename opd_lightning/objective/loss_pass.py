@@ -92,6 +92,7 @@ class LossPass:
         self.metrics.add("empty_micro_batches", float(not len(self.steps)))
         parameters = part_parameters(self.terms)
         if not len(self.steps):
+            # a zero that touches every input: DDP waits for the gradient of each
             inputs = [*self.chunks.student.accumulator().inputs, *parameters]
             return torch.stack([(tensor * 0).sum().float() for tensor in inputs]).sum()
         shares = [self._share(term, term.coefficient / normalizers[term.name]) for term in self.terms]  # 3.
@@ -107,6 +108,7 @@ class LossPass:
                     loss = self._chunk_loss(shares, states, chunk)
                     if accumulator is not None:
                         if parameters:
+                            # the accumulator goes through this graph again; a part may have no share in a piece
                             pieces = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
                             gradients = [_sum(one, other) for one, other in zip(gradients, pieces, strict=True)]
                         accumulator.close(loss)
@@ -123,6 +125,7 @@ class LossPass:
     @torch.no_grad()
     def weight_sums(self) -> dict[str, float]:
         """Sums the weights over this micro-batch, by term name."""
+        # scale 1: Z is a sum of bare weights
         shares = [self._share(term, 1.0) for term in self.terms]
         sums = {share.term.name: torch.zeros((), dtype=torch.float64) for share in shares}
         reading = [share for share in shares if share.term.weights_of("step")]
@@ -171,6 +174,7 @@ class LossPass:
         factor = term.counts(steps)
         for weight in term.weights_of("data", "generation", "row"):
             values = term.value(weight, steps)
+            # others were counted in `_wanted`, before steps left
             if weight.scope == "row":
                 self.metrics.add_clipped(f"{term.name}/{type(weight).__name__}", values, term.on(steps))
             factor = weighed(factor, values)

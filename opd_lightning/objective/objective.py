@@ -164,6 +164,7 @@ class Objective:
                     for teacher in term.compared if name.startswith("teacher/") else {name.split("/")[0]} - {"student"}:
                         value = value.masked_fill(~chunk.knows(teacher), torch.nan)
                     values[key][chunk.trajectory, chunk.position] = value
+                # its logits must be freed before the next piece is opened
                 del chunk
             for key, value in values.items():
                 rows[key].append(value.cpu())
@@ -288,6 +289,7 @@ class Objective:
         if self.generation_parts():
             statistics = self.measure([(student, streams, trajectories)], trajectories.mask.shape[1])
             available = {name: here.cpu() for name, here in availability(streams).items()}
+            # where `settle` runs in training, too
             settled = self.settle(trajectories.to("cpu"), available, statistics, lambda values: values)
             trajectories = settled.to(trajectories.mask.device)
         sums = self.weight_sums([(student, streams)], [trajectories])

@@ -36,6 +36,7 @@ class TrajectoryRatio(Part):
         rows = len(steps.trajectories)
         total = log_ratio.new_zeros(rows).index_add(0, steps.trajectory, log_ratio)
         count = log_ratio.new_zeros(rows).index_add(0, steps.trajectory, torch.ones_like(log_ratio))
+        # rows without trained steps have no step that reads it
         return (total / count.clamp(min=1)).exp()[steps.trajectory]
 
 

@@ -111,7 +111,9 @@ class Steps:
 
         They are the same in every micro-batch, epoch and run on any number of ranks (`Trajectories.seed`).
         """
+        # crc32, since Python's `hash` of a text is another one in each process
         seed = self.per_trajectory(self.trajectories.seed) + zlib.crc32(purpose.encode())
+        # 24 bits are what float32 holds exactly, so that no draw is rounded up to 1
         return (mixed(mixed(seed) + self.position) >> 40 & (2**24 - 1)).float() / 2**24
 
     def per_trajectory(self, values: Tensor) -> Tensor:
@@ -188,6 +190,7 @@ def statistic_key(name: str, stream: str | None) -> str:
 def mixed(numbers: Tensor) -> Tensor:
     """Scrambles 64-bit integers one to one (the finalizer of splitmix64)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        # the mask makes a logical shift of it: signed integers shift their sign in
         numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
     return numbers
 

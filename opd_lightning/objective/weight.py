@@ -181,6 +181,7 @@ class TopEntropy(Weight):
     def settle(self, generation: Generation) -> Tensor:
         entropy = generation.statistics[f"{self.of}/entropy"]
         on = generation.on & ~entropy.isnan()
+        # every rank asks, also one that has no such step
         everywhere = generation.everywhere(entropy[on])
         if not len(everywhere):
             return torch.zeros_like(entropy)
