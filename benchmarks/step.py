@@ -7,6 +7,10 @@ are geometric, cut at the maximum, with a mean of half of it, drawn by each side
 vocabulary at temperature 1 (TRL's default), AdamW, clipping at 1. A step's time is the median over the updates after
 the first; memory is the kernel's high-water mark of the resident set less what was resident, models included, before
 training. Linux only. Writes runs/bench/step-<case>.json.
+
+The cases "smollm2" take SmolLM2-135M-Instruct (`opd fetch smollm2`), which stops by itself. In "smollm2-context" a LoRA
+is taught by the model without it, which sees 1,000 tokens before each question; TRL has no teachers with a prompt of
+their own, so the peer is ours with those tokens read again in every row.
 """
 
 from __future__ import annotations
@@ -40,15 +44,69 @@ from side_by_side import (
     write_models,
 )
 
-HORIZON = 128
+SMOLLM2_FOLDER = Path("models/smollm2/unpacked")
 HALF = 0.0126  # stop probability with which lengths cut at 128 have a mean of 64
+RANDOM = {"vocabulary": 512, "batch": 32, "horizon": 128, "stop": 0.0, "bf16": False, "updates": 8, "peer": "trl"}
+LARGE = RANDOM | {"vocabulary": 151_936, "batch": 8, "updates": 4}
+SMOLLM2 = RANDOM | {"vocabulary": None, "batch": 16, "horizon": 64, "stop": None, "updates": 4}
 CASES: dict[str, dict[str, Any]] = {
-    "small-equal": {"vocabulary": 512, "batch": 32, "stop": 0.0, "bf16": False},
-    "small-ragged": {"vocabulary": 512, "batch": 32, "stop": HALF, "bf16": False},
-    "large-equal": {"vocabulary": 151_936, "batch": 8, "stop": 0.0, "bf16": False},
-    "large-ragged": {"vocabulary": 151_936, "batch": 8, "stop": HALF, "bf16": False},
-    "large-bf16": {"vocabulary": 151_936, "batch": 8, "stop": 0.0, "bf16": True},
+    "small-equal": RANDOM,
+    "small-ragged": RANDOM | {"stop": HALF},
+    "large-equal": LARGE,
+    "large-ragged": LARGE | {"stop": HALF},
+    "large-bf16": LARGE | {"bf16": True},
+    "smollm2": SMOLLM2,
+    "smollm2-context": SMOLLM2 | {"context": 1000, "peer": "whole rows"},
 }
+
+
+def prepare(case: dict[str, Any]) -> None:
+    """Makes the models of a case, unless they are there."""
+    if case["vocabulary"] is not None:
+        write_models(models_of(case)["student"].parent, case["vocabulary"])
+    elif not SMOLLM2_FOLDER.exists():
+        from opd_lightning.modalities.text.fetch import fetch, unpack
+
+        unpack(fetch("smollm2", SMOLLM2_FOLDER.parent), SMOLLM2_FOLDER)
+
+
+def models_of(case: dict[str, Any]) -> dict[str, Path]:
+    random = FOLDER / f"models-{case['vocabulary']}"
+    return {name: SMOLLM2_FOLDER if case["vocabulary"] is None else random / name for name in ("student", "teacher")}
+
+
+def rows_of(case: dict[str, Any], updates: int) -> list[dict[str, Any]]:
+    """Random tokens, or questions of 5 to 15 tokens."""
+    count = case["batch"] * updates
+    if case["vocabulary"] is not None:
+        return prompts(count, case["vocabulary"])
+    return [{"prompt": [{"role": "user", "content": question(i)}]} for i in range(count)]
+
+
+def question(i: int) -> str:
+    things = (
+        "rivers",
+        "bread",
+        "the moon",
+        "bees",
+        "clocks",
+        "volcanoes",
+        "chess",
+        "rain",
+        "glass",
+        "maps and compasses",
+    )
+    asks = ("What are {}?", "Tell me something about {}.", "Why do people like {} so much?", "Write one line on {}.")
+    return asks[i % len(asks)].format(things[i * 7 % len(things)]) + f" ({i})"
+
+
+def context_of(case: dict[str, Any]) -> str:
+    """Returns demonstrations of so many tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2_FOLDER)
+    shown = "\n".join(f"Question: {question(i)}\nAnswer: {i} things are known of it." for i in range(100))
+    return tokenizer.decode(tokenizer(shown)["input_ids"][: case["context"]])
 
 
 class Clock:
@@ -96,16 +154,17 @@ class Clock:
         }
 
 
-def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
+def ours(case: dict[str, Any], updates: int) -> dict[str, Any]:
     import lightning as L
 
     from opd_lightning.data import PromptData
     from opd_lightning.evaluation_settings import Evaluation
+    from opd_lightning.modalities.autoregressive import PromptView
     from opd_lightning.modalities.text import TextDistillation
     from opd_lightning.objective import Objective, ReverseKL, Term
-    from opd_lightning.pretrained import Pretrained
+    from opd_lightning.pretrained import Lora, Pretrained
     from opd_lightning.rollout_settings import Rollout
-    from opd_lightning.teacher import Frozen, Teacher
+    from opd_lightning.teacher import Frozen, Initial, Teacher
 
     clock = Clock()
 
@@ -113,7 +172,7 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
         def configure_model(self) -> None:
             fresh = not self.policies
             super().configure_model()
-            if fresh:
+            if fresh and case["stop"] is not None:
                 for policy in self.policies.values():
                     set_stop(policy.model, case["stop"])
 
@@ -147,16 +206,20 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
             self.losses.append(float(outputs["loss"]))
             clock.step_ends()
 
-    watch = Watch()
+    watch, models = Watch(), models_of(case)
+    lora, teacher = None, Teacher(Frozen(Pretrained(str(models["teacher"]))))
+    if "context" in case:
+        shown = [{"role": "system", "content": context_of(case)}, {"role": "user", "content": "{{ prompt }}"}]
+        lora, teacher = Lora(r=16), Teacher(Initial(), PromptView(shown))
     module = Measured(
-        student=Pretrained(str(models / "student")),
-        teachers={"teacher": Teacher(Frozen(Pretrained(str(models / "teacher"))))},
+        student=Pretrained(str(models["student"]), lora=lora),
+        teachers={"teacher": teacher},
         objective=Objective([Term(ReverseKL())]),
-        rollout=Rollout(batch_size=case["batch"], horizon=HORIZON),
+        rollout=Rollout(batch_size=case["batch"], horizon=case["horizon"]),
         evaluation=Evaluation(before=False),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
     )
-    rows = prompts(case["batch"] * updates, case["vocabulary"])
+    rows = rows_of(case, updates)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "prompts.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -166,7 +229,15 @@ def ours(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     return clock.result(watch.tokens, statistics.mean(watch.losses), watch.before)
 
 
-def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
+def whole_rows(case: dict[str, Any], updates: int) -> dict[str, Any]:
+    """Ours, but for prefixes that rows share, which are read in every row."""
+    from opd_lightning.modalities.autoregressive import setting
+
+    setting.shares_prefixes = lambda *_: False
+    return ours(case, updates)
+
+
+def trl(case: dict[str, Any], updates: int) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -183,10 +254,9 @@ def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.step_ends()
 
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32) for name in ("student", "teacher")
-    )
-    for model in (student, teacher):
+    models = models_of(case)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in models.values())
+    for model in (student, teacher) if case["stop"] is not None else ():
         set_stop(model, case["stop"])
     tokens, losses = 0, []
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +266,7 @@ def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
             args=DistillationConfig(
                 output_dir=folder,
                 per_device_train_batch_size=case["batch"],
-                max_completion_length=HORIZON,
+                max_completion_length=case["horizon"],
                 max_steps=updates,
                 beta=1.0,
                 learning_rate=1e-6,
@@ -211,8 +281,8 @@ def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
                 bf16=case["bf16"],
                 use_cpu=True,
             ),
-            train_dataset=Dataset.from_list(prompts(case["batch"] * updates, case["vocabulary"])),
-            processing_class=AutoTokenizer.from_pretrained(models / "student", padding_side="left"),
+            train_dataset=Dataset.from_list(rows_of(case, updates)),
+            processing_class=AutoTokenizer.from_pretrained(models["student"], padding_side="left"),
             callbacks=[Watch()],
         )
         generate, loss, hidden = (
@@ -250,31 +320,31 @@ def trl(case: dict[str, Any], models: Path, updates: int) -> dict[str, Any]:
     return clock.result(tokens, statistics.mean(losses), before)
 
 
+SIDES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {"ours": ours, "trl": trl, "whole rows": whole_rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, help="default: 8 with the small vocabulary, 4 with the large one")
-    parser.add_argument("--side", choices=["ours", "trl"], help="measure one side here, and print JSON")
+    parser.add_argument("--updates", type=int, help="default: 8 of small models, 4 of others")
+    parser.add_argument("--side", choices=list(SIDES), help="measure one side here, and print JSON")
     args = parser.parse_args()
     if args.side is not None:
         (name,) = args.case
-        case = CASES[name]
-        side = ours if args.side == "ours" else trl
-        print(json.dumps(side(case, FOLDER / f"models-{case['vocabulary']}", args.updates)))
+        print(json.dumps(SIDES[args.side](CASES[name], args.updates)))
         return
 
     for name in args.case:
-        vocabulary = CASES[name]["vocabulary"]
-        write_models(FOLDER / f"models-{vocabulary}", vocabulary)
-        updates = args.updates or (8 if vocabulary < 1000 else 4)
+        case = CASES[name]
+        prepare(case)
+        updates, peer = args.updates or case["updates"], case["peer"]
         command = [__file__, "--case", name, "--updates", str(updates), "--side"]
-        runs = rounds(
-            {"ours": [sys.executable, *command, "ours"], "trl": [str(PEER_PYTHON), *command, "trl"]}, args.rounds
-        )
-        middle = {side: medians(found) for side, found in runs.items()}
-        mine, theirs = middle["ours"], middle["trl"]
-        ratios = {what: mine[what] / theirs[what] for what in ("seconds", "cpu_seconds", "peak_mb", "loss")}
+        python = {"ours": sys.executable, peer: str(PEER_PYTHON) if peer == "trl" else sys.executable}
+        runs = rounds({side: [python[side], *command, side] for side in python}, args.rounds)
+        middle = {side: medians(measured) for side, measured in runs.items()}
+        mine, theirs = middle["ours"], middle[peer]
+        ratios = {what: mine[what] / theirs[what] for what in ("seconds", "cpu_seconds", "peak_mb")}
         per_token = ratios["seconds"] * theirs["tokens_per_step"] / mine["tokens_per_step"]
         results = middle | {"ratios": ratios | {"seconds_per_token": per_token}, "runs": runs}
         print(
@@ -283,11 +353,11 @@ def main() -> None:
         )
         for side, found in middle.items():
             print(
-                f"  {side:5}{found['seconds']:7.2f} s  {found['tokens_per_step']:6.0f} tokens  "
+                f"  {side:11}{found['seconds']:7.2f} s  {found['tokens_per_step']:6.0f} tokens  "
                 f"{found['peak_mb']:6.0f} MB above {found['before_mb']:.0f}  loss {found['loss']:.5f}  "
                 f"{share_of(found['phases'], found['mean_seconds'])}"
             )
-        record(f"step-{name}", {"rounds": args.rounds, "updates": updates, "horizon": HORIZON, **CASES[name]}, results)
+        record(f"step-{name}", {"rounds": args.rounds, **case, "updates": updates}, results)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ def read(name: str) -> dict[str, Any] | None:
 
 def steps() -> list[str]:
     rows = [
-        "| case | opd, s | TRL, s | ratio | per token | CPU time | peak, MB | ratio | opd's phases | TRL's phases |",
+        "| case | opd, s | peer, s | ratio | per token | CPU time | peak, MB | ratio | opd's phases | peer's phases |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(FOLDER.glob("step-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))["results"]
-        mine, theirs, ratio = result["ours"], result["trl"], result["ratios"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        result, peer = record["results"], record["settings"].get("peer", "trl")
+        mine, theirs, ratio = result["ours"], result[peer], result["ratios"]
         rows.append(
             f"| {path.stem.removeprefix('step-')} | {mine['seconds']:.2f} | {theirs['seconds']:.2f} | "
             f"**{ratio['seconds']:.2f}** | {ratio['seconds_per_token']:.2f} | {ratio['cpu_seconds']:.2f} | "
