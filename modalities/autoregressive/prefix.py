@@ -5,7 +5,7 @@ Shape legend: B rows, W columns, n rows of a pass, H hidden size. All rows begin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ...noise import noise
 from .models import cache_name, problem_with_cache, rope_kinds
-from .passes import passes, read
+from .passes import left_align, passes, read
 
 
 @dataclass(frozen=True)
@@ -109,34 +109,81 @@ def read_rows(
         Of every pass its rows, its first column, and its hidden states ``[n, width of the pass, H]``.
     """
 
-    def columns(rows: Tensor, start: int, stop: int) -> dict[str, Tensor]:
-        return {name: tensor[rows.to(tensor.device), start:stop] for name, tensor in inputs.items()}
-
-    def below(prefix: Prefix, before: Cache | None) -> Iterator[tuple[Tensor, int, Tensor]]:
-        if prefix.stop > prefix.start:
-            before = _grown(model, columns(prefix.rows[:1], prefix.start, prefix.stop), before)
-        for longer in prefix.longer:
-            yield from below(longer, before)
-        rest = prefix.rest
-        for index in passes(length[rest] - prefix.stop, most, cost):
-            rows = rest[index]
-            behind = columns(rows, prefix.stop, int(length[rows].max()))
-            hidden = read(model, behind) if before is None else _continued(model, behind, before)
-            yield rows, prefix.stop, hidden
-
-    yield from below(prefix, None)
+    for rows, start, stop, before in _passes(model, inputs, length, prefix, most, cost):
+        behind = _columns(inputs, rows, start, stop)
+        if before is None:
+            yield rows, start, read(model, behind)
+        else:
+            yield rows, start, _read(model, behind, _behind(before, len(rows), _Passing))
 
 
-def _grown(model: Any, inputs: dict[str, Tensor], before: Cache | None) -> Cache:
-    """Reads inputs ``[1, W]`` behind a prefix, and returns the keys and values of both."""
-    cache = DynamicCache(config=model.config) if before is None else _behind(before, 1, DynamicLayer)
-    model.base_model(**inputs, **{str(cache_name(model)): cache}, use_cache=True)
-    return cache
+def read_prompts(
+    model: Any, prompts: dict[str, Tensor], shares: Callable[[], bool], most: float, cost: int
+) -> tuple[Cache, Tensor]:
+    """Reads prompts as `read_rows` does, without gradient, and keeps what they will be continued from.
+
+    Args:
+        model: a transformers model.
+        prompts: ``input_ids`` and ``attention_mask [B, P]``, left padded.
+        shares: tells whether what they share is read once; asked where they share something.
+        most, cost: of a pass, as in `read_rows`.
+
+    Returns:
+        Keys and values of all columns, with anything where there is padding; the hidden state ``[B, H]`` of each
+        prompt's last token.
+    """
+    device, width = prompts["input_ids"].device, prompts["input_ids"].shape[1]
+    last = prompts["attention_mask"].sum(1) - 1
+    ids = left_align(prompts)["input_ids"]
+    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids)}
+    prefix = shared_prefixes(ids.cpu(), last.cpu(), cost)
+    if prefix.longer and not shares():
+        prefix = Prefix(prefix.rows)
+    parts, hidden, order = [], [], []
+    layers: list[Any] = []
+    for rows, start, stop, before in _passes(model, inputs, last.cpu() + 1, prefix, most, cost):
+        cache = DynamicCache(config=model.config) if before is None else _behind(before, len(rows), DynamicLayer)
+        states, end = _read(model, _columns(inputs, rows, start, stop), cache), last[rows.to(device)]
+        hidden.append(states[torch.arange(len(rows), device=device), end - start])
+        layers = list(cache.layers)
+        # back to the right, where all rows go on in the same column
+        column = (torch.arange(width, device=device) + 1 - width + end[:, None]).clamp(min=0)[:, None, :, None]
+        parts.append([[t.take_along_dim(column, 2) for t in (layer.keys, layer.values)] for layer in layers])
+        order.append(rows)
+    place = torch.cat(order).argsort().to(device)
+    for layer, *of_passes in zip(layers, *parts, strict=True):
+        layer.keys, layer.values = (torch.cat(tensors)[place] for tensors in zip(*of_passes, strict=True))
+    return Cache(layers=layers), torch.cat(hidden)[place]
 
 
-def _continued(model: Any, inputs: dict[str, Tensor], before: Cache) -> Tensor:
-    """Computes hidden states ``[n, W, H]`` of inputs behind a prefix."""
-    cache = _behind(before, len(inputs["input_ids"]), _Passing)
+def _columns(inputs: dict[str, Tensor], rows: Tensor, start: int, stop: int) -> dict[str, Tensor]:
+    return {name: tensor[rows.to(tensor.device), start:stop] for name, tensor in inputs.items()}
+
+
+def _passes(
+    model: Any,
+    inputs: dict[str, Tensor],
+    length: Tensor,
+    prefix: Prefix,
+    most: float,
+    cost: int,
+    before: Cache | None = None,
+) -> Iterator[tuple[Tensor, int, int, Cache | None]]:
+    """Lists passes behind a prefix: rows, the first column, the one behind the last, and the prefix, which was read."""
+    if prefix.stop > prefix.start:
+        grown = DynamicCache(config=model.config) if before is None else _behind(before, 1, DynamicLayer)
+        _read(model, _columns(inputs, prefix.rows[:1], prefix.start, prefix.stop), grown)
+        before = grown
+    for longer in prefix.longer:
+        yield from _passes(model, inputs, length, longer, most, cost, before)
+    rest = prefix.rest
+    for index in passes(length[rest] - prefix.stop, most, cost):
+        rows = rest[index]
+        yield rows, prefix.stop, int(length[rows].max()), before
+
+
+def _read(model: Any, inputs: dict[str, Tensor], cache: Cache) -> Tensor:
+    """Computes hidden states ``[n, W, H]`` of inputs behind what is in a cache."""
     hidden: Tensor = model.base_model(**inputs, **{str(cache_name(model)): cache}, use_cache=True)[0]
     return hidden
 

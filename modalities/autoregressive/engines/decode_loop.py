@@ -18,11 +18,14 @@ from ....distribution import Head
 from ....policy import Policy, evaluating
 from ....rollout_settings import Rollout
 from ..models import bare, cache_name, problem_with_cache
+from ..passes import pass_limits
+from ..prefix import read_prompts
 from .cache import RowCache
 from .draw import draw, uniforms
 from .engine import Prompts, RolloutEngine
 from .generate import Generate
 from .layers import PackedDecoder, packed_linear
+from .trial import shares_prefixes
 
 
 class DecodeLoop(RolloutEngine):
@@ -52,27 +55,41 @@ class DecodeLoop(RolloutEngine):
         model = bare(policy.model)
         with torch.no_grad(), evaluating(model):
             packed = self.packed and PackedDecoder.refusal(model) is None
-            return _write(model, head, prompts, rollout, seeds, eos, pad, packed)
+            return _write(
+                model, head, prompts, rollout, seeds, eos, pad, packed, partial(shares_prefixes, policy, head)
+            )
 
 
 def _write(
-    model: Any, head: Head, prompts: Prompts, rollout: Rollout, seeds: list[int], eos: list[int], pad: int, packed: bool
+    model: Any,
+    head: Head,
+    prompts: Prompts,
+    rollout: Rollout,
+    seeds: list[int],
+    eos: list[int],
+    pad: int,
+    packed: bool,
+    shares: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
     # 1. read every different prompt once
     device = next(model.parameters()).device
     first, prompt_of = prompts.distinct
     inputs = prompts.inputs(first, device)
     position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
-    read = DynamicCache(config=model.config)
     attended = inputs["attention_mask"].bool()
-    cached = {str(cache_name(model)): read}
-    hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
+    if inputs.keys() == {"input_ids", "attention_mask"}:
+        read, hidden = read_prompts(model, inputs, shares, *pass_limits(device, None))
+    else:
+        read = DynamicCache(config=model.config)
+        cached = {str(cache_name(model)): read}
+        hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
+        del cached
 
     # 2. one row per trajectory: its prompt's cache, position and next logits
     row = torch.tensor(prompt_of, device=device)
     body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
     cache = RowCache(read, row, attended, rollout.horizon, share=packed and len(attended) < len(row))
-    del read, inputs, cached
+    del read, inputs
     project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
     position = position[..., -1:].expand(*position.shape[:-2], len(attended), 1)[..., row, :] + 1

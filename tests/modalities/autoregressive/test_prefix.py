@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_lightning.modalities.autoregressive import PromptView, prefix, setting
+from opd_lightning.modalities.autoregressive.engines import DecodeLoop, decode_loop
 from opd_lightning.modalities.autoregressive.engines.trial import shares_prefixes
 from opd_lightning.modalities.autoregressive.models import bare
 from opd_lightning.modalities.autoregressive.prefix import Prefix, shared_prefixes
@@ -199,6 +200,24 @@ def test_the_limit_of_a_pass_counts_what_it_reads(saved):
         module.distribution(module.policies["student"], rolled)
     # "i=" and five steps behind 24 shared tokens, in passes of three rows
     assert sorted(read) == [14, 21, 21, 24]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "own layers"])
+@pytest.mark.parametrize("name", ["a prefix of all", "of all, then of some", "of some", "all rows"])
+def test_rollouts_read_once_what_prompts_share(saved, monkeypatch, name, packed):
+    """And write the same, for prompts of several lengths."""
+    module = make_module(saved(), {}, no_teacher(), engine=DecodeLoop(packed))
+    rows = [{"prompt": prompt} for prompt in PROMPTS[name]]
+    monkeypatch.setattr(decode_loop, "pass_limits", lambda *_: (10**6, 10**6))
+    with tokens_read(module.student) as whole:
+        expected = act(module, rows)
+    monkeypatch.setattr(decode_loop, "pass_limits", lambda *_: (50, 2))
+    assert shares_prefixes(module.policies["student"], module.head(module.policies["student"]))
+    with tokens_read(module.student) as once:
+        rolled = act(module, rows)
+    assert torch.equal(rolled.actions, expected.actions)
+    assert (rolled.behavior_log_probs - expected.behavior_log_probs).abs().max() < 1e-5
+    assert (sum(once) < sum(whole)) == (name != "all rows"), "that is one prompt"
 
 
 # -- when whole rows are read -------------------------------------------------------------------------------------
