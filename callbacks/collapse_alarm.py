@@ -179,6 +179,7 @@ class CollapseAlarm(DistillationCallback):
         for name, value in values.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 warnings[name] = f"{name} is {value}: lower the learning rate, clip gradients, or train in float32"
+                # at once: the count below makes it `patience`
                 self.wrong[name] = max(self.wrong.get(name, 0), self.patience - 1)
             for sign in SIGNS:
                 limit = self.limits[sign.name]

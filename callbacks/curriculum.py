@@ -270,6 +270,7 @@ class Curriculum(KnobCallback):
             for value in schedule.ends() if not self.stages or knob not in self.stages[0].knobs else ():
                 self.turn(knob, value)
                 rehearse()
+        # the run begins here; one that goes on is turned to its step by `advance`
         self._turn_all(0)
         rows = rows_of(module.trainer, "train", "the check of columns that later stages need")
         columns = getattr(rows, "column_names", None)
@@ -291,6 +292,7 @@ class Curriculum(KnobCallback):
 
     def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         if self.stages:
+            # <: this step belongs to the stage that it ends
             module.log("curriculum/stage", float(sum(start < module.global_step for start in self.starts)))
         super().on_optimizer_step_end(module, step)
 

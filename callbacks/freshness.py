@@ -42,6 +42,7 @@ class Anchor(Signal):
         of_student = steps.per_trajectory(_by_student(steps.trajectories))
         log_ratio = torch.where(of_student, steps.student.log_prob(steps.action) - steps.behavior_log_prob, 0.0)
         log_ratio = log_ratio.clamp(max=LARGEST)
+        # expm1 keeps the digits where little has moved
         return log_ratio.expm1() - log_ratio
 
 
@@ -112,6 +113,7 @@ class FreshnessControl(DistillationCallback):
             )
         self.rollout_drift, self.supervision_drift, self.threshold = rollout_drift, supervision_drift, threshold
         self.anchor, self.refresh_below, self.refresh_every = anchor, refresh_below, refresh_every
+        # long ago, so that the first refresh need not wait
         self.refreshed, self._is_stale = -FOREVER, False
         # pairs of an optimizer step and the settings that every teacher's view had from then on
         self.shown: list[list[Any]] = []
@@ -190,6 +192,7 @@ class FreshnessControl(DistillationCallback):
         if not self.shown or self.shown[-1][1] != now:
             self.shown.append([module.global_step, now])
         oldest = min(int(batch.weights_version.min()) for batch in step.trajectories)
+        # settings that no trajectory was shown any more
         while len(self.shown) > 1 and self.shown[1][0] <= oldest:
             self.shown.pop(0)
 

@@ -110,6 +110,7 @@ class Samples(DistillationCallback):
                     "lag": module.global_step - version,
                     "weight": 1.0 if shown.weight is None else float(shown.weight[i]),
                     "steps": None if spelled is None else spelled[i],
+                    # NaN is no JSON
                     "signals": [None if value != value else value for value in signal.tolist()],
                 }
             )

@@ -176,6 +176,7 @@ class TeacherSync(KnobCallback):
         self.turn(self.rate, self.rule.rate(module.global_step))
 
     def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        # the average was moved by the module before this hook
         super().on_optimizer_step_end(module, step)
         syncs = self.rule.observe(module, step)
         module.record("teacher_sync/syncs", float(syncs))

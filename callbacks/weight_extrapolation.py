@@ -84,13 +84,14 @@ class WeightExtrapolation(DistillationCallback):
 
         def place(distance: float) -> None:
             for name, weight in _trained(module).items():
+                # at distance 0 the weights themselves, bit for bit
                 weight.copy_(now[name] + distance * (now[name] - before[name]) if distance else now[name])
 
         accepted, best = 0.0, self._reward(module, examples)
         for distance in self.distances:
             place(distance)
             reward = self._reward(module, examples)
-            if not reward >= best:
+            if not reward >= best:  # also NaN, where all abstain
                 break
             accepted, best = distance, reward
         place(accepted)

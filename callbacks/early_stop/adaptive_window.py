@@ -92,6 +92,7 @@ def gradient_of(module: OnPolicyDistillation, trajectories: Trajectories) -> lis
         with torch.enable_grad(), module.trainer.precision_plugin.forward_context():
             streams, student = reader.query(batch), module.streams.student(batch.trajectories)
             loss, _ = module.objective(student, streams, batch.trajectories, step.normalizers)
+            # not `backward`, which would add to the gradients of the run
             shares = torch.autograd.grad(loss, parameters, allow_unused=True)
         for gradient, share in zip(gradients, shares, strict=True):
             if share is not None:

@@ -68,6 +68,7 @@ class EarlyStopRollout(KnobCallback):
         return dataclasses.replace(
             trajectories,
             mask=mask & (mask.cumsum(1) <= kept[:, None]),
+            # what was cut did not end by itself, of what is trained
             stopped=trajectories.stopped & (kept == length),
         )
 

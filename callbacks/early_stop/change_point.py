@@ -77,6 +77,7 @@ class ChangePoint(StopRule):
 
     def _cut(self, values: Tensor, length: int) -> int:
         """Steps before the change point of ``values [n]``; all of them if there is none."""
+        # the teacher is not defined here
         if values.isnan().any():
             return length
         blocks = torch.stack([part.mean() for part in values.double().split(self.block)]) if length else values

@@ -85,6 +85,7 @@ class LowCorrection(StopRule):
 
     def _cut(self, values: Tensor, threshold: float) -> tuple[int, float | None]:
         """Steps of ``values [n]`` that are kept, and the smallest z until the cut was noticed, if there is any z."""
+        # too short for any z, or the teacher is not defined here
         if len(values) < self.window or values.isnan().any():
             return len(values), None
         z = values.unfold(0, self.window, 1).mean(1)  # z[i] is of the window that ends with step i + window

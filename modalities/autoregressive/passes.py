@@ -43,6 +43,7 @@ def passes(length: Tensor, most: float, cost: int) -> list[Tensor]:
     Returns:
         Indices of the rows of each pass, longest rows first.
     """
+    # stable: equal rows share passes in the same way in every run
     order = length.argsort(descending=True, stable=True)
     width = length[order].numpy()
     best, begin = np.zeros(len(width) + 1), np.zeros(len(width) + 1, dtype=int)

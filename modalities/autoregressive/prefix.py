@@ -195,6 +195,7 @@ def _behind(before: Cache, rows: int, kind: type[DynamicLayer]) -> Cache:
     for layer in given:
         behind = kind()
         behind.keys, behind.values = (t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values))
+        # or the layer would begin with empty keys at its first update
         behind.dtype, behind.device, behind.is_initialized = layer.keys.dtype, layer.keys.device, True
         layers.append(behind)
     return Cache(layers=layers)

@@ -87,7 +87,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def load_processor(self, spec: Pretrained) -> Any:
         processor = self.original_processor(spec)
-        tokenizer_of(processor).padding_side = "left"
+        tokenizer_of(processor).padding_side = "left"  # all rows begin to write in one column
         return processor
 
     def reads_as(self, policy: Policy) -> Policy:
@@ -245,7 +245,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         prompts = {name: tensor.to(device) for name, tensor in prompts.items()}
         media = {name: tensor.to(device) for name, tensor in self.media(examples, policy).items()}
         inputs = left_align(self.continued(prompts, trajectories, device)) | media
-        last = prompts["attention_mask"].sum(1) - 1
+        last = prompts["attention_mask"].sum(1) - 1  # the column of a prompt's last token, once left-aligned
         length = last.cpu() + 1 + last_trained(trajectories).cpu()
         check_dynamic(policy, model, int(length.max()))
         if is_text := inputs.keys() == READ:
@@ -255,7 +255,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         prefix, (most, cost) = Prefix(torch.arange(len(length))), pass_limits(device, self.pass_tokens)
         if is_text:
             prefix = shared_prefixes(inputs["input_ids"].cpu(), last.cpu(), cost)
-        if prefix.longer and not shares_prefixes(policy, self.head(policy)):
+        if prefix.longer and not shares_prefixes(policy, self.head(policy)):  # asked last: the first time it is a trial
             prefix = Prefix(prefix.rows)
         with policy.active():
             if media or is_sharded(model):

@@ -109,6 +109,7 @@ class Family(ABC):
 
     def levels(self, steps: int) -> Tensor:
         """Computes noise levels ``[steps + 1]`` from 1 to 0 by the pipeline's scheduler."""
+        # set by hand: of a number of steps alone a shifted scheduler makes a last step that does next to nothing
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
         dynamic = {"mu": self._mu()} if self.pipe.scheduler.config.use_dynamic_shifting else {}
         self.pipe.scheduler.set_timesteps(sigmas=sigmas, **dynamic)
@@ -312,6 +313,7 @@ class Flux(Family):
             **condition,
             return_dict=False,
         )[0]
+        # the pipeline's packing, undone
         cells = predicted.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return cells.reshape(latent.shape)
 
@@ -353,6 +355,7 @@ class ZImage(Family):
     def velocity(self, model: nn.Module, latent: Tensor, t: Tensor, r: Tensor, condition: dict[str, Any]) -> Tensor:
         dtype = next(model.parameters()).dtype
         images = list(latent.to(dtype).unsqueeze(2).unbind(0))
+        # its time runs from noise, 0, to data, 1, and its velocity that way, too
         predicted = model(images, (1000 - 1000 * t) / 1000, condition["prompt"], return_dict=False)[0]
         return -torch.stack([v.float() for v in predicted]).squeeze(2)
 

@@ -134,12 +134,14 @@ class LearnedScore(TeacherWeights):
         self._learner.learned_at = step
         losses = []
         for update in range(self.updates):
+            # 1 and up: 0 is `ScoreDifference`'s
             s, noise = drawn(seeds, clean, low, 1.0, again=1 + update)
             with torch.enable_grad(), self._learner.training_it() as parameters:
                 predicted = field(flow.noised(clean, noise, s).to(clean.dtype), s, s)
                 loss = (predicted.float() - flow.velocity(clean, noise).float()).square().mean()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
+                # by hand: to DDP these parameters are frozen
                 parameter.grad = None if gradient is None else average(gradient)
             if self.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip)

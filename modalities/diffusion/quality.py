@@ -243,6 +243,7 @@ def precision_and_recall(real: Tensor, samples: Tensor, k: int = 3) -> tuple[flo
     """
 
     def covered(points: Tensor, by: Tensor) -> float:
+        # k + 1: the nearest to a point is itself
         radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values
         return float((torch.cdist(points, by) <= radius).any(1).float().mean())
 

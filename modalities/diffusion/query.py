@@ -100,6 +100,7 @@ def velocity_field(
         weight = next(policy.model.parameters())
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else latent.dtype
         velocities, order = [], []
+        # with a gradient it trains, in the mode that it is in
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(policy.model)
         with policy.active(), mode:
             for group in family.batches(encoded):

@@ -185,6 +185,7 @@ class Shortcuts(Sampler):
     def plan(self, levels: Callable[[int], Tensor], horizon: int, draw: torch.Generator) -> Plan:
         schedule = levels(_one_of(self.steps, draw))
         i = int(torch.randint(len(schedule) - 1, (), generator=draw))
+        # the first and the last step share a stop with the jumps beside them, of which there are then fewer
         stops = schedule[[0, i, i + 1, -1]].unique_consecutive()
         plan = _whole(stops)
         if self.trained == "middle":
@@ -248,6 +249,7 @@ def generator(seed: int, purpose: int | None = None) -> torch.Generator:
 
     That of the starting noise is a pipeline's ``torch.Generator().manual_seed(seed)``.
     """
+    # purposes: 1 plans and levels of noised images, 2 noise of steps, from 3 on targets and learned scores
     return torch.Generator().manual_seed(seed if purpose is None else derived_seed(seed, purpose))
 
 
@@ -300,4 +302,5 @@ class Noising:
         elif kind < self.same + self.whole:
             t, r = a, 0.0
         shifted = [self.shift * level / (1 + (self.shift - 1) * level) for level in (t, r)]
+        # not 0, which `data_velocity` would divide by
         return max(shifted[0], 1e-3), shifted[1] if shifted[1] < shifted[0] else max(shifted[0], 1e-3)

@@ -49,6 +49,7 @@ def trajectories_of(
         examples=examples,
         stopped=torch.ones(len(examples), dtype=torch.bool),
         behavior_log_probs=torch.full(trained.shape, float("nan")),
+        # float64, in which `flow.euler` steps
         channels={"sigma": sigma.double(), "toward": toward.double()},
     )
     return trajectories.to("cpu")
@@ -62,6 +63,7 @@ def retrace(field: VelocityField, trajectories: Trajectories, rows: Tensor, at: 
         on = (at > k).nonzero().squeeze(-1)
         t, r = sigma[rows[on], k], toward[rows[on], k]
         v = field(rows[on], latent[on], t, r)
+        # not in place: the gradient goes through the states before
         latent = latent.index_copy(0, on, flow.euler(latent[on], v, t, r))
     return latent
 

@@ -126,14 +126,17 @@ class TotalDerivative(VelocityTarget):
     def __call__(self, field: RestrictedField, states: VisitedStates) -> Tensor:
         x, t, r = states.latent, states.t, states.r
         v = data_velocity(x, states.clean, t)
+        # one-sided at both ends, where the difference would leave [0, 1]
         later, sooner = (t + self.epsilon).clamp(max=1), (t - self.epsilon).clamp(min=0)
         ahead = states.other("self")(flow.euler(x, v, t, later), later, r.clamp(max=1))
+        # a step must not end above its start
         behind = states.other("self")(flow.euler(x, v, t, sooner), sooner, torch.minimum(r, sooner))
         change = (ahead - behind) / flow.over(later - sooner, x)
         target = v - flow.over(t - r, x) * change.to(x.dtype)
         if self.guidance == 1:
             return target
         here = states.other("self")(x, t, r)
+        # `flow.guided` solved for it, which saves a forward pass
         unconditional = (field(x, t, r) - self.guidance * here) / (1 - self.guidance)
         return self.guidance * target + (1 - self.guidance) * unconditional
 
@@ -173,6 +176,7 @@ class ScoreDifference(VelocityTarget):
         fake = flow.clean_estimate(noisy, states.other(self.fake)(noisy, s, s), s)
         size = (g - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         direction = (fake - real) / flow.over(size, g)
+        # x₀ = x − t·v: the clean image g − d has the velocity v + d / t
         return v + (direction / flow.over(t, g)).to(v.dtype)
 
 

@@ -32,6 +32,7 @@ class RowCache(Cache):
     def __init__(self, read: Cache, row: Tensor, attended: Tensor, horizon: int, share: bool = False) -> None:
         self.prompts = SharedPrompts(read, row, attended) if share else None
         if share:
+            # rows hold no prompt then, and begin in column 0
             attended = attended[:, :0]
         self.rows, width = len(row), attended.shape[1]
         self.column = width
@@ -81,6 +82,7 @@ class _Rows(DynamicLayer):
     @staticmethod
     def _spread(read: Tensor, row: Tensor, width: int, columns: int) -> Tensor:
         _, heads, _, size = read.shape
+        # not filled: a column is written before it is read
         spread = read.new_empty(len(row), heads, columns, size)
         if width:
             spread[:, :, :width] = read[row]
@@ -96,12 +98,14 @@ class _Rows(DynamicLayer):
         owner, windows = self.owner, []
         for tensor, new in ((self.keys, key_states), (self.values, value_states)):
             tensor[: owner.rows, :, owner.column : owner.column + 1] = new
+            # a view: nothing is copied at a step
             windows.append(tensor[: owner.rows, :, owner.first : owner.column + 1])
         return windows[0], windows[1]
 
     def get_seq_length(self) -> int:
         return self.owner.column - self.owner.first
 
+    # transformers makes its mask by this and the length
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
@@ -133,6 +137,7 @@ class SharedPrompts:
         start = (count.cumsum(0) - count)[self._row[order]]
         slot = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device) - start)
         self._slot = self._row * self._most + slot
+        # as a rollout begins: then rows are grouped by a view, and nothing is gathered
         self._in_order = len(self._row) == len(left) * self._most and bool((self._slot.diff() == 1).all())
         self._bias = None if bool(self._attended.all()) else score_bias(self._attended)
 

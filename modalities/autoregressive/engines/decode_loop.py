@@ -75,6 +75,7 @@ def _write(
     device = next(model.parameters()).device
     first, prompt_of = prompts.distinct
     inputs = prompts.inputs(first, device)
+    # transformers' own, since some models have several axes (Qwen-VL)
     position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
     attended = inputs["attention_mask"].bool()
     if inputs.keys() == {"input_ids", "attention_mask"}:
@@ -82,13 +83,16 @@ def _write(
     else:
         read = DynamicCache(config=model.config)
         cached = {str(cache_name(model)): read}
+        # left padded: the last column has the last token of every prompt
         hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
         del cached
 
     # 2. one row per trajectory: its prompt's cache, position and next logits
     row = torch.tensor(prompt_of, device=device)
     body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
+    # the model's own forward pass can't read prompts that rows share
     cache = RowCache(read, row, attended, rollout.horizon, share=packed and len(attended) < len(row))
+    # no second copy of the prompts' keys and values while rows are written
     del read, inputs
     project = projection(head, hidden, len(row))
     logits = project(hidden)[row]
@@ -96,6 +100,7 @@ def _write(
 
     # 3. draw step by step; rows that ended leave, so that a pass is as small as possible
     stop = torch.tensor(eos, device=device)
+    # what goes on behind tokens that were written before goes on with its own draws
     uniform = uniforms(seeds, prompts.written + rollout.horizon)[:, prompts.written :].to(device)
     tokens = torch.full((len(seeds), rollout.horizon), pad, device=device)
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)

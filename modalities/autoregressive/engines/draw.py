@@ -54,6 +54,7 @@ def _inverse(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     point = uniform.clamp(max=BELOW_ONE)[:, None] * running[:, -1:]
     block = torch.searchsorted(running, point, right=True)
     within = sums.gather(1, block)
+    # as a share of the block's sum, since its ids are summed in another precision below
     share = ((point - running.gather(1, block) + within) / within).clamp(0, BELOW_ONE)
     places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     beyond = places >= weights.shape[1]

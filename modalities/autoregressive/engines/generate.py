@@ -76,6 +76,7 @@ class Sampler(LogitsProcessor):
         if self._temperature == 0:
             return scores.argmax(1, keepdim=True)
         shaped = self._filters(input_ids, scores / self._temperature)
+        # its end need not be 1, by rounding
         cumulative = shaped.softmax(1).double().cumsum(1)
         uniform = self._uniform[:, len(self.log_probs), None].to(scores.device)
         point = uniform.clamp(max=BELOW_ONE) * cumulative[:, -1:]

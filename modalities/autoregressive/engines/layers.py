@@ -71,11 +71,13 @@ class PackedDecoder:
             position: ``[n, 1]``, or ``[3 or 4, n, 1]`` for rotary embeddings of several axes.
             cache: keys and values of the n rows; those of this column are added.
         """
+        # weights were cast when they were packed
         with torch.autocast("cpu", enabled=False):
             hidden = self._embed(tokens)
             # transformers puts a text position before the three axes of the rotary embedding
             axes = position[1:] if position.dim() == 3 and len(position) == 4 else position
             cos, sin = self._rotary(hidden[:, None], axes)
+            # `_Layer` swaps the halves; the sign that the rotation gives the first one is here
             signed = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
             mask = cache.attention_mask()
             bias = None if mask is None else score_bias(mask)
@@ -98,6 +100,7 @@ class _Layer:
         self.act, self.before, self.after = mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm
         self.head_norm: tuple[Tensor, float] | None = None
         if hasattr(attention, "q_norm"):
+            # queries and keys are normed in one go
             scales = [attention.q_norm.weight.expand(self.queries, -1), attention.k_norm.weight.expand(self.keys, -1)]
             self.head_norm = torch.cat(scales), attention.q_norm.variance_epsilon
 
@@ -164,6 +167,7 @@ def _linears(layer: Any) -> list[nn.Module]:
 
 
 def _is_watched(module: nn.Module) -> bool:
+    # neither hooks nor a replaced forward would be called here
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

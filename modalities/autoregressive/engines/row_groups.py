@@ -88,6 +88,7 @@ class SwitchingRope(RolloutEngine):
             return torch.cat([tokens, more], 1), torch.cat([log_probs, more_log_probs], 1)
 
         written, length = [], prompts.length
+        # − 1: the last token is drawn, but never read
         early = length + rollout.horizon - 1 <= self.switch
         for kind in (early, length > self.switch):
             if rows := kind.nonzero().squeeze(1).tolist():

@@ -22,6 +22,7 @@ from .engine import Prompts, RolloutEngine
 from .generate import Generate
 from .row_groups import EqualLengths
 
+# Some need padding beside each other, two can share a pass without any
 LENGTHS, WRITTEN = (3, 7, 6, 7), 4
 PREFIX = 4
 # Nats. In float32 the worst of 117 architectures that were right was 1e-4
@@ -126,6 +127,7 @@ class Trial:
                 for row, completion, log_probs in zip(rows, tokens, stored, strict=True):
                     alone = _log_probs(model, torch.cat([row, completion.to(device)]), head)[len(row) - 1 : -1]
                     apart = _apart(alone.gather(1, completion.to(device)[:, None]).squeeze(1), log_probs.to(device))
+                    # so NaN fails, too
                     if not apart <= _tolerance(model):
                         return f"{apart:.2g} nats apart"
         except Exception as error:  # foreign code, which may raise anything where it is not made for this

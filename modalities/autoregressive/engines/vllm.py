@@ -231,6 +231,7 @@ class VllmServer(RolloutEngine):
         student = log_p.gather(-1, ids[:, -width:, None]).squeeze(-1).cpu()[written]
         server = server_log_probs[few, :width][written]
         apart = float((student - server).abs().mean())
+        # so NaN is refused, too
         if not apart <= self.tolerance:
             raise RuntimeError(
                 f"{self.url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
@@ -250,5 +251,6 @@ def _adapter(model: Any) -> tuple[Any, Weights]:
         )
     (name,) = active
     state = get_peft_model_state_dict(model, adapter_name=name)
+    # copies: training goes on, and the next rollout compares with these
     weights = {f"base_model.model.{key}": weight.detach().cpu().clone() for key, weight in state.items()}
     return model.peft_config[name], weights
