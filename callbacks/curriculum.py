@@ -262,6 +262,7 @@ class Curriculum(KnobCallback):
                 refuse_teachers(module.rollout)
             needed.update(module.required_columns())
 
+        # 1. every stage, and every end of a schedule
         for start in self.starts[: len(self.stages)]:
             self._turn_all(start)
             rehearse()
@@ -272,6 +273,7 @@ class Curriculum(KnobCallback):
                 rehearse()
         # the run begins here; one that goes on is turned to its step by `advance`
         self._turn_all(0)
+        # 2. columns of all of them
         rows = rows_of(module.trainer, "train", "the check of columns that later stages need")
         columns = getattr(rows, "column_names", None)
         for column, who in needed.items():

@@ -109,6 +109,7 @@ class WhenConsolidated(SyncRule):
         def everywhere(values: list[Tensor]) -> Tensor:
             return module.gather(torch.cat(values).float().to(module.device))
 
+        # 1. the last steps, over all ranks
         reward = everywhere([batch.reward for batch in step.trajectories if batch.reward is not None])
         length = everywhere([batch.length for batch in step.trajectories])
         reward = reward[~reward.isnan()]
@@ -118,6 +119,7 @@ class WhenConsolidated(SyncRule):
         rewards, means, longest = zip(*self.seen, strict=True)
         if len(self.seen) == self.window and math.isnan(self.reference):
             self.reference = fmean(rewards)
+        # 2. all four conditions
         done = module.global_step
         moves = (
             done % self.every == 0

@@ -121,6 +121,7 @@ class FDivergence(Advantage):
         if self.divergence == "reverse_kl":
             return ratio - 1
         if self.divergence == "forward_kl":
+            # bounded, so that one step that the student thought impossible cannot overflow
             return ratio.clamp(max=20).exp()
         return (softplus(ratio) - math.log(2)) / 2
 

@@ -151,6 +151,7 @@ class Comparison:
             return Stream(self._streams.student(part))
 
     def _note(self, name: str, what: str, one: Tensor, other: Tensor) -> None:
+        # ∞ − ∞ would be NaN, which stands for "not defined"
         apart = (one - other).abs().masked_fill(one == torch.inf, torch.inf).nanmean(1)
         known = apart[~apart.isnan()]
         if len(known):

@@ -200,5 +200,6 @@ def run(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     # files that are there are resumed from or moved aside, and a message says which
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    # TF32 on GPUs that have it, which the tolerance of `agreement` allows for
     torch.set_float32_matmul_precision("high")
     OPDCLI(arguments)

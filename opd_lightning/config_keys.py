@@ -279,6 +279,7 @@ def find_class(path: Any, base: type) -> Any:
     Raises:
         ConfigError: there is none, or it is of another kind.
     """
+    # 1. the whole name
     if not isinstance(path, str):
         raise ConfigError(f"{path!r} where the name of a {base.__name__} belongs{choices(base)}")
     if "." not in path:
@@ -290,6 +291,7 @@ def find_class(path: Any, base: type) -> Any:
             raise ConfigError(f"{path} is the name of several: {', '.join(named)}; write the whole name of one")
         path = named[0]
     try:
+        # 2. what it names
         cls = import_object(path)
     except Exception as error:  # importing somebody's module may raise anything
         near = _near(path, base)

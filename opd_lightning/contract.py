@@ -63,6 +63,7 @@ def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], metho
         ValueError: a field of another shape or kind than `Trajectories` says, or no log-probs of sampled steps although
             a part of the objective reads them.
     """
+    # 1. trajectories with a mask, one for each example
     where = f"{type(setting).__name__}.{method}"
     if not isinstance(acted, Trajectories):
         raise TypeError(f"{where} returned {_kind(acted)}; it has to return Trajectories")
@@ -71,6 +72,7 @@ def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], metho
     count, steps = acted.mask.shape
     if count != len(examples):
         raise ValueError(f"{where}: mask has {count} rows; there are {len(examples)} examples")
+    # 2. fields that go with the mask; what is not listed is the loader's
     shapes = {"actions": (count, steps), "behavior_log_probs": (count, steps), "stopped": (count,)}
     fields = {name: (getattr(acted, name), shape) for name, shape in shapes.items()}
     fields |= {f"channels[{name!r}]": (tensor, (count, steps)) for name, tensor in acted.channels.items()}
@@ -83,6 +85,7 @@ def check_acted(setting: Setting, acted: Any, examples: Sequence[Example], metho
             raise ValueError(f"{where}: {name} is {_kind(tensor)}; beside a mask [{count}, {steps}] it is [{needed}]")
     if acted.stopped.dtype != torch.bool:
         raise ValueError(f"{where}: stopped is {_kind(acted.stopped)}; it has to be a bool tensor [B]")
+    # 3. log-probs where a part reads them
     readers = sorted(
         {type(part).__name__ for term in setting.objective.active for part in term.parts() if "behavior" in part.needs}
     )

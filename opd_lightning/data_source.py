@@ -148,11 +148,13 @@ def _from_files(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
     """Lists the files of a folder that hold rows, without hidden ones and those of `datasets` itself."""
+    # 1. tables, without what `datasets` writes beside them
     inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     tables = [path for path in inside if path.suffix in SUFFIXES and not path.is_dir()]
     files = [file for file in tables if file.name not in ("dataset_info.json", "dataset_infos.json")]
     if lost := [path.name for path in files if not path.exists()]:
         raise ValueError(f"{key}: {str(folder)!r} holds a link to a file that is not there: {lost[0]}")
+    # 2. what is left out
     if files and (unread := [path.name for path in inside if _holds_other_rows(path)]):
         rank_zero_warn(
             printable(
@@ -163,6 +165,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
         within = sorted({f.parent for f in folder.glob("*/*") if f.suffix in SUFFIXES})
         hint = f"; {str(within[0])!r} does" if within else ""
         raise ValueError(f"{key}: the folder {str(folder)!r} holds no {', '.join(SUFFIXES)} file{hint}")
+    # 3. rows of one split only
     splits = {match[1] for file in files if (match := _SPLIT_NAME.match(file.name))}
     if len(splits) > 1:
         raise ValueError(

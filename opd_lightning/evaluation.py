@@ -199,12 +199,14 @@ class Evaluator:
 
     def before_training(self) -> None:
         """Scores the student, and once the teachers that are not just the student again."""
+        # 1. rows, and who is measured on them
         trainer, teachers = self.trainer, self.streams.teachers
         examples = rows_of(trainer, "validation", "model.evaluation.before")
         if examples is None:
             return
         size = getattr(trainer.datamodule, "validation_batch_size", BATCH_SIZE)
         asked = [n for n, t in teachers.items() if t.view is not None or isinstance(t.weights, Frozen)]
+        # 2. a validation of each
         values: dict[str, float] = {}
         for who in [*asked, "student"]:
             stage = "val" if who == "student" else f"val/{who}"
@@ -215,6 +217,7 @@ class Evaluator:
             for batch_idx, start in enumerate(range(0, len(share), size)):
                 self.step(stage, who, share[start : start + size], batch_idx)
             values |= self.finish(stage)
+        # 3. the log, and a line for people
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         headline = {name: value for name, value in values.items() if self.setting.headline in name} or values

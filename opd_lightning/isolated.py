@@ -42,6 +42,7 @@ class Isolated:
         """
         if self.process is not None:
             return
+        # 1. its folder and its environment
         folder = tempfile.mkdtemp(prefix="opd-scoring-")
         inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         paths = os.pathsep.join(path for path in sys.path if os.path.isabs(path))
@@ -60,6 +61,7 @@ class Isolated:
         # also where nobody closes it: at the end of the object, or of Python
         self._close = weakref.finalize(self, _end, self.process, folder)
         try:
+            # 2. its first line: the libraries are imported
             self._exchange(None, START_TIMEOUT)
         except OSError as error:
             asked = f"{sys.executable} -P {WORKER} {self.kind}"

@@ -18,6 +18,7 @@ def advising(chunk_mib: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # the second is what torch says on a CPU
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise RuntimeError(

@@ -142,6 +142,7 @@ def measure_table(measured: dict[str, dict[str, float]]) -> Table:
 
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
+    # 1. accuracy, and what else was measured
     config, curves = read_config(run), read_curves(run)
     result: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
     console = Console()
@@ -154,9 +155,11 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     if measured := measures(curves, own.get("metrics") or {}):
         console.print(measure_table(measured))
         result["measures"] = {name: {k: round(v, 4) for k, v in row.items()} for name, row in measured.items()}
+    # 2. the last completions
     for row in read_samples(run):
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
         console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))
+    # 3. files
     if since is not None:
         result["wall_s"] = round(time.time() - since, 1)
     result["seed"] = config["seed_everything"]

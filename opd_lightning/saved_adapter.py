@@ -24,12 +24,14 @@ def load_saved(model: nn.Module, path: str, trained: bool) -> PeftModel:
         FileNotFoundError: there is no adapter.
         ValueError: it is of another kind than LoRA, or does not fit the model; the message names key and shapes.
     """
+    # 1. kinds that are refused
     config = _config(path)
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"lora.adapter: {path} is of the kind {getattr(config.peft_type, 'value', '?')}, not LORA")
     for name, why in REFUSED.items():
         if getattr(config, name, None):
             raise ValueError(f"lora.adapter: {path} has {name}: {why}; such adapters are not supported")
+    # 2. its weights on the model
     try:
         adapted = PeftModel.from_pretrained(model, path, is_trainable=trained)
     except RuntimeError as error:
@@ -40,6 +42,7 @@ def load_saved(model: nn.Module, path: str, trained: bool) -> PeftModel:
             f"lora.adapter: {path} does not fit this base: {mismatch[1]} has the shape {mismatch[2]} there, "
             f"{mismatch[3]} here"
         ) from None
+    # 3. all of them: peft leaves out what has no place, and draws what is missing
     saved, needed = load_peft_weights(path, device="cpu"), get_peft_model_state_dict(adapted)
     for names, fault in (
         (saved.keys() - needed.keys(), "which this base has no place for"),

@@ -59,6 +59,7 @@ class Scoring:
         Raises:
             RewardError: the reward failed, and ``on_failure`` is "stop".
         """
+        # 1. the call
         cause = None
         try:
             # outside of the time limit: a worker's start takes longer than its answers
@@ -73,12 +74,14 @@ class Scoring:
             failure = f"took more than {self.timeout:g} s (model.scoring.timeout)"
         except Exception as error:
             failure, cause = f"raised {type(error).__name__}: {printable(error)}", error
+        # 2. what became of it, by reward, row and completion
         location = printable(location_of(example))
         row = f"{location}, whose" if location else "the row whose"
         message = (
             f"the reward {name_of(reward)} {failure}, for the completion {quoted(completion)} of {row} prompt is "
             f"{quoted(example.get('prompt'))}. A reward is a finite number, or None where it abstains"
         )
+        # 3. stop or abstain
         if self.on_failure == "stop":
             raise RewardError(f"{message}; with model.scoring.on_failure: abstain such rows count nowhere") from cause
         if not self._warned:

@@ -28,6 +28,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     def over(*_: Any) -> None:
         nonlocal late
         late = True
+        # it may come when the call has just returned
         if running:
             raise TooLate
 
@@ -37,6 +38,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
         result = call()
     finally:
         running = False
+        # an alarm that was set before goes on with what is left of it
         left = max(alarm - (time.monotonic() - start), 1e-3) if alarm else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, every)
         signal.signal(signal.SIGALRM, handler)

@@ -263,6 +263,7 @@ class Renderer:
                 raise ValueError(f"{key}: {whose} reads {'' if has_none else 'no '}{name!r}")
 
     def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
+        # 1. what the template is given, and has to read
         options = {**self.options, **self._own_options(example)}
         if tools := tools_of(example):
             options["tools"] = tools
@@ -272,6 +273,7 @@ class Renderer:
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
+        # 2. its text
         prepared = self.prepare([plain(message) for message in chat], example)
         try:
             text = self.processor.apply_chat_template(

@@ -209,6 +209,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         is_student = policy.name == "student"
         family = policy.processor if is_student else self.family  # a worker's copy of the student has its own
         device, target = next(policy.model.parameters()).device, self._target(policy)
+        # 1. plans and starting noise, each by its seed
         sigma, toward, trained = (part.to(device) for part in plan_all(sampler, family.levels, horizon, seeds))
         noise = [torch.randn((1, *family.latent_shape), generator=generator(seed)) for seed in seeds]
         start = torch.cat(noise).to(device)
@@ -217,6 +218,7 @@ class DiffusionDistillation(OnPolicyDistillation):
         def count(rows: Tensor) -> None:
             evaluations.index_add_(0, rows.cpu(), torch.ones(len(rows), dtype=torch.long))
 
+        # 2. the way through the levels
         field = self._field(policy, examples, target.guidance, count)
 
         def acting(rows: Tensor, latent: Tensor, t: Tensor, r: Tensor) -> Tensor:

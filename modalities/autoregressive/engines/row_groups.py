@@ -87,12 +87,14 @@ class SwitchingRope(RolloutEngine):
             assert width == steps
             return torch.cat([tokens, more], 1), torch.cat([log_probs, more_log_probs], 1)
 
+        # 1. rows that stay on one side of the switch
         written, length = [], prompts.length
         # − 1: the last token is drawn, but never read
         early = length + rollout.horizon - 1 <= self.switch
         for kind in (early, length > self.switch):
             if rows := kind.nonzero().squeeze(1).tolist():
                 written.append((rows, some(prompts.only(rows), rows, rollout.horizon)))
+        # 2. rows that pass it, with those of their own length: all of a pass are read again at once
         between = (~early & (length <= self.switch)).nonzero().squeeze(1).tolist()
         for some_of in _of_equal_length(prompts.only(between)) if between else ():
             rows = [between[i] for i in some_of]

@@ -96,12 +96,14 @@ class VllmServer(RolloutEngine):
     ) -> tuple[Tensor, Tensor]:
         if self.refusal(policy) is not None:
             return DecodeLoop().write(policy, head, prompts, rollout, seeds, eos, pad)
+        # 1. refusals
         model = bare(policy.model)
         inputs = prompts.inputs(range(len(seeds)), next(model.parameters()).device)
         if extra := set(inputs) - {"input_ids", "attention_mask"}:
             raise ValueError(f"VllmServer is for prompts of text; these have {', '.join(sorted(extra))}, too")
         if head.suppressed is not None:
             raise ValueError("VllmServer can't keep tokens from being sampled whose log-probs it counts")
+        # 2. the adapter, then a request for each row, all at once
         changed = self._sync(model)
         rows = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
         asked = [
@@ -109,6 +111,7 @@ class VllmServer(RolloutEngine):
         ]
         with ThreadPoolExecutor(min(self.at_once, len(asked))) as threads:
             answers = list(threads.map(self._complete, asked))
+        # 3. answers, which are compared when the adapter is a new one
         width = max(len(tokens) for tokens, _ in answers)
         tokens = torch.tensor([row + [pad] * (width - len(row)) for row, _ in answers])
         log_probs = torch.tensor([row + [0.0] * (width - len(row)) for _, row in answers])
