@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -10,11 +11,11 @@ import torch
 
 from opd_lightning.actor import group_statistics
 from opd_lightning.methods.advantage import RewardMinusPMI
-from opd_lightning.methods.callback import DynamicSampling, EntropyGate, OverlongPunishment
+from opd_lightning.methods.callback import DynamicSampling, EntropyGate, OverlongPunishment, RockTokens
 from opd_lightning.objective import Objective, PolicyGradient, Term
 from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
-from tests.methods.world import GROUP, REWARD, World
+from tests.methods.world import GROUP, REWARD, V, World
 from tests.tiny import LongerIsBetter
 
 
@@ -113,3 +114,32 @@ def test_a_run_with_a_gate_resumes(tmp_path):
 def test_a_gate_refuses_impossible_numbers():
     with pytest.raises(ValueError, match=r"EntropyGate: warmup=0 must be >= 1 and close=0\.93 in \(0, 1\]"):
         EntropyGate("rollout.temperature", warmup=0)
+
+
+def test_rock_tokens_are_those_with_the_largest_part_of_the_loss(tmp_path):
+    """Mean loss × frequency is an id's part of the sum."""
+    world, module, rocks = World(), Module(), RockTokens(count=3, every=2)
+    losses = torch.rand(world.mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(
+        ~world.mask, torch.nan
+    )
+    module.per_step, module.gather, module.device = lambda *_: losses, lambda values: values, "cpu"
+    for _ in range(3):
+        assert rocks.on_rollouts(module, world.trajectories) is world.trajectories
+    actions, total = world.trajectories.actions, float(losses.nansum())
+    of = {i: losses[(actions == i) & world.mask] for i in range(V)}
+    ranked = rocks.ranked()
+    assert [entry["id"] for entry in ranked] == sorted(of, key=lambda i: -float(of[i].sum()))[:3]
+    for entry in ranked:
+        mean, frequency = float(of[entry["id"]].mean()), len(of[entry["id"]]) / int(world.mask.sum())
+        assert entry["loss"] * total / int(world.mask.sum()) == pytest.approx(mean * frequency)
+        assert entry["frequency"] == pytest.approx(frequency)
+    assert sum(rocks.counts.values()) == 2 * int(world.mask.sum()), "it looked at two of three batches"
+    rocks.on_fit_end(SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path)), None)
+    assert json.loads((tmp_path / "rock_tokens.json").read_text(encoding="utf-8")) == ranked
+
+
+def test_rock_tokens_need_ids(tmp_path):
+    with pytest.raises(ValueError, match="RockTokens counts ids of a vocabulary"):
+        toy.fit(toy.make_module(), tmp_path, [RockTokens()], 1)
+    with pytest.raises(ValueError, match="count=0 and every=10 must be >= 1"):
+        RockTokens(count=0)

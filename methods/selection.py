@@ -1,0 +1,116 @@
+"""Weights of 0 and 1: which steps and trajectories are trained at all. What is left out is never projected.
+
+Shape legend: n steps of a chunk, B trajectories of T steps of a generation batch, M steps of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..finite import Finite
+from ..objective.generation import Generation
+from ..objective.signal import Scope
+from ..objective.steps import STATISTICS, OpenSteps
+from ..objective.weight import Weight
+
+
+def reverse_kl(teacher: Any, steps: OpenSteps) -> Tensor:
+    """Returns KL(student‖teacher) ``[n]`` over the full vocabulary."""
+    log_p, p = steps.student.known()  # type: ignore[union-attr]
+    return (p * (log_p - teacher.known()[0])).sum(-1)
+
+
+STATISTICS["reverse_kl"] = reverse_kl
+
+
+class Score(Finite, ABC):
+    """Score of every step, by which `KeepTop` chooses. ``reads`` are the statistics that it is made of."""
+
+    reads: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def __call__(self, generation: Generation, known: Tensor) -> Tensor:
+        """Returns the scores ``[B, T]``; ``known`` ``[B, T]`` bool says where there are any."""
+
+
+def rescaled(generation: Generation, name: str, known: Tensor, low: float, high: float) -> Tensor:
+    """Brings a statistic ``[B, T]`` to [0, 1] between two of its quantiles over all ranks; 0 where they are equal."""
+    values = generation.statistics[name]
+    everywhere = generation.everywhere(values[known]).float()
+    if not len(everywhere):
+        return torch.zeros_like(values)
+    start, stop = everywhere.quantile(low), everywhere.quantile(high)
+    return ((values - start) / (stop - start).clamp(min=1e-12)).clamp(0, 1)
+
+
+class SoftOr(Score):
+    """Score ĥ + δ̂ − ĥ·δ̂: the student is puzzled, or disagrees with the teacher (TIP, 2604.14084).
+
+    h is the student's entropy, δ = KL(student‖teacher), both brought to [0, 1] by minimum and maximum over the
+    generation batch, h after its highest 2 % were cut.
+    """
+
+    reads = frozenset({"student/entropy", "teacher/reverse_kl"})
+
+    def __call__(self, generation: Generation, known: Tensor) -> Tensor:
+        puzzled = rescaled(generation, "student/entropy", known, 0.0, 0.98)
+        apart = rescaled(generation, "teacher/reverse_kl", known, 0.0, 1.0)
+        return puzzled + apart - puzzled * apart
+
+
+class KeepTop(Weight):
+    """Weight 1 for the steps with the highest scores, 0 elsewhere.
+
+    With ``normalizer: weights`` the loss is the mean over what is kept, as in the papers. Steps of equal scores are
+    kept or left out together.
+
+    Args:
+        score: `SoftOr` (default; TIP, 2604.14084) or `Teachability` (TA-OPD, 2605.26844).
+        share: ρ that is kept. Default 0.5 (TIP, which also uses 0.2 and 0.1).
+        per: ``trajectory`` (default): the ⌊ρm⌋ highest of its m steps, one at least. ``batch``: the ⌈ρn⌉ highest of
+            the generation batch's n, on all ranks.
+
+    Raises:
+        ValueError: a share that is not in (0, 1].
+    """
+
+    needs = frozenset({"teacher", "categorical"})
+    scope: Scope = "generation"
+
+    def __init__(
+        self, score: Score | None = None, share: float = 0.5, per: Literal["trajectory", "batch"] = "trajectory"
+    ) -> None:
+        if not 0 < share <= 1 or per not in ("trajectory", "batch"):
+            raise ValueError(f"weight: share must be in (0, 1] and per trajectory or batch, got {share} and {per!r}")
+        self.score, self.share, self.per = score or SoftOr(), share, per
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self.score.reads
+
+    def settle(self, generation: Generation) -> Tensor:
+        known = generation.on.clone()
+        for name in self.reads:
+            known &= ~generation.statistics[name].isnan()
+        scores = self.score(generation, known)
+        kept = torch.zeros_like(known)
+        if self.per == "batch":
+            everywhere = generation.everywhere(scores[known])
+            if len(everywhere):
+                kept = known & (scores >= highest(everywhere, math.ceil(self.share * len(everywhere) - 1e-9)))
+        else:
+            for row, here in enumerate(known):
+                count = max(1, math.floor(self.share * int(here.sum()) + 1e-9))
+                if here.any():
+                    kept[row] = here & (scores[row] >= highest(scores[row][here], count))
+        return kept.float()
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Returns the ``count``-th highest of ``values [M]``."""
+    return values.kthvalue(len(values) - count + 1).values

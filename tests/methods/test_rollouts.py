@@ -1,0 +1,71 @@
+"""Callbacks that let policies act besides the rollouts, in the toy setting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_lightning.methods.rollouts import InsertSuccess
+from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
+from opd_lightning.rollout_settings import Rollout
+from tests.callbacks import toy
+from tests.tiny import LongerIsBetter
+
+
+class Sees(toy.L.Callback):
+    """The batches that are trained."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch.trajectories.to("cpu"))
+
+
+class Judged(toy.Moves):
+    """A rollout is right if its first step is nearer to where the teacher's model goes than to the student's start."""
+
+    def rewards(self, trajectories):
+        _, shown = super().rewards(trajectories)
+        start = trajectories.observation["start"]
+        goals = [toy.Mover(seed)(start, torch.zeros_like(start)).detach() for seed in (0, 1)]
+        away = [(trajectories.actions[:, 0] - goal).norm(dim=1) for goal in goals]
+        return (away[1] < away[0]).float(), shown
+
+
+def make():
+    terms = [Term(PolicyGradient(GroupRelative()), None), Term(ReverseKL(), coefficient=0.1)]
+    rollout = Rollout(batch_size=3, horizon=6, group_size=2)
+    return toy.make_module(objective=Objective(terms), setting=Judged, reward=LongerIsBetter(), rollout=rollout)
+
+
+def test_a_group_without_success_gets_a_right_rollout_of_the_better_policy(tmp_path):
+    module, sees = make(), Sees()
+    toy.fit(module, tmp_path, [InsertSuccess(gate=0.0), sees], 6)
+    inserted = [batch for batch in sees.batches if len(batch.sources) > 1]
+    assert inserted, "the student fails on whole groups at first"
+    for batch in inserted:
+        guest = batch.source == batch.sources.index("teacher")
+        assert (batch.reward[guest] == 1).all(), "only right ones are put in"
+        assert batch.behavior_log_probs[guest][batch.mask[guest]].isnan().all(), "with an importance ratio of 1"
+        assert all(int(guest[batch.group == group].sum()) <= 1 for group in batch.group.unique())
+        for group in batch.group[guest].unique():
+            rewards = batch.reward[batch.group == group]
+            assert torch.equal(batch.group_mean[batch.group == group], rewards.mean().expand(len(rewards)))
+
+
+def test_a_gate_that_no_group_passes_changes_nothing(tmp_path):
+    plain, gated = make(), make()
+    toy.fit(plain, tmp_path / "plain", [], 4)
+    toy.fit(gated, tmp_path / "gated", [InsertSuccess(gate=-1.0)], 4)
+    for one, other in zip(plain.student.parameters(), gated.student.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_with_insertions_resumes(tmp_path):
+    toy.assert_resumes(lambda: (make(), [InsertSuccess()]), tmp_path, steps=3)
+
+
+def test_without_groups_or_rewards_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"InsertSuccess looks at the rewards of groups"):
+        toy.fit(toy.make_module(), tmp_path, [InsertSuccess()], 1)

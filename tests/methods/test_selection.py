@@ -1,0 +1,86 @@
+"""What is trained at all, against the papers' rules by loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from opd_lightning.methods.selection import KeepTop
+from opd_lightning.objective import ReverseKL, Term
+from tests.methods.world import SHAPE, V, World
+from tests.objective.reference import close
+
+
+def kl(world, one, other):
+    """``[B, T]`` between two policies."""
+    log_a, log_b = world.log_probs(one).detach(), world.log_probs(other).detach()
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def between(values, among, low, high):
+    start, stop = among.quantile(low), among.quantile(high)
+    return ((values - start) / (stop - start)).clamp(0, 1)
+
+
+def soft_or(world):
+    entropy, apart = world.entropy(world.student), kl(world, world.student, world.teachers["teacher"])
+    h = between(entropy, entropy[world.mask], 0.0, 0.98)
+    d = between(apart, apart[world.mask], 0.0, 1.0)
+    return h + d - h * d
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75])
+def test_the_highest_of_each_trajectory_are_kept(share):
+    world = World(1)
+    scores, expected = soft_or(world), torch.zeros(SHAPE)
+    for row, mask in enumerate(world.mask):
+        steps = mask.nonzero().flatten().tolist()
+        last = sorted((float(scores[row, t]) for t in steps), reverse=True)[max(1, math.floor(share * len(steps))) - 1]
+        for t in steps:
+            expected[row, t] = float(scores[row, t]) >= last - 1e-9  # two that are both at the top are kept together
+    weight = KeepTop(share=share)
+    assert torch.equal(world.values(weight)[world.mask], expected[world.mask].double())
+    divergence = (log_p := world.log_probs(world.student)).exp() * (
+        log_p - world.log_probs(world.teachers["teacher"]).detach()
+    )
+    mean = (divergence.sum(-1) * expected)[world.mask].sum() / expected[world.mask].sum()
+    kept = Term(ReverseKL(), weights=[KeepTop(share=share)], normalizer="weights")
+    for ours, formula in zip(world.gradients(kept), world.student.gradients(mean), strict=True):
+        close(ours, formula, 1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_the_highest_of_the_batch_are_kept(share):
+    world = World(2)
+    kept = world.values(KeepTop(share=share, per="batch"))[world.mask]
+    scores = soft_or(world)[world.mask]
+    count = math.ceil(share * len(scores))
+    assert int(kept.sum()) == count
+    assert float(scores[kept == 1].min()) >= float(scores[kept == 0].max()) - 1e-6
+
+
+@pytest.mark.parametrize("per", ["trajectory", "batch"])
+def test_all_of_them_are_the_loss_without_the_weight(per):
+    world = World(3)
+    for ours, plain in zip(
+        world.gradients(Term(ReverseKL(), weights=[KeepTop(share=1.0, per=per)])),
+        world.gradients(Term(ReverseKL())),
+        strict=True,
+    ):
+        assert torch.equal(ours, plain)
+
+
+def test_states_that_are_all_alike_are_kept_together():
+    world = World(4)
+    with torch.no_grad():
+        world.student.hidden.zero_()
+    world.teachers["teacher"] = world.student.copy()
+    assert (world.values(KeepTop(share=0.5))[world.mask] == 1).all(), "and nothing is divided by zero"
+    assert V > 1
+
+
+def test_a_share_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"share must be in .* and per trajectory or batch, got 0 and 'trajectory'"):
+        KeepTop(share=0)
