@@ -59,6 +59,7 @@ class Retention(DistillationCallback):
     def measured(self, module: OnPolicyDistillation) -> dict[str, float]:
         """Returns both means by the name under which they are logged."""
         rollout = dataclasses.replace(module.rollout, horizon=self.horizon)
+        # seeds draw nothing: completions are given
         given = module.act("dataset", self.rows, list(range(len(self.rows))), rollout)
         divergence = module.reader.per_step(given, ForwardKL(), self.reference, Original())
         surprise = module.reader.per_step(given, CrossEntropy())

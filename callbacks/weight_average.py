@@ -59,6 +59,7 @@ class WeightAverage(DistillationCallback):
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, weight in _trained(pl_module).items():
+            # none before the first optimizer step
             if name in self.average:
                 self._student[name] = weight.detach().clone()
                 weight.copy_(self.average[name])

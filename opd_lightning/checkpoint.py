@@ -183,7 +183,7 @@ class Checkpoint(ModelCheckpoint):
             save_last=save_last,
             every_n_train_steps=every_n_train_steps,
             auto_insert_metric_name=False,
-            save_on_train_epoch_end=False,
+            save_on_train_epoch_end=False,  # steps count, not epochs
         )
 
         # within a run a name is a step; those of other runs are set aside
@@ -193,6 +193,7 @@ class Checkpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._settle(trainer)
+        # the default exactly: a plugin that somebody chose stays
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicIO()
         super().setup(trainer, pl_module, stage)
@@ -242,6 +243,7 @@ class Checkpoint(ModelCheckpoint):
                 forget_samples_after(trainer.global_step, root)
             elif apart := set_aside(here, root):
                 rank_zero_info(f"What an earlier run left in {here} is now in {apart}")
+        # nobody writes or reads there before files were moved
         trainer.strategy.barrier("set aside")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -76,6 +76,7 @@ def is_local(source: str) -> bool:
     """Tells whether a source is, or can only be meant as, a file or folder of this machine."""
     path = local_path(source)
     looks_like_one = (
+        # names of the hub have one slash at most, and hardly a suffix
         path.suffix in SUFFIXES
         or source.startswith((".", "/", "~"))
         or source.count("/") > 1

@@ -118,7 +118,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     @property
     def ranks(self) -> Ranks:
         """Collectives over all ranks."""
-        return Ranks(self._trainer)
+        return Ranks(self._trainer)  # Lightning's `trainer` raises where there is none
 
     @property
     def actor(self) -> Actor:

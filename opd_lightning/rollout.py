@@ -380,4 +380,4 @@ class EndOfRollouts(L.Callback):
         pl_module.release()  # type: ignore[operator]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out where a run fails

@@ -116,6 +116,7 @@ class Streams:
         """Evaluates a teacher at every state, without gradient; ``view``: through another view than its own."""
         teacher, policy = self.teachers[name], self.policies[name]
         self.stopwatch.count("teacher", int(batch.mask.sum()))
+        # its model may be the student's, which trains on in its own mode afterwards
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if (view or teacher.view) is None and not teacher.where and not teacher.own_template:
                 return Stream(self.setting.distribution(policy, batch))

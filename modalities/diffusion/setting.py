@@ -131,7 +131,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def load_processor(self, spec: Pretrained) -> Family:
         key = spec.path, spec.revision
-        if key not in self._families:
+        if key not in self._families:  # encoders are loaded once for all policies of a pipeline
             config = dict(Transformer.config(*key))
             self._families[key] = load_family(spec.path, config, spec.revision, **self._family_settings)
         return self._families[key]

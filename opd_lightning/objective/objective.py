@@ -73,6 +73,7 @@ class Objective:
 
     @property
     def active(self) -> list[Term]:
+        # asked anew each time: callbacks turn coefficients
         return [term for term in self.terms if term.coefficient != 0]
 
     @property

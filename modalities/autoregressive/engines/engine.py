@@ -71,6 +71,7 @@ class Prompts:
         same = [row.tobytes() for row in rows]
         several = len(set(same)) < len(same)  # otherwise no image has to be read
         keys = [(tokens, self.cache_key(e) if several else None) for tokens, e in zip(same, self.examples, strict=True)]
+        # backwards, so that the first of equal ones stays
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         index = {i: number for number, i in enumerate(sorted(first.values()))}
         return list(index), [index[first[key]] for key in keys]
