@@ -44,6 +44,7 @@ class Doubt(Weight):
     needs = frozenset({"categorical"})
 
     def __call__(self, steps: Steps) -> Tensor:
+        # rounding may leave log p above 0; expm1 keeps the digits of 1 − p where p is nearly 1
         return -steps.statistic("student/log_prob").clamp(max=0).expm1()
 
 
@@ -85,6 +86,7 @@ class Agreement(Weight):
 
     def __call__(self, steps: Steps) -> Tensor:
         wanted = log_ratio(steps).clamp(min=0)
+        # both may be 0, and rounding may leave an entropy below it
         gate = wanted / (wanted + steps.statistic("teacher/entropy").clamp(min=0) + 1e-8)
         return 1 - gate if self.complement else gate
 

@@ -37,6 +37,7 @@ def registered(group: str) -> dict[str, EntryPoint]:
             f"{OURS} has registered no {group}: this installation is older than its code; run `pip install -e .` again "
             "in its folder"
         )
+    # of one name the last stays, which is the first of the list
     return {entry.name: entry for entry in reversed(entries)}
 
 

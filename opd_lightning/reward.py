@@ -88,6 +88,7 @@ class RelaxedMatch(Reward):
         if guess is None:
             return 0.0
         right, guessed = _number(answer), _number(guess.strip())
+        # of 0 there is no share: such an answer is compared as text
         if right and guessed is not None:
             return float(abs(guessed - right) <= self.tolerance * abs(right))
         return float(guess.strip().casefold() == answer.casefold())
@@ -177,6 +178,7 @@ class Mentions(Reward):
 
     def __call__(self, completion: str, example: Example) -> float:
         answers = [_answer("Mentions", example), *(example.get("aliases") or [])]
+        # not \b, which needs a letter at both ends of the answer: it may be "C++"
         return float(any(re.search(rf"(?<!\w){re.escape(a)}(?!\w)", completion, re.IGNORECASE) for a in answers))
 
 

@@ -131,4 +131,5 @@ def check_sampling(key: str, settings: Any) -> None:
 
 def derived_seed(*key: int) -> int:
     """Derives a 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
+    # 63 bits, since trajectories keep their seeds as int64
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
