@@ -56,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "large-ragged": LARGE | {"stop": HALF},
     "large-bf16": LARGE | {"bf16": True},
     "smollm2": SMOLLM2,
+    "smollm2-bf16": SMOLLM2 | {"bf16": True},
     "smollm2-context": SMOLLM2 | {"context": 1000, "peer": "whole rows"},
 }
 
