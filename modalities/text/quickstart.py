@@ -67,12 +67,12 @@ def scratchpad(first: int, second: int) -> str:
     return " ".join([*steps, f"#{first + second}"])
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """Builds a tokenizer of characters, `<pad>` and `<eos>`, without a chat template, padding on the left.
 
     A character outside the alphabet raises when encoded, instead of vanishing.
     """
-    vocabulary = {token: number for number, token in enumerate([PAD, EOS, *ALPHABET])}
+    vocabulary = {token: number for number, token in enumerate([PAD, EOS, *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
