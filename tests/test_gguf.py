@@ -107,17 +107,19 @@ def test_it_is_trained(packed, lora, tmp_path):
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole", "lora"])
 def test_it_is_exported_with_its_tokenizer(packed, lora, tmp_path):
     export.write(exportable(tmp_path / "a.ckpt", packed, lora=lora), tmp_path / "out")  # which compares the two
-    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.decode(tokenizer("4+4")["input_ids"]) == "4+4"
-    assert f"`{packed.name}`" in (tmp_path / "out/README.md").read_text(), "the card names the base without its folder"
+    assert f"`{packed.name}`" in (tmp_path / "out/README.md").read_text(encoding="utf-8"), (
+        "the card names the base without its folder"
+    )
 
 
 def test_what_is_no_such_model_is_refused(tmp_path, packed):
     cut, text = tmp_path / "cut.gguf", tmp_path / "text.gguf"
     cut.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-    text.write_text("hello")
+    text.write_text("hello", encoding="utf-8")
     for path in (cut, text):
         with pytest.raises(ValueError, match=f"path: {path.name} can't be read as a GGUF file .*is it whole"):
             Pretrained(str(path)).load(AutoModelForCausalLM, trained=True)
