@@ -114,3 +114,34 @@ class KeepTop(Weight):
 def highest(values: Tensor, count: int) -> Tensor:
     """Returns the ``count``-th highest of ``values [M]``."""
     return values.kthvalue(len(values) - count + 1).values
+
+
+class KeepLikeliest(Weight):
+    """Weight 1 for the trajectories that the teacher finds likeliest, by its mean log q(y), 0 for the others.
+
+    FiRe-OPD (2606.02684). The percentile is that of the generation batch on all ranks; in the paper's release it is
+    taken within micro-batches, where one of a single trajectory drops nothing.
+
+    Args:
+        share: that is kept, default 0.8 (FiRe-OPD).
+
+    Raises:
+        ValueError: a share that is not in (0, 1].
+    """
+
+    needs = frozenset({"teacher"})
+    reads = frozenset({"teacher/log_prob"})
+    scope: Scope = "generation"
+
+    def __init__(self, share: float = 0.8) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"weight.share must be in (0, 1], got {share}")
+        self.share = share
+
+    def settle(self, generation: Generation) -> Tensor:
+        log_prob = generation.statistics["teacher/log_prob"]
+        known = generation.on & ~log_prob.isnan()
+        means = torch.where(known, log_prob, 0.0).sum(1) / known.sum(1).clamp(min=1)
+        everywhere = generation.everywhere(means[known.any(1)])
+        limit = everywhere.quantile(1 - self.share) if len(everywhere) else torch.tensor(0.0)
+        return (known & (means >= limit)[:, None]).float()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opd_lightning.methods.selection import KeepTop
+from opd_lightning.methods.selection import KeepLikeliest, KeepTop
 from opd_lightning.objective import ReverseKL, Term
 from tests.methods.world import SHAPE, V, World
 from tests.objective.reference import close
@@ -84,3 +84,18 @@ def test_states_that_are_all_alike_are_kept_together():
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"share must be in .* and per trajectory or batch, got 0 and 'trajectory'"):
         KeepTop(share=0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
+def test_the_trajectories_that_the_teacher_finds_likeliest_are_kept(share):
+    world = World(5)
+    log_q = world.log_prob(world.teachers["teacher"]).detach()
+    means = torch.stack([row[mask].mean() for row, mask in zip(log_q, world.mask, strict=True)])
+    expected = (means >= means.quantile(1 - share)).double()[:, None].expand(SHAPE)
+    assert torch.equal(world.values(KeepLikeliest(share))[world.mask], expected[world.mask])
+    assert float(expected[:, 0].mean()) == {0.5: 0.5, 0.8: 0.75, 1.0: 1.0}[share]
+
+
+def test_of_trajectories_a_share_above_0_is_kept():
+    with pytest.raises(ValueError, match=r"weight\.share must be in \(0, 1\], got 0"):
+        KeepLikeliest(0)
