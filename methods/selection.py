@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..finite import Finite
+from ..objective.divergence import forward_kl_terms
 from ..objective.generation import Generation
 from ..objective.signal import Scope
 from ..objective.steps import STATISTICS, OpenSteps
+from ..objective.support import Support
 from ..objective.weight import Weight
 
 
@@ -61,6 +64,45 @@ class SoftOr(Score):
         puzzled = rescaled(generation, "student/entropy", known, 0.0, 0.98)
         apart = rescaled(generation, "teacher/reverse_kl", known, 0.0, 1.0)
         return puzzled + apart - puzzled * apart
+
+
+class Teachability(Score):
+    """Score D̃·C̃: the teacher disagrees, and its mass lies where the student could follow (TA-OPD, 2605.26844).
+
+    D = KL(q̄‖p̄) on the union of both sides' k likeliest ids, renormalized; C is the teacher's mass on the student's k.
+    Each is brought to [0, 1] between its 5 % and 95 % quantiles over the generation batch.
+
+    Args:
+        k: default 16 (TA-OPD).
+
+    Raises:
+        ValueError: k below 1.
+    """
+
+    def __init__(self, k: int = 16) -> None:
+        if k < 1:
+            raise ValueError(f"score.k must be >= 1, got {k}")
+        self.k = k
+        STATISTICS[f"disagreement_{k}"] = partial(disagreement, k=k)
+        STATISTICS[f"reachable_{k}"] = partial(reachable, k=k)
+        self.reads = frozenset({f"teacher/disagreement_{k}", f"teacher/reachable_{k}"})
+
+    def __call__(self, generation: Generation, known: Tensor) -> Tensor:
+        apart = rescaled(generation, f"teacher/disagreement_{self.k}", known, 0.05, 0.95)
+        return apart * rescaled(generation, f"teacher/reachable_{self.k}", known, 0.05, 0.95)
+
+
+def disagreement(teacher: Any, steps: OpenSteps, k: int) -> Tensor:
+    """Returns KL(teacher‖student) ``[n]`` on the union of their k likeliest ids, renormalized."""
+    log_p, log_q = steps.student.known()[0], teacher.known()[0]  # type: ignore[union-attr]
+    support = Support("union", k, "renormalize")
+    return forward_kl_terms(*support.restrict(log_p, log_q, steps.action)).sum(-1)
+
+
+def reachable(teacher: Any, steps: OpenSteps, k: int) -> Tensor:
+    """Returns the teacher's mass ``[n]`` on the student's k likeliest ids."""
+    p, q = steps.student.known()[1], teacher.known()[1]  # type: ignore[union-attr]
+    return q.gather(-1, p.topk(min(k, p.shape[-1])).indices).sum(-1)
 
 
 class KeepTop(Weight):

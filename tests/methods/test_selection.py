@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opd_lightning.methods.selection import KeepLikeliest, KeepTop
+from opd_lightning.methods.selection import KeepLikeliest, KeepTop, Teachability
 from opd_lightning.objective import ReverseKL, Term
 from tests.methods.world import SHAPE, V, World
 from tests.objective.reference import close
@@ -99,3 +99,31 @@ def test_the_trajectories_that_the_teacher_finds_likeliest_are_kept(share):
 def test_of_trajectories_a_share_above_0_is_kept():
     with pytest.raises(ValueError, match=r"weight\.share must be in \(0, 1\], got 0"):
         KeepLikeliest(0)
+
+
+def test_what_is_teachable_is_kept():
+    """By sets of ids, state by state."""
+    world, k = World(6), 2
+    log_p, log_q = (world.log_probs(policy).detach() for policy in (world.student, world.teachers["teacher"]))
+    apart, within = torch.zeros(2, *SHAPE).double()
+    for place in world.mask.nonzero():
+        p, q = log_p[tuple(place)], log_q[tuple(place)]
+        ours, theirs = ({*row.argsort(descending=True)[:k].tolist()} for row in (p, q))
+        ids = sorted(ours | theirs)
+        p_, q_ = p[ids].log_softmax(0), q[ids].log_softmax(0)
+        apart[tuple(place)] = (q_.exp() * (q_ - p_)).sum()
+        within[tuple(place)] = q[sorted(ours)].exp().sum()
+    scores = between(apart, apart[world.mask], 0.05, 0.95) * between(within, within[world.mask], 0.05, 0.95)
+    kept = world.values(KeepTop(Teachability(k), share=0.25, per="batch"))[world.mask]
+    values = scores[world.mask]
+    assert int(kept.sum()) == math.ceil(0.25 * len(values))
+    assert float(values[kept == 1].min()) >= float(values[kept == 0].max()) - 1e-6
+
+
+def test_nothing_is_teachable_where_the_teacher_says_the_same():
+    world = World(7)
+    world.teachers["teacher"] = world.student.copy()
+    kept = world.values(KeepTop(Teachability(2), share=0.1, per="batch"))
+    assert (kept[world.mask] == 1).all(), "all scores are 0, and equal ones stay together"
+    with pytest.raises(ValueError, match=r"score\.k must be >= 1, got 0"):
+        Teachability(0)
