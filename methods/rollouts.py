@@ -5,7 +5,9 @@ Shape legend: B trajectories.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +75,51 @@ class InsertSuccess(DistillationCallback):
         unknown = torch.full_like(better.behavior_log_probs, torch.nan)
         chosen = replace(better, behavior_log_probs=unknown).select(right.nonzero().squeeze(-1))
         return trajectories.put(index[right], chosen, module.padding)
+
+
+class Rewrite(DistillationCallback):
+    """Trains on what a policy makes of the student's rollouts: neither quite its own nor given (MPD, 2605.08776).
+
+    The policy is shown the prompt and the student's draft, and writes it anew; the student is trained as if it had
+    been asked the prompt alone. Rewards are those of what was written.
+
+    Args:
+        prompt: what it is asked, with ``{prompt}`` and ``{draft}``. Where the prompt is a chat, this takes the place
+            of its last message. MPD asks for the same reasoning in fewer words; its own text was not found.
+        by: who writes, an entry of ``model.teachers`` (default ``teacher``) or ``student``.
+
+    Raises:
+        ValueError: a prompt without ``{draft}``; when training begins, no such policy; a chat whose last message is no
+            text.
+    """
+
+    def __init__(self, prompt: str, by: str = "teacher") -> None:
+        if "{draft}" not in prompt:
+            raise ValueError("Rewrite.prompt: whoever rewrites has to see what: name {draft} in it")
+        self.prompt, self.by = prompt, by
+
+    @property
+    def sources(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.by})
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        _, rows = module.actor.checked_rewards(trajectories)
+        examples = [
+            {**example, "prompt": self.asked(example["prompt"], str(row["completion"]))}
+            for example, row in zip(trajectories.examples, rows, strict=True)
+        ]
+        seeds = [derived_seed(int(seed), REWRITTEN) for seed in trajectories.seed]
+        rewritten = module.act(self.by, examples, seeds).to("cpu")
+        # the student reads its own prompt, and not what the other was asked
+        rewritten = replace(rewritten, observation=trajectories.observation)
+        return trajectories.put(torch.arange(len(trajectories)), rewritten, module.padding)
+
+    def asked(self, prompt: Any, draft: str) -> Any:
+        """Writes the prompt of whoever rewrites: a text, or a chat with another last message."""
+        if isinstance(prompt, str):
+            # in one pass: what a prompt says of {draft} is left alone
+            return re.sub(r"\{(prompt|draft)\}", lambda found: prompt if found[1] == "prompt" else draft, self.prompt)
+        *before, last = prompt
+        if not isinstance(last["content"], str):
+            raise ValueError("Rewrite asks for texts: the last message of a chat has parts that are none")
+        return [*before, {**last, "content": self.asked(str(last["content"]), draft)}]

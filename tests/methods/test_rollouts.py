@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.methods.rollouts import InsertSuccess
+from opd_lightning.methods.rollouts import InsertSuccess, Rewrite
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.rollout_settings import Rollout
+from tests import tiny
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter
 
@@ -69,3 +70,47 @@ def test_a_run_with_insertions_resumes(tmp_path):
 def test_without_groups_or_rewards_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"InsertSuccess looks at the rewards of groups"):
         toy.fit(toy.make_module(), tmp_path, [InsertSuccess()], 1)
+
+
+def rewriting(student, teacher, folder, callbacks=(), **rollout):
+    module = tiny.make_module(student, teacher, rollout=Rollout(batch_size=4, horizon=6, **rollout))
+    sees = Sees()
+    tiny.fit(module, folder, callbacks=[*callbacks, sees], steps=2)
+    return module, sees.batches
+
+
+def test_the_student_is_trained_on_what_the_teacher_wrote_as_if_it_had_been_asked_the_prompt(
+    tiny_student, tiny_teacher, tmp_path
+):
+    rewrite = Rewrite("{draft}?{prompt}")
+    asked = []
+    rewrite.asked = lambda prompt, draft: asked.append((prompt, draft)) or Rewrite.asked(rewrite, prompt, draft)
+    _, plain = rewriting(tiny_student, tiny_teacher, tmp_path / "plain")
+    _, batches = rewriting(tiny_student, tiny_teacher, tmp_path / "new", [rewrite])
+    for name, value in plain[0].observation.items():
+        assert torch.equal(value, batches[0].observation[name]), "the student's prompt"
+    assert {batch.sources[i] for batch in batches for i in batch.source} == {"teacher"}
+    assert not torch.equal(plain[0].actions, batches[0].actions)
+    assert [prompt for prompt, _ in asked[:4]] == [example["prompt"] for example in plain[0].examples]
+    assert any(draft for _, draft in asked)
+
+
+def test_a_rewrite_that_changes_nothing_is_plain_distillation(tiny_student, tiny_teacher, tmp_path):
+    """The student writes the same again: greedily, from the same prompt."""
+    same = Rewrite("{prompt}{draft}", by="student")
+    same.prompt = "{prompt}"
+    plain, _ = rewriting(tiny_student, tiny_teacher, tmp_path / "plain", temperature=0)
+    again, _ = rewriting(tiny_student, tiny_teacher, tmp_path / "again", [same], temperature=0)
+    for one, other in zip(plain.student.parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_whoever_rewrites_is_asked_in_the_last_message():
+    rewrite = Rewrite("Shorter: {draft} ({prompt})")
+    assert rewrite.asked("1+1=", "2") == "Shorter: 2 (1+1=)"
+    chat = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": "1+1="}]
+    assert rewrite.asked(chat, "2") == [chat[0], {"role": "user", "content": "Shorter: 2 (1+1=)"}]
+    with pytest.raises(ValueError, match=r"name \{draft\} in it"):
+        Rewrite("Shorter, please.")
+    with pytest.raises(ValueError, match="the last message of a chat has parts that are none"):
+        rewrite.asked([{"role": "user", "content": [{"type": "image"}]}], "2")
