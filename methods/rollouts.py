@@ -123,3 +123,46 @@ class Rewrite(DistillationCallback):
         if not isinstance(last["content"], str):
             raise ValueError("Rewrite asks for texts: the last message of a chat has parts that are none")
         return [*before, {**last, "content": self.asked(str(last["content"]), draft)}]
+
+
+class PassRates(DistillationCallback):
+    """Weighs trajectories by p^easy·(1 − p)^hard, p from rollouts made for that alone (PACED, 2603.11178).
+
+    Prompts that are always or never solved weigh 0, and so do those whose rewards all abstain. The weight `PassRate`
+    takes p from the group that is trained, at no cost. Logged: ``train/pass_rates/rate``.
+
+    Args:
+        rollouts: for each prompt, which are not trained. Default 8 (ours: PACED's number was not found).
+        easy, hard: the exponents. Default 1 and 1 (PACED).
+
+    Raises:
+        ValueError: a number out of range; when training begins: no rewards.
+    """
+
+    def __init__(self, rollouts: int = 8, easy: float = 1.0, hard: float = 1.0) -> None:
+        if rollouts < 1 or min(easy, hard) <= 0:
+            raise ValueError(f"PassRates: rollouts={rollouts} must be >= 1, easy={easy} and hard={hard} > 0")
+        self.rollouts, self.easy, self.hard = rollouts, easy, hard
+
+    @property
+    def sources(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"student"})
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        if not module.has_rewards:
+            raise ValueError("PassRates counts what is right: set model.reward")
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        groups, member = trajectories.group.unique(return_inverse=True)
+        first = torch.stack([(member == group).nonzero()[0, 0] for group in range(len(groups))])
+        rewards = []
+        for draw in range(self.rollouts):
+            reward, _ = module.actor.checked_rewards(acted(module, "student", trajectories, first, JUDGED + draw))
+            assert reward is not None
+            rewards.append(reward)
+        rate = torch.stack(rewards).nanmean(0).clamp(0, 1)
+        module.record("pass_rates/rate", rate[~rate.isnan()])
+        weight = (rate**self.easy * (1 - rate) ** self.hard).nan_to_num()
+        return replace(
+            trajectories, weight=weight[member] * (1 if trajectories.weight is None else trajectories.weight)
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.methods.rollouts import InsertSuccess, Rewrite
+from opd_lightning.methods.rollouts import JUDGED, InsertSuccess, PassRates, Rewrite, acted
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.rollout_settings import Rollout
 from tests import tiny
@@ -114,3 +114,27 @@ def test_whoever_rewrites_is_asked_in_the_last_message():
         Rewrite("Shorter, please.")
     with pytest.raises(ValueError, match="the last message of a chat has parts that are none"):
         rewrite.asked([{"role": "user", "content": [{"type": "image"}]}], "2")
+
+
+def test_prompts_weigh_what_rollouts_of_their_own_say(tmp_path):
+    """Again with the same seeds: the rate is the mean over them, one for both members of a group."""
+    module, sees, rates = make(), Sees(), PassRates(rollouts=3, easy=1.0, hard=2.0)
+    toy.fit(module, tmp_path, [rates, sees], 1)
+    (batch,) = sees.batches
+    again = make()
+    toy.fit(again, tmp_path / "start", [], 0)
+    first = torch.arange(0, len(batch), 2)
+    rewards = [
+        again.actor.checked_rewards(acted(again, "student", batch, first, JUDGED + draw))[0] for draw in range(3)
+    ]
+    rate = torch.stack(rewards).mean(0)
+    torch.testing.assert_close(batch.weight, (rate * (1 - rate) ** 2).repeat_interleave(2))
+    assert (batch.weight[batch.weight > 0] <= 4 / 27 + 1e-6).all(), "largest at a / (a + b)"
+
+
+def test_a_run_with_pass_rates_resumes_and_refuses_impossible_numbers(tmp_path):
+    toy.assert_resumes(lambda: (make(), [PassRates(rollouts=2)]), tmp_path, steps=3)
+    with pytest.raises(ValueError, match=r"PassRates counts what is right: set model\.reward"):
+        toy.fit(toy.make_module(), tmp_path / "no", [PassRates()], 1)
+    with pytest.raises(ValueError, match="rollouts=0 must be >= 1"):
+        PassRates(rollouts=0)
