@@ -63,3 +63,56 @@ def stable_rank(matrix: Tensor) -> float:
     """Returns ‖W‖²_F / ‖W‖²₂: 1 for one direction, at most the rank."""
     values = torch.linalg.svdvals(matrix.float())
     return float(values.square().sum() / values.amax().square())
+
+
+class ProjectGradient(DistillationCallback):
+    """Confines gradients to the directions in which each matrix has moved by a certain step (2606.07082).
+
+    g ← g·V·Vᵀ, V the right singular vectors of ΔW with the largest singular values. A matrix that has not moved is left
+    free. The paper keeps on-policy distillation's accuracy so, and SFT loses some.
+
+    Args:
+        start: optimizer steps after which V is taken. The paper's are about a fifth of the run.
+        rank: directions that are left to a matrix. Default 16 (2606.07082).
+
+    Raises:
+        ValueError: a number below 1; when training begins, a student that is sharded.
+    """
+
+    remembers = ("first", "directions")
+
+    def __init__(self, start: int, rank: int = 16) -> None:
+        if min(start, rank) < 1:
+            raise ValueError(f"ProjectGradient: start={start} and rank={rank} must be >= 1")
+        self.start, self.rank = start, rank
+        self.first: Weights = {}
+        self.directions: Weights = {}
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        refuse_sharded(module.trainer, "ProjectGradient", "whose matrices it could not see")
+
+    def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if module.global_step == 0:
+            self.first = {name: weight.detach().cpu().clone() for name, weight in matrices(module).items()}
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for name, weight in matrices(pl_module).items():
+            if weight.grad is not None and name in self.directions:
+                weight.grad = projected(weight.grad, self.directions[name].to(weight.grad))
+
+    @torch.no_grad()
+    def on_optimizer_step_end(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
+        if module.global_step != self.start:
+            return
+        for name, weight in matrices(module).items():
+            moved = weight.detach().cpu().float() - self.first[name].float()
+            if bool(moved.any()):
+                self.directions[name] = torch.linalg.svd(moved, full_matrices=False).Vh[: self.rank].T.contiguous()
+        self.first = {}
+
+
+def projected(gradient: Tensor, directions: Tensor) -> Tensor:
+    """Returns g·V·Vᵀ ``[m, n]`` for orthonormal directions V ``[n, r]``."""
+    return gradient @ directions @ directions.T
