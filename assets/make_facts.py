@@ -11,6 +11,7 @@ Writes ``assets/facts/train.jsonl`` and ``assets/facts/validation.jsonl``, with 
     prompt: the question;
     answer: as short as it goes;
     aliases: other answers that are right, maybe none;
+    completion: the answer in a form, for recipes that learn from given answers;
     kind: of question.
 """
 
@@ -197,8 +198,13 @@ def rows() -> Iterator[tuple[bool, dict[str, Any]]]:
         for i, entry in enumerate(table.split(";")):
             name, answers = " ".join(entry.split()).rsplit(": ", 1)
             answer, *aliases = answers.split("/")
-            row = {"prompt": ways[i % len(ways)].format(name), "answer": answer, "aliases": aliases, "kind": kind}
-            yield zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0, row
+            yield zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0, {
+                "prompt": ways[i % len(ways)].format(name),
+                "answer": answer,
+                "aliases": aliases,
+                "completion": json.dumps({"answer": answer}, ensure_ascii=False),
+                "kind": kind,
+            }
 
 
 def main() -> None:

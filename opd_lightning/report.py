@@ -76,8 +76,9 @@ def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, floa
     if not metrics and "val/retention/kl" not in curves:
         return {}
     teachers = [name.split("/")[1] for name in curves if re.fullmatch("val/[^/]+/length", name)]
+    divergences = [name.removeprefix("val/") for name in curves if re.fullmatch("val/[^/]+/kl_teacher_student", name)]
     table = {}
-    for measure in (*metrics, *FORMATS):
+    for measure in (*metrics, *FORMATS, *divergences):
         if points := curves.get(f"val/{measure}"):
             table[measure] = {"before": points[0][1], "after": points[-1][1]}
             known = [name for name in teachers if f"val/{name}/{measure}" in curves]
@@ -135,7 +136,7 @@ def measure_table(measured: dict[str, dict[str, float]]) -> Table:
     for heading in ("", *columns):
         table.add_column(cell(heading), justify="right" if heading else "left")
     for name, row in measured.items():
-        form = FORMATS.get(name, "{:.1%}")
+        form = "{:.3f}" if name.endswith("/kl_teacher_student") else FORMATS.get(name, "{:.1%}")
         table.add_row(cell(name), *(form.format(row[column]) if column in row else "" for column in columns))
     return table
 

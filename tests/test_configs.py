@@ -13,11 +13,13 @@ ROOT = Path(__file__).parent.parent / "configs"
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 SETTINGS = sorted(
     f"{setting}/{path.stem}"
-    for setting in ("text", "vision_language", "gui_grounding", "diffusion")
+    for setting in ("text", "vision_language", "gui_grounding", "diffusion", "recipes")
     for path in (ROOT / setting).glob("*.yaml")
 )
 # Settings that overlay another setting
-OVERLAID = {"text/qwen3_qlora": ["text/qwen3_gsm8k"]}
+OVERLAID = {"text/qwen3_qlora": ["text/qwen3_gsm8k"]} | {
+    f"recipes/{path.stem}": ["recipes/form"] for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "form"
+}
 SMALL = [
     "--trainer.max_steps=2",
     "--trainer.logger=false",

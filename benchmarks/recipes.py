@@ -1,0 +1,154 @@
+"""The recipes on SmolLM2-135M-Instruct, over seeds: ``make recipes`` writes the table of docs/recipes.md.
+
+A run whose ``recipe.json`` is there is not run again: stopped, it goes on with the next. Names on the command line run
+these recipes alone; ``--prepare`` writes the models that recipes start from, and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd_lightning.report import report
+
+RUNS, PAGE, UNPACKED = Path("runs/recipes"), Path("docs/recipes.md"), Path("models/smollm2/unpacked")
+KEPT_LAYERS = 24
+# what is laid over opd:recipes/form.yaml
+RECIPES: dict[str, list[str]] = {
+    "form": [],
+    "form, SFT on the teacher's text": ["-c", "opd:methods/sft.yaml"],
+    "form, reverse KL": ["-c", "opd:methods/reverse_kl.yaml"],
+    "form, JSD": ["--model.objective.terms=[{signal: JSD}]"],
+    "system prompt": ["-c", "opd:recipes/system_prompt.yaml"],
+    "brief": ["-c", "opd:recipes/brief.yaml"],
+    "recover pruned": ["-c", "opd:recipes/recover_pruned.yaml"],
+    "recover nf4": ["-c", "opd:recipes/recover_nf4.yaml"],
+    "skill, SDFT": ["-c", "opd:recipes/sdft.yaml"],
+    "skill, SFT": ["-c", "opd:recipes/skill_sft.yaml"],
+}
+START, END = "<!-- make recipes -->", "<!-- end -->"
+
+
+def opd(*arguments: str) -> float:
+    """Runs a command in a process of its own; returns the most memory that it had, in GiB."""
+    process = subprocess.Popen([sys.executable, "-m", "opd_lightning", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"opd {' '.join(arguments)} failed")
+    return usage.ru_maxrss / 2**20  # KiB on Linux
+
+
+def prepare() -> None:
+    """Fetches the model, and writes it without a fifth of its layers unless that is there."""
+    if not UNPACKED.exists():
+        opd("fetch", "smollm2", "--unpack")
+    prune(UNPACKED, RUNS / "pruned", KEPT_LAYERS)
+
+
+def prune(source: Path, folder: Path, kept: int) -> None:
+    """Writes a copy with that many layers: those before the last two are left out, a choice of ours."""
+    if folder.exists():
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layers = model.model.layers
+    cut = len(layers) - kept
+    del layers[len(layers) - 2 - cut : len(layers) - 2]
+    for place, layer in enumerate(layers):
+        layer.self_attn.layer_idx = place
+    model.config.num_hidden_layers = kept
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def train(name: str, seed: int, extra: list[str]) -> dict[str, Any]:
+    """Returns the result of one run, from its file where it was run before."""
+    folder = RUNS / re.sub(r"\W+", "_", name) / str(seed)
+    path = folder / "recipe.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    shutil.rmtree(folder, ignore_errors=True)
+    since = time.time()
+    own = [f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}"]
+    peak = opd("fit", "-c", "opd:recipes/form.yaml", *RECIPES[name], *own, *extra)
+    result = report(folder, since) | {"peak_gib": round(peak, 2)}
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def line(name: str, runs: list[dict[str, Any]]) -> str:
+    """Formats a recipe's row: means over its runs, before → after."""
+
+    def change(read: Callable[[dict[str, Any]], dict[str, float]], form: str, scale: float = 1.0) -> str:
+        rows = [read(run) for run in runs]
+        if not all({"before", "after"} <= row.keys() for row in rows):
+            return ""
+        return " → ".join(form.format(scale * mean(row[when] for row in rows)) for when in ("before", "after"))
+
+    def of(measure: str) -> Callable[[dict[str, Any]], dict[str, float]]:
+        return lambda run: run["measures"].get(measure, {})
+
+    cells = [
+        name,
+        change(of("in_form"), "{:.0f}", 100),
+        change(lambda run: run, "{:.1f}", 100),
+        change(of("length"), "{:.1f}"),
+        change(of("teacher/kl_teacher_student"), "{:.3f}"),
+        change(of("retention/kl"), "{:.3f}"),
+        change(of("retention/perplexity"), "{:.2f}"),
+        f"{mean(run['wall_s'] for run in runs) / 60:.1f}",
+        f"{max(run['peak_gib'] for run in runs):.1f}",
+        str(len(runs)),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = (
+    "| recipe | in the form, % | facts right, % | tokens per answer | KL(teacher‖student) | KL kept | perplexity "
+    "| minutes | peak, GiB | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def write(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Puts the table into the page, between its two comments."""
+    table = "\n".join([HEAD, *(line(name, runs) for name, runs in results.items() if runs)])
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each; default 3")
+    parser.add_argument("--prepare", action="store_true", help="write the models that recipes start from, and stop")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further arguments of `opd fit`, last")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(RECIPES):
+        parser.error(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    prepare()
+    if options.prepare:
+        return
+    names, results = options.names or list(RECIPES), {name: [] for name in RECIPES}
+    # seed by seed, so that a table of all recipes is there early
+    for seed in range(options.seeds):
+        for name in names:
+            results[name].append(train(name, seed, options.extra))
+            write(results)
+
+
+if __name__ == "__main__":
+    main()
