@@ -198,13 +198,16 @@ def rows() -> Iterator[tuple[bool, dict[str, Any]]]:
         for i, entry in enumerate(table.split(";")):
             name, answers = " ".join(entry.split()).rsplit(": ", 1)
             answer, *aliases = answers.split("/")
-            yield zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0, {
-                "prompt": ways[i % len(ways)].format(name),
-                "answer": answer,
-                "aliases": aliases,
-                "completion": json.dumps({"answer": answer}, ensure_ascii=False),
-                "kind": kind,
-            }
+            yield (
+                zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0,
+                {
+                    "prompt": ways[i % len(ways)].format(name),
+                    "answer": answer,
+                    "aliases": aliases,
+                    "completion": json.dumps({"answer": answer}, ensure_ascii=False),
+                    "kind": kind,
+                },
+            )
 
 
 def main() -> None:
