@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .contract import check_acted, check_prompts, check_scores
+from .note import without_long_views, write
 from .policy import Policy, View
 from .rollout_settings import Rollout
 from .rows import blames_rows
@@ -74,6 +75,15 @@ class Actor:
     def checked_rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
         """Checks what `rewards` returned: ``[B]`` on the CPU, NaN where one abstains (None: no rewards), and rows."""
         return check_scores(self.setting, self.setting.rewards(trajectories), trajectories)
+
+    def judged(self, trajectories: Trajectories) -> Trajectories:
+        """Adds notes and rewards, if there are any, unless they are there."""
+        if trajectories.notes is not None:
+            return trajectories
+        notes, setting = self.setting.notes, self.setting
+        trajectories = replace(trajectories, notes=[{} for _ in trajectories.examples])
+        trajectories = self.with_rewards(write(notes, True, setting, trajectories))
+        return without_long_views(setting, write(notes, False, setting, trajectories))
 
     @blames_rows
     def with_rewards(self, trajectories: Trajectories) -> Trajectories:

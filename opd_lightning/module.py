@@ -31,6 +31,7 @@ from .gradient_guard import GradientGuard
 from .likeness import check_base, check_self_teachers
 from .memory import advising
 from .metrics import Metrics, is_logged, over_ranks
+from .note import Note, check_notes, memories, remember
 from .objective import Objective, OpenSteps
 from .optimization import LRSchedule, default_optimizer, in_place
 from .optimizer_step import MicroBatch
@@ -59,6 +60,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         student: the model that is trained.
         objective: the terms of the loss.
         teachers: streams that terms name.
+        notes: what is found out about rollouts before they are trained, in this order, as columns of their rows.
         rollout: how the behavior policy acts.
         reward: a verifier of completions; needed by parts that read rewards, and for validation accuracy.
         scoring: how the reward is called: its time limit, and what to do when it fails.
@@ -82,6 +84,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         student: Pretrained,
         objective: Objective,
         teachers: dict[str, Teacher] | None = None,
+        notes: dict[str, Note] | None = None,
         rollout: Rollout | None = None,
         reward: Reward | None = None,
         scoring: Scoring | None = None,
@@ -94,9 +97,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     ) -> None:
         super().__init__()
         check_methods(self)
-        self.objective, self.teachers = objective, teachers or {}
-        self.rollout, self.reward = rollout or Rollout(), reward
-        self.scoring = scoring or Scoring()
+        self.objective, self.teachers, self.notes = objective, teachers or {}, notes or {}
+        self.rollout, self.reward, self.scoring = rollout or Rollout(), reward, scoring or Scoring()
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or LRSchedule()
         # callbacks turn the horizon of rollouts, not that of evaluation
         self.evaluation.horizon = self.evaluation.horizon or self.rollout.horizon
@@ -159,6 +161,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             raise ValueError(
                 f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
             )
+        check_notes(self.notes, {*self.columns, *self.reads}, self)
         self.objective.check(set(self.teachers))
         if self._trainer is not None:
             self._check_served()
@@ -166,7 +169,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def _check_served(self) -> None:
         """Checks that callbacks and setting serve the objective's needs, and that every teacher is used."""
         callbacks = followers(self.trainer)
-        sources = self.rollout.sources.union(*(callback.sources for callback in callbacks))
+        sources = self.rollout.sources.union(*(part.sources for part in (*callbacks, *self.notes.values())))
         provides = set(self.provides).union(*(callback.provides for callback in callbacks))
         if self.has_rewards:
             provides.add("reward")
@@ -361,8 +364,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.evaluator.step("test", "student", examples, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        values = self.evaluator.finish("test")
-        self.log_dict(values, sync_dist=True, reduce_fx="max")
+        self.log_dict(values := self.evaluator.finish("test"), sync_dist=True, reduce_fx="max")
         table = self.evaluator.table(values)
         if table is not None and self.trainer.is_global_zero:
             Console().print(table)
@@ -383,7 +385,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             checkpoint["rng"], since = self.loader.begun.rng, self.loader.begun.averages
         checkpoint["recorded"] = over_ranks(since, self.ranks).state_dict()
         self.history.record(checkpoint, self.student)
-        checkpoint["base"] = self.streams.base
+        checkpoint["base"], checkpoint["notes"] = self.streams.base, memories(self.notes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         spec, state, saved = self._student_spec, self.state_dict(), checkpoint["state_dict"]
@@ -393,5 +395,6 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         check_base(spec, self.streams.base, checkpoint, fits)
         resume.check_shapes(spec.path, state, saved)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
+        remember(self.notes, checkpoint.get("notes", {}))
         if not fits:  # what is evaluated and exported, where a callback keeps another student than is trained
             saved.update(checkpoint.get("averaged", {}))

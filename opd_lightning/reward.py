@@ -32,6 +32,10 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, completion: str, example: Example) -> float | None: ...
 
+    def feedback(self, completion: str, example: Example) -> str | None:
+        """Says in words what is to be said of a completion, for the note `Feedback`; None (default): nothing."""
+        return None
+
 
 class ExactMatch(Reward):
     """Reward of 1 if the completion is the example's `answer`, else 0.
@@ -275,18 +279,24 @@ class CallableReward(Reward):
 
     Args:
         function: its dotted path, such as "my_package.rewards.brevity".
-        columns: the canonical columns that it reads, so that their absence is found at the start.
+        columns: the canonical columns that they read, so that their absence is found at the start.
+        words: the dotted path of another function of the same arguments, whose answer in words is the feedback.
 
     Raises:
         ValueError: there is no such module or function, or it can't be called.
     """
 
-    def __init__(self, function: str, columns: tuple[str, ...] = ()) -> None:
+    def __init__(self, function: str, columns: tuple[str, ...] = (), words: str | None = None) -> None:
         self.function = import_callable(function, "CallableReward.function")
+        self.words = None if words is None else import_callable(words, "CallableReward.words")
         self.columns = tuple(columns)
 
     def __call__(self, completion: str, example: Example) -> float | None:
         answer: float | None = self.function(completion, example)
+        return answer
+
+    def feedback(self, completion: str, example: Example) -> str | None:
+        answer: str | None = None if self.words is None else self.words(completion, example)
         return answer
 
 

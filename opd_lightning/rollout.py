@@ -180,15 +180,15 @@ class RolloutLoader:
                 self._keep_ahead(number, self._worker)
                 trajectories = self._ahead.popleft().result()
         metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
-        # here and not in the worker's thread, where rewards would have no time limit
-        trajectories = self.actor.with_rewards(trajectories)
+        # here and not in the worker's thread, where rewards would have no time limit, and with the weights of now
+        trajectories = self.actor.judged(trajectories)
         if trajectories.reward is not None:
             metrics.record("reward", trajectories.reward[~trajectories.reward.isnan()])
             metrics.record("abstained", trajectories.reward.isnan())
         for callback in followers(self.trainer):
+            # again, where it put others in their place
             trajectories = check_rollouts(callback, callback.on_rollouts(self.actor.setting, trajectories))
-            if trajectories.reward is None:  # it put others in their place
-                trajectories = self.actor.with_rewards(trajectories)
+            trajectories = self.actor.judged(trajectories)
         return self.reader.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:

@@ -20,6 +20,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 LOCATION = "__location__"
 """Column with the place where a row was read ("train.jsonl, row 17"); views and rewards never see it."""
 
+TOO_LONG = "__too_long__"
+"""Column with the names of the teachers whose prompts notes made longer than they can read."""
+
 STAND_IN = "__stand_in__"
 """Marks padding examples, which keep ranks in step; they count nowhere."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,6 +18,13 @@ from .time_limit import TooLate, within
 from .trajectory import Example
 
 LARGEST = torch.finfo(torch.float32).max
+
+
+Answer = TypeVar("Answer")
+
+
+class _Unusable(Exception):
+    """Answer of a reward that is of no use, described."""
 
 
 class RewardError(RuntimeError):
@@ -59,17 +66,42 @@ class Scoring:
         Raises:
             RewardError: the reward failed, and ``on_failure`` is "stop".
         """
+
+        def number() -> float | None:
+            answer = reward(completion, given(example))
+            value = as_number(answer)
+            if answer is not None and value is None:
+                raise _Unusable(described(answer))
+            return value
+
+        return self._ask(number, reward, completion, example)
+
+    def words(self, reward: Any, completion: Any, example: Example) -> str | None:
+        """Returns what a reward says of a completion in words (`Reward.feedback`); None: nothing.
+
+        Raises:
+            RewardError: it failed, and ``on_failure`` is "stop".
+        """
+
+        def text() -> str | None:
+            answer = reward.feedback(completion, given(example))
+            if not isinstance(answer, str | None):
+                raise _Unusable(f"{described(answer)} where words were asked for")
+            return answer or None
+
+        return self._ask(text, reward, completion, example)
+
+    def _ask(self, call: Callable[[], Answer], reward: Any, completion: Any, example: Example) -> Answer | None:
+        """Calls a reward within the time limit; None where it failed and that is no error."""
         # 1. the call
         cause = None
         try:
             # outside of the time limit: a worker's start takes longer than its answers
             if hasattr(reward, "prepare"):
                 reward.prepare()
-            answer = within(self.timeout, lambda: reward(completion, given(example)))
-            value = as_number(answer)
-            if answer is None or value is not None:
-                return value
-            failure = f"answered {described(answer)}"
+            return within(self.timeout, call)  # type: ignore[no-any-return]
+        except _Unusable as answer:
+            failure = f"answered {answer}"
         except TooLate:
             failure = f"took more than {self.timeout:g} s (model.scoring.timeout)"
         except Exception as error:

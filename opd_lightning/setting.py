@@ -11,6 +11,7 @@ from torch import Tensor
 from .comparisons import usual_suspects
 from .distribution import Distribution
 from .evaluation_settings import Evaluation
+from .note import Note, needed_columns, written_by
 from .objective import Objective
 from .policy import Policy, View
 from .portable import Portable
@@ -26,7 +27,7 @@ class Setting(Portable):
 
     Attributes:
         policies: the student and the teachers by name, once they are loaded.
-        objective, teachers, rollout, reward, evaluation, student_view: as in `OnPolicyDistillation`.
+        objective, teachers, notes, rollout, reward, evaluation, student_view: as in `OnPolicyDistillation`.
     """
 
     headline: ClassVar[str] = "accuracy"
@@ -43,6 +44,7 @@ class Setting(Portable):
     policies: dict[str, Policy]
     objective: Objective
     teachers: dict[str, Teacher]
+    notes: dict[str, Note]
     rollout: Rollout
     reward: Reward | None
     evaluation: Evaluation
@@ -114,6 +116,10 @@ class Setting(Portable):
         """Finds why this example cannot be used (too long a prompt, …); None if it can."""
         return None
 
+    def problem_with_view(self, name: str, example: Example) -> str | None:
+        """Finds why a teacher can't read its view of an example (too long a prompt, …); None if it can, or has none."""
+        return None
+
     def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """Computes further metrics, a value per trajectory ``[B]`` each, for one batch of each validation."""
         return {}
@@ -176,6 +182,10 @@ class Setting(Portable):
         for name, teacher in self.teachers.items():
             for column in (*(teacher.view.columns if teacher.view else ()), *teacher.where):
                 need(column, f"model.teachers.{name}")
+        found_out = written_by(self.notes)
+        needed = {column: who for column, who in needed.items() if column not in found_out}
+        for column, who in needed_columns(self.notes).items():
+            need(column, who)
         return needed
 
     # -- what the core knows of every setting -------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .optimizer_step import OptimizerStep
 from .policy import Policy, View, frozen_copy, shown_by
 from .pretrained import Pretrained
 from .ranks import Ranks
+from .rows import TOO_LONG
 from .sharding import reshard, slice_of
 from .trajectory import Example
 
@@ -247,6 +248,8 @@ class Teacher:
             ValueError: as in `shown_by`.
         """
         if any(example.get(column) != value for column, value in self.where.items()):
+            return None
+        if self.name in example.get(TOO_LONG, ()):
             return None
         view = view or self.view
         return example if view is None else shown_by(view, example, f"model.teachers.{self.name}.view")

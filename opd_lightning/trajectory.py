@@ -6,7 +6,7 @@ Shape legend: B trajectories, T steps (padded), N trained steps of a micro-batch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,9 @@ class Trajectories:
         observation: the setting's own student inputs, each ``[B, ...]``.
         actions: ``[B, T, ...]``, the step taken at each state (token ids, latents, …).
         mask: ``[B, T]`` bool, the steps that are trained.
-        examples: the B raw dataset rows, for views and rewards; not in the checkpoint (``row`` finds them again).
+        examples: the B raw dataset rows, for views and rewards, with what notes say of them; rows are not in the
+            checkpoint (``row`` finds them again).
+        notes: what notes say of each of the B; None: nobody was asked yet (see `Note`).
         row: ``[B]`` index of each example in the training dataset.
         group: ``[B]`` which prompt draw a trajectory belongs to; members of a group share it.
         seed: ``[B]`` the seed that it was drawn with (see `Steps.uniform`).
@@ -70,6 +72,7 @@ class Trajectories:
     weight: Tensor | None = None
     channels: dict[str, Tensor] = field(default_factory=dict)
     student_view: dict[str, Any] | None = None
+    notes: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("row", "group", "source", "weights_version", "seed"):
@@ -106,6 +109,13 @@ class Trajectories:
         """
         self.weight = weight.detach() if self.weight is None else self.weight * weight.detach()
 
+    def noted(self, columns: Mapping[str, Sequence[Any]]) -> Trajectories:
+        """Adds columns of B values each to notes and examples."""
+        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        examples = [example | more for example, more in zip(self.examples, found, strict=True)]
+        notes = [note | more for note, more in zip(self.notes or [{} for _ in found], found, strict=True)]
+        return dataclasses.replace(self, examples=examples, notes=notes)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
@@ -121,14 +131,14 @@ class Trajectories:
 
     def select(self, index: Tensor) -> Trajectories:
         """Selects the trajectories at ``index [K]``, in that order."""
-        examples = [self.examples[i] for i in index.tolist()]
-        return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), examples=examples)
+        lists = {name: _at(getattr(self, name), index) for name in ("examples", "notes")}
+        return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), **lists)
 
     def put(self, index: Tensor, other: Trajectories, padding: dict[str, tuple[float, str]]) -> Trajectories:
         """Replaces the trajectories at ``index [K]`` by the K of ``other``, which were drawn for the same prompts.
 
-        Examples, rows and groups stay those of this batch. Rewards are those of none (None): the loader asks for them
-        again, and for the statistics of the groups.
+        Examples, rows and groups stay those of this batch. Notes and rewards are those of none (None): the loader asks
+        for them again, and for the statistics of the groups.
 
         Args:
             index: whom they replace.
@@ -144,8 +154,10 @@ class Trajectories:
         places = torch.arange(len(self))
         places[index.cpu()] = len(self) + torch.arange(len(other))
         joined = Trajectories.concatenate([self, other], padding).select(places)
-        own = {name: getattr(self, name) for name in ("examples", "row", "group")}
-        return dataclasses.replace(joined, **own, reward=None, group_mean=None, group_std=None)
+        notes = self.notes or [{} for _ in self.examples]
+        rows = [_without(example, note) for example, note in zip(self.examples, notes, strict=True)]
+        own: dict[str, Any] = {"examples": rows, "row": self.row, "group": self.group}
+        return dataclasses.replace(joined, **own, notes=None, reward=None, group_mean=None, group_std=None)
 
     def truncate(self, horizon: int) -> Trajectories:
         """Cuts each trajectory at ``horizon`` steps; those that were cut no longer count as stopped."""
@@ -169,11 +181,14 @@ class Trajectories:
 
     def state_dict(self) -> dict[str, Any]:
         """Saves tensors, strings, lists and dicts only, so that a checkpoint loads with ``weights_only=True``."""
-        plain = {"sources": list(self.sources), "student_view": self.student_view}
+        plain = {"sources": list(self.sources), "student_view": self.student_view, "notes": self.notes}
         return {**self._map(lambda tensor: tensor.cpu()), **plain}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], examples: list[Example]) -> Trajectories:
+        """Restores a batch; ``examples``: its rows of the data set, to which its notes are added."""
+        if (notes := state.get("notes")) is not None:
+            examples = [example | note for example, note in zip(examples, notes, strict=True)]
         return cls(**{**state, "sources": tuple(state["sources"]), "examples": examples})
 
     @classmethod
@@ -224,8 +239,23 @@ class Trajectories:
             source=torch.cat(source),
             sources=sources,
             student_view=first.student_view,
+            notes=None
+            if any(part.notes is None for part in parts)
+            else [n for part in parts for n in part.notes or ()],
             **flat,
         )
+
+
+def _without(example: Example, note: dict[str, Any]) -> Example:
+    """Returns a row as it was before anything was noted."""
+    row = example | {}
+    for column in note:
+        del row[column]
+    return row
+
+
+def _at(items: list[Any] | None, index: Tensor) -> list[Any] | None:
+    return None if items is None else [items[i] for i in index.tolist()]
 
 
 def _holes(mask: Tensor) -> bool:

@@ -1,13 +1,16 @@
 """What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
+from .notes import Feedback, Peers
 from .setting import AutoregressiveDistillation
 from .view import PromptView, TemplateOptions
 
 __all__ = [
     "AutoregressiveDistillation",
     "DecodeLoop",
+    "Feedback",
     "Generate",
+    "Peers",
     "PromptView",
     "RolloutEngine",
     "TemplateOptions",

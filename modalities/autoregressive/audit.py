@@ -179,23 +179,26 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
             "already? Give messages; text models read text as it is with model.raw_prompts"
         )
     # 2. the prompt of each teacher that has a view
-    for name, teacher in module.teachers.items():
-        view = teacher.look(example)
-        if view is None:
-            continue
-        policy = module.policies[name]
-        ids = prompt
-        if teacher.view is not None or teacher.own_template:
-            ids = module.prompt_ids(student_example if teacher.view is None else view, module.reads_as(policy))
-        if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
-            return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
-        room = context_length(policy) - rollout.horizon
-        limit = min(teacher.max_prompt_length or room, room)
-        if len(ids) > limit:
-            return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
-        if problem := problem_with_prompt(module, ids, name, is_raw):
-            return problem
-    return None
+    problems = (problem_with_view(module, name, example) for name in module.teachers)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def problem_with_view(module: Audited, name: str, example: Example) -> str | None:
+    """Finds why a teacher can't read its view of an example; None if it can, or has none."""
+    teacher, policy = module.teachers[name], module.policies[name]
+    view = teacher.look(example)
+    if view is None:
+        return None
+    (seen,) = module.shown([example]) if teacher.view is None else (view,)
+    ids = module.prompt_ids(seen, module.reads_as(policy))
+    renderer = module.renderer(module.policies["student"])
+    if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
+        return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
+    room = context_length(policy) - module.rollout.horizon
+    limit = min(teacher.max_prompt_length or room, room)
+    if len(ids) > limit:
+        return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
+    return problem_with_prompt(module, ids, name, renderer.is_raw(module.shown([example])[0]["prompt"]))
 
 
 def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -> str | None:

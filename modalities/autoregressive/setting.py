@@ -24,7 +24,7 @@ from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
 from ...sharding import is_sharded, mesh_of
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows, check_horizon, problem_with_row, readings, suspects
+from .audit import audit_rows, check_horizon, problem_with_row, problem_with_view, readings, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
 from .engines.engine import until_stop
 from .engines.row_groups import SwitchingRope, check_dynamic
@@ -294,10 +294,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         }
 
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
-        tokens = [row[keep].tolist() for row, keep in zip(trajectories.actions, trajectories.mask, strict=True)]
-        texts = [self.written_as(row) for row in tokens]
         samples: list[dict[str, Any]] = []
-        for text, example in zip(texts, trajectories.examples, strict=True):
+        for text, example in zip(self.completions(trajectories), trajectories.examples, strict=True):
             facts = self.parsed(text, example, trajectories.student_view)
             samples.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
             if self.reward is not None:
@@ -306,6 +304,11 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def release(self) -> None:
         self.engine.close()
+
+    def completions(self, trajectories: Trajectories) -> list[str]:
+        """Decodes the completions."""
+        rows = zip(trajectories.actions, trajectories.mask, strict=True)
+        return [self.written_as(row[keep].tolist()) for row, keep in rows]
 
     def written_as(self, tokens: list[int]) -> str:
         """Decodes a completion, for rewards and samples."""
@@ -387,3 +390,6 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     def _refusal(self, example: Example) -> str | None:
         return problem_with_row(self, example)
+
+    def problem_with_view(self, name: str, example: Example) -> str | None:
+        return problem_with_view(self, name, example)
