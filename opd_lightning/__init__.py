@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
     from .distribution import Categorical, Gaussian, Head
     from .evaluation_settings import Evaluation
     from .module import OnPolicyDistillation
+    from .note import Note
     from .objective import (
         JSD,
         STATISTICS,
@@ -50,6 +51,7 @@ _NAMES = {
     "distribution": "Categorical Gaussian Head",
     "evaluation_settings": "Evaluation",
     "module": "OnPolicyDistillation",
+    "note": "Note",
     "objective": "Advantage CrossEntropy Divergence ForwardKL Generation JSD Objective OpenSteps PolicyGradient "
     "ReverseKL STATISTICS Signal Steps Support Target Term Weight",
     "optimization": "LRSchedule",

@@ -168,8 +168,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
 
     def _check_served(self) -> None:
         """Checks that callbacks and setting serve the objective's needs, and that every teacher is used."""
-        callbacks = followers(self.trainer)
-        sources = self.rollout.sources.union(*(part.sources for part in (*callbacks, *self.notes.values())))
+        callbacks, notes = followers(self.trainer), self.notes.values()
+        sources = self.rollout.sources.union(*(c.sources for c in callbacks), *(note.sources for note in notes))
         provides = set(self.provides).union(*(callback.provides for callback in callbacks))
         if self.has_rewards:
             provides.add("reward")

@@ -111,14 +111,14 @@ def write(notes: Mapping[str, Note], before_reward: bool, module: Any, trajector
 def _check_written(who: str, note: Note, noted: Any) -> None:
     if not isinstance(noted, Trajectories):
         raise BrokenPart(f"{who} returned {quoted(noted)}; it has to return trajectories.noted({{column: values}})")
-    for found in noted.notes or [{}]:
-        missing = [column for column in note.writes if column not in found]
-        odd = [column for column in note.writes if not _is_plain(found.get(column))]
+    for columns in noted.notes or [{}]:
+        missing = [column for column in note.writes if column not in columns]
+        odd = [column for column in note.writes if not _is_plain(columns.get(column))]
         if missing:
             raise BrokenPart(f"{who} has not written {missing[0]!r}, which it names in `writes`")
         if odd:
             raise BrokenPart(
-                f"{who} wrote {quoted(found[odd[0]])} as {odd[0]!r}; only plain values go into a checkpoint"
+                f"{who} wrote {quoted(columns[odd[0]])} as {odd[0]!r}; only plain values go into a checkpoint"
             )
 
 

@@ -26,6 +26,9 @@ def refusal(value: Any, kinds: Sequence[Any]) -> str | None:
     try:
         _reader(Union[tuple(kinds)]).parse_object({"value": value})  # noqa: UP007
     except ArgumentError:
+        word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else None
+        if word in choices_of(kinds):
+            return f'{expected(kinds)}, got {value!r}; put "{word}" in quotes, since YAML takes a bare {word} for that'
         return f"{expected(kinds)}, got {value!r}{did_you_mean(value, choices_of(kinds))}"
     return None
 

@@ -99,7 +99,7 @@ class Scoring:
             # outside of the time limit: a worker's start takes longer than its answers
             if hasattr(reward, "prepare"):
                 reward.prepare()
-            return within(self.timeout, call)  # type: ignore[no-any-return]
+            return within(self.timeout, call)
         except _Unusable as answer:
             failure = f"answered {answer}"
         except TooLate:

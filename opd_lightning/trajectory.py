@@ -111,9 +111,9 @@ class Trajectories:
 
     def noted(self, columns: Mapping[str, Sequence[Any]]) -> Trajectories:
         """Adds columns of B values each to notes and examples."""
-        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        examples = [example | more for example, more in zip(self.examples, found, strict=True)]
-        notes = [note | more for note, more in zip(self.notes or [{} for _ in found], found, strict=True)]
+        added = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        examples = [example | more for example, more in zip(self.examples, added, strict=True)]
+        notes = [note | more for note, more in zip(self.notes or [{} for _ in added], added, strict=True)]
         return dataclasses.replace(self, examples=examples, notes=notes)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Trajectories:
 
     def select(self, index: Tensor) -> Trajectories:
         """Selects the trajectories at ``index [K]``, in that order."""
-        lists = {name: _at(getattr(self, name), index) for name in ("examples", "notes")}
+        lists: dict[str, Any] = {name: _at(getattr(self, name), index) for name in ("examples", "notes")}
         return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), **lists)
 
     def put(self, index: Tensor, other: Trajectories, padding: dict[str, tuple[float, str]]) -> Trajectories:

@@ -214,6 +214,18 @@ def test_add_a_callback_as_the_page_says(folder):
     assert warmer["extra"] >= 0
 
 
+def test_add_a_note():
+    code, defined = example("add_a_note.md")
+    assert len(code.splitlines()) < 40
+    note = defined["CompilerMessage"]()
+    assert note.error_of("x = 1") is None
+    assert note.error_of("x = (").offset == 5
+
+
+def test_add_a_note_as_the_page_says(folder):
+    follow("add_a_note.md", folder, "my_package.py", "compiled.yaml", *SMALL)
+
+
 def test_add_a_setting_as_the_page_says(folder):
     (folder / "places.jsonl").write_text('{"prompt": "-3"}\n' * 32, encoding="utf-8")
     follow("add_a_setting.md", folder, "my_package.py", "walks.yaml")

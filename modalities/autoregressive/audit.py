@@ -22,7 +22,7 @@ from ...teacher import Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, first_line, problem_with_shared_prefix
-from .models import bare, context_length, output_embeddings, rope_kinds
+from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds
 from .rendering import Renderer
 
 SHOWN, RUN = 500, 3
@@ -50,7 +50,6 @@ class Audited(Protocol):
     def reads_as(self, policy: Policy) -> Policy: ...
     def renderer(self, policy: Policy) -> Renderer: ...
     def head(self, policy: Policy) -> Head: ...
-    def stop_ids(self, policy: Policy) -> list[int]: ...
     def filled_in(self, policy: Policy) -> list[int]: ...
     def shown(self, examples: list[Example]) -> list[Example]: ...
     def asked(self, example: Example) -> Example: ...
@@ -78,7 +77,7 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
         _check_head(module, name, policy)
         check_causal(policy, module.vocabulary)
     # 2. the table
-    stops = {name: module.stop_ids(policy) for name, policy in roles}
+    stops = {name: stop_ids(module, policy) for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
     actors = {"student", *module.rollout.sources}
@@ -152,6 +151,13 @@ def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
     return lines
 
 
+def stop_ids(module: Audited, policy: Policy) -> list[int]:
+    """Collects the ids that end a turn: a policy's own, and that of its template."""
+    known = eos_ids(policy)
+    own = module.renderer(policy).turn_end(known) if policy.processor.chat_template is not None else None
+    return sorted({*known, *listed(own)})
+
+
 def problem_with_row(module: Audited, example: Example) -> str | None:
     """Finds what is wrong with a row: its prompt, its completion, or a teacher's view of it; None if nothing is."""
     # 1. the student's prompt, and the completion
@@ -189,8 +195,8 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     view = teacher.look(example)
     if view is None:
         return None
-    (seen,) = module.shown([example]) if teacher.view is None else (view,)
-    ids = module.prompt_ids(seen, module.reads_as(policy))
+    (row,) = module.shown([example]) if teacher.view is None else (view,)
+    ids = module.prompt_ids(row, module.reads_as(policy))
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"

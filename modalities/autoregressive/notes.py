@@ -1,12 +1,18 @@
-"""Notes on completions: what others of the group wrote, what the verifier says of it in words."""
+"""Notes on completions: what siblings wrote, what the verifier says in words, what a policy writes about them."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import zlib
+from typing import Any, Literal
 
 from ...note import Note
+from ...policy import View, shown_by
 from ...reward import Reward
+from ...rollout_settings import derived_seed
+from ...sharding import is_sharded
 from ...trajectory import Trajectories
+from .models import bare, context_length
 
 
 class Peers(Note):
@@ -54,13 +60,13 @@ class Peers(Note):
             peers = [j for j, other in enumerate(group) if other == prompt and (self.own or j != i)]
             for name, outcome, count in (("right", True, self.right), ("wrong", False, self.wrong)):
                 if count:
-                    shown = [texts[j] for j in peers if won[j] is outcome][:count]
-                    columns[name].append(shown if len(shown) == count else None)
+                    siblings = [texts[j] for j in peers if won[j] is outcome][:count]
+                    columns[name].append(siblings if len(siblings) == count else None)
         return trajectories.noted(columns)
 
 
 class Feedback(Note):
-    """What the verifier says of a completion in words (`Reward.feedback`): the column ``feedback``.
+    """Verifier's words about a completion (`Reward.feedback`): the column ``feedback``.
 
     None where it says nothing.
 
@@ -94,3 +100,80 @@ class Feedback(Note):
             )
         ]
         return trajectories.noted({"feedback": texts})
+
+
+class Written(Note):
+    """Text that a policy writes about each rollout: a reflection, a plan, a critique.
+
+    Args:
+        view: what it is asked, from the columns of the row, earlier notes, and ``written``, the rollout's text. Where
+            it shows nothing, nothing is written.
+        by: who writes, with its weights of now: the student, or an entry of ``model.teachers``, which reads the view's
+            prompt through its own view, if it has one.
+        column: where it goes.
+        horizon: most tokens that it writes. Default 256 (ours).
+        temperature: default 1 (ours).
+        about: only about rollouts that got a reward of ``threshold`` or more (``right``), or less (``wrong``).
+        threshold: default 0.5.
+
+    A prompt that leaves no room for the horizon in the writer's context is not asked.
+
+    Raises:
+        ValueError: another word than all, right or wrong; when training begins: an unknown policy, or no rewards to
+            tell right from wrong by.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        by: str = "student",
+        column: str = "reflection",
+        horizon: int = 256,
+        temperature: float = 1.0,
+        about: Literal["all", "right", "wrong"] = "all",
+        threshold: float = 0.5,
+    ) -> None:
+        if about not in ("all", "right", "wrong"):
+            raise ValueError(f"Written.about is all, right or wrong, not {about!r}")
+        self.view, self.by, self.horizon, self.temperature = view, by, horizon, temperature
+        self.about, self.threshold = about, threshold
+        self.writes, self.sources = (column,), frozenset({by})
+        self.columns = tuple(name for name in view.columns if name != "written")
+
+    def check(self, module: Any) -> None:
+        if self.by not in {"student", *module.teachers}:
+            raise ValueError(f"Written.by: there is no {self.by!r}; there are {['student', *sorted(module.teachers)]}")
+        if self.about != "all" and not module.has_rewards:
+            raise ValueError(f"Written.about={self.about} needs rewards, and there are none: set model.reward")
+
+    def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
+        # 1. what it is asked, about whom
+        texts = module.completions(trajectories)
+        rows = [row | {"written": text} for row, text in zip(trajectories.examples, texts, strict=True)]
+        asked = [shown_by(self.view, row, "Written.view") for row in rows]
+        policy = module.policies[self.by]
+        room = context_length(policy) - self.horizon
+        chosen = [
+            i
+            for i, (wanted, row) in enumerate(zip(self._wanted(trajectories), asked, strict=True))
+            if wanted and row is not None and len(module.prompt_ids(row, module.reads_as(policy))) <= room
+        ]
+        # 2. what it writes; ranks that share weights must all act
+        acting = chosen or ([0] if is_sharded(bare(policy.model)) else [])
+        written: list[str | None] = [None] * len(texts)
+        if acting:
+            rollout = dataclasses.replace(module.rollout, horizon=self.horizon, temperature=self.temperature)
+            purpose = zlib.crc32(self.writes[0].encode())
+            seeds = [derived_seed(seed, purpose) for seed in trajectories.seed[acting].tolist()]
+            acted = module.act(self.by, [asked[i] or trajectories.examples[i] for i in acting], seeds, rollout)
+            for i, text in zip(chosen, module.completions(acted), strict=False):
+                written[i] = text or None
+        return trajectories.noted({self.writes[0]: written})
+
+    def _wanted(self, trajectories: Trajectories) -> list[bool]:
+        if self.about == "all":
+            return [True] * len(trajectories)
+        assert trajectories.reward is not None
+        won = trajectories.reward >= self.threshold
+        known = ~trajectories.reward.isnan()
+        return (known & (won if self.about == "right" else ~won)).tolist()

@@ -24,14 +24,14 @@ from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
 from ...sharding import is_sharded, mesh_of
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows, check_horizon, problem_with_row, problem_with_view, readings, suspects
+from .audit import audit_rows, check_horizon, problem_with_row, problem_with_view, readings, stop_ids, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
 from .engines.engine import until_stop
 from .engines.row_groups import SwitchingRope, check_dynamic
 from .engines.trial import Trial, shares_prefixes
 from .generation import make_savable
 from .messages import transcript
-from .models import READ, bare, eos_ids, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .models import READ, bare, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
 from .passes import at_steps, last_trained, left_align, pass_limits, read
 from .prefix import Prefix, read_rows, shared_prefixes
 from .rendering import COLUMNS, Renderer
@@ -117,13 +117,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     @cached_property
     def eos(self) -> list[int]:
         """Every id that ends a completion of the student."""
-        return self.stop_ids(self.policies["student"])
-
-    def stop_ids(self, policy: Policy) -> list[int]:
-        """Collects the ids that end a turn: a policy's own, and that of its template."""
-        known = eos_ids(policy)
-        own = self.renderer(policy).turn_end(known) if policy.processor.chat_template is not None else None
-        return sorted({*known, *listed(own)})
+        return stop_ids(self, self.policies["student"])
 
     @cached_property
     def padding_id(self) -> int:
@@ -263,16 +257,13 @@ class AutoregressiveDistillation(OnPolicyDistillation):
                 hidden = at_steps([(prefix.rows, 0, read(model, inputs))], last, steps)
             else:
                 hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost), last, steps)
-        return Categorical(hidden.to(trajectories.mask.device), self._head_at(policy, trajectories.mask.device))
-
-    def _head_at(self, policy: Policy, device: torch.device) -> Head:
-        """Returns the head on the objective's device: of a teacher on another device, a copy made once."""
-        head = self.head(policy)
-        if next(head.module.parameters()).device != device and policy.name in self.teachers:
+        # 3. the head on the objective's device: of a teacher on another one, a copy made once
+        head, where = self.head(policy), trajectories.mask.device
+        if next(head.module.parameters()).device != where and policy.name in self.teachers:
             if policy.name not in self._heads:
-                self._heads[policy.name] = copy.deepcopy(head.module).to(device)
+                self._heads[policy.name] = copy.deepcopy(head.module).to(where)
             head = replace(head, module=self._heads[policy.name])
-        return head
+        return Categorical(hidden.to(where), head)
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""

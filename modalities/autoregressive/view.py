@@ -84,6 +84,29 @@ class TemplateOptions(View):
         return {**shown_example, "chat_template_kwargs": options}
 
 
+class FirstOf(View):
+    """View that is the first of several that shows anything.
+
+    SDPO (2601.20802) shows a sibling that was right, and the verifier's words only where there is none.
+
+    Args:
+        views: in the order of preference.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, views: list[View]) -> None:
+        if not views:
+            raise ValueError("FirstOf.views is empty")
+        self.views = views
+        self.columns = tuple(dict.fromkeys(column for view in views for column in view.columns))
+
+    def __call__(self, example: Example) -> Example | None:
+        views = (view(example) for view in self.views)
+        return next((row for row in views if row is not None), None)
+
+
 class _Chat(list[dict[str, Any]]):
     """Messages, as a list and as text."""
 

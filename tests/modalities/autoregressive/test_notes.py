@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
+
 import pytest
 import torch
 
-from opd_lightning.modalities.autoregressive import Feedback, Peers, PromptView
+from opd_lightning.modalities.autoregressive import Feedback, FirstOf, Peers, PromptView, Written
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.reward import CallableReward, ExactMatch
-from opd_lightning.rollout_settings import Rollout
+from opd_lightning.rollout_settings import Rollout, derived_seed
 from opd_lightning.teacher import Live, Teacher
 from tests.test_rollout import train
 from tests.tiny import attach, fit, make_module, make_rows
@@ -80,6 +83,36 @@ def test_the_verifiers_words_are_about_those_that_were_wrong(rolled):
         assert row["feedback"] == (None if reward else in_words(text, row))
 
 
+def test_what_a_policy_writes_is_what_it_writes_when_it_acts_on_the_view(tiny_student, tmp_path):
+    view = PromptView("{{ written }}{{ prompt }}")
+    note = Written(view, horizon=7, temperature=0.7, about="wrong")
+    module = make_module(
+        tiny_student, {"teacher": Teacher(Live(), PromptView("{{ reflection }}{{ prompt }}"))}, notes={"note": note},
+        reward=CallableReward(f"{PEERS}.even"), rollout=Rollout(batch_size=8, horizon=6),
+    )  # fmt: skip
+    attach(module, tmp_path)
+    batch = next(train(module.rollout_loader(make_rows(24)))).trajectories
+    texts, rollout = module.completions(batch), dataclasses.replace(module.rollout, horizon=7, temperature=0.7)
+    wrong = [i for i in range(8) if batch.reward[i] < 0.5]
+    assert 0 < len(wrong) < 8
+    for i in range(8):
+        if i not in wrong:
+            assert batch.examples[i]["reflection"] is None
+            continue
+        seed = derived_seed(int(batch.seed[i]), zlib.crc32(b"reflection"))
+        alone = module.act("student", [view({**batch.examples[i], "written": texts[i]})], [seed], rollout)
+        assert batch.examples[i]["reflection"] == (module.completions(alone)[0] or None)
+
+
+def test_the_first_view_that_shows_anything_is_shown():
+    view = FirstOf([PromptView("{{ right[0] }}|{{ prompt }}"), PromptView("{{ feedback }}?{{ prompt }}")])
+    assert set(view.columns) == {"prompt", "right", "feedback"}
+    cases = [((["a"], "b"), "a|x"), ((None, "b"), "b?x"), ((None, None), None)]
+    for (right, feedback), expected in cases:
+        shown = view({"prompt": "x", "right": right, "feedback": feedback})
+        assert (None if shown is None else shown["prompt"]) == expected
+
+
 def test_a_group_with_a_right_sibling_teaches_the_wrong_ones(tiny_student, tmp_path):
     teacher = Teacher(Live(), PromptView("{{ right[0] }}{{ prompt }}"))
     module = make_module(
@@ -97,6 +130,8 @@ def test_a_group_with_a_right_sibling_teaches_the_wrong_ones(tiny_student, tmp_p
         (Peers(), {"reward": ExactMatch()}, "rollout.group_size to 2 or more"),
         (Feedback(), {"reward": ExactMatch()}, r"model.reward \(ExactMatch\) says nothing in words"),
         (Feedback(), {}, "says nothing in words"),
+        (Written(PromptView("{{ written }}"), by="him"), {}, "there is no 'him'; there are"),
+        (Written(PromptView("{{ written }}"), about="right"), {}, "Written.about=right needs rewards"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny_student, note, settings, message):
