@@ -143,3 +143,13 @@ def test_rock_tokens_need_ids(tmp_path):
         toy.fit(toy.make_module(), tmp_path, [RockTokens()], 1)
     with pytest.raises(ValueError, match="count=0 and every=10 must be >= 1"):
         RockTokens(count=0)
+
+
+@pytest.mark.parametrize("callback", [DynamicSampling(), OverlongPunishment(0.5)], ids=lambda c: type(c).__name__)
+def test_nothing_depends_on_the_order_of_rows(callback):
+    trajectories = World().trajectories
+    order = torch.randperm(len(trajectories), generator=torch.Generator().manual_seed(1))
+    expected = callback.on_rollouts(Module(), trajectories).select(order)
+    shuffled = callback.on_rollouts(Module(), trajectories.select(order))
+    for name in ("mask", "reward", "group_mean", "group_std"):
+        torch.testing.assert_close(getattr(shuffled, name), getattr(expected, name))

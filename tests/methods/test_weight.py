@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,17 @@ from opd_lightning.methods.weight import (
     Sureness,
     TokenIds,
 )
-from opd_lightning.objective import Constant, Entropy, ForwardKL, LogRatio, MeanOne, PolicyGradient, ReverseKL, Term
+from opd_lightning.objective import (
+    Constant,
+    Entropy,
+    ForwardKL,
+    LogRatio,
+    MeanOne,
+    PolicyGradient,
+    ReverseKL,
+    Steps,
+    Term,
+)
 from tests.methods.world import GROUP, REWARD, SHAPE, World
 from tests.objective.reference import close
 
@@ -84,12 +96,16 @@ def test_what_is_accepted_is_split_between_two_terms():
 
 def test_the_chance_of_being_accepted_is_the_ratio():
     """Over many draws: the mean over p of min(q/p, 1) is 1 − TV(p, q)."""
-    world, total, count = World(5), torch.zeros(SHAPE).double(), 400
+    world, count = World(5), 400
+    total = torch.zeros(int(world.mask.sum())).double()
+    who = {"student/log_prob": world.student, "teacher/log_prob": world.teachers["teacher"]}
+    statistics = {name: world.log_prob(policy).detach()[world.mask] for name, policy in who.items()}
     for seed in range(count):
         world.trajectories.seed = torch.arange(SHAPE[0]) + 1000 * seed
-        total += world.values(Accepted()).nan_to_num()
+        steps = replace(Steps.of(world.trajectories).for_stream("teacher"), statistics=statistics)
+        total += Accepted()(steps)
     chance = world.delta.clamp(max=0).exp()
-    assert float((total / count - chance)[world.mask].abs().max()) < 5 * 0.5 / count**0.5
+    assert float((total / count - chance[world.mask]).abs().max()) < 5 * 0.5 / count**0.5
     world.teachers["teacher"] = world.student.copy()
     assert (world.values(Accepted())[world.mask] == 1).all(), "always, where the teacher is the student"
 
