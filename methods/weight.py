@@ -201,3 +201,30 @@ class PerplexityShare(Weight):
             here = routed & (generation.trajectories.group == group)
             weight[here] = score[here].softmax(0)
         return weight[:, None].expand(known.shape).clone()
+
+
+class Fallback(Weight):
+    """Weight 0 where a wrong rollout is taught by a teacher, 1 elsewhere: SRPO's branch for GRPO (2604.02288).
+
+    w = 1 − (1 − c)·m with c = 1 where the reward is at least ``threshold``, and m = 1 where the teacher's view shows
+    something.
+
+    Args:
+        teacher: the entry of ``model.teachers`` that teaches the others.
+        threshold: default 0.5 (SDPO, 2601.20802, on whose settings SRPO builds).
+    """
+
+    needs = frozenset({"reward"})
+    scope: Scope = "data"
+
+    def __init__(self, teacher: str = "teacher", threshold: float = 0.5) -> None:
+        self.teacher, self.threshold = teacher, threshold
+
+    @property
+    def streams(self) -> set[str]:
+        return {self.teacher}
+
+    def __call__(self, steps: Steps) -> Tensor:
+        assert steps.trajectories.reward is not None
+        is_wrong = steps.per_trajectory(steps.trajectories.reward) < self.threshold
+        return 1 - (is_wrong & steps.knows(self.teacher)).float()

@@ -28,6 +28,7 @@ PRIVILEGES = {
     "answer": "the final answer alone",
     "hint": "a part of the solution, or words on what is to be seen",
     "feedback": "what was said of an answer",
+    "sibling": "other rollouts of the same prompt, right or wrong",
     "prompt": "another prompt: an instruction, or one without what misleads",
     "picture": "an image: a crop, a spotlight, the target",
     "none": "nothing: its own past, or data",

@@ -27,6 +27,7 @@ class Peers(Note):
         wrong: how many that got less. Default 0 (MOPD shows one).
         threshold: default 0.5 (SDPO).
         own: whether a rollout counts among its own peers. Default False (SDPO's released code).
+        prefix: of the names of both columns, where a second such note shows others.
         drop: texts are cut in front of the last occurrence of this mark, and begin behind it, such as ``</think>``
             (SDPO shows no thinking). Default: nothing is cut.
 
@@ -35,12 +36,20 @@ class Peers(Note):
     """
 
     def __init__(
-        self, right: int = 1, wrong: int = 0, threshold: float = 0.5, own: bool = False, drop: str = ""
+        self,
+        right: int = 1,
+        wrong: int = 0,
+        threshold: float = 0.5,
+        own: bool = False,
+        prefix: str = "",
+        drop: str = "",
     ) -> None:
         if min(right, wrong) < 0 or right + wrong == 0:
             raise ValueError(f"Peers: right={right} and wrong={wrong} show nobody; at least one is to be shown")
-        self.right, self.wrong, self.threshold, self.own, self.drop = right, wrong, threshold, own, drop
-        self.writes = tuple(name for name, count in (("right", right), ("wrong", wrong)) if count)
+        self.threshold, self.own, self.drop = threshold, own, drop
+        sides = {"right": (True, right), "wrong": (False, wrong)}
+        self.sides = {f"{prefix}{name}": side for name, side in sides.items() if side[1]}
+        self.writes = tuple(self.sides)
 
     def check(self, module: Any) -> None:
         if not module.has_rewards:
@@ -58,10 +67,9 @@ class Peers(Note):
         columns: dict[str, list[Any]] = {name: [] for name in self.writes}
         for i, prompt in enumerate(group):
             peers = [j for j, other in enumerate(group) if other == prompt and (self.own or j != i)]
-            for name, outcome, count in (("right", True, self.right), ("wrong", False, self.wrong)):
-                if count:
-                    siblings = [texts[j] for j in peers if won[j] is outcome][:count]
-                    columns[name].append(siblings if len(siblings) == count else None)
+            for name, (outcome, count) in self.sides.items():
+                siblings = [texts[j] for j in peers if won[j] is outcome][:count]
+                columns[name].append(siblings if len(siblings) == count else None)
         return trajectories.noted(columns)
 
 

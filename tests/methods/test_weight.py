@@ -12,6 +12,7 @@ from opd_lightning.methods.weight import (
     Agreement,
     Doubt,
     Evidence,
+    Fallback,
     PerplexityShare,
     SuccessShare,
     Sureness,
@@ -167,3 +168,15 @@ def test_a_gated_mixture_of_both_kls():
     world.teachers["teacher"] = world.student.copy()
     for ours, plain in zip(world.gradients(*terms), world.gradients(Term(ForwardKL())), strict=True):
         close(ours, plain, 1e-6)
+
+
+def test_wrong_rollouts_that_a_teacher_teaches_are_not_trained_by_grpo():
+    world = World(7)
+    defined = torch.tensor([True, False] * (SHAPE[0] // 2))
+    steps = Steps.of(world.trajectories, {"teacher": defined})
+    taught = defined & (REWARD < 0.5)
+    assert taught.any()
+    assert torch.equal(Fallback()(steps), (~taught).float()[steps.trajectory])
+    unseen = Steps.of(world.trajectories, {"teacher": torch.zeros(SHAPE[0], dtype=torch.bool)})
+    assert bool((Fallback()(unseen) == 1).all()), "without any view it is GRPO"
+    assert Fallback("other").streams == {"other"}
