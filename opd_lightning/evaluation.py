@@ -58,6 +58,7 @@ class Evaluator:
         trainer: of the run.
         scoring: how metrics are called.
         metrics: means since the last `finish`, by name.
+        restored: optimizer steps of the checkpoint that was loaded; 0 if none was.
     """
 
     settings: Evaluation
@@ -67,6 +68,12 @@ class Evaluator:
     trainer: Any
     scoring: Scoring
     metrics: dict[str, MeanMetric]
+    restored: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Optimizer steps that the student was trained for; Lightning counts none where it only evaluates."""
+        return max(int(self.trainer.global_step), self.restored)
 
     @property
     def setting(self) -> Setting:
@@ -172,11 +179,16 @@ class Evaluator:
         return self.metrics[name]
 
     def finish(self, stage: str) -> dict[str, float]:
-        """Means over all batches and ranks since the last call, by ``<stage>/<name>``."""
+        """Means over all batches and ranks since the last call, by ``<stage>/<name>``.
+
+        Where nothing is trained also ``step``, under which Lightning logs them: that of the checkpoint.
+        """
         # computing is collective: every rank must ask for the same ones
         names = sorted(set().union(*self.ranks.gather_objects(list(self.metrics))))
         values = {f"{stage}/{name}": float(self._mean(name).compute()) for name in names}
         self.metrics.clear()
+        if self.trainer.global_step < self.trained:
+            values["step"] = float(self.trained)
         return values | self.setting.measured(stage)
 
     def table(self, values: dict[str, float]) -> Table | None:
@@ -206,6 +218,7 @@ class Evaluator:
             return
         size = getattr(trainer.datamodule, "validation_batch_size", BATCH_SIZE)
         asked = [n for n, t in teachers.items() if t.view is not None or isinstance(t.weights, Frozen)]
+        rank_zero_info(f"Evaluating before training ({len(examples)} held-out prompts)")
         # 2. a validation of each
         values: dict[str, float] = {}
         for who in [*asked, "student"]:
@@ -239,7 +252,7 @@ class Evaluator:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({"step": trainer.global_step, "stage": stage, "who": who, **row}) + "\n")
+                file.write(json.dumps({"step": self.trained, "stage": stage, "who": who, **row}) + "\n")
 
     @blames_rows
     @torch.no_grad()

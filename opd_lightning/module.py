@@ -132,7 +132,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def evaluator(self) -> Evaluator:
         """Who measures the student on held-out prompts."""
         rooms = self.actor, self.streams, self.objective, self.trainer, self.scoring
-        return Evaluator(self.evaluation, *rooms, self._measured)
+        return Evaluator(self.evaluation, *rooms, self._measured, self.history.step)
 
     @property
     def reader(self) -> Reader:

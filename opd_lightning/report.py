@@ -23,6 +23,11 @@ Curves = dict[str, list[tuple[int, float]]]
 # what is reported besides accuracy and metrics of the run's own, which are shares
 FORMATS = {"length": "{:.1f}", "retention/kl": "{:.3f}", "retention/perplexity": "{:.2f}"}
 
+UNMEASURED = (
+    "Nothing was scored after an optimizer step: let trainer.val_check_interval divide trainer.max_steps, or run "
+    "`opd validate -c {config} --ckpt_path=last` now and this report again."
+)
+
 
 def read_config(run: Path) -> dict[str, Any]:
     """Reads the configuration that a run was made with.
@@ -56,18 +61,24 @@ def read_curves(run: Path) -> Curves:
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
-def summarize(curves: Curves) -> dict[str, float]:
-    """Collects held-out accuracy before and after training, and of each teacher by name, as fractions."""
-    accuracy = curves["val/accuracy"]
-    summary = {"before": accuracy[0][1], "after": accuracy[-1][1]}
+def ends(points: Sequence[tuple[int, float]]) -> dict[str, float | None]:
+    """Selects what was measured at optimizer step 0, and last after a later one; None where nothing was."""
+    return {
+        "before": points[0][1] if points and points[0][0] == 0 else None,
+        "after": points[-1][1] if points and points[-1][0] > 0 else None,
+    }
+
+
+def summarize(curves: Curves) -> dict[str, float | None]:
+    """Collects held-out accuracy before and after training, and of each teacher by name, as fractions or None."""
     teachers = [name for name in curves if name.startswith("val/") and name.endswith("/accuracy")]
-    return summary | {name.split("/")[1]: curves[name][0][1] for name in teachers if name != "val/accuracy"}
+    return ends(curves.get("val/accuracy", [])) | {name.split("/")[1]: curves[name][0][1] for name in teachers}
 
 
-def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float]]:
+def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float | None]]:
     """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
 
-    Empty where a run has neither metrics nor the callback `Retention`.
+    As `ends` does. Empty where a run has neither metrics nor the callback `Retention`.
 
     Args:
         curves: as `read_curves` returns them.
@@ -80,7 +91,7 @@ def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, floa
     table = {}
     for measure in (*metrics, *FORMATS, *divergences):
         if points := curves.get(f"val/{measure}"):
-            table[measure] = {"before": points[0][1], "after": points[-1][1]}
+            table[measure] = ends(points)
             known = [name for name in teachers if f"val/{name}/{measure}" in curves]
             table[measure] |= {name: curves[f"val/{name}/{measure}"][0][1] for name in known}
     return table
@@ -88,8 +99,9 @@ def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, floa
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
     """Reads the student's last completions of the held-out prompts that every validation prints."""
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    student_rows = [row for row in rows if row["who"] == "student"]
+    path = run / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    student_rows = [row for row in map(json.loads, lines) if row["who"] == "student"]
     return [row for row in student_rows if row["step"] == student_rows[-1]["step"]]
 
 
@@ -129,7 +141,7 @@ def draw(curves: Curves, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def measure_table(measured: dict[str, dict[str, float]]) -> Table:
+def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
     """Formats what `measures` collected: a row for each measure."""
     columns = list(dict.fromkeys(name for row in measured.values() for name in row))
     table = Table(title="Other measures", title_justify="left")
@@ -137,25 +149,37 @@ def measure_table(measured: dict[str, dict[str, float]]) -> Table:
         table.add_column(cell(heading), justify="right" if heading else "left")
     for name, row in measured.items():
         form = "{:.3f}" if name.endswith("/kl_teacher_student") else FORMATS.get(name, "{:.1%}")
-        table.add_row(cell(name), *(form.format(row[column]) if column in row else "" for column in columns))
+        table.add_row(cell(name), *(_written(row.get(column), form) for column in columns))
     return table
+
+
+def _written(value: float | None, form: str = "{:.1%}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: value if value is None else round(value, 4) for name, value in values.items()}
 
 
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
     # 1. accuracy, and what else was measured
     config, curves = read_config(run), read_curves(run)
-    result: dict[str, Any] = {name: round(value, 4) for name, value in summarize(curves).items()}
+    result: dict[str, Any] = _rounded(summarize(curves))
+    step = curves["val/accuracy"][-1][0] if result["after"] is not None else None
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
     for name in result:
-        table.add_column(cell(name), justify="right")
-    table.add_row(*(f"{value:.1%}" for value in result.values()))
+        table.add_column(cell(f"after {step} steps" if name == "after" and step else name), justify="right")
+    table.add_row(*map(_written, result.values()))
     console.print(table)
+    if step is None:
+        console.print(cell(UNMEASURED.format(config=run / "config.yaml")))
+    result["after_step"] = step
     own = config.get("model", {}).get("init_args", {}).get("evaluation") or {}
     if measured := measures(curves, own.get("metrics") or {}):
         console.print(measure_table(measured))
-        result["measures"] = {name: {k: round(v, 4) for k, v in row.items()} for name, row in measured.items()}
+        result["measures"] = {name: _rounded(row) for name, row in measured.items()}
     # 2. the last completions
     for row in read_samples(run):
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")

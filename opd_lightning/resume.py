@@ -103,12 +103,14 @@ class History:
         config_yaml: the resolved configuration; empty where nobody says.
         changes: of each resume that changed it, the optimizer step, and ``[key, old, new]`` of each value.
         optimizer: its settings (`settings_of`).
+        step: optimizer steps of the checkpoint that was loaded; 0 if none was.
     """
 
     def __init__(self) -> None:
         self.config_yaml = ""
         self.changes: list[dict[str, Any]] = []
         self.optimizer: dict[str, Any] = {}
+        self.step = 0
         self._restored: dict[str, Any] = {}
 
     def record(self, checkpoint: dict[str, Any], student: nn.Module) -> None:
@@ -140,6 +142,7 @@ class History:
         Raises:
             ValueError: something differs whose change could not take effect; the message says what, and both values.
         """
+        self.step = int(checkpoint["global_step"])
         made_with = checkpoint.get("made_with")
         if made_with is None:
             if fits:

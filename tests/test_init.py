@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import opd_lightning
+from opd_lightning.modalities.diffusion.velocity_target import VelocityTarget
 
 FILE = Path(opd_lightning.__file__)
 
@@ -44,3 +46,16 @@ def test_other_names_are_refused_and_modules_are_found():
     from opd_lightning import cli, objective
 
     assert [cli.__name__, objective.__name__] == ["opd_lightning.cli", "opd_lightning.objective"]
+
+
+def test_a_class_of_ones_own_need_not_call_super():
+    """What the base class's ``__init__`` takes has its default there, too."""
+    public = [getattr(opd_lightning, name) for name in opd_lightning.__all__]
+    bases = [cls for cls in (*public, VelocityTarget) if inspect.isabstract(cls)]
+    assert {"Divergence", "Reward", "Target", "View", "VelocityTarget"} <= {base.__name__ for base in bases}
+    for base in bases:
+        members: dict = {name: None for name in base.__abstractmethods__}
+        own = type("Own", (base,), {**members, "__init__": lambda self: None})()
+        for parameter in inspect.signature(base).parameters.values():
+            if base.__init__ is not object.__init__:
+                assert getattr(own, parameter.name) == parameter.default, f"{base.__name__}.{parameter.name}"

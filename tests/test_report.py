@@ -37,15 +37,17 @@ def test_curves_go_on_over_a_resumed_run(run_folder):
 def test_report_writes_result_and_picture(run_folder, capsys):
     found = report(run_folder, since=0.0)
     assert json.loads((run_folder / "result.json").read_text(encoding="utf-8")) == found
-    assert {key: found[key] for key in ("before", "after", "teacher", "seed")} == {
+    assert {key: found[key] for key in ("before", "after", "after_step", "teacher", "seed")} == {
         "before": 0.25,
         "after": 0.75,
+        "after_step": 10,
         "teacher": 1.0,
         "seed": 7,
     }
     assert found["wall_s"] > 0
     assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert "after 10 steps" in printed
     assert "1+1=2 ✓" in printed
     assert "1+1=3" not in printed, "only the last completions are shown"
 
@@ -69,6 +71,29 @@ def test_report_has_a_table_of_what_else_was_measured(run_folder, capsys):
     printed = capsys.readouterr().out
     for text in ("in_form", "50.0%", "75.0%", "8.0", "0.123", "13.00"):
         assert text in printed
+
+
+def test_what_was_measured_before_training_is_no_measure_of_training(run_folder, capsys):
+    (run_folder / "logs" / "version_1" / "metrics.csv").unlink()
+    (run_folder / "logs" / "version_0" / "metrics.csv").write_text(
+        "step,val/accuracy,val/teacher/accuracy,train/length\n0,0.305,1.0,\n4,,,8.0\n", encoding="utf-8"
+    )
+    found = report(run_folder)
+    assert (found["before"], found["after"], found["after_step"]) == (0.305, None, None)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("30.5%") == 1
+    assert "trainer.val_check_interval" in printed
+    assert "opd validate -c" in printed
+    assert "--ckpt_path=last" in printed
+
+
+def test_a_run_without_accuracy_has_a_report(run_folder):
+    for version in (0, 1):
+        (run_folder / "logs" / f"version_{version}" / "metrics.csv").write_text(
+            "step,train/length\n4,8.0\n", encoding="utf-8"
+        )
+    (run_folder / "samples.jsonl").unlink()
+    assert report(run_folder)["before"] is None
 
 
 def test_lengths_alone_are_no_measures():

@@ -33,6 +33,7 @@ class VelocityTarget(Finite, ABC):
     """Other entries of ``model.teachers`` that it needs."""
     of_data = False
     """True where it is defined at states of noised data only (``rollout.behavior: {dataset: …}``)."""
+    guidance: float = 1.0  # also of a subclass whose own __init__ doesn't call this one
 
     def __init__(self, guidance: float = 1.0) -> None:
         if guidance < 0:

@@ -139,6 +139,7 @@ class GroupRelative(Advantage):
 
     needs = frozenset({"reward", "group"})
     scope: Scope = "data"
+    scale: bool = True  # also of a subclass whose own __init__ doesn't call this one
 
     def __init__(self, scale: bool = True) -> None:
         self.scale = scale

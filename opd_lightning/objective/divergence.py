@@ -142,6 +142,20 @@ class Divergence(Signal):
     """
 
     needs: frozenset[str] = frozenset({"teacher"})
+    # also of a subclass whose own __init__ doesn't call this one
+    support: Support = FULL
+    temperature: float = 1.0
+    clip: float | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Adds the need ``categorical`` where there is no closed form between Gaussians."""
+        super().__init_subclass__(**kwargs)
+        if isinstance(cls.needs, property):
+            return
+        if cls.gaussian is Divergence.gaussian:
+            cls.needs = cls.needs | {"categorical"}
+        elif "gaussian" in vars(cls) and "needs" not in vars(cls):  # the class that it extends may have none
+            cls.needs = cls.needs - {"categorical"}
 
     def __init__(self, support: Support = FULL, temperature: float = 1.0, clip: float | None = None) -> None:
         if temperature <= 0:
@@ -154,8 +168,7 @@ class Divergence(Signal):
                 f"signal.support.remainder: stop leaves the reverse KL's log p without gradient; {type(self).__name__} "
                 "is no ReverseKL"
             )
-        of_a_vocabulary = support != FULL or temperature != 1 or clip is not None
-        if of_a_vocabulary or type(self).gaussian is Divergence.gaussian:
+        if support != FULL or temperature != 1 or clip is not None:  # Gaussians take none of them
             self.needs = self.needs | {"categorical"}
 
     @abstractmethod

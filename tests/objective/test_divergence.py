@@ -334,3 +334,30 @@ def test_out_of_range_settings_are_refused_with_the_range():
                 ValueError, match=rf"signal\.alpha must be in \(0, 1\), got {alpha}; the plain KL is its"
             ):
                 make(alpha=alpha)
+
+
+class Powered(Divergence):
+    """KL(q‖p) to a power of each id's term, by somebody who calls no other class's ``__init__``."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power = power
+
+    def categorical(self, log_p, log_q):
+        return forward_kl_terms(log_p, log_q) * self.power
+
+
+class Closed(Powered):
+    def gaussian(self, p, q):
+        return (p.mean - q.mean).flatten(1).sum(1)
+
+
+def test_a_divergence_of_ones_own_has_every_setting_without_calling_super():
+    student, teacher = pair("random", 3, (), torch.float64)
+    trajectories = batch(MASK, V, actions=torch.zeros(SHAPE, dtype=torch.long))
+    losses = [
+        Objective([Term(signal)])(student.distribution, {"teacher": teacher.stream}, trajectories).loss
+        for signal in (Powered(2.0), ForwardKL())
+    ]
+    close(losses[0], 2 * losses[1], 1e-9)
+    assert Powered().needs == {"teacher", "categorical"}, "Gaussians are refused when it is built"
+    assert Closed().needs == {"teacher"}
