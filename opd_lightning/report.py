@@ -71,7 +71,7 @@ def ends(points: Sequence[tuple[int, float]]) -> dict[str, float | None]:
 
 def summarize(curves: Curves) -> dict[str, float | None]:
     """Collects held-out accuracy before and after training, and of each teacher by name, as fractions or None."""
-    teachers = [name for name in curves if name.startswith("val/") and name.endswith("/accuracy")]
+    teachers = [name for name in curves if re.fullmatch("val/[^/]+/accuracy", name)]
     return ends(curves.get("val/accuracy", [])) | {name.split("/")[1]: curves[name][0][1] for name in teachers}
 
 
