@@ -180,6 +180,16 @@ def read(path: Path, configs: Path) -> Method:
     )  # fmt: skip
 
 
+def bases_of(path: str) -> list[str]:
+    """Lists what a method's file, or an overlay, that ships is laid over in each of its settings; empty for others."""
+    configs, file = shipped_configs().resolve(), Path(path).resolve()
+    if not any(file.is_relative_to(configs / kind) for kind in ("methods", "overlays")):
+        return []
+    method = read(file, configs)
+    stacks = (method.stack(setting)[:-1] for setting in method.settings)
+    return [" ".join(f"-c opd:{name}.yaml" for name in stack) for stack in stacks]
+
+
 def read_unbuilt(path: Path | None = None) -> list[Unbuilt]:
     """Reads the published systems that are not built.
 

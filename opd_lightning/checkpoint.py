@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from .adapters import adapter_parameters
+from .config_file import did_you_mean
 from .ending import Ending
 from .folder import RunLock, forget_samples_after, set_aside
 from .pretrained import Pretrained
@@ -107,7 +108,9 @@ def check_whole(checkpoint: Path) -> None:
     intact = newest_whole(checkpoint.parent)
     advice = f"the newest whole one beside it is --ckpt_path={intact}" if intact else "there is no whole one beside it"
     if not checkpoint.exists():
-        raise ValueError(f"there is no checkpoint {checkpoint}; {advice}")
+        there = checkpoint.parent.iterdir() if checkpoint.parent.is_dir() else ()
+        near = f"; {advice}" if intact else did_you_mean(checkpoint, map(str, there))
+        raise ValueError(f"there is no file or folder {checkpoint}{near}")
     if not os.access(checkpoint, os.R_OK):
         raise ValueError(f"{checkpoint} can't be read: it is another user's")
     if not zipfile.is_zipfile(checkpoint):

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,21 @@ class OPDCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         arguments = understood(args)
-        super().__init__(
-            OnPolicyDistillation,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            trainer_defaults={**DEFAULTS, "callbacks": [PredictionWriter()]},
-            parser_class=Parser,
-            args=arguments,
-        )
+        try:
+            super().__init__(
+                OnPolicyDistillation,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                seed_everything_default=0,
+                trainer_defaults={**DEFAULTS, "callbacks": [PredictionWriter()]},
+                parser_class=Parser,
+                args=arguments,
+            )
+        finally:
+            remove_empty_logs(getattr(self, "trainer", None))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -143,6 +147,15 @@ class OPDCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Skips merging hyper-parameters of a checkpoint over the command line, which wins."""
+
+
+def remove_empty_logs(trainer: L.Trainer | None) -> None:
+    """Removes folders of loggers that wrote nothing: Lightning makes them before data and models are checked."""
+    for logger in trainer.loggers if trainer is not None else []:
+        if isinstance(logger, CSVLogger):
+            for folder in (logger.log_dir, logger.root_dir):
+                with suppress(OSError):  # it holds something, or was not made
+                    os.rmdir(folder)
 
 
 def kinds_at_the_top(command: str) -> dict[str, Any]:

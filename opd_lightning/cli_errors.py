@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .catalog import bases_of
 from .config_file import Source, did_you_mean
 from .places import about, place_of
 from .printable import printable
@@ -21,6 +22,7 @@ from .printable import printable
 _NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value)")
 _KEY = re.compile(r'^(?:- )?Parser key "([^"]+)":')
 _CLASS = re.compile(r"^(?:- )?Problem with given class_path '([^']+)'")
+_REQUIRED = re.compile(r"^the following arguments are required: (.*)")
 _EXPECTED = re.compile(r"^Expected an? (?:typing\.|<class ')?([\w.\[\], '-]+?)'?>?(?:\. Got value: (.*))?$")
 LONGEST = 600
 """Characters of a message; transformers lists all the models that it knows."""
@@ -41,6 +43,10 @@ class Parser(LightningArgumentParser):
 
 def explain(message: str, sources: Sequence[Source]) -> str:
     """Shortens an error message of jsonargparse, and adds the file and line that hold the key."""
+    if match := _REQUIRED.match(message):
+        keys = " and ".join(sorted(key.rpartition(".")[2] for key in match.group(1).split(", ")))
+        below = next((bases for source in sources if (bases := bases_of(source.name))), ["-c opd:text/quickstart.yaml"])
+        return f"error: nothing here has the key {keys}; put a configuration first that has: {' or '.join(below)}\n"
     path: list[str] = []
     problems: list[str] = []
     for line in message.splitlines():

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Union
 
 import torch
 
+from .catalog import bases_of
 from .config_file import ConfigError, Keys, Source, Text, Whole, did_you_mean, dotted, is_no_number, load, overlaid
 from .jsonargparse_internals import get_all_subclass_paths, get_signature_parameters, import_object, type_to_str
 from .plain_values import refusal
@@ -246,9 +247,15 @@ class Checker:
         if stray:
             cls = self._class(path, base, keys) if path else base
             hint = f"; {stray[0]} belongs into {dotted(keys)}.init_args" if stray[0] in accepted(cls) else ""
+            if not path and (taking := [name for name, cls in kinds_of(base).items() if self._takes(cls, stray)]):
+                self.fail(
+                    keys, f"add class_path: {' or '.join(taking)}, and put {' and '.join(stray)} under its init_args"
+                )
             near = hint or did_you_mean(stray[0], CLASS_KEYS)
             self.fail((*keys, stray[0]), f"what is a {base.__name__} takes class_path and init_args{near}")
         if not path:
+            if below := bases_of(self.source.name):
+                self.fail(keys, f"this file is an overlay; put what it is laid over before it: {' or '.join(below)}")
             self.fail(keys, f"it names no class: add class_path{choices(base)}")
         cls = self._class(path, base, (*keys, "class_path") if "class_path" in value else keys)
         # 3. its arguments
@@ -265,6 +272,9 @@ class Checker:
             return value
         inside = self.settings(inside, kinds, (*keys, "init_args"), cls.__name__, earlier.get("init_args"))
         return {**value, "init_args": inside} if "init_args" in value else dict(value)
+
+    def _takes(self, path: str, names: list[Any]) -> bool:
+        return set(names) <= accepted(import_object(path)).keys()
 
     def _class(self, path: Any, base: type, keys: Keys) -> Any:
         try:
@@ -286,7 +296,7 @@ def find_class(path: Any, base: type) -> Any:
         named = [name for name in get_all_subclass_paths(base) if _short(name) == path]
         if not named:
             near = did_you_mean(path, map(_short, get_all_subclass_paths(base)))
-            raise ConfigError(f"there is no {base.__name__} {path!r}{near}{choices(base)}")
+            raise ConfigError(f"there is no {base.__name__} {path!r}{near or choices(base)}")
         if len(named) > 1:
             raise ConfigError(f"{path} is the name of several: {', '.join(named)}; write the whole name of one")
         path = named[0]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .chat import problem_with_form, without_answers
-from .data_source import is_remote, read_source
+from .data_source import is_remote, read_source, same_rows
 from .rows import LOCATION, STAND_IN, BadRows, row_of
 from .table import undecoded
 
@@ -101,7 +101,8 @@ class PromptData(LightningDataModule):
             that holds the rows; `split` for a folder of `DatasetDict.save_to_disk`. A reasoning-gym task gets a
             seed that differs between splits unless set here.
         validation_options, test_options, predict_options: the same for the other sources.
-        columns: canonical column → the column of the sources that it is made from. One column may serve two.
+        columns: canonical column → the column of the sources that it is made from; templates, views and rewards know
+            it by the canonical name alone, the old one is gone. One column may serve two.
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
             them in `skipped` and warns once.
         last_answer: what becomes of the last message of a chat in `prompt` where it is the assistant's: "refuse" such
@@ -198,6 +199,7 @@ class PromptData(LightningDataModule):
             self._provide("train")
             if self._sources["validation"] is not None:
                 self._provide("validation")
+                self._warn_of_trained_rows()
         elif stage == "predict" and self._sources["predict"] is None:
             self._provide("validation", "data.predict and data.validation are not set; name a source in one")
             self.predict = self.validation
@@ -226,6 +228,16 @@ class PromptData(LightningDataModule):
         # Lightning leaves a sampler of this kind alone; its own would repeat examples, and count them twice
         sampler: Any = DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(share, batch_size=self.validation_batch_size, sampler=sampler, collate_fn=list)
+
+    def _warn_of_trained_rows(self) -> None:
+        """Warns where the rows that measure are those that are trained on."""
+        train, validation = self._sources["train"], self._sources["validation"]
+        options = [self._options[split] or {} for split in ("train", "validation")]
+        if isinstance(validation, str) and same_rows(train, validation, *options):
+            rank_zero_warn(
+                f"data.train and data.validation are the same rows ({validation}): val/accuracy is measured on what is "
+                "trained, and isn't held out. data.validation: 0.1 holds a tenth of data.train out"
+            )
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -276,9 +288,14 @@ class PromptData(LightningDataModule):
         examples = rows.remove_columns(LOCATION)
         for column, reader in needed.items():
             if column not in examples.column_names:
+                names = " and ".join(new for new, old in self.columns.items() if old == column)
                 raise ValueError(
-                    f"data.{split} has no column {column!r}, which {reader} needs; it has "
-                    f"{', '.join(examples.column_names)}. data.columns maps a column to another name"
+                    f"data.{split} has no column {column!r}, which {reader} needs"
+                    + (
+                        f": data.columns has renamed it to {names}, so name {names} there"
+                        if names
+                        else f"; it has {', '.join(examples.column_names)}. data.columns maps a column to another name"
+                    )
                 )
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})

@@ -85,6 +85,13 @@ def is_local(source: str) -> bool:
     return looks_like_one or path.exists()
 
 
+def same_rows(source: str, other: str, options: dict[str, Any], other_options: dict[str, Any]) -> bool:
+    """Tells whether two sources with their options are one; a task draws other rows for each split without a seed."""
+    drawn = source.startswith("reasoning_gym:") and "seed" not in options
+    files = [local_path(shipped(text)).resolve() if is_local(shipped(text)) else text for text in (source, other)]
+    return files[0] == files[1] and options == other_options and not drawn
+
+
 def local_path(text: str) -> Path:
     """Converts a text to a path; a ``~`` in front is a home folder, unless no user of that name has one."""
     try:

@@ -14,7 +14,7 @@ def shipped(name: str) -> str:
     """Returns the path of a shipped file or folder; names without the prefix stay as they are.
 
     Raises:
-        FileNotFoundError: there is no such thing; the message lists the configurations or assets there are.
+        FileNotFoundError: there is no such thing; the message has the nearest name, or else all that there are.
     """
     if not name.startswith(PREFIX):
         return name
@@ -29,5 +29,6 @@ def shipped(name: str) -> str:
         there = [path.as_posix() for path in known]
         namesakes = [path for path in there if path.endswith(f"/{relative.rpartition('/')[2]}")]
         near = did_you_mean(name, [f"{PREFIX}{path}" for path in namesakes or there])
-        raise FileNotFoundError(f"{name}: nothing of that name is shipped{near}\n  there are {', '.join(there)}")
+        known_names = "" if near else f"\n  there are {', '.join(there)}"
+        raise FileNotFoundError(f"{name}: nothing of that name is shipped{near}{known_names}")
     return str(path)

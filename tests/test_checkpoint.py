@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from opd_lightning.checkpoint import AtomicIO, check_ours
+from opd_lightning.checkpoint import AtomicIO, check_ours, check_whole
 from opd_lightning.cli import run
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
@@ -135,7 +135,7 @@ class Odd:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"there is no checkpoint .*x\.ckpt; the newest whole one beside it is --ckpt_path=.*good\.ckpt"),
+        (None, r"there is no file or folder .*x\.ckpt; the newest whole one beside it is --ckpt_path=.*good\.ckpt"),
         (b"", r"x\.ckpt is cut short or no checkpoint at all; the newest whole one beside it is"),
         (b"\x80\x04 no zip", r"x\.ckpt is cut short or no checkpoint at all"),
         ({"weight": torch.zeros(2)}, r"x\.ckpt is no checkpoint of `opd fit`, or one of an earlier version"),
@@ -156,6 +156,12 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(content, message, tmp_pa
         check_ours(path)
 
 
+def test_a_name_that_is_nearly_a_runs_is_answered_by_it(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(ValueError, match=r"there is no file or folder .*/quikstart; did you mean .*/quickstart\?$"):
+        check_whole(tmp_path / "quikstart")
+
+
 def test_a_runs_folder_is_told_which_checkpoint_it_holds(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     torch.save({}, tmp_path / "checkpoints" / "last.ckpt")
@@ -169,8 +175,8 @@ def test_a_runs_folder_is_told_which_checkpoint_it_holds(tmp_path):
     [
         ("test", "last", r"--ckpt_path=last: there is no last\.ckpt in .*checkpoints; without --ckpt_path the student"),
         ("validate", "last", r"there is no last\.ckpt in"),
-        ("predict", "nowhere.ckpt", r"there is no checkpoint nowhere\.ckpt"),
-        ("fit", "nowhere.ckpt", r"there is no checkpoint nowhere\.ckpt; there is no whole one beside it"),
+        ("predict", "nowhere.ckpt", r"there is no file or folder nowhere\.ckpt$"),
+        ("fit", "nowhere.ckpt", r"there is no file or folder nowhere\.ckpt$"),
         ("fit", "best", r"--ckpt_path=best: only the run itself knows"),
     ],
 )

@@ -33,9 +33,7 @@ def test_shipped_configurations_are_found_by_name():
     assert resolve("runs/mine.yaml") == "runs/mine.yaml"
     with pytest.raises(FileNotFoundError, match=r"nothing of that name is shipped; did you mean opd:text/quickstart"):
         shipped("opd:text/quickstrat.yaml")
-    with pytest.raises(
-        FileNotFoundError, match=r"is shipped; did you mean opd:methods/text/opsd\.yaml\?\n  there are .*gkd"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is shipped; did you mean opd:methods/text/opsd\.yaml\?$"):
         shipped("opd:methods/text/opds.yaml")
     with pytest.raises(FileNotFoundError, match=r"did you mean opd:methods/gui_grounding/gui_sd\.yaml\?"):
         shipped("opd:methods/gui_sd.yaml")
@@ -321,3 +319,12 @@ def test_errors_of_construction_are_a_sentence_and_a_traceback_when_asked_for(co
     monkeypatch.setattr(sys, "argv", ["opd", *arguments, "--traceback"])
     with pytest.raises(ValueError, match=r"rollout\.temperature must be >= 0"):
         main()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_a_start_that_failed_leaves_no_logs(command, tmp_path):
+    data = ["--data.train=nowhere.jsonl", "--data.train_options=null", "--data.validation=0.5",
+            "--data.validation_options=null", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no file or folder 'nowhere\.jsonl'"):
+        run([command, "-c", "opd:text/quickstart.yaml", *data])
+    assert not list(tmp_path.glob("logs*"))

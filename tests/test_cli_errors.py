@@ -8,6 +8,7 @@ import torch
 from opd_lightning.cli import OPDCLI
 from opd_lightning.cli_errors import Parser, explain, sentence
 from opd_lightning.config_file import said
+from opd_lightning.front import front
 from opd_lightning.places import about
 
 PROBLEMS = [
@@ -136,3 +137,11 @@ def test_types_are_said_once():
     assert explain(f"{message}  Given value: abc\n", []) == "error: seed_everything: expected bool or int, got abc\n"
     inner = "Parser key \"a\":\n  Expected a <class 'int'>. Got value: many\n  Given value: {'b': {'a': 1}}\n"
     assert explain(inner, []) == "error: a: expected int, got many\n"
+
+
+def test_what_is_missing_comes_from_a_configuration_that_is_named():
+    message = "the following arguments are required: fit.data, fit.model"
+    assert explain(message, []).endswith("nothing here has the key data and model; put a configuration first that has: "
+                                         "-c opd:text/quickstart.yaml\n")  # fmt: skip
+    overlay = front(["fit", "-c", "opd:overlays/teacher_ema.yaml"])
+    assert "has: -c opd:text/quickstart.yaml -c opd:methods/text/sdft.yaml or " in explain(message, overlay)

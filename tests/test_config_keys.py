@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,37 @@ def test_a_wrong_name_is_answered_by_who_refused_it(refused, text, messages):
     assert "c.yaml, line " in error
     for message in messages:
         assert message in error, error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "data: {train: a.jsonl, seed: 3}\n",
+            r"data: add class_path: PromptData or ImageData.*, and put train and seed under its",
+        ),
+        (
+            "model: {student: {path: x}}\n",
+            r"model: add class_path: .*TextDistillation.*, and put student under its init_args",
+        ),
+    ],
+)
+def test_arguments_without_a_class_are_told_which_takes_them(capsys, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    error = refusal(capsys, "fit", "-c", str(tmp_path / "c.yaml"))
+    assert re.search(message, error), error
+    assert "c.yaml, line 1" in error
+
+
+def test_an_overlay_alone_is_told_what_it_is_laid_over(capsys):
+    error = refusal(capsys, "fit", "-c", "opd:methods/text/opsd.yaml")
+    assert "model: this file is an overlay; put what it is laid over before it: -c opd:text/quickstart.yaml\n" in error
+    assert "opsd.yaml, line" in error
+
+
+def test_where_a_suggestion_is_near_the_rest_is_not_listed(capsys):
+    assert refusal(capsys, *BASE, "--data=PromtData").splitlines()[0].endswith("did you mean PromptData?")
+    assert "there are" not in refusal(capsys, *BASE, "--data=PromtData")
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,9 @@ def test_where_every_reward_abstains_that_is_said(tmp_path, caplog):
                              evaluation=Evaluation(before=True))  # fmt: skip
     with pytest.warns(UserWarning, match=r"val/abstained is 1: .* nothing is scored"):
         toy.fit(module, tmp_path, validation=toy.make_rows(4))
-    (said,) = [record.message for record in caplog.records if record.message.startswith("Before training: ")]
+    messages = [record.message for record in caplog.records]
+    assert "Evaluating before training (4 held-out prompts)" in messages
+    (said,) = [message for message in messages if message.startswith("Before training: ")]
     assert "val/abstained 1.000" in said
     assert "{" not in said
 

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning import data_source
 from opd_lightning.data import STAND_IN, PromptData, Share, hold_out
-from opd_lightning.data_source import is_local
+from opd_lightning.data_source import is_local, same_rows
 from opd_lightning.reward import ReasoningGymScore
 
 CHAT = [{"role": "user", "content": "1+1="}]
@@ -381,6 +381,30 @@ def test_a_missing_column_names_who_needs_it(tmp_path: Path) -> None:
         match=r"no column 'solution', which model.teachers.wise needs; it has prompt, answer, id\. data.columns",
     ):
         data.setup("fit")
+
+
+def test_a_column_that_was_renamed_says_its_new_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "1+1"}])
+    data = attach(PromptData(train=path, columns={"prompt": "question"}), {"question": "model.teachers.wise"})
+    with pytest.raises(ValueError, match=r"wise needs: data\.columns has renamed it to prompt, so name prompt there$"):
+        data.setup("fit")
+
+
+def test_rows_that_are_trained_on_are_not_held_out(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = write(tmp_path / "a.jsonl", rows())
+    write(tmp_path / "b.jsonl", rows())
+    ready(train=path, validation=str(tmp_path / "b.jsonl"))
+    ready(train=path, validation=0.5)
+    assert not [str(warning.message) for warning in recwarn if "held out" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"data\.train and data\.validation are the same rows \(.*: val/accuracy"):
+        ready(train=path, validation=f"{tmp_path}/./a.jsonl")
+
+
+def test_tasks_and_options_tell_sources_apart() -> None:
+    assert same_rows("python:a.b", "python:a.b", {"count": 3}, {"count": 3})
+    assert not same_rows("python:a.b", "python:a.b", {"count": 3}, {"count": 4})
+    assert not same_rows("reasoning_gym:sums", "reasoning_gym:sums", {}, {})
+    assert same_rows("reasoning_gym:sums", "reasoning_gym:sums", {"seed": 1}, {"seed": 1})
 
 
 def test_an_answer_that_is_needed_must_be_there_and_a_hint_need_not(tmp_path: Path) -> None:

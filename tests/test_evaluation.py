@@ -17,6 +17,7 @@ from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
+from tests.callbacks import toy
 from tests.tiny import LongerIsBetter, Rows, act, log_softmax, make_trainer
 
 
@@ -45,6 +46,18 @@ class Abstains:
 def validate(module, folder, rows, **settings) -> dict[str, float]:
     trainer = make_trainer(folder, **settings)
     return trainer.validate(module, datamodule=Rows([], rows), verbose=False)[0]
+
+
+def test_an_evaluated_checkpoint_is_logged_under_its_own_step(tmp_path):
+    """Lightning counts no steps where it only evaluates, and the report takes step 0 for before training."""
+    toy.fit(toy.make_module(), tmp_path, steps=2)
+    logger = CSVLogger(tmp_path, name="logs")
+    again = make_trainer(tmp_path, logger=logger)
+    data = Rows([], toy.make_rows(3))
+    again.validate(toy.make_module(), datamodule=data, ckpt_path=tmp_path / "step-2.ckpt", verbose=False)
+    (row,) = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text(encoding="utf-8").splitlines())
+    assert row["step"] == "2"
+    assert json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 2
 
 
 # -- pass@k -------------------------------------------------------------------------------------------------------

