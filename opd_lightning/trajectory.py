@@ -127,7 +127,9 @@ class Trajectories:
         return values
 
     def to(self, device: torch.device | str) -> Trajectories:
-        return dataclasses.replace(self, **self._map(lambda tensor: tensor.to(device, non_blocking=True)))
+        # from a GPU to the CPU only when it is done: nothing else would wait before the numbers are read
+        waits = torch.device(device).type == "cpu"
+        return dataclasses.replace(self, **self._map(lambda tensor: tensor.to(device, non_blocking=not waits)))
 
     def select(self, index: Tensor) -> Trajectories:
         """Selects the trajectories at ``index [K]``, in that order."""

@@ -15,7 +15,7 @@ from ...sharding import refuse_sharded
 from ...trajectory import Trajectories
 from .rule import HORIZON, StopRule
 
-PROBE_DRAWS = 2**33  # keeps the probe's seeds apart from the rollouts' and evaluation's
+PROBE_DRAWS = 2**34  # keeps the probe's seeds apart from those of rollouts, evaluation and the agreement
 
 
 class AdaptiveWindow(StopRule):

@@ -95,7 +95,8 @@ class LearnedScore(TeacherWeights):
             else trajectories.source < 0
         )
         trajectories = trajectories.select(acted.nonzero().squeeze(-1))
-        if not len(trajectories) or self.has_learned(done):
+        # its gradients are averaged over ranks: where one has nothing to learn from, none learns
+        if self.has_learned(done) or not min(ranks.gather_objects(len(trajectories))):
             return None
         examples = setting.shown(trajectories.examples, trajectories.student_view)
         field = RestrictedField(

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -191,13 +190,13 @@ class SampleQuality:
         """Computes the metrics of all samples since the last call, over all ranks."""
         real = self._reference(module)
         values: dict[str, float] = {}
-        for count, batches in sorted(self._features.items()):
-            samples = torch.cat(module.ranks.gather_objects(torch.cat(batches)))
+        # once, whatever this rank has: one with stand-ins alone has seen no sample
+        of_ranks = module.ranks.gather_objects((self._features, self._right))
+        for count in sorted({count for features, _ in of_ranks for count in features}):
+            samples = torch.cat([batch for features, _ in of_ranks for batch in features.get(count, [])])
             values |= {f"{stage}/{name}_{count}": value for name, value in compare(real, samples).items()}
-            if count in self._right:
-                mean = MeanMetric().to(module.device)
-                mean.update(torch.cat(self._right[count]).to(module.device))
-                values[f"{stage}/class_accuracy_{count}"] = float(mean.compute())
+            if right := [batch for _, of_rank in of_ranks for batch in of_rank.get(count, [])]:
+                values[f"{stage}/class_accuracy_{count}"] = float(torch.cat(right).mean())
         self._features, self._right = {}, {}
         return values
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from opd_lightning.modalities.diffusion.learned_score import Learner
+from opd_lightning.optimizer_step import OptimizerStep
+from tests.modalities.diffusion.test_setting import matched, on_policy
 
 
 def learner(optimizer=torch.optim.AdamW, **settings) -> Learner:
@@ -37,3 +39,26 @@ def test_a_step_that_is_begun_again_teaches_it_once():
     after.load_state_dict(before.state_dict())
     assert after.restored_at == 7
     assert learner(lr=0.1).restored_at == -1
+
+
+def test_where_a_rank_has_nothing_to_learn_from_no_rank_learns(make, pipeline):
+    """Its gradients are averaged: a rank that left early would let the others wait for ever."""
+    module = matched(make, pipeline)
+    score, step = module.teachers["fake"].weights, OptimizerStep([on_policy(module, 2)])
+
+    class TwoRanks:
+        def __init__(self, elsewhere: int) -> None:
+            self.elsewhere, self.averaged = elsewhere, 0
+
+        def gather_objects(self, value):
+            return [value, self.elsewhere]
+
+        def mean(self, tensor):
+            self.averaged += 1
+            return tensor
+
+    idle, busy = TwoRanks(0), TwoRanks(2)
+    assert score.before_update("fake", step, module, idle, 0) is None
+    assert idle.averaged == 0
+    assert score.before_update("fake", step, module, busy, 0) is not None
+    assert busy.averaged

@@ -113,6 +113,26 @@ def test_the_samples_of_a_number_of_steps_are_those_of_a_rollout(make, tmp_path)
     assert "test/fid_2" not in found
 
 
+def test_a_rank_that_saw_stand_ins_alone_takes_part(make, tmp_path, monkeypatch):
+    """Fewer held-out rows than ranks: the others wait for it in every collective call."""
+    module = make(quality=SampleQuality(Colors(), [1]))
+    quality, features = module.quality, torch.rand(8, 3)
+    monkeypatch.setattr(SampleQuality, "_reference", lambda self, module: torch.rand(8, 3))
+    elsewhere = ({1: [features]}, {1: [torch.tensor([1.0, 0.0])]})
+    calls = []
+
+    class TwoRanks:
+        def gather_objects(self, value):
+            calls.append(value)
+            return [value, elsewhere]
+
+    monkeypatch.setattr(type(module), "ranks", TwoRanks())
+    found = quality.finish(module, "val")
+    assert calls == [({}, {})], "one call, whatever it has seen"
+    assert found["val/class_accuracy_1"] == 0.5
+    assert "val/fid_1" in found
+
+
 def test_without_real_images_there_is_nothing_to_compare_with(make, tmp_path):
     module = make(quality=SampleQuality(Colors(), [1]))
     rows = [{**row, "image": None} for row in make_rows(8)]
