@@ -21,6 +21,8 @@ from ..optimizer_step import OptimizerStep
 from ..printable import cell, in_markdown
 from ..trajectory import Trajectories
 
+WHOLE = 1_000_000
+"""Characters of what a policy read that are kept: all that there are."""
 COLUMNS = ("prompt", "completion", "reward", "length", "signal")
 Row = dict[str, Any]
 
@@ -29,10 +31,11 @@ class Samples(DistillationCallback):
     """Shows the first rollouts of an optimizer step as they are about to be trained, with a signal at each step.
 
     On the console the steps are shaded by the signal, the darkest red being the table's largest. The same rows go to
-    ``rollouts.jsonl`` in the run's folder, with every step's value, who acted, with which weights (``version``), how
-    many optimizer steps ago (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one
-    first). Loggers that take text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the
-    rows of the steps that it does again.
+    ``rollouts.jsonl`` in the run's folder, with every step's value, what each policy read (``read``, of language
+    models), what notes say of it (``notes``), who acted, with which weights (``version``), how many optimizer steps ago
+    (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one first). Loggers that take
+    text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the rows of the steps that it
+    does again.
 
     Example::
 
@@ -109,6 +112,8 @@ class Samples(DistillationCallback):
                     "version": version,
                     "lag": module.global_step - version,
                     "weight": 1.0 if shown.weight is None else float(shown.weight[i]),
+                    "notes": {} if shown.notes is None else shown.notes[i],
+                    "read": dict(module.readings(shown.examples[i], WHOLE)),
                     "steps": None if spelled is None else spelled[i],
                     # NaN is no JSON
                     "signals": [None if value != value else value for value in signal.tolist()],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from .printable import cell
 from .setting import Setting
 from .splits import rows_of
+from .trajectory import Example
 
 SPLIT_OF = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
 
@@ -27,7 +28,10 @@ def _show_first_row(setting: Setting, trainer: Any) -> None:
     """Prints what is made of the first row of the split that is used."""
     split = SPLIT_OF.get(str(trainer.state.fn and trainer.state.fn.value), "train")
     examples = rows_of(trainer, split, "the table of what is made of the first row")
-    if not examples or not (readings := setting.readings(dict(examples[0]))):
+    if not examples:
+        return
+    warn_of_idle_views(setting, dict(examples[0]))
+    if not (readings := setting.readings(dict(examples[0]))):
         return
     table = Table(title=f"the first row of data.{split}", title_justify="left", show_header=False)
     table.add_column()
@@ -35,6 +39,23 @@ def _show_first_row(setting: Setting, trainer: Any) -> None:
     for who, what in readings:
         table.add_row(cell(who), cell(what))
     Console().print(table)
+
+
+def warn_of_idle_views(setting: Setting, example: Example) -> None:
+    """Warns of teachers whose view shows a row as the student sees it, such as a template that ignores its columns."""
+    (own,) = setting.shown([example])
+    for name, teacher in setting.teachers.items():
+        view = None if teacher.view is None else teacher.look(example)
+        if view is not None and all(_equal(value, own.get(column)) for column, value in view.items()):
+            rank_zero_warn(
+                f"model.teachers.{name}.view: {type(teacher.view).__name__} shows the first row as the student sees "
+                "it: the teacher knows nothing more. Does its template name the column that it is to show?"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Compares plain values; of others, which may be large or say nothing of equality, only the same one is equal."""
+    return one is other or (isinstance(one, str | int | float | list | dict) and bool(one == other))
 
 
 @rank_zero_only

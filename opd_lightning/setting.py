@@ -146,8 +146,8 @@ class Setting(Portable):
         """Rows of the start-up table: what, and its value for each role. Raises for what cannot work."""
         return []
 
-    def readings(self, example: Example) -> list[tuple[str, str]]:
-        """Lists the model inputs of a row, for people before training: whose they are, and their text."""
+    def readings(self, example: Example, limit: int = 500) -> list[tuple[str, str]]:
+        """Lists the model inputs of a row, for people: whose they are, and their text of up to ``limit`` characters."""
         return []
 
     @property

@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.adapters import adapter_parameters
+from opd_lightning.audit import warn_of_idle_views
+from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher, TeacherWeights, rounded_at_random
@@ -154,3 +156,10 @@ def test_rounding_at_random_is_right_on_average_and_leaves_what_fits(dtype):
     drawn = rounded_at_random(value.repeat(20_000, 1), dtype, draw).double()
     assert (drawn.mean(0) / value.double() - 1).abs().max() < 1e-4
     assert all(len(column.unique()) == 2 for column in drawn.T), "its two neighbors"
+
+
+@pytest.mark.parametrize(("template", "warned"), [("{{ prompt }}", True), ("{{ solution }}{{ prompt }}", False)])
+def test_a_view_that_shows_nothing_more_is_warned_about(tiny_student, tmp_path, template, warned, recwarn):
+    module = make_module(tiny_student, {"teacher": Teacher(Live(), PromptView(template))})
+    warn_of_idle_views(module, make_rows(2)[1])
+    assert any("shows the first row as the student sees it" in str(w.message) for w in recwarn) == warned

@@ -125,18 +125,25 @@ def check_horizon(module: Audited) -> None:
             )
 
 
-def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
-    """Lists the text that each policy reads of a row, special tokens included, and the tokens that are trained."""
+def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tuple[str, str]]:
+    """Lists the text that each policy reads of a row, special tokens included, and the tokens that are trained.
+
+    Args:
+        module: the setting.
+        example: the row.
+        limit: characters of each text.
+    """
     (student_example,) = module.shown([example])
     student = module.policies["student"]
-    lines = [("student reads", _spelled(module, module.prompt_ids(student_example, student).tolist()))]
+    prompt = module.prompt_ids(student_example, student).tolist()
+    lines = [("student reads", _spelled(module, prompt, limit))]
     if (
         "dataset" in module.rollout.sources
         and module.answered(example, student_example, student).get("completion") is not None
     ):
         ids, written = module.given(example, student_example, student)
         trained = [i for i, is_trained in zip(ids, written, strict=True) if is_trained]
-        lines.append(("given, trained", f"{_spelled(module, trained)} = {quoted(trained)}"))
+        lines.append(("given, trained", f"{_spelled(module, trained, limit)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
         ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
         text = f"trained up to and including {ends}, at most {module.rollout.horizon} tokens"
@@ -146,7 +153,7 @@ def readings(module: Audited, example: Example) -> list[tuple[str, str]]:
         same = teacher.view is None and not teacher.own_template
         teacher_example = student_example if teacher.view is None or view is None else view
         ids = module.prompt_ids(teacher_example, module.reads_as(module.policies[name])).tolist()
-        text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids)
+        text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids, limit)
         lines.append((f"{name} reads", text))
     return lines
 
@@ -230,8 +237,8 @@ def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -
     return None
 
 
-def _spelled(module: Audited, ids: list[int]) -> str:
-    """Decodes token ids; runs of one token, such as an image's, are written once."""
+def _spelled(module: Audited, ids: list[int], limit: int) -> str:
+    """Decodes token ids, up to so many characters; runs of one token, such as an image's, are written once."""
     decode, text = module.tokenizer().decode, ""
     several: list[int] = []
     for token, group in groupby(ids):
@@ -241,7 +248,7 @@ def _spelled(module: Audited, ids: list[int]) -> str:
             continue
         text += f"{decode(several)}{decode([token])}×{count}"
         several = []
-    return f"{quoted(text + decode(several), SHOWN)}, {len(ids)} tokens"
+    return f"{quoted(text + decode(several), limit)}, {len(ids)} tokens"
 
 
 def _weights(module: Audited, name: str) -> str:

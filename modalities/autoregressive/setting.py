@@ -24,7 +24,7 @@ from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
 from ...sharding import is_sharded, mesh_of
 from ...trajectory import Example, Trajectories
-from .audit import audit_rows, check_horizon, problem_with_row, problem_with_view, readings, stop_ids, suspects
+from .audit import SHOWN, audit_rows, check_horizon, problem_with_row, problem_with_view, readings, stop_ids, suspects
 from .engines import DecodeLoop, Prompts, RolloutEngine
 from .engines.engine import until_stop
 from .engines.row_groups import SwitchingRope, check_dynamic
@@ -354,8 +354,8 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
         return audit_rows(self)
 
-    def readings(self, example: Example) -> list[tuple[str, str]]:
-        return readings(self, example)
+    def readings(self, example: Example, limit: int = SHOWN) -> list[tuple[str, str]]:
+        return readings(self, example, limit)
 
     def prompt_ids(self, example: Example, policy: Policy) -> Tensor:
         """Tokenizes the prompt ``[P]`` of an example, as the policy reads it."""

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from opd_lightning.callbacks import Curriculum, EarlyStopRollout, FirstSteps, FreshnessControl, Linear, Samples
 from opd_lightning.callbacks.samples import render
+from opd_lightning.modalities.autoregressive import Peers, PromptView
 from opd_lightning.objective import JSD, ForwardKL
 from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import Live, Teacher
 from tests.callbacks import toy
-from tests.tiny import LongerIsBetter
+from tests.tiny import LongerIsBetter, fit, make_module, make_rows
 
 
 def shown(folder: Path) -> list[dict[str, Any]]:
@@ -47,6 +49,20 @@ def test_rows_say_what_was_done_and_how_the_teacher_finds_each_step(world, tmp_p
         assert row["signal"] == pytest.approx(sum(row["signals"]) / row["length"])
         assert min(row["signals"]) >= 0
         assert row["completion"] in "".join(row["steps"])
+
+
+def test_what_each_policy_read_and_what_notes_say_is_kept_whole(tiny_student, tmp_path):
+    teacher = Teacher(Live(), PromptView("{{ solution }}{{ right[0] }}" + "12" * 60 + "{{ prompt }}"))
+    module = make_module(
+        tiny_student, {"teacher": teacher}, notes={"peers": Peers(own=True, threshold=0.0)}, reward=LongerIsBetter(),
+        rollout=Rollout(batch_size=4, horizon=6),
+    )  # fmt: skip
+    rows = [row for row in make_rows(24) if row["solution"]]
+    fit(module, tmp_path, rows, steps=1, callbacks=[Samples(count=2, console=False)])
+    for row in shown(tmp_path):
+        assert row["notes"]["right"] == [row["completion"].strip()]
+        assert "12" * 60 in row["read"]["teacher reads"]
+        assert row["prompt"] in row["read"]["student reads"]
 
 
 def test_stale_and_weighted_trajectories_say_so(tmp_path):
