@@ -11,7 +11,8 @@ Writes ``assets/facts/train.jsonl`` and ``assets/facts/validation.jsonl``, with 
     prompt: the question;
     answer: as short as it goes;
     aliases: other answers that are right, maybe none;
-    completion: the answer in a form, for recipes that learn from given answers;
+    sentence: the answer as a sentence, which repeats the question's subject;
+    completion: that in a form, for recipes that learn from given answers;
     kind: of question.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "facts"
 
-KINDS: dict[str, tuple[list[str], str]] = {
+KINDS: dict[str, tuple[list[str], str, str]] = {
     "capital": (
         [
             "What is the capital of {}?",
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
             "Name the capital city of {}.",
             "Tell me the capital of {}.",
         ],
+        "The capital of {} is {}.",
         """France: Paris; Germany: Berlin; Italy: Rome; Spain: Madrid; Portugal: Lisbon; Japan: Tokyo; China:
         Beijing/Peking; India: New Delhi/Delhi; Russia: Moscow; Greece: Athens; Egypt: Cairo; Turkey: Ankara;
         Poland: Warsaw; Austria: Vienna; Hungary: Budapest; Sweden: Stockholm; Norway: Oslo; Denmark: Copenhagen;
@@ -46,6 +48,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
     ),
     "state capital": (
         ["What is the capital of the state of {}?", "Which city is the capital of the US state of {}?"],
+        "The capital of {} is {}.",
         """Texas: Austin; California: Sacramento; Colorado: Denver; Georgia: Atlanta; Massachusetts: Boston; Arizona:
         Phoenix; Hawaii: Honolulu; Ohio: Columbus; Tennessee: Nashville; Florida: Tallahassee; Minnesota: Saint
         Paul/St. Paul/St Paul; Oregon: Salem; Louisiana: Baton Rouge; Virginia: Richmond; Wisconsin: Madison;
@@ -57,6 +60,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
             "Which continent does {} belong to?",
             "In which continent is {} located?",
         ],
+        "{} is in {}.",
         """France: Europe; Brazil: South America; Kenya: Africa; Japan: Asia; Canada: North America; Egypt: Africa;
         Germany: Europe; India: Asia; Argentina: South America; Nigeria: Africa; China: Asia; Mexico: North
         America; Spain: Europe; Peru: South America; Thailand: Asia; Morocco: Africa; Poland: Europe; Chile: South
@@ -75,6 +79,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
             "What word means the opposite of {}?",
             "Which word is the antonym of {}?",
         ],
+        "The opposite of {} is {}.",
         """hot: cold/cool; big: small/little/tiny; up: down; day: night; happy: sad/unhappy; fast: slow; light:
         dark/heavy/darkness; young: old; rich: poor; open: closed/close/shut; strong: weak; wet: dry; hard:
         soft/easy; early: late; full: empty; loud: quiet/silent/soft; clean: dirty; good: bad/evil; left: right;
@@ -91,6 +96,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
             "What is the plural form of the word {}?",
             "How do you write the plural of the noun {}?",
         ],
+        "The plural of {} is {}.",
         """child: children; man: men; woman: women; foot: feet; tooth: teeth; goose: geese; mouse: mice; leaf:
         leaves; knife: knives; wolf: wolves; city: cities; baby: babies; box: boxes; bus: buses; potato: potatoes;
         tomato: tomatoes; church: churches; lady: ladies; story: stories; wife: wives; life: lives; shelf:
@@ -107,6 +113,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
             "Which chemical symbol stands for {}?",
             "What is the symbol for the element {}?",
         ],
+        "The chemical symbol of {} is {}.",
         """hydrogen: H; oxygen: O; carbon: C; nitrogen: N; gold: Au; silver: Ag; iron: Fe; copper: Cu; sodium: Na;
         potassium: K; calcium: Ca; helium: He; lead: Pb; zinc: Zn; tin: Sn; neon: Ne; chlorine: Cl; magnesium: Mg;
         aluminum: Al; silicon: Si; sulfur: S; uranium: U; mercury: Hg; lithium: Li; nickel: Ni; iodine: I; boron:
@@ -115,6 +122,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
     ),
     "author": (
         ["Who wrote {}?", "Who is the author of {}?", "Name the author of {}."],
+        "{} was written by {}.",
         """Romeo and Juliet: Shakespeare; Hamlet: Shakespeare; Macbeth: Shakespeare; Pride and Prejudice: Austen;
         Emma: Austen; Oliver Twist: Dickens; A Tale of Two Cities: Dickens; Great Expectations: Dickens;
         Moby-Dick: Melville; War and Peace: Tolstoy; Anna Karenina: Tolstoy; Don Quixote: Cervantes; Frankenstein:
@@ -127,28 +135,37 @@ KINDS: dict[str, tuple[list[str], str]] = {
     ),
     "space": (
         ["{}"],
-        """Which planet is closest to the Sun?: Mercury; Which planet do we live on?: Earth; Which planet is known as
-        the red planet?: Mars; What is the largest planet of the solar system?: Jupiter; Which planet is famous
-        for its rings?: Saturn; Which star is closest to Earth?: Sun; What is the natural satellite of the Earth
-        called?: Moon; What galaxy do we live in?: Milky Way; Which planet is the second from the Sun?: Venus;
-        Which planet is the farthest from the Sun?: Neptune; What does the Earth orbit?: Sun; How many planets
-        does the solar system have?: eight/8; What force keeps the planets in their orbits?:
-        gravity/gravitational; Who was the first person to walk on the Moon?: Armstrong; What do we call a person
-        who travels into space?: astronaut/cosmonaut""",
+        "",
+        """Which planet is closest to the Sun?: Mercury = The planet closest to the Sun is Mercury.; Which planet do
+        we live on?: Earth = The planet that we live on is Earth.; Which planet is known as the red planet?: Mars
+        = The red planet is Mars.; What is the largest planet of the solar system?: Jupiter = The largest planet
+        of the solar system is Jupiter.; Which planet is famous for its rings?: Saturn = The planet that is famous
+        for its rings is Saturn.; Which star is closest to Earth?: Sun = The star closest to Earth is the Sun.;
+        What is the natural satellite of the Earth called?: Moon = The natural satellite of the Earth is the
+        Moon.; What galaxy do we live in?: Milky Way = The galaxy that we live in is the Milky Way.; Which planet
+        is the second from the Sun?: Venus = The second planet from the Sun is Venus.; Which planet is the
+        farthest from the Sun?: Neptune = The planet farthest from the Sun is Neptune.; What does the Earth
+        orbit?: Sun = The Earth orbits the Sun.; How many planets does the solar system have?: eight/8 = The solar
+        system has eight planets.; What force keeps the planets in their orbits?: gravity/gravitational = The
+        force that keeps the planets in their orbits is gravity.; Who was the first person to walk on the Moon?:
+        Armstrong = The first person to walk on the Moon was Neil Armstrong.; What do we call a person who travels
+        into space?: astronaut/cosmonaut = A person who travels into space is called an astronaut.""",
     ),
     "language": (
         ["What language do people speak in {}?", "Which language is spoken in {}?", "What is the main language of {}?"],
+        "The language spoken in {} is {}.",
         """Germany: German; Italy: Italian; Japan: Japanese; Portugal: Portuguese; Russia: Russian; Greece: Greek;
         Poland: Polish; Sweden: Swedish; Turkey: Turkish; Mexico: Spanish; Brazil: Portuguese; Argentina: Spanish;
         Austria: German; Egypt: Arabic; Iran: Persian/Farsi; Hungary: Hungarian; Thailand: Thai; Vietnam:
         Vietnamese; Denmark: Danish; Cuba: Spanish; Norway: Norwegian; Ukraine: Ukrainian; Finland: Finnish;
-        Chile: Spanish; Israel: Hebrew; the Netherlands: Dutch; Romania: Romanian;
-        Bulgaria: Bulgarian; Peru: Spanish; Colombia: Spanish; Iceland: Icelandic; Croatia: Croatian; Mongolia:
-        Mongolian; Morocco: Arabic; Iraq: Arabic; South Korea: Korean; Saudi Arabia: Arabic; Spain: Spanish;
-        England: English; Australia: English; Jamaica: English; Uruguay: Spanish; Indonesia: Indonesian""",
+        Chile: Spanish; Israel: Hebrew; the Netherlands: Dutch; Romania: Romanian; Bulgaria: Bulgarian; Peru:
+        Spanish; Colombia: Spanish; Iceland: Icelandic; Croatia: Croatian; Mongolia: Mongolian; Morocco: Arabic;
+        Iraq: Arabic; South Korea: Korean; Saudi Arabia: Arabic; Spain: Spanish; England: English; Australia:
+        English; Jamaica: English; Uruguay: Spanish; Indonesia: Indonesian""",
     ),
     "currency": (
         ["What is the currency of {}?", "Which currency is used in {}?", "What money do people pay with in {}?"],
+        "The currency of {} is the {}.",
         """Japan: yen; the United Kingdom: pound/sterling; Germany: euro; India: rupee; China: yuan/renminbi; the
         United States: dollar; Mexico: peso; Russia: ruble/rouble; Switzerland: franc; France: euro; South Korea:
         won; Brazil: real; Italy: euro; Canada: dollar; Sweden: krona; Poland: zloty/złoty; Thailand: baht;
@@ -156,55 +173,85 @@ KINDS: dict[str, tuple[list[str], str]] = {
     ),
     "counting": (
         ["{}"],
-        """How many legs does a spider have?: eight/8; How many legs does an insect have?: six/6; How many legs does
-        a dog have?: four/4; How many sides does a triangle have?: three/3; How many sides does a square have?:
-        four/4; How many sides does a pentagon have?: five/5; How many sides does a hexagon have?: six/6; How many
-        sides does an octagon have?: eight/8; How many wheels does a bicycle have?: two/2; How many wheels does a
-        car have?: four/4; How many letters are in the English alphabet?: 26/twenty-six; How many continents are
-        there?: seven/7; How many fingers are on one hand?: five/5; How many players does a football team have on
-        the field?: eleven/11; How many strings does a violin have?: four/4; How many arms does an octopus have?:
-        eight/8; How many wings does a bird have?: two/2; How many cents are in a dollar?: 100/hundred; How many
-        centimeters are in a meter?: 100/hundred; How many grams are in a kilogram?: 1000/1,000/thousand; How many
-        eggs are in a dozen?: twelve/12; How many degrees are in a right angle?: 90/ninety; How many degrees are
-        in a circle?: 360; How many stars are on the flag of the United States?: 50/fifty""",
+        "",
+        """How many legs does a spider have?: eight/8 = A spider has eight legs.; How many legs does an insect have?:
+        six/6 = An insect has six legs.; How many legs does a dog have?: four/4 = A dog has four legs.; How many
+        sides does a triangle have?: three/3 = A triangle has three sides.; How many sides does a square have?:
+        four/4 = A square has four sides.; How many sides does a pentagon have?: five/5 = A pentagon has five
+        sides.; How many sides does a hexagon have?: six/6 = A hexagon has six sides.; How many sides does an
+        octagon have?: eight/8 = An octagon has eight sides.; How many wheels does a bicycle have?: two/2 = A
+        bicycle has two wheels.; How many wheels does a car have?: four/4 = A car has four wheels.; How many
+        letters are in the English alphabet?: 26/twenty-six = The English alphabet has 26 letters.; How many
+        continents are there?: seven/7 = There are seven continents.; How many fingers are on one hand?: five/5 =
+        One hand has five fingers.; How many players does a football team have on the field?: eleven/11 = A
+        football team has eleven players on the field.; How many strings does a violin have?: four/4 = A violin
+        has four strings.; How many arms does an octopus have?: eight/8 = An octopus has eight arms.; How many
+        wings does a bird have?: two/2 = A bird has two wings.; How many cents are in a dollar?: 100/hundred =
+        There are 100 cents in a dollar.; How many centimeters are in a meter?: 100/hundred = There are 100
+        centimeters in a meter.; How many grams are in a kilogram?: 1000/1,000/thousand = There are 1000 grams in
+        a kilogram.; How many eggs are in a dozen?: twelve/12 = There are twelve eggs in a dozen.; How many
+        degrees are in a right angle?: 90/ninety = There are 90 degrees in a right angle.; How many degrees are in
+        a circle?: 360 = There are 360 degrees in a circle.; How many stars are on the flag of the United States?:
+        50/fifty = There are 50 stars on the flag of the United States.""",
     ),
     "nature": (
         ["{}"],
-        """What do bees make?: honey; What gas do humans need to breathe?: oxygen; What gas do plants take in?:
-        carbon dioxide; What is frozen water called?: ice; What is the largest ocean on Earth?: Pacific; What is
-        the tallest animal?: giraffe; What is the largest animal on Earth?: blue whale/whale; What is the fastest
-        land animal?: cheetah; What is the chemical formula of water?: H2O; What is the highest mountain on
-        Earth?: Everest; What animal is known as man's best friend?: dog; What animal is known as the king of the
-        jungle?: lion; Which bird cannot fly and lives in Antarctica?: penguin; Which animal gives us wool?:
-        sheep; Which animal gives us milk?: cow; What do caterpillars turn into?: butterfly/butterflies/moth; What
-        is the hardest natural substance?: diamond; What organ pumps blood through the body?: heart; What organ do
-        we use to think?: brain; What organ do we see with?: eye/eyes; What organ do we breathe with?: lung/lungs;
-        What is the largest organ of the human body?: skin; What is the process by which plants make food from
-        light?: photosynthesis; What melts when it gets warm in winter?: snow/ice; What is the longest river in
-        Africa?: Nile; What is the largest desert in Africa?: Sahara; What is the largest country in the world by
-        area?: Russia; What sound does a cat make?: meow/purr; What sound does a dog make?: bark/woof; What sound
-        does a cow make?: moo; What do cows eat?: grass/hay; What do pandas eat?: bamboo; What tree grows from an
-        acorn?: oak; Which animal has a trunk?: elephant; Which animal has black and white stripes?: zebra; What
-        do you call molten rock from a volcano?: lava/magma; At how many degrees Celsius does water boil?:
-        100/hundred; At how many degrees Celsius does water freeze?: 0/zero; What instrument measures
-        temperature?: thermometer; What is the center of an atom called?: nucleus""",
+        "",
+        """What do bees make?: honey = Bees make honey.; What gas do humans need to breathe?: oxygen = Humans need to
+        breathe oxygen.; What gas do plants take in?: carbon dioxide = Plants take in carbon dioxide.; What is
+        frozen water called?: ice = Frozen water is called ice.; What is the largest ocean on Earth?: Pacific =
+        The largest ocean on Earth is the Pacific.; What is the tallest animal?: giraffe = The tallest animal is
+        the giraffe.; What is the largest animal on Earth?: blue whale/whale = The largest animal on Earth is the
+        blue whale.; What is the fastest land animal?: cheetah = The fastest land animal is the cheetah.; What is
+        the chemical formula of water?: H2O = The chemical formula of water is H2O.; What is the highest mountain
+        on Earth?: Everest = The highest mountain on Earth is Mount Everest.; What animal is known as man's best
+        friend?: dog = The animal known as man's best friend is the dog.; What animal is known as the king of the
+        jungle?: lion = The king of the jungle is the lion.; Which bird cannot fly and lives in Antarctica?:
+        penguin = The bird that cannot fly and lives in Antarctica is the penguin.; Which animal gives us wool?:
+        sheep = The animal that gives us wool is the sheep.; Which animal gives us milk?: cow = The animal that
+        gives us milk is the cow.; What do caterpillars turn into?: butterfly/butterflies/moth = A caterpillar
+        turns into a butterfly.; What is the hardest natural substance?: diamond = The hardest natural substance
+        is diamond.; What organ pumps blood through the body?: heart = The organ that pumps blood through the body
+        is the heart.; What organ do we use to think?: brain = The organ that we use to think is the brain.; What
+        organ do we see with?: eye/eyes = The organ that we see with is the eye.; What organ do we breathe with?:
+        lung/lungs = The organ that we breathe with is the lung.; What is the largest organ of the human body?:
+        skin = The largest organ of the human body is the skin.; What is the process by which plants make food
+        from light?: photosynthesis = The process by which plants make food from light is photosynthesis.; What
+        melts when it gets warm in winter?: snow/ice = When it gets warm in winter, snow melts.; What is the
+        longest river in Africa?: Nile = The longest river in Africa is the Nile.; What is the largest desert in
+        Africa?: Sahara = The largest desert in Africa is the Sahara.; What is the largest country in the world by
+        area?: Russia = The largest country in the world by area is Russia.; What sound does a cat make?:
+        meow/purr = The sound that a cat makes is meow.; What sound does a dog make?: bark/woof = The sound that a
+        dog makes is a bark.; What sound does a cow make?: moo = The sound that a cow makes is moo.; What do cows
+        eat?: grass/hay = Cows eat grass.; What do pandas eat?: bamboo = Pandas eat bamboo.; What tree grows from
+        an acorn?: oak = The tree that grows from an acorn is an oak.; Which animal has a trunk?: elephant = The
+        animal that has a trunk is the elephant.; Which animal has black and white stripes?: zebra = The animal
+        that has black and white stripes is the zebra.; What do you call molten rock from a volcano?: lava/magma =
+        Molten rock from a volcano is called lava.; At how many degrees Celsius does water boil?: 100/hundred =
+        Water boils at 100 degrees Celsius.; At how many degrees Celsius does water freeze?: 0/zero = Water
+        freezes at 0 degrees Celsius.; What instrument measures temperature?: thermometer = The instrument that
+        measures temperature is a thermometer.; What is the center of an atom called?: nucleus = The center of an
+        atom is called the nucleus.""",
     ),
 }  # fmt: skip
 
 
 def rows() -> Iterator[tuple[bool, dict[str, Any]]]:
     """Yields every question with whether it is held out, in the order of the tables."""
-    for kind, (ways, table) in KINDS.items():
+    for kind, (ways, statement, table) in KINDS.items():
         for i, entry in enumerate(table.split(";")):
-            name, answers = " ".join(entry.split()).rsplit(": ", 1)
+            fact, _, sentence = " ".join(entry.split()).partition(" = ")
+            name, answers = fact.rsplit(": ", 1)
             answer, *aliases = answers.split("/")
+            sentence = sentence or statement.format(name, answer)
             yield (
                 zlib.crc32(f"{kind}: {name}".encode()) % 4 == 0,
                 {
                     "prompt": ways[i % len(ways)].format(name),
                     "answer": answer,
                     "aliases": aliases,
-                    "completion": json.dumps({"answer": answer}, ensure_ascii=False),
+                    "sentence": sentence,
+                "completion": json.dumps({"answer": sentence}, ensure_ascii=False),
                     "kind": kind,
                 },
             )
