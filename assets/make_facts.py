@@ -251,7 +251,7 @@ def rows() -> Iterator[tuple[bool, dict[str, Any]]]:
                     "answer": answer,
                     "aliases": aliases,
                     "sentence": sentence,
-                "completion": json.dumps({"answer": sentence}, ensure_ascii=False),
+                    "completion": json.dumps({"answer": sentence}, ensure_ascii=False),
                     "kind": kind,
                 },
             )
