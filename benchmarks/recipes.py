@@ -30,7 +30,8 @@ KEPT_LAYERS = 24
 RECIPES: dict[str, list[str]] = {
     "form": [],
     "form, SFT on the teacher's text": ["-c", "opd:methods/sft.yaml"],
-    "form, reverse KL": ["-c", "opd:methods/reverse_kl.yaml"],
+    "form, the student's rollouts alone": ["--model.rollout.behavior={student: 1.0}"],
+    "form, reverse KL": ["--model.objective.terms=[{signal: ReverseKL}]"],
     "form, JSD": ["--model.objective.terms=[{signal: JSD}]"],
     "system prompt": ["-c", "opd:recipes/system_prompt.yaml"],
     "brief": ["-c", "opd:recipes/brief.yaml"],
