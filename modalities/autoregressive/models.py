@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ...distribution import Head
 from ...policy import Policy
 from ...sharding import is_sharded
 
@@ -30,6 +34,22 @@ def tokenizer_of(processor: Any) -> Any:
 def output_embeddings(policy: Policy) -> Any:
     """Returns the projection from hidden states to logits."""
     return bare(policy.model).get_output_embeddings()
+
+
+def head_at(device: torch.device, head: Head, name: str, copies: dict[str, nn.Module]) -> Head:
+    """Returns the head of a teacher on a device: where it lives on another one, with a copy that is made once.
+
+    Args:
+        device: the objective's.
+        head: the teacher's own.
+        name: of the teacher.
+        copies: those that were made, by teacher.
+    """
+    if next(head.module.parameters()).device == device:
+        return head
+    if name not in copies:
+        copies[name] = copy.deepcopy(head.module).to(device)
+    return replace(head, module=copies[name])
 
 
 def known_ids(policy: Policy) -> int:

@@ -5,9 +5,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +29,7 @@ from .engines.row_groups import SwitchingRope, check_dynamic
 from .engines.trial import Trial, shares_prefixes
 from .generation import make_savable
 from .messages import transcript
-from .models import READ, bare, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .models import READ, bare, head_at, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
 from .passes import at_steps, last_trained, left_align, pass_limits, read
 from .prefix import Prefix, read_rows, shared_prefixes
 from .rendering import COLUMNS, Renderer
@@ -257,13 +255,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
                 hidden = at_steps([(prefix.rows, 0, read(model, inputs))], last, steps)
             else:
                 hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost), last, steps)
-        # 3. the head on the objective's device: of a teacher on another one, a copy made once
-        head, where = self.head(policy), trajectories.mask.device
-        if next(head.module.parameters()).device != where and policy.name in self.teachers:
-            if policy.name not in self._heads:
-                self._heads[policy.name] = copy.deepcopy(head.module).to(where)
-            head = replace(head, module=self._heads[policy.name])
-        return Categorical(hidden.to(where), head)
+        # 3. on the objective's device
+        where = trajectories.mask.device
+        head = head_at(where, self.head(policy), policy.name, self._heads) if policy.name in self.teachers else None
+        return Categorical(hidden.to(where), head or self.head(policy))
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive.models import head_at
 from opd_lightning.modalities.autoregressive.passes import passes
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
@@ -282,11 +283,12 @@ def test_the_head_of_a_teacher_elsewhere_is_copied_once(tiny_student, tiny_teach
     """Its hidden states come to the student's device; so must what makes logits of them."""
     module = make_module(tiny_student, tiny_teacher)
     policy, elsewhere = module.policies["teacher"], torch.device("meta")
-    here = module._head_at(policy, torch.device("cpu"))
+    own, copies = module.head(policy), module._heads
+    here = head_at(torch.device("cpu"), own, policy.name, copies)
     assert here.module is policy.model.get_output_embeddings()
-    there = module._head_at(policy, elsewhere)
+    there = head_at(elsewhere, own, policy.name, copies)
     assert there.module.weight.device == elsewhere
-    assert module._head_at(policy, elsewhere).module is there.module
+    assert head_at(elsewhere, own, policy.name, copies).module is there.module
     assert here.module.weight.device.type == "cpu"
     assert (there.vocabulary, there.scale) == (here.vocabulary, here.scale)
     assert not any("heads" in name for name in module.state_dict())
