@@ -22,12 +22,12 @@ from typing import Any
 import lightning as L
 from side_by_side import FOLDER, bare_trainer, prompts, record, set_stop, write_models
 
-from opd_lightning import diagnostics
 from opd_lightning.data import PromptData
 from opd_lightning.evaluation_settings import Evaluation
-from opd_lightning.modalities.autoregressive import decode
+from opd_lightning.modalities.autoregressive import DecodeLoop
 from opd_lightning.modalities.text import TextDistillation
-from opd_lightning.objective import Objective, ReverseKL, Term, objective
+from opd_lightning.objective import Objective, ReverseKL, Term, loss_pass
+from opd_lightning.objective.chunks import GradientsInside
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
@@ -86,7 +86,7 @@ def main() -> None:
             spent.clear()
             self.last = time.perf_counter()
 
-    write = timed("rollout", decode.DecodeLoop.write)
+    write = timed("rollout", DecodeLoop.write)
 
     def sampled(engine: Any, policy: Any, *given: Any) -> Any:
         body = policy.model.base_model
@@ -96,10 +96,9 @@ def main() -> None:
         finally:
             body.forward = watched
 
-    decode.DecodeLoop.write = sampled
-    objective.chunk_diagnostics = timed("diagnostics", diagnostics.chunk_diagnostics)
-    evaluate = objective._GradientsInside.forward
-    objective._GradientsInside.forward = staticmethod(timed("objective", evaluate))
+    DecodeLoop.write = sampled
+    loss_pass.chunk_diagnostics = timed("diagnostics", loss_pass.chunk_diagnostics)
+    GradientsInside.forward = staticmethod(timed("objective", GradientsInside.forward))
 
     module = Measured(
         student=Pretrained(str(models / "student")),

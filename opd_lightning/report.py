@@ -166,7 +166,10 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     # 1. accuracy, and what else was measured
     config, curves = read_config(run), read_curves(run)
     result: dict[str, Any] = _rounded(summarize(curves))
-    step = curves["val/accuracy"][-1][0] if result["after"] is not None else None
+    completions = read_samples(run)
+    # theirs is the number of steps; the curves have Lightning's index of the last one
+    steps = [row["step"] for row in completions] or [curves["val/accuracy"][-1][0] if "val/accuracy" in curves else 0]
+    step = steps[-1] if result["after"] is not None else None
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
     for name in result:
@@ -181,7 +184,7 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
         console.print(measure_table(measured))
         result["measures"] = {name: _rounded(row) for name, row in measured.items()}
     # 2. the last completions
-    for row in read_samples(run):
+    for row in completions:
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
         console.print(cell(f"  {row['prompt']}{row['completion']}{mark}"))
     # 3. files
