@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..objective.advantage import LOG_PROBS, Advantage, GroupRelative, LogRatio, log_ratio
+from ..objective.advantage import LOG_PROBS, Advantage, GroupRelative, LogRatio, TeacherShare, log_ratio
 from ..objective.generation import Generation
 from ..objective.signal import Scope
 from ..objective.steps import Steps
@@ -21,7 +21,7 @@ EPSILON = 1e-6
 """Added to what is divided by, as in GRPO; single papers print none."""
 
 
-class RewardMinusPMI(GroupRelative):
+class RewardMinusPMI(TeacherShare):
     """Advantage A − λ·½(softplus(δ) − log 2) (AntiSD, 2605.11609).
 
     δ is what the teacher's context says of the token (their pointwise mutual information): what that context makes
@@ -40,14 +40,6 @@ class RewardMinusPMI(GroupRelative):
         if share < 0:
             raise ValueError(f"advantage.share must be >= 0, got {share}")
         self.share = share
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return GroupRelative.needs | ({"teacher"} if self.share else frozenset())
-
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return LOG_PROBS if self.share else frozenset()
 
     def __call__(self, steps: Steps) -> Tensor:
         advantage = super().__call__(steps)
@@ -159,8 +151,7 @@ class Whitened(Advantage):
         return self.of.reads
 
     def settle(self, generation: Generation) -> Tensor:
-        is_settled = self.of.scope == "generation"
-        values = self.of.settle(generation) if is_settled else generation.rows(self.of(generation.steps))
+        values = self.of.over(generation)
         if self.clip is not None:
             values = values.clamp(-self.clip, self.clip)
         known = generation.on & ~values.isnan()

@@ -256,9 +256,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             else:
                 hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost), last, steps)
         # 3. on the objective's device
-        where = trajectories.mask.device
-        head = head_at(where, self.head(policy), policy.name, self._heads) if policy.name in self.teachers else None
-        return Categorical(hidden.to(where), head or self.head(policy))
+        where, head = trajectories.mask.device, self.head(policy)
+        if policy.name in self.teachers:
+            head = head_at(where, head, policy.name, self._heads)
+        return Categorical(hidden.to(where), head)
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""

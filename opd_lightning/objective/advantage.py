@@ -182,7 +182,21 @@ class RewardPlusLogRatio(GroupRelative):
         return super().__call__(steps) + self.coefficient * log_ratio(steps, self.against)
 
 
-class RewardTimesLogRatio(GroupRelative):
+class TeacherShare(GroupRelative):
+    """Group-relative advantage that a teacher's log-ratio changes by a share; at 0 no teacher is asked."""
+
+    share: float
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return GroupRelative.needs | ({"teacher"} if self.share else frozenset())
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return LOG_PROBS if self.share else frozenset()
+
+
+class RewardTimesLogRatio(TeacherShare):
     """Advantage A·[(1−λ) + λ·clip(exp(sign(A)·δ), 1−ε, 1+ε)]: the verifier sets the sign, the teacher the size.
 
     RLSD (2604.03128).
@@ -211,14 +225,6 @@ class RewardTimesLogRatio(GroupRelative):
         if not 0 < clip <= 1:
             raise ValueError(f"advantage.clip must be in (0, 1], or the sign could flip; got {clip}")
         self.share, self.clip, self.reverse, self.only_right = share, clip, reverse, only_right
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return GroupRelative.needs | ({"teacher"} if self.share else frozenset())
-
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return LOG_PROBS if self.share else frozenset()
 
     def __call__(self, steps: Steps) -> Tensor:
         advantage = super().__call__(steps)

@@ -49,6 +49,10 @@ class Part(Finite):
         """Returns the values ``[B, T]``, on the CPU, of a part of scope ``generation``."""
         raise NotImplementedError(f"{type(self).__name__} has the scope generation, but no method settle")
 
+    def over(self, generation: Generation) -> Tensor:
+        """Evaluates it on a whole generation batch, for a part of that scope that is made of it: ``[B, T]``."""
+        return self.settle(generation) if self.scope == "generation" else generation.rows(self(generation.steps))
+
     @property
     def streams(self) -> set[str]:
         """Entries of model.teachers that it reads beside the term's own."""

@@ -297,8 +297,7 @@ class MeanOne(Weight):
         return self.of.reads
 
     def settle(self, generation: Generation) -> Tensor:
-        is_settled = self.of.scope == "generation"
-        values = self.of.settle(generation) if is_settled else generation.rows(self.of(generation.steps))
+        values = self.of.over(generation)
         known = generation.on & ~values.isnan()
         everywhere = generation.everywhere(values[known])
         mean = everywhere.double().mean() if len(everywhere) else torch.tensor(1.0)
