@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +51,19 @@ def reading(file: str) -> Iterator[None]:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         if message.startswith("Unrecognized configuration class"):
             raise
-        raise ValueError(f"path: {file} can't be read as a GGUF file ({message}); is it whole?") from error
+        raise ValueError(
+            f"path: {file} can't be read as a GGUF file ({message}); is it whole, and of a known architecture?"
+        ) from error
+
+
+def check_complete(file: str, missing: Iterable[str]) -> None:
+    """Refuses a file without some of the model's weights, for which transformers would draw others.
+
+    Raises:
+        ValueError: weights are missing; the message names one.
+    """
+    if names := sorted(missing):
+        raise ValueError(f"path: {file} lacks {len(names)} of the model's weights, such as {names[0]}")
 
 
 def unpacked() -> dict[str, Any]:

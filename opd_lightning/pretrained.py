@@ -229,7 +229,8 @@ class Pretrained:
             return self._read(model_class, dtype=dtype, **shared)
         if not model_class.__module__.startswith("transformers."):
             raise ValueError(f"path: {self.packed} is a GGUF file, and only models of transformers are read from those")
-        model = self._read(model_class, dtype=dtype, **shared, **gguf.unpacked())
+        model, loading = self._read(model_class, dtype=dtype, output_loading_info=True, **shared, **gguf.unpacked())
+        gguf.check_complete(self.packed, loading["missing_keys"])
         gguf.forget_packing(model)
         return model
 

@@ -21,7 +21,7 @@ LAYERS, WIDTH, HEADS, INNER = 2, 32, 4, 64
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant\n"
 
 
-def save_gguf(path: Path, quantized: bool = False, template: str | None = TEMPLATE) -> Path:
+def save_gguf(path: Path, quantized: bool = False, template: str | None = TEMPLATE, without: str = " ") -> Path:
     """Writes a Llama with random weights, whose tokenizer has a token for each byte and one for `th`."""
     generator = torch.Generator().manual_seed(0)
 
@@ -60,7 +60,7 @@ def save_gguf(path: Path, quantized: bool = False, template: str | None = TEMPLA
         }  # fmt: skip
         tensors |= {f"blk.{layer}.{name}.weight": draw(*shape) for name, shape in names.items()}
         tensors |= {f"blk.{layer}.{name}.weight": draw(WIDTH) + 1 for name in ("attn_norm", "ffn_norm")}
-    for name, values in tensors.items():
+    for name, values in ((name, values) for name, values in tensors.items() if without not in name):
         if quantized and values.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
@@ -128,6 +128,13 @@ def test_what_is_no_such_model_is_refused(tmp_path, packed):
             Pretrained(**spec).load(AutoModelForCausalLM, trained=True)
     with pytest.raises(ValueError, match="which AutoModelForImageTextToText can't load"):
         Pretrained(str(packed)).load(AutoModelForImageTextToText, trained=True)
+
+
+def test_a_file_without_some_weights_is_refused(tmp_path):
+    """transformers would draw them, and train another model."""
+    path = save_gguf(tmp_path / "part.gguf", without="blk.1.ffn_up")
+    with pytest.raises(ValueError, match=r"part\.gguf lacks 1 of the model's weights, .*layers\.1\.mlp\.up_proj"):
+        Pretrained(str(path)).load(AutoModelForCausalLM, trained=True)
 
 
 def test_settings_that_do_not_go_with_it_are_refused(packed):
