@@ -28,9 +28,9 @@ def main() -> None:
     try:
         execute(sys.argv[1:])
     except Exception as error:
-        from .cli_errors import sentence
+        from .cli_errors import Parser, sentence
 
-        text = None if "--traceback" in sys.argv else sentence(error, sources)
+        text = None if "--traceback" in sys.argv else sentence(error, sources or Parser.sources)
         if text is None:
             raise
         sys.stderr.write(printable(text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import types
 import typing
 from collections import Counter, abc
@@ -229,10 +230,13 @@ class Checker:
         return merged
 
     def _part(self, value: Mapping[str, Any] | str, base: type, kind: Any, keys: Keys, before: Any) -> Any:
-        # 1. a class alone, or a file that holds the part
+        # 1. a class alone, a file that holds the part, or a function that a class of its kind calls
         if isinstance(value, str):
-            if not Path(value).is_file():
-                self._class(value, base, keys)
+            if Path(value).is_file():
+                return value
+            if (calling := called(value, base)) is not None:
+                return calling
+            self._class(value, base, keys)
             return value
         # 2. its class: named here, earlier, or the only one
         if self.arguments:
@@ -307,9 +311,8 @@ def find_class(path: Any, base: type) -> Any:
         near = _near(path, base)
         raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}{near}") from None
     if not inspect.isclass(cls):
-        wrapper = f"Callable{base.__name__}"
-        if any(name.endswith(f".{wrapper}") for name in get_all_subclass_paths(base)):
-            raise ConfigError(f"{path} is a function; write {{class_path: {wrapper}, init_args: {{function: {path}}}}}")
+        if (calling := called(path, base)) is not None:
+            raise ConfigError(f"{path} is a function; give the path alone, or {json.dumps(calling)}")
         return cls
     if not issubclass(cls, base):
         raise ConfigError(f"{path} is no {base.__name__}{choices(base)}")
@@ -318,6 +321,20 @@ def find_class(path: Any, base: type) -> Any:
             raise ConfigError(f"{path} is what others are kinds of{there}")
         raise ConfigError(f"{path} can't be built: it lacks what every {base.__name__} has: {', '.join(lacks(cls))}")
     return cls
+
+
+def called(path: str, base: type) -> dict[str, Any] | None:
+    """Wraps the path of a plain function in the class that calls one, such as `CallableReward`; None: it is none."""
+    wrapper = f"Callable{base.__name__}"
+    if "." not in path or not any(name.endswith(f".{wrapper}") for name in get_all_subclass_paths(base)):
+        return None
+    try:
+        named = import_object(path)
+    except Exception:  # `find_class` says what is wrong
+        return None
+    if inspect.isclass(named) or not callable(named):
+        return None
+    return {"class_path": wrapper, "init_args": {"function": path}}
 
 
 def _near(path: str, base: type) -> str:

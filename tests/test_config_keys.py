@@ -70,7 +70,10 @@ TERMS = "objective: {{terms: [{{signal: {}}}]}}"
         (within("foo: {}"), ["TextDistillation has no 'foo'"]),
         (within("rollout: {temperature: nan}"), ["rollout.temperature: nan is no number"]),
         (within("rollout: {behavior: {student: Infinity}}"), ["behavior.student: Infinity is no number"]),
-        (within("reward: math.sqrt"), ["math.sqrt is a function", "class_path: CallableReward", "function: math.sqrt"]),
+        (
+            within("reward: {class_path: math.sqrt}"),
+            ["math.sqrt is a function; give the path alone, or", '"function": "math.sqrt"'],
+        ),
         (within("reward: no.such.thing"), ["no.such.thing can't be imported: ModuleNotFoundError"]),
         (within("reward: {init_args: {afterr: x}}"), ["ExactMatch has no 'afterr'; did you mean after?"]),
         ("model: {rollout: {horizon: 3}}\n", ["rollout belongs into model.init_args"]),

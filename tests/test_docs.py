@@ -231,16 +231,6 @@ def test_add_a_setting_as_the_page_says(folder):
     follow("add_a_setting.md", folder, "my_package.py", "walks.yaml")
 
 
-def test_your_data_as_the_page_says(folder, recwarn):
-    (rows,) = blocks("your_data.md", "json")
-    (folder / "sums.jsonl").write_text(rows, encoding="utf-8")
-    follow("your_data.md", folder, "my_rewards.py", "mine.yaml")
-    assert not [warning for warning in recwarn if "opd_lightning" in warning.filename]
-    (table,) = (folder / "runs").glob("logs/version_*/metrics.csv")
-    curves = table.read_text(encoding="utf-8").splitlines()[0].split(",")
-    assert {"val/accuracy", "val/better/accuracy", "val/itself/accuracy", "train/loss/JSD"} <= set(curves)
-
-
 def test_rewards():
     _, defined = example("rewards.md")
     answers = [("it is 4", "4"), ("it is 5", "4"), ("", "4"), ("5", "")]

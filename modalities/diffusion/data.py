@@ -10,6 +10,7 @@ from datasets import Image as ImageFeature
 
 from ...data_source import json_lines, local_path
 from ...rows import BadRows
+from ...shipped import shipped
 from ...table import kind, tabulate
 
 
@@ -21,7 +22,7 @@ def image_folder(
     Columns: ``prompt``, ``image``, and whatever else the rows have.
 
     Args:
-        folder: holds the images.
+        folder: holds the images; ``opd:assets/…`` for one that ships.
         captions: a JSONL file in it whose rows have ``file_name`` and ``prompt`` (or ``text``).
         on_bad_row: handling of a row without them, or whose image is not there. Default in a configuration:
             ``data.on_bad_row``.
@@ -29,7 +30,7 @@ def image_folder(
     Raises:
         ValueError: a bad row where these are refused; the message names it.
     """
-    root = local_path(folder)
+    root = local_path(shipped(folder))
     table = root / captions
     if table.suffix != ".jsonl":
         raise ValueError(f"captions is {captions!r}; it must be a .jsonl file, whose rows say file_name and prompt")
