@@ -6,6 +6,7 @@ from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedu
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
 from .freshness import Anchor, FreshnessControl
 from .knobs import KnobCallback
+from .note_gaps import NoteGaps
 from .retention import Retention
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
@@ -29,6 +30,7 @@ __all__ = [
     "Linear",
     "LowCorrection",
     "Never",
+    "NoteGaps",
     "OnPlateau",
     "Piecewise",
     "Retention",

@@ -6,6 +6,7 @@ Shape legend: B trajectories of T steps.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ from ..actor import group_statistics
 from ..callback import DistillationCallback
 from ..callbacks import KnobCallback
 from ..module import OnPolicyDistillation
-from ..objective import ReverseKL
+from ..objective import OpenSteps, ReverseKL
 from ..trajectory import Trajectories
 
 
@@ -156,6 +157,117 @@ class EntropyGate(KnobCallback):
         level = median(self.entropies)
         # between the two it stays as it is
         self.is_open = entropy >= (self.close * level if self.is_open else level)
+
+
+def cliff(teacher: float, base: float, cap: float) -> float:
+    """Computes the strength λ* of extrapolation from which on a token of the output's form is lost (2605.08737).
+
+    λ* = [log((1−p)/(c−1+p)) − log((1−b)/b)] / [log((1−p)/p) − log((1−b)/b)]: at base·(teacher/base)^λ the other tokens
+    have 1/c of what the teacher gives them, where a ratio that is capped at c no longer pulls them back.
+
+    Args:
+        teacher: p, its probability of the token.
+        base: b, the base's.
+        cap: c, of the ratio.
+
+    Returns:
+        Infinity where the base is as sure of the token as the teacher.
+    """
+    p, b = (min(max(probability, 1e-6), 1 - 1e-6) for probability in (teacher, base))
+    if b >= p:
+        return math.inf
+    of_base = math.log((1 - b) / b)
+    return (math.log((1 - p) / (cap - 1 + p)) - of_base) / (math.log((1 - p) / p) - of_base)
+
+
+class BelowCliff(KnobCallback):
+    """Holds the strength of an extrapolation below the cliff behind which the output loses its form (2605.08737).
+
+    p and b are the mean probabilities that teacher and base give to the ids of the form where the student writes them,
+    on all ranks; the strength is at most `cliff` of them minus a margin, and never below 1. Where no such id was
+    written, the last limit holds. Logged: ``train/below_cliff/threshold``, and the knob.
+
+    Args:
+        knob: its path, such as ``objective.terms.cliff.signal.advantage.strength``.
+        ids: of tokens that the form asks for, such as a bracket or a mark before the answer.
+        strength: where the cliff is further away. Default 1.2 (ours; the paper's collapses set in at 1.15 to 1.25).
+        cap: c of the term's `TeacherRatio`. Default 5 (2605.08737).
+        margin: default 0.05 (ours: the paper advises one step of its grid).
+        every: generation batches between two looks, each of which asks both. Default 10 (ours).
+        teacher, base: entries of ``model.teachers``.
+
+    Raises:
+        ValueError: a number out of range, or no ids; when training begins: no such knob or teacher, or no ids at all.
+    """
+
+    remembers = ("limit", "seen")
+
+    def __init__(
+        self,
+        knob: str,
+        ids: list[int],
+        strength: float = 1.2,
+        cap: float = 5.0,
+        margin: float = 0.05,
+        every: int = 10,
+        teacher: str = "teacher",
+        base: str = "base",
+    ) -> None:
+        if not ids or every < 1 or strength < 1 or cap <= 1 or margin < 0:
+            raise ValueError(
+                "BelowCliff: ids must not be empty, strength and every >= 1, cap > 1 and margin >= 0; "
+                f"got {ids}, {strength}, {every}, {cap} and {margin}"
+            )
+        self.knob, self.ids, self.strength, self.cap, self.margin = knob, ids, strength, cap, margin
+        self.every, self.teacher, self.base = every, teacher, base
+        self.limit, self.seen = math.inf, 0
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        return (self.knob,)
+
+    @property
+    def asks(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.teacher, self.base})
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        super().check(module)
+        if "categorical" not in module.provides:
+            raise ValueError("BelowCliff reads ids of a vocabulary, which this setting has none of")
+
+    def advance(self, module: OnPolicyDistillation) -> None:
+        self.turn(self.knob, min(self.strength, self.limit))
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        if self.seen % self.every == 0:
+            of_form = trajectories.mask & torch.isin(trajectories.actions, torch.tensor(self.ids))
+            teacher, base = (
+                self._probability(module, trajectories, of_form, name) for name in (self.teacher, self.base)
+            )
+            if teacher is not None and base is not None:
+                self.see(teacher, base)
+                if math.isfinite(threshold := self.limit + self.margin):
+                    module.record("below_cliff/threshold", threshold)
+        self.seen += 1
+        self.advance(module)
+        return trajectories
+
+    @staticmethod
+    def _probability(
+        module: OnPolicyDistillation, trajectories: Trajectories, where: Tensor, teacher: str
+    ) -> float | None:
+        """Mean probability of the steps ``where``, on all ranks; None: there is none."""
+
+        def read(steps: OpenSteps) -> Tensor:
+            return steps.teacher.log_prob(steps.action).exp()
+
+        values = module.per_step(trajectories, read, teacher)
+        everywhere = module.gather(values[where & ~values.isnan()].to(module.device))
+        return float(everywhere.double().mean()) if len(everywhere) else None
+
+    def see(self, teacher: float, base: float) -> None:
+        """Sets the limit by the mean probabilities of one more generation batch."""
+        self.limit = max(1.0, cliff(teacher, base, self.cap) - self.margin)
 
 
 class RockTokens(DistillationCallback):

@@ -1,6 +1,6 @@
 """Callbacks that let policies act besides the rollouts, and put what they did in the place of some.
 
-Shape legend: B trajectories.
+Shape legend: B trajectories, K of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ..callback import DistillationCallback
+from ..distribution import CategoricalChunk
 from ..module import OnPolicyDistillation
+from ..objective import OpenSteps
 from ..rollout_settings import derived_seed
 from ..trajectory import Trajectories
 
-INSERTED, REWRITTEN, JUDGED = 7001, 7002, 7003
+INSERTED, REWRITTEN, JUDGED, HINTED, ANOTHER = 7001, 7002, 7003, 7901, 7902
 """Which further draw of a trajectory's seed (`derived_seed`) each callback acts with."""
 
 
@@ -166,3 +168,130 @@ class PassRates(DistillationCallback):
         return replace(
             trajectories, weight=weight[member] * (1 if trajectories.weight is None else trajectories.weight)
         )
+
+
+class BestOfTeacher(DistillationCallback):
+    """Replaces each rollout of a teacher by the best of several: a right one, like the student's (BRTS, 2605.09725).
+
+    Among right candidates the one that is most like the student's rollouts is taken. Where none is right a teacher that
+    is shown a hint acts, whose rollout is taken if it is right; otherwise the most similar candidate is. Similar is the
+    share of a candidate's tokens that are among the student's ``likeliest`` ids at the same place of its own rollout,
+    as in BRTS's code, on average over the student's rollouts of the prompt (ours). Logged are
+    ``train/best_of_teacher/right``, ``…/hinted`` and ``…/none_right``, shares of the prompts.
+
+    Args:
+        count: candidates for each, the rollout that is there among them. Default 2 (BRTS's script).
+        teacher: the entry of ``model.teachers`` whose rollouts they are; it has a place in ``rollout.members``.
+        hinted: the entry that is shown a hint. None: nobody.
+        likeliest: default 16 (BRTS).
+
+    Raises:
+        ValueError: a number out of range; when training begins: no rewards, no vocabulary, no such policy, or one that
+            has no place in a group beside the student.
+    """
+
+    def __init__(
+        self, count: int = 2, teacher: str = "teacher", hinted: str | None = None, likeliest: int = 16
+    ) -> None:
+        if min(count, likeliest) < 1:
+            raise ValueError(f"BestOfTeacher: count={count} and likeliest={likeliest} must be >= 1")
+        self.count, self.teacher, self.hinted, self.likeliest = count, teacher, hinted, likeliest
+
+    @property
+    def sources(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({self.teacher} if self.hinted is None else {self.teacher, self.hinted})
+
+    def check(self, module: OnPolicyDistillation) -> None:
+        if not module.has_rewards or "categorical" not in module.provides:
+            raise ValueError("BestOfTeacher looks for right rollouts of ids: set model.reward, in a setting with ids")
+        if not {"student", self.teacher} <= set(module.rollout.members or ()):
+            raise ValueError(
+                f"BestOfTeacher: rollout.members has to name student and {self.teacher}, such as "
+                f"{{student: 2, {self.teacher}: 1}}; it is {module.rollout.members}"
+            )
+
+    def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        # 1. candidates, those that are there first
+        assert trajectories.reward is not None
+        places = (trajectories.source == trajectories.sources.index(self.teacher)).nonzero().squeeze(-1)
+        candidates, rewards = [trajectories.select(places)], [trajectories.reward[places]]
+        for draw in range(self.count - 1):
+            candidates.append(acted(module, self.teacher, trajectories, places, ANOTHER + draw))
+            rewards.append(self._rewards(module, candidates[-1]))
+        # 2. the most similar one, of the right ones where there are any
+        right = torch.stack(rewards) >= 0.5
+        alike = self.likeness(module, trajectories, places, candidates)
+        chosen = (alike + 2.0 * right).argmax(0)
+        some_right = right.any(0)
+        # 3. others take their places
+        hinted = self._hinted(module, trajectories, places, some_right)
+        for draw in range(1, self.count):
+            trajectories = self._put(trajectories, places, candidates[draw], chosen == draw, module)
+        if hinted is not None:
+            trajectories = self._put(trajectories, places[~some_right], *hinted, module)
+        # 4. how it went
+        saved = torch.zeros_like(some_right)
+        if hinted is not None:
+            saved[~some_right] = hinted[1]
+        for name, where in {"right": some_right, "hinted": saved, "none_right": ~(some_right | saved)}.items():
+            module.record(f"best_of_teacher/{name}", where.double())
+        return trajectories
+
+    def likeness(
+        self, module: OnPolicyDistillation, trajectories: Trajectories, places: Tensor, candidates: list[Trajectories]
+    ) -> Tensor:
+        """Returns each candidate's share of tokens that the student finds likely there, ``[candidates, places]``."""
+        own = trajectories.select((trajectories.source == trajectories.sources.index("student")).nonzero().squeeze(-1))
+        ids: list[Tensor] = []
+
+        def read(steps: OpenSteps) -> Tensor:
+            assert isinstance(steps.student, CategoricalChunk)
+            likely = steps.student.known()[0].topk(self.likeliest).indices
+            ids.append(likely.cpu())
+            return likely[:, 0]
+
+        module.per_step(own, read)
+        likely = torch.full((*own.mask.shape, self.likeliest), -1)
+        likely[own.mask] = torch.cat(ids)  # steps are read in their order
+        rows = []
+        for candidate in candidates:
+            width = min(candidate.mask.shape[1], own.mask.shape[1])
+            shares = []
+            for i, group in enumerate(trajectories.group[places]):
+                of_prompt = likely[own.group == group][:, :width]
+                inside = (of_prompt == candidate.actions[i, None, :width, None]).any(-1) & candidate.mask[i, :width]
+                shares.append(inside.sum(1).double().mean() / candidate.mask[i].sum().clamp(min=1))
+            rows.append(torch.stack(shares))
+        return torch.stack(rows)
+
+    def _hinted(
+        self, module: OnPolicyDistillation, trajectories: Trajectories, places: Tensor, some_right: Tensor
+    ) -> tuple[Trajectories, Tensor] | None:
+        """Rollouts with a hint where nobody was right, and which of them are right; None: nobody needs or gives one."""
+        if self.hinted is None:
+            return None
+        # every rank acts, also one on which all have a right one
+        index = places[~some_right]
+        hinted = acted(module, self.hinted, trajectories, index if len(index) else places[:1], HINTED)
+        return (hinted, self._rewards(module, hinted) >= 0.5) if len(index) else None
+
+    @staticmethod
+    def _rewards(module: OnPolicyDistillation, acted: Trajectories) -> Tensor:
+        reward, _ = module.actor.checked_rewards(acted)
+        assert reward is not None
+        return reward
+
+    def _put(
+        self,
+        trajectories: Trajectories,
+        places: Tensor,
+        candidates: Trajectories,
+        where: Tensor,
+        module: OnPolicyDistillation,
+    ) -> Trajectories:
+        """Puts the candidates ``where`` into their places, as the teacher's."""
+        if not bool(where.any()):
+            return trajectories
+        chosen = candidates.select(where.nonzero().squeeze(-1))
+        of_teacher = replace(chosen, source=torch.zeros_like(chosen.source), sources=(self.teacher,))
+        return trajectories.put(places[where], of_teacher, module.padding)

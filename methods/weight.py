@@ -228,3 +228,77 @@ class Fallback(Weight):
         assert steps.trajectories.reward is not None
         is_wrong = steps.per_trajectory(steps.trajectories.reward) < self.threshold
         return 1 - (is_wrong & steps.knows(self.teacher)).float()
+
+
+class TeacherRatio(Weight):
+    """Weight min(q(y)/p(y), cap): what the teacher would hardly have done counts little (2605.08737).
+
+    Args:
+        cap: default 5 (2605.08737).
+    """
+
+    needs = frozenset({"teacher"})
+    reads = LOG_PROBS
+
+    def __init__(self, cap: float = 5.0) -> None:
+        if cap <= 0:
+            raise ValueError(f"weight.cap must be > 0, got {cap}")
+        self.cap = cap
+
+    def __call__(self, steps: Steps) -> Tensor:
+        # bounded before exp, so that one impossible step cannot overflow
+        return log_ratio(steps).clamp(max=20).exp().clamp(max=self.cap)
+
+
+class EntropySample(Weight):
+    """Weight 1 for steps of a trajectory that are drawn with probabilities ∝ H^exponent, 0 for the rest (2605.08741).
+
+    ⌊share·T⌋ of T steps, at least one, are drawn without replacement (`Steps.uniform`).
+
+    Args:
+        share: how many. Default 0.5 (TIP's largest, 2604.14084; OPHSD's was not found).
+        exponent: default 2 (OPHSD's code). At 0 all steps are equally likely.
+        of: whose entropy H. Default the student's (ours).
+    """
+
+    scope: Scope = "row"
+
+    def __init__(
+        self, share: float = 0.5, exponent: float = 2.0, of: Literal["student", "teacher"] = "student"
+    ) -> None:
+        if not 0 < share <= 1 or exponent < 0:
+            raise ValueError(f"weight: share must be in (0, 1] and exponent >= 0, got {share} and {exponent}")
+        self.share, self.exponent, self.of = share, exponent, of
+        self.needs = frozenset({"teacher"}) if of == "teacher" else frozenset()
+        self.reads = frozenset({f"{of}/entropy"})
+
+    def __call__(self, steps: Steps) -> Tensor:
+        odds = steps.statistic(f"{self.of}/entropy").clamp(min=1e-6) ** self.exponent
+        # the largest of u^(1/w) are a draw with the weights w
+        score = steps.uniform("entropy sample").clamp(min=1e-12).log() / odds
+        drawn = torch.zeros_like(odds)
+        for row in steps.trajectory.unique():
+            (here,) = (steps.trajectory == row).nonzero(as_tuple=True)
+            drawn[here[score[here].topk(max(1, int(self.share * len(here)))).indices]] = 1.0
+        return drawn
+
+
+class Brief(Weight):
+    """Weight 1 for right trajectories that are not longer than the mean right one of their group, 0 for the rest.
+
+    OGLS-SD (2605.12400) imitates the ends of short right rollouts, so that lengths stay; what is short was not found,
+    this rule is ours.
+    """
+
+    needs = frozenset({"reward", "group"})
+    scope: Scope = "generation"
+
+    def settle(self, generation: Generation) -> Tensor:
+        assert generation.trajectories.reward is not None
+        right = (generation.trajectories.reward >= 0.5) & generation.on.any(1)
+        length = generation.trajectories.length.double()
+        brief = torch.zeros_like(length)
+        for group in generation.trajectories.group.unique():
+            here = right & (generation.trajectories.group == group)
+            brief[here] = (length[here] <= length[here].mean()).double()
+        return brief.float()[:, None].expand(generation.on.shape).clone()

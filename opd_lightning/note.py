@@ -12,7 +12,7 @@ from typing import Any
 from .callback import Stateful
 from .printable import quoted
 from .rows import TOO_LONG, BrokenPart
-from .trajectory import Trajectories
+from .trajectory import Example, Trajectories
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -33,6 +33,10 @@ class Note(Stateful, ABC):
     """Whether it is made before the rewards, which may then read it; otherwise it may read the rewards."""
     sources: frozenset[str] = frozenset()
     """Policies that it lets act."""
+
+    def stand_in(self) -> dict[str, Any]:
+        """Returns what the table of the first row shows for each column, where nothing is found out yet."""
+        return {column: f"‹{column}›" for column in self.writes}
 
     def check(self, module: Any) -> None:
         """Refuses what cannot work: called once, before training.
@@ -88,6 +92,12 @@ def needed_columns(notes: Mapping[str, Note]) -> dict[str, str]:
 def written_by(notes: Mapping[str, Note]) -> set[str]:
     """Collects the columns that notes write."""
     return {column for note in notes.values() for column in note.writes}
+
+
+def stand_ins(notes: Mapping[str, Note], example: Example) -> Example:
+    """Collects what stands for the columns of notes that a row lacks (`Note.stand_in`)."""
+    columns = {column: value for note in notes.values() for column, value in note.stand_in().items()}
+    return {column: value for column, value in columns.items() if column not in example}
 
 
 def write(notes: Mapping[str, Note], before_reward: bool, module: Any, trajectories: Trajectories) -> Trajectories:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...comparisons import ACTED, TRAINING
 from ...distribution import Head
 from ...noise import noise
+from ...note import Note, stand_ins
 from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
 from ...printable import printable, quoted
@@ -24,6 +25,7 @@ from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, first_line, problem_with_shared_prefix
 from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds
 from .rendering import Renderer
+from .view import FirstOf
 
 SHOWN, RUN = 500, 3
 """Characters of a prompt that are printed, and equal tokens in a row that are written out."""
@@ -34,6 +36,7 @@ class Audited(Protocol):
 
     policies: dict[str, Policy]
     teachers: dict[str, Teacher]
+    notes: dict[str, Note]
     rollout: Rollout
     engine: RolloutEngine
     trials: dict[str, Trial]
@@ -148,13 +151,36 @@ def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tupl
         ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
         text = f"trained up to and including {ends}, at most {module.rollout.horizon} tokens"
         lines.append(("rollouts", text))
+    missing = stand_ins(module.notes, example)
     for name, teacher in module.teachers.items():
+        if teacher.view is not None and missing.keys() & {*teacher.view.columns}:
+            lines += _without_notes(module, name, example | missing, limit)
+            continue
         view = teacher.look(example)
         same = teacher.view is None and not teacher.own_template
         teacher_example = student_example if teacher.view is None or view is None else view
         ids = module.prompt_ids(teacher_example, module.reads_as(module.policies[name])).tolist()
         text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids, limit)
         lines.append((f"{name} reads", text))
+    return lines
+
+
+def _without_notes(module: Audited, name: str, example: Example, limit: int) -> list[tuple[str, str]]:
+    """Lists what a teacher will read once there are notes, of each view that it may be shown.
+
+    As text: what stands for a note may have no tokens.
+    """
+    teacher = module.teachers[name]
+    renderer = module.renderer(module.reads_as(module.policies[name]))
+    views = teacher.view.views if isinstance(teacher.view, FirstOf) else [teacher.view]
+    lines = []
+    for number, view in enumerate(views):
+        try:
+            row = teacher.look(example, view)
+            text = "nothing of this row" if row is None else quoted(renderer.prompt(module.asked(row)), limit)
+        except ValueError:  # a view need not take what stands for a note
+            text = "what notes will say of a rollout"
+        lines.append((f"{name} reads" if number == 0 else f"{name}, or else", text))
     return lines
 
 

@@ -30,6 +30,8 @@ class Peers(Note):
         prefix: of the names of both columns, where a second such note shows others.
         drop: texts are cut in front of the last occurrence of this mark, and begin behind it, such as ``</think>``
             (SDPO shows no thinking). Default: nothing is cut.
+        extreme: those with the highest reward come first among the right ones, those with the lowest among the wrong
+            ones (CEPO, 2605.19436). Default: no; rewards of 0 and 1 know no difference.
 
     Raises:
         ValueError: nobody is to be shown, or fewer than none; when training begins: no rewards, or no group.
@@ -43,13 +45,17 @@ class Peers(Note):
         own: bool = False,
         prefix: str = "",
         drop: str = "",
+        extreme: bool = False,
     ) -> None:
         if min(right, wrong) < 0 or right + wrong == 0:
             raise ValueError(f"Peers: right={right} and wrong={wrong} show nobody; at least one is to be shown")
-        self.threshold, self.own, self.drop = threshold, own, drop
+        self.threshold, self.own, self.drop, self.extreme = threshold, own, drop, extreme
         sides = {"right": (True, right), "wrong": (False, wrong)}
         self.sides = {f"{prefix}{name}": side for name, side in sides.items() if side[1]}
         self.writes = tuple(self.sides)
+
+    def stand_in(self) -> dict[str, Any]:
+        return {name: [f"‹{name}›"] * count for name, (_, count) in self.sides.items()}
 
     def check(self, module: Any) -> None:
         if not module.has_rewards:
@@ -68,7 +74,10 @@ class Peers(Note):
         for i, prompt in enumerate(group):
             peers = [j for j, other in enumerate(group) if other == prompt and (self.own or j != i)]
             for name, (outcome, count) in self.sides.items():
-                siblings = [texts[j] for j in peers if won[j] is outcome][:count]
+                of_side = [j for j in peers if won[j] is outcome]
+                if self.extreme:
+                    of_side.sort(key=lambda j: float(reward[j]), reverse=outcome)
+                siblings = [texts[j] for j in of_side[:count]]
                 columns[name].append(siblings if len(siblings) == count else None)
         return trajectories.noted(columns)
 

@@ -232,6 +232,10 @@ class RewardTimesLogRatio(TeacherShare):
             return advantage
         direction = -advantage.sign() if self.reverse else advantage.sign()
         # the exponent is bounded before exp, so that one impossible step cannot overflow
-        factor = (direction * log_ratio(steps)).clamp(-20, 20).exp().clamp(1 - self.clip, 1 + self.clip)
+        factor = (direction * self.evidence(steps)).clamp(-20, 20).exp().clamp(1 - self.clip, 1 + self.clip)
         scaled = advantage * ((1 - self.share) + self.share * factor)
         return torch.where(is_right(steps), scaled, advantage) if self.only_right else scaled
+
+    def evidence(self, steps: Steps) -> Tensor:
+        """Returns what the sampled step is weighed by, δ ``[n]``."""
+        return log_ratio(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -11,7 +12,14 @@ import torch
 
 from opd_lightning.actor import group_statistics
 from opd_lightning.methods.advantage import RewardMinusPMI
-from opd_lightning.methods.callback import DynamicSampling, EntropyGate, OverlongPunishment, RockTokens
+from opd_lightning.methods.callback import (
+    BelowCliff,
+    DynamicSampling,
+    EntropyGate,
+    OverlongPunishment,
+    RockTokens,
+    cliff,
+)
 from opd_lightning.objective import Objective, PolicyGradient, Term
 from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
@@ -114,6 +122,66 @@ def test_a_run_with_a_gate_resumes(tmp_path):
 def test_a_gate_refuses_impossible_numbers():
     with pytest.raises(ValueError, match=r"EntropyGate: warmup=0 must be >= 1 and close=0\.93 in \(0, 1\]"):
         EntropyGate("rollout.temperature", warmup=0)
+
+
+@pytest.mark.parametrize(("p", "b", "c"), [(0.9993, 0.81, 5.0), (0.99, 0.5, 5.0), (0.9, 0.3, 2.0)])
+def test_the_cliff_is_where_two_tokens_reach_the_cap(p, b, c):
+    """Found by bisection: the strength at which the fixed point leaves the other token 1/c of the teacher's."""
+
+    def left(strength):
+        other = (1 - b) * ((1 - p) / (1 - b)) ** strength
+        return other / (other + b * (p / b) ** strength)
+
+    low, high = 0.0, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(middle) > (1 - p) / c else (low, middle)
+    assert cliff(p, b, c) == pytest.approx(low, rel=1e-9)
+
+
+def test_the_papers_cliff_and_the_base_that_needs_none():
+    assert 1.18 <= cliff(0.9993, 0.81, 5.0) <= 1.28
+    assert cliff(0.9993, 0.5, 5.0) < cliff(0.9993, 0.9, 5.0) < cliff(0.9993, 0.99, 5.0)
+    assert cliff(0.9, 0.9, 5.0) == cliff(0.9, 0.95, 5.0) == math.inf
+    assert math.isfinite(cliff(1.0, 0.5, 5.0))
+
+
+def test_strength_stays_below_the_cliff():
+    """Means over the steps at which an id of the form was written, of every second batch."""
+    world, module, turned = World(), Module(), []
+    guard = BelowCliff("objective.terms.0.signal.advantage.strength", [1, 2], strength=1.3, margin=0.05, every=2)
+    guard.turn = lambda path, value: turned.append(value)
+    values = {
+        name: torch.rand(world.mask.shape, generator=torch.Generator().manual_seed(seed)) * 0.1 + low
+        for seed, (name, low) in enumerate({"teacher": 0.89, "base": 0.4}.items())
+    }
+    for rows in values.values():
+        rows[~world.mask] = torch.nan
+    module.per_step, module.gather, module.device = lambda t, read, name: values[name], lambda v: v, "cpu"
+    guard.advance(module)
+    guard.on_rollouts(module, world.trajectories)
+    here = torch.isin(world.trajectories.actions, torch.tensor([1, 2])) & world.mask
+    p, b = (float(values[name][here].double().mean()) for name in ("teacher", "base"))
+    assert turned == [1.3, pytest.approx(min(1.3, cliff(p, b, 5.0) - 0.05))]
+    assert module.logged["below_cliff/threshold"] == [pytest.approx(cliff(p, b, 5.0))]
+    values["teacher"] = values["teacher"] * 0  # not looked at
+    guard.on_rollouts(module, world.trajectories)
+    assert turned[2] == turned[1]
+    values["teacher"] = values["base"]
+    guard.on_rollouts(module, world.trajectories)
+    assert turned[3] == 1.3, "no cliff"
+    world.trajectories.actions = torch.zeros_like(world.trajectories.actions)
+    guard.seen = 0
+    guard.on_rollouts(module, world.trajectories)
+    assert guard.limit == math.inf, "the form was not written: the last limit holds"
+
+
+def test_the_strength_never_falls_below_one_and_numbers_are_checked():
+    guard = BelowCliff("objective.terms.0.coefficient", [1], margin=5.0)
+    guard.see(0.999, 0.5)
+    assert guard.limit == 1.0
+    with pytest.raises(ValueError, match="ids must not be empty"):
+        BelowCliff("objective.terms.0.coefficient", [])
 
 
 def test_rock_tokens_are_those_with_the_largest_part_of_the_loss(tmp_path):

@@ -5,9 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.methods.rollouts import JUDGED, InsertSuccess, PassRates, Rewrite, acted
-from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
+from opd_lightning.methods.rollouts import (
+    ANOTHER,
+    HINTED,
+    JUDGED,
+    BestOfTeacher,
+    InsertSuccess,
+    PassRates,
+    Rewrite,
+    acted,
+)
+from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.objective import ForwardKL, GroupRelative, Objective, PolicyGradient, ReverseKL, Term
+from opd_lightning.pretrained import Pretrained
+from opd_lightning.reward import CallableReward
 from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import Frozen, Same, Teacher
 from tests import tiny
 from tests.callbacks import toy
 from tests.tiny import LongerIsBetter
@@ -138,3 +151,98 @@ def test_a_run_with_pass_rates_resumes_and_refuses_impossible_numbers(tmp_path):
         toy.fit(toy.make_module(), tmp_path / "no", [PassRates()], 1)
     with pytest.raises(ValueError, match="rollouts=0 must be >= 1"):
         PassRates(rollouts=0)
+
+
+def ends_high(completion, example):
+    """Right for about a third of random texts."""
+    return float(completion[-1:] in ("7", "8", "9", "+"))
+
+
+def selecting(student, teacher, folder, callback, steps=1):
+    """Two rollouts of the student's and one of the teacher's for each of ten prompts; what is trained, and a twin."""
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(teacher))))}
+    if callback is not None and callback.hinted:
+        teachers["hinted"] = Teacher(Same("teacher"), PromptView("{{ answer }}?{{ prompt }}"))
+    terms = [Term(ReverseKL(), source="student"), Term(ForwardKL(), source="teacher", coefficient=10.0)]
+    rollout = Rollout(batch_size=10, horizon=6, members={"student": 2, "teacher": 1})
+    modules = [
+        tiny.make_module(
+            student, teachers, Objective(terms), rollout=rollout, reward=CallableReward(f"{__name__}.ends_high")
+        )
+        for _ in range(2)
+    ]
+    sees = Sees()
+    trainer = tiny.fit(modules[0], folder, callbacks=[*([callback] if callback else []), sees], steps=steps)
+    tiny.attach(modules[1], folder)
+    return modules, sees.batches[0], trainer
+
+
+def likely_by_loops(module, own, candidate, group):
+    """Mean over the student's rollouts of a prompt of the share of tokens that are among its 3 likeliest there."""
+    shares = []
+    for row in (own.group == group).nonzero().flatten().tolist():
+        states = module.distribution(module.policies["student"], own.select(torch.tensor([row])))
+        inside = []
+        for t in range(int(candidate.mask.sum())):
+            if t >= int(own.mask[row].sum()):
+                inside.append(False)
+                continue
+            state = states.at(torch.tensor([t]))
+            logits = state.head(state.hidden).double()[0]
+            inside.append(int(candidate.actions[0, t]) in logits.argsort(descending=True)[:3].tolist())
+        shares.append(sum(inside) / len(inside))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("hinted", [None, "hinted"])
+def test_the_teachers_best_is_a_right_one_and_like_the_students(hinted, tiny_student, tiny_teacher, tmp_path):
+    """Everything is done again by hand: candidates from the same seeds, rewards, likeness, and who is taken."""
+    (_, again), plain, _ = selecting(tiny_student, tiny_teacher, tmp_path / "plain", None)
+    callback = BestOfTeacher(count=2, hinted=hinted, likeliest=3)
+    (_, again), batch, trainer = selecting(tiny_student, tiny_teacher, tmp_path / "best", callback)
+    places = (plain.source == plain.sources.index("teacher")).nonzero().flatten()
+    assert len(places) == 10
+    own = plain.select((plain.source == plain.sources.index("student")).nonzero().flatten())
+    first = plain.select(places)
+    candidates = [first, *(acted(again, "teacher", plain, places, ANOTHER + draw) for draw in range(1))]
+    helped = None if hinted is None else acted(again, "hinted", plain, places, HINTED)
+    tiers = []
+    for i, place in enumerate(places.tolist()):
+        rows = [candidate.select(torch.tensor([i])) for candidate in candidates]
+        right = [ends_high(again.completions(row)[0], {}) for row in rows]
+        alike = [likely_by_loops(again, own, row, plain.group[place]) for row in rows]
+        best = max(range(2), key=lambda k: (right[k], alike[k], -k))
+        chosen, tier = rows[best], "right" if right[best] else "none_right"
+        if helped is not None and not right[best]:
+            hint = helped.select(torch.tensor([i]))
+            if ends_high(again.completions(hint)[0], {}):
+                chosen, tier = hint, "hinted"
+        tiers.append(tier)
+        count = int(chosen.mask.sum())
+        assert batch.length[place] == count
+        assert torch.equal(batch.actions[place, :count], chosen.actions[0, :count])
+        assert batch.sources[batch.source[place]] == "teacher"
+    assert {"right", "none_right"} <= set(tiers)
+    assert ("hinted" in tiers) == (hinted is not None)
+    for name in ("right", "hinted", "none_right"):
+        share = float(trainer.callback_metrics[f"train/best_of_teacher/{name}"])
+        assert share == pytest.approx(tiers.count(name) / 10)
+    others = [i for i in range(len(plain)) if i not in places.tolist()]
+    assert torch.equal(batch.actions[others][:, :1], plain.actions[others][:, :1]), "the student's own stay"
+
+
+def test_the_best_of_one_without_a_hint_changes_nothing(tiny_student, tiny_teacher, tmp_path):
+    (plain, _), *_ = selecting(tiny_student, tiny_teacher, tmp_path / "plain", None, 2)
+    (one, _), *_ = selecting(tiny_student, tiny_teacher, tmp_path / "one", BestOfTeacher(count=1), 2)
+    for a, b in zip(plain.student.parameters(), one.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_teacher_without_a_place_in_the_group_is_refused(tiny_student, tiny_teacher, tmp_path):
+    module = tiny.make_module(tiny_student, tiny_teacher, reward=LongerIsBetter())
+    with pytest.raises(ValueError, match=r"rollout\.members has to name student and teacher, .*it is None"):
+        tiny.fit(module, tmp_path, callbacks=[BestOfTeacher()])
+    with pytest.raises(ValueError, match=r"set model\.reward"):
+        toy.fit(toy.make_module(), tmp_path, [BestOfTeacher()], 1)
+    with pytest.raises(ValueError, match="count=0"):
+        BestOfTeacher(count=0)

@@ -10,12 +10,15 @@ import torch
 from opd_lightning.methods.weight import (
     Accepted,
     Agreement,
+    Brief,
     Doubt,
+    EntropySample,
     Evidence,
     Fallback,
     PerplexityShare,
     SuccessShare,
     Sureness,
+    TeacherRatio,
     TokenIds,
 )
 from opd_lightning.objective import (
@@ -180,3 +183,59 @@ def test_wrong_rollouts_that_a_teacher_teaches_are_not_trained_by_grpo():
     unseen = Steps.of(world.trajectories, {"teacher": torch.zeros(SHAPE[0], dtype=torch.bool)})
     assert bool((Fallback()(unseen) == 1).all()), "without any view it is GRPO"
     assert Fallback("other").streams == {"other"}
+
+
+def test_the_teachers_ratio_is_capped():
+    world = World(21)
+    ratio = world.delta.exp()
+    assert (ratio[world.mask] > 1.2).any()
+    assert_weighs(world, TeacherRatio(1.2), ratio.clamp(max=1.2))
+    world.teachers["teacher"] = world.student.copy()
+    close(world.values(TeacherRatio())[world.mask], torch.tensor(1.0), 1e-6)
+    with pytest.raises(ValueError, match=r"weight\.cap must be > 0"):
+        TeacherRatio(0)
+
+
+@pytest.mark.parametrize(("share", "exponent"), [(0.5, 2.0), (0.3, 0.0), (1.0, 2.0)])
+def test_steps_are_drawn_by_their_entropy(share, exponent):
+    """The largest of u^(1/H^a), row by row, with the draws that every part of this purpose has."""
+    world = World(22)
+    draws = Steps.of(world.trajectories).uniform("entropy sample").double()
+    uniform = torch.full(SHAPE, torch.nan, dtype=torch.float64)
+    uniform[world.mask] = draws
+    expected = torch.zeros(SHAPE, dtype=torch.float64)
+    for row, mask in enumerate(world.mask):
+        places = mask.nonzero().flatten().tolist()
+        keys = {
+            t: float(uniform[row, t]) ** (1 / float(world.entropy(world.student)[row, t]) ** exponent) for t in places
+        }
+        for t in sorted(places, key=keys.__getitem__, reverse=True)[: max(1, int(share * len(places)))]:
+            expected[row, t] = 1.0
+    assert_weighs(world, EntropySample(share, exponent), expected)
+
+
+def test_the_first_draw_goes_by_the_entropy_to_the_power_and_evenly_at_zero():
+    """Over 500 seeds: frequencies of a row's one draw, against H^a over its sum."""
+    world, row = World(23), 4  # four steps
+    entropy = world.entropy(world.student)[row]
+    for exponent in (2.0, 0.0):
+        expected = entropy**exponent / (entropy**exponent).sum()
+        counts = torch.zeros(4, dtype=torch.float64)
+        for seed in range(500):
+            world.trajectories.seed = torch.arange(SHAPE[0]) + 1000 * seed
+            counts += world.values(EntropySample(0.25, exponent))[row]
+        deviation = (expected * (1 - expected) / 500).sqrt()
+        assert ((counts / 500 - expected).abs() < 4 * deviation).all(), exponent
+
+
+def test_a_sample_of_none_is_refused():
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\] and exponent >= 0"):
+        EntropySample(0)
+
+
+def test_short_right_rollouts_of_each_group():
+    """Of the lengths 4, 2, 3 | 3, 4, 1 | 3, 3, where 0, 2, 5, 6, 7 are right."""
+    world = World(24)
+    brief = world.values(Brief())
+    expected = torch.tensor([0, 0, 1, 0, 0, 1, 1, 1.0])[:, None].expand(SHAPE).double()
+    close(brief[world.mask], expected[world.mask], 0)

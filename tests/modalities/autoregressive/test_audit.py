@@ -11,15 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.audit import audit
-from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive import FirstOf, Peers, PromptView, Written
 from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.modalities.vision_language import VisionLanguageDistillation
 from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.policy import View
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout_settings import Rollout
-from opd_lightning.teacher import EMA, Frozen, Initial, Teacher
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher
 from tests.tiny import (
     CHAT_TEMPLATE,
+    LongerIsBetter,
     act,
     chat_tokenizer,
     fit,
@@ -88,6 +90,16 @@ def test_differing_stop_ids_and_templates_are_shown(chat_student, tmp_path):
 # -- the first row ----------------------------------------------------------------------------------------------------
 
 
+class Picky(View):
+    """Takes what a note writes, and nothing that stands for it."""
+
+    columns = ("right",)
+
+    def __call__(self, example):
+        if example.get("right") == ["‹right›", "‹right›"]:
+            raise TypeError("not a rollout")
+
+
 def printed(module, rows, tmp_path, capsys) -> str:
     fit(module, tmp_path, rows)
     out = capsys.readouterr().out
@@ -114,6 +126,22 @@ def test_the_first_row_is_shown_as_everybody_reads_it(chat_student, tmp_path, ca
     assert rf"told reads │ '{turns}It is 2. 1+1=<|im_end|>" in table
     assert "plain reads │ the same" in table
     assert "other reads │ nothing of this row" in table
+
+
+def test_views_of_notes_are_shown_before_there_are_any(chat_student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    views = [PromptView("{{ right[1] }}{{ reflection }}? {{ prompt }}"), Picky()]
+    teachers = {"told": Teacher(Live(), FirstOf([*views, PromptView("It is {{ answer }}. {{ prompt }}")]))}
+    written = Written(PromptView("{{ written }}{{ prompt }}"), horizon=3)
+    module = make_module(
+        chat_student, teachers, Objective([Term(ReverseKL(), teacher="told")]), reward=LongerIsBetter(),
+        notes={"peers": Peers(right=2, own=True), "written": written},
+    )  # fmt: skip
+    table = printed(module, [{"prompt": "1+1=", "answer": "2"}] * 16, tmp_path, capsys)
+    asked = r"<s><|im_start|>user\n{}1+1=<|im_end|>\n<|im_start|>assistant\n"
+    assert f"told reads │ '{asked.format('‹right›‹reflection›? ')}'" in table
+    assert "told, or else │ what notes will say of a rollout" in table
+    assert f"told, or else │ '{asked.format('It is 2. ')}'" in table
 
 
 def test_nothing_of_the_first_row_is_lost_on_a_narrow_terminal(chat_student, tmp_path, capsys, monkeypatch):

@@ -24,6 +24,10 @@ def even(completion: str, example: dict) -> float:
     return float(len(completion) % 2 == 0)
 
 
+def by_length(completion: str, example: dict) -> float:
+    return len(completion) / 8
+
+
 def in_words(completion: str, example: dict) -> str | None:
     return f"{len(completion)} is odd" if len(completion) % 2 else None
 
@@ -62,6 +66,24 @@ def test_peers_are_the_others_of_the_group_by_their_rewards(rolled, right, wrong
                 assert row[name] is None
             else:
                 assert [text.strip() for text in row[name]] == shown[:count]
+
+
+def test_the_best_and_the_worst_may_come_first(tiny_student, tmp_path):
+    """By the length of the text: the longest of the right ones, the shortest of the wrong ones."""
+    module = make_module(
+        tiny_student, {"teacher": Teacher(Live(), PromptView("{{ right[0] }}{{ prompt }}"))},
+        notes={"peers": Peers(1, 1, extreme=True)}, reward=CallableReward(f"{PEERS}.by_length"),
+        rollout=Rollout(batch_size=2, group_size=6, horizon=6),
+    )  # fmt: skip
+    attach(module, tmp_path)
+    batch = next(train(module.rollout_loader(make_rows(24)))).trajectories
+    texts = module.completions(batch)
+    for i, row in enumerate(batch.examples):
+        others = [j for j in range(12) if batch.group[j] == batch.group[i] and j != i]
+        right = [j for j in others if batch.reward[j] >= 0.5]
+        wrong = [j for j in others if batch.reward[j] < 0.5]
+        assert row["right"] == ([texts[max(right, key=lambda j: len(texts[j]))]] if right else None)
+        assert row["wrong"] == ([texts[min(wrong, key=lambda j: len(texts[j]))]] if wrong else None)
 
 
 def test_what_they_thought_is_not_shown(rolled, monkeypatch):
