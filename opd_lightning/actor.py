@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blend import BLEND
 from .contract import check_acted, check_prompts, check_scores
 from .note import without_long_views, write
-from .policy import Policy, View
+from .policy import Acting, Policy, View
 from .rollout_settings import Rollout
 from .rows import blames_rows
 from .setting import Setting
@@ -59,18 +60,32 @@ class Actor:
         return replace(acted, student_view=settings_of(self.student_view), sources=(who,), seed=seed)
 
     def _act(self, who: str, examples: list[Example], seen: list[Example], seeds: list[int]) -> Trajectories:
-        setting, policy = self.setting, self.policies[who]
+        setting, student = self.setting, self.policies["student"]
         sample = setting.sample_held_out if self.held_out else setting.sample
-        prompts = check_prompts(setting, setting.collate(seen, self.policies["student"]), seen)
-        if who == "student":
-            return check_acted(setting, sample(policy, prompts, seen, self.rollout, seeds), seen)
-        teacher = setting.teachers[who]
+        prompts = check_prompts(setting, setting.collate(seen, student), seen)
+        blend = self.rollout.blend if who == BLEND else None
+        acting = {
+            name: Acting(student, prompts, seen) if name == "student" else self._read_by(name, examples, seen)
+            for name in (blend.policies if blend is not None else (who,))
+        }
+        first, *others = acting.values()
+        if others:
+            assert blend is not None
+            acted = setting.sample_blended(acting, blend, self.rollout, seeds)
+        else:
+            acted = sample(first.policy, first.prompts, first.examples, self.rollout, seeds)
+        acted = check_acted(setting, acted, first.examples)
+        if {*acting} == {"student"}:
+            return acted
+        return replace(acted, observation=acted.observation | prompts)  # the student's prompt over a teacher's
+
+    def _read_by(self, name: str, examples: list[Example], seen: list[Example]) -> Acting:
+        """Shows a teacher what it acts on: its view, or what the student reads where that shows nothing."""
+        teacher, policy = self.setting.teachers[name], self.policies[name]
         views = teacher.seen(examples, seen)
         seeing = [example if view is None else view for example, view in zip(seen, views, strict=True)]
         reader = policy if teacher.own_template else self.policies["student"]
-        acted = sample(policy, setting.collate(seeing, reader), seeing, self.rollout, seeds)
-        acted = check_acted(setting, acted, seeing)
-        return replace(acted, observation=acted.observation | prompts)  # the student's prompt over the teacher's
+        return Acting(policy, self.setting.collate(seeing, reader), seeing)
 
     def checked_rewards(self, trajectories: Trajectories) -> tuple[Tensor | None, list[dict[str, Any]]]:
         """Checks what `rewards` returned: ``[B]`` on the CPU, NaN where one abstains (None: no rewards), and rows."""

@@ -107,7 +107,9 @@ class Comparison:
 
     def run(self) -> None:
         """Lets every source act, and everyone that is asked now say what it did; all ranks do the same."""
-        sources, needed = self._actor.rollout.sources, self._actor.setting.asked_by_parts() | self._objective.teachers()
+        # those of a blend by themselves, too, where what they say can be compared
+        sources = self._actor.rollout.sources | self._actor.rollout.policies
+        needed = self._actor.setting.asked_by_parts() | self._objective.teachers()
         off = set(self._streams.teachers) - needed - sources
         for source in sorted(sources):
             acted = self._actor.act(source, self._examples, self._seeds)

@@ -157,10 +157,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
                 teacher.weights.share(name, self.teachers)
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
         self.evaluation.check(self.has_rewards, self.provides)
-        for name in sorted(self.rollout.sources - {"student", "dataset"} - set(self.teachers)):
-            raise ValueError(
-                f"rollout.behavior names '{name}', which is no entry of model.teachers: {sorted(self.teachers)}"
-            )
+        self.rollout.check(set(self.teachers), self.provides)
         check_notes(self.notes, {*self.columns, *self.reads}, self)
         self.objective.check(set(self.teachers))
         if self._trainer is not None:
@@ -179,7 +176,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             provides.add("behavior")
         self.objective.check(set(self.teachers), provides, sources)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
-        idle = set(self.teachers) - asked.union(sources, *(callback.asks for callback in callbacks))
+        idle = set(self.teachers) - asked.union(sources, self.rollout.policies, *(c.asks for c in callbacks))
         if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves them idle
             raise ValueError(f"model.teachers: nobody asks {sorted(idle)}; name them in a term or remove them")
 

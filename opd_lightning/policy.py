@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .finite import Finite
 from .printable import quoted
@@ -37,6 +37,21 @@ class Policy:
     path: str = ""
     name: str = "student"
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Policy that acts, and what it acts on.
+
+    Attributes:
+        policy: student or teacher.
+        prompts: its model inputs, as `Setting.collate` makes them.
+        examples: as it reads them, through its view.
+    """
+
+    policy: Policy
+    prompts: dict[str, Tensor]
+    examples: list[Example]
 
 
 class View(Finite, ABC):

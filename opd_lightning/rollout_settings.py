@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from .blend import BLEND, Blend
 from .finite import Finite
 
 
@@ -34,10 +36,11 @@ class Rollout:
         temperature: 0 is greedy. Default 1.
         top_p, top_k, min_p: filters, off by default.
         behavior: who acts, with shares that sum to 1, drawn per prompt: ``student``, ``dataset`` (the column
-            ``completion``), or the name of a teacher, who sees its own view. GKD's λ is
-            ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
+            ``completion``), the name of a teacher, who sees its own view, or ``blend``, several of them as one. GKD's λ
+            is ``{student: λ, dataset: 1 − λ}``; SFT is ``{dataset: 1}``.
         members: in place of shares, how many trajectories of every group each policy makes, such as
             ``{student: 4, dataset: 1}`` (StableOPD, 2604.08527); group_size is then their sum.
+        blend: how the behavior policy ``blend`` mixes its policies at every step; in settings that say so.
         max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
         max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
             it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
@@ -60,6 +63,7 @@ class Rollout:
     min_p: float | None = None
     behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     members: dict[str, int] | None = None
+    blend: Blend | None = None
     max_prompt_length: int | None = None
     max_staleness: int = 0
 
@@ -78,6 +82,10 @@ class Rollout:
             raise ValueError(f"rollout.behavior: shares must be >= 0 and sum to 1, got {self.behavior}")
         if self.members is not None:
             self._check_members(self.members)
+        if BLEND in (self.members or self.behavior) and self.blend is None:
+            raise ValueError(f"rollout.behavior={self.members or self.behavior}: rollout.blend says nothing of whom")
+        if self.blend is not None and BLEND not in (self.members or self.behavior):
+            raise ValueError("rollout.blend: nobody acts by it; give 'blend' a share in rollout.behavior (it may be 0)")
 
     def _check_members(self, members: dict[str, int]) -> None:
         if self.behavior != {"student": 1.0}:
@@ -93,6 +101,28 @@ class Rollout:
     def sources(self) -> set[str]:
         """Behavior policies that act at all."""
         return {name for name, share in (self.members or self.behavior).items() if share > 0}
+
+    def check(self, teachers: Set[str], provides: Set[str]) -> None:
+        """Checks who acts.
+
+        Args:
+            teachers: names in model.teachers.
+            provides: what the setting offers (`Setting.provides`).
+
+        Raises:
+            ValueError: nobody is called so, or the setting can't blend policies.
+        """
+        for name in sorted(self.policies - {"student", "dataset"} - teachers):
+            key = "behavior" if name in self.sources else "blend"
+            raise ValueError(f"rollout.{key} names '{name}', which is no entry of model.teachers: {sorted(teachers)}")
+        if self.blend is not None and BLEND not in provides:
+            raise ValueError("rollout.blend: this setting has no loop in which several policies could act as one")
+
+    @property
+    def policies(self) -> set[str]:
+        """Student and teachers that act at all, also in a blend; and the data set."""
+        blended = {"student", *self.blend.shares} if self.blend is not None and BLEND in self.sources else set()
+        return self.sources - {BLEND} | blended
 
     def micro_batches(self, accumulate: int) -> tuple[int, int]:
         """Trajectories per micro-batch, and micro-batches per generation batch, for this accumulation.

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .blend import Blend
 from .comparisons import usual_suspects
 from .distribution import Distribution
 from .evaluation_settings import Evaluation
 from .note import Note, needed_columns, written_by
 from .objective import Objective
-from .policy import Policy, View
+from .policy import Acting, Policy, View
 from .portable import Portable
 from .reward import Reward
 from .rollout_settings import Rollout
@@ -35,7 +36,8 @@ class Setting(Portable):
     columns: ClassVar[tuple[str, ...]] = ("prompt",)
     """Those without which no policy can act on an example."""
     provides: ClassVar[frozenset[str]] = frozenset()
-    """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier."""
+    """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier;
+    ``blend``: `sample_blended`."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     """Columns that it reads where rows have them, besides those that its parts name."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
@@ -98,6 +100,18 @@ class Setting(Portable):
     ) -> Trajectories:
         """Acts in evaluation, for a setting that explores while it trains; default: `sample`."""
         return self.sample(policy, prompts, examples, rollout, seeds)
+
+    def sample_blended(
+        self, acting: dict[str, Acting], blend: Blend, rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
+        """Lets several policies act as one; for a setting whose ``provides`` names ``blend``.
+
+        Args:
+            acting: of each of ``blend.policies``, what it acts on.
+            blend: mixes what they say.
+            rollout, seeds: as in `sample`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot blend policies")
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
+from .blend import BLEND
 from .finite import Finite
 from .optimizer_step import OptimizerStep
 from .policy import Policy, View, frozen_copy, shown_by
@@ -269,7 +270,7 @@ def check_names(teachers: Iterable[str]) -> None:
         ValueError: a teacher is called as something else is, or so that neither log nor checkpoint can name it.
     """
     for name in teachers:
-        if name in ("student", "dataset"):
+        if name in ("student", "dataset", BLEND):
             raise ValueError(f"model.teachers: {name!r} has its meaning in rollout.behavior; take another name")
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")

@@ -26,10 +26,10 @@ def refuse_teachers(rollout: Rollout) -> None:
     Raises:
         ValueError: a teacher is to act ahead of training.
     """
-    if teachers := sorted(rollout.sources - {"student", "dataset"}):
+    if teachers := sorted(rollout.policies - {"student", "dataset"}):
         raise ValueError(
             f"rollout.max_staleness={rollout.max_staleness}: the worker that rolls out ahead has a copy of the student "
-            f"only; rollout.behavior names {', '.join(teachers)}"
+            f"only; rollout.behavior or rollout.blend names {', '.join(teachers)}"
         )
 
 

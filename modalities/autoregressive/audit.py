@@ -23,7 +23,7 @@ from ...teacher import Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, first_line, problem_with_shared_prefix
-from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds
+from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds, rope_switch
 from .rendering import Renderer
 from .view import FirstOf
 
@@ -83,7 +83,7 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
     stops = {name: stop_ids(module, policy) for name, policy in roles}
     limits = {name: teacher.max_prompt_length for name, teacher in module.teachers.items()}
     limits["student"] = module.rollout.max_prompt_length
-    actors = {"student", *module.rollout.sources}
+    actors = {"student", *module.rollout.policies}
     return [
         ("path", {name: policy.path for name, policy in roles}),
         ("weights", {name: _weights(module, name) for name, _ in roles}),
@@ -297,6 +297,13 @@ def _engine(module: Audited, policy: Policy) -> str:
         trial = Trial(engine, policy, module.head(policy), module.padding_id)
         module.trials[policy.name] = trial
         name = name if trial.reason is None else f"{name}; {trial.reason}"
+    if rope_switch(bare(policy.model)) is not None and module.rollout.blend is not None:
+        name = f"{name}; its rows part where longrope switches"
+    if name != type(engine).__name__ and module.rollout.blend is not None:
+        raise ValueError(
+            f"{printable(policy.path)}: rollout.blend needs a loop in which this policy writes beside another one; by "
+            f"itself it is written by {name}"
+        )
     if name != type(engine).__name__:
         rank_zero_warn(
             f"{printable(policy.path)}: {type(engine).__name__} is not used as it is, which may take longer: {name}"

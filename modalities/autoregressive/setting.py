@@ -6,7 +6,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,25 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import SWITCHED
+from ...blend import Blend
 from ...chat import problem_with_form
 from ...distribution import Categorical, Head
 from ...module import OnPolicyDistillation
-from ...policy import Policy, evaluating
+from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
 from ...sharding import is_sharded, mesh_of
 from ...trajectory import Example, Trajectories
 from .audit import SHOWN, audit_rows, check_horizon, problem_with_row, problem_with_view, readings, stop_ids, suspects
-from .engines import DecodeLoop, Prompts, RolloutEngine
-from .engines.engine import until_stop
-from .engines.row_groups import SwitchingRope, check_dynamic
+from .engines import DecodeLoop, RolloutEngine
+from .engines.row_groups import check_dynamic
 from .engines.trial import Trial, shares_prefixes
 from .generation import make_savable
 from .messages import transcript
-from .models import READ, bare, head_at, known_ids, listed, output_embeddings, rope_switch, tokenizer_of
+from .models import READ, bare, head_at, known_ids, listed, output_embeddings, tokenizer_of
 from .passes import at_steps, last_trained, left_align, pass_limits, read
 from .prefix import Prefix, read_rows, shared_prefixes
 from .rendering import COLUMNS, Renderer
+from .writing import write, write_blended
 
 PROBES, PROBE_TOKENS = 3, 12
 
@@ -51,10 +52,11 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         **kwargs: as in `OnPolicyDistillation`.
 
     Raises:
-        ValueError: pass_tokens < 1, or under fsdp2, where every rank must make equally many passes.
+        ValueError: pass_tokens < 1, or under fsdp2, where every rank must make equally many passes; a blend that the
+            engine can't write.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend"})
     reads: ClassVar[frozenset[str]] = COLUMNS
 
     def __init__(
@@ -68,6 +70,10 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
         self.engine, self.pass_tokens = engine or DecodeLoop(), pass_tokens
+        if self.rollout.blend is not None and not self.engine.blends:
+            raise ValueError(
+                f"model.engine={type(self.engine).__name__} writes by one policy: rollout.blend needs DecodeLoop"
+            )
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._heads: dict[str, nn.Module] = {}
         self.trials: dict[str, Trial] = {}
@@ -160,29 +166,12 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        pad = self.padding_id
-        begun = Prompts(prompts, examples, partial(self.media, policy=policy), self.cache_key)
-        check_dynamic(policy, bare(policy.model), int(begun.length.max()) + rollout.horizon)
-        with policy.active():
-            engine = self.engine_of(policy)
-            tokens, log_probs = engine.write(policy, self.head(policy), begun, rollout, seeds, self.eos, pad)
-        mask, stopped = until_stop(tokens, self.eos)
-        return Trajectories(
-            observation=prompts,
-            actions=tokens.masked_fill(~mask, pad).cpu(),
-            mask=mask.cpu(),
-            examples=examples,
-            stopped=stopped.cpu(),
-            behavior_log_probs=log_probs.masked_fill(~mask, 0.0).cpu(),
-        )
+        return write(self, Acting(policy, prompts, examples), rollout, seeds)
 
-    def engine_of(self, policy: Policy) -> RolloutEngine:
-        """Returns the engine of a policy: ``model.engine``, with rows separated that it can't read together."""
-        trial = self.trials.get(policy.name)
-        engine = self.engine if trial is None or trial.reason is None else trial.engine
-        model = bare(policy.model)
-        switch = rope_switch(model) if engine.runs_the_model and not is_sharded(model) else None
-        return engine if switch is None else SwitchingRope(engine, switch)
+    def sample_blended(
+        self, acting: dict[str, Acting], blend: Blend, rollout: Rollout, seeds: list[int]
+    ) -> Trajectories:
+        return write_blended(self, acting, blend, rollout, seeds)
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]

@@ -36,7 +36,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "image", "box")
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "digits"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "digits"})
 
     def __init__(self, answer_format: AnswerFormat | None = None, **kwargs: Any) -> None:
         if kwargs.get("reward") is None:
@@ -105,6 +105,9 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().sample(policy, *args, **kwargs), self.reads_as(policy))
+
+    def sample_blended(self, *args: Any, **kwargs: Any) -> Trajectories:
+        return self._with_digits(super().sample_blended(*args, **kwargs), self.policies["student"])
 
     def replay(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().replay(policy, *args, **kwargs), policy)

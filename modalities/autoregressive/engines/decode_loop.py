@@ -7,6 +7,8 @@ L = P + T columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ....distribution import Head
+from ....blend import Blend
+from ....distribution import IMPOSSIBLE, Head
 from ....policy import Policy, evaluating
 from ....rollout_settings import Rollout
 from ..models import bare, cache_name, problem_with_cache
@@ -22,7 +25,7 @@ from ..passes import pass_limits
 from ..prefix import read_prompts
 from .cache import RowCache
 from .draw import draw, uniforms
-from .engine import Prompts, RolloutEngine
+from .engine import Prompts, RolloutEngine, Writer
 from .generate import Generate
 from .layers import PackedDecoder, packed_linear
 from .trial import shares_prefixes
@@ -40,6 +43,7 @@ class DecodeLoop(RolloutEngine):
     """
 
     runs_the_model = True
+    blends = True
 
     def __init__(self, packed: bool = True) -> None:
         self.packed = packed
@@ -54,59 +58,100 @@ class DecodeLoop(RolloutEngine):
             return Generate().write(policy, head, prompts, rollout, seeds, eos, pad)
         model = bare(policy.model)
         with torch.no_grad(), evaluating(model):
-            packed = self.packed and PackedDecoder.refusal(model) is None
-            return _write(
-                model, head, prompts, rollout, seeds, eos, pad, packed, partial(shares_prefixes, policy, head)
-            )
+            voice = Voice(replace(policy, active=nullcontext), head, prompts, rollout.horizon, self.packed)
+            return _write([voice], lambda logits: logits[0], prompts.written, rollout, seeds, eos, pad)
+
+    def write_blended(
+        self, writers: dict[str, Writer], blend: Blend, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    ) -> tuple[Tensor, Tensor]:
+        ends = one_end(eos, [stop for writer in writers.values() for stop in writer.stops])
+
+        def mix(logits: list[Tensor]) -> Tensor:
+            log_probs = [ends(z.to(logits[0].device).clamp(min=IMPOSSIBLE).log_softmax(-1)) for z in logits]
+            return blend.mixed(dict(zip(writers, log_probs, strict=True)))
+
+        with torch.no_grad(), ExitStack() as stack:
+            for writer in writers.values():
+                stack.enter_context(evaluating(bare(writer.policy.model)))
+            voices = [Voice(w.policy, w.head, w.prompts, rollout.horizon, self.packed) for w in writers.values()]
+            return _write(voices, mix, 0, rollout, seeds, eos, pad)
+
+
+class Voice:
+    """One policy in the loop: what it has read of every row, and what it says comes next.
+
+    Args:
+        policy: entered (`Policy.active`) around each of its forward passes.
+        head: its own.
+        prompts: as it reads them.
+        horizon: tokens to be written at most.
+        packed: as in `DecodeLoop`.
+
+    Attributes:
+        logits: ``[n, V]`` of the tokens behind the prompts.
+    """
+
+    def __init__(self, policy: Policy, head: Head, prompts: Prompts, horizon: int, packed: bool) -> None:
+        model, self._active = bare(policy.model), policy.active
+        self._device = device = next(model.parameters()).device
+        with self._active():
+            # 1. read every different prompt once
+            first, prompt_of = prompts.distinct
+            inputs = prompts.inputs(first, device)
+            # transformers' own, since some models have several axes (Qwen-VL)
+            position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
+            attended = inputs["attention_mask"].bool()
+            if inputs.keys() == {"input_ids", "attention_mask"}:
+                shares = partial(shares_prefixes, policy, head)
+                read, hidden = read_prompts(model, inputs, shares, *pass_limits(device, None))
+            else:
+                read = DynamicCache(config=model.config)
+                cached = {str(cache_name(model)): read}
+                # left padded: the last column has the last token of every prompt
+                hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
+                del cached
+            # 2. one row per trajectory: its prompt's cache, position and next logits
+            row = torch.tensor(prompt_of, device=device)
+            packed = packed and PackedDecoder.refusal(model) is None
+            self._body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
+            # the model's own forward pass can't read prompts that rows share
+            self._cache = RowCache(read, row, attended, horizon, share=packed and len(attended) < len(row))
+            self._project = projection(head, hidden, len(row))
+            self.logits = self._project(hidden)[row]
+            self._position = position[..., -1:].expand(*position.shape[:-2], len(attended), 1)[..., row, :] + 1
+
+    def keep(self, order: Tensor) -> None:
+        """Moves row ``order[i]`` to row i; the others are dropped."""
+        order = order.to(self._device)
+        self._cache.keep(order)
+        self._position = self._position[..., order, :]
+
+    def read(self, tokens: Tensor, step: int) -> None:
+        """Reads the tokens ``[n]`` that were written at a step."""
+        with self._active():
+            self.logits = self._project(self._body(tokens.to(self._device), self._position + step, self._cache))
+        self._cache.advance()
 
 
 def _write(
-    model: Any,
-    head: Head,
-    prompts: Prompts,
+    voices: list[Voice],
+    mix: Callable[[list[Tensor]], Tensor],
+    written: int,
     rollout: Rollout,
     seeds: list[int],
     eos: list[int],
     pad: int,
-    packed: bool,
-    shares: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
-    # 1. read every different prompt once
-    device = next(model.parameters()).device
-    first, prompt_of = prompts.distinct
-    inputs = prompts.inputs(first, device)
-    # transformers' own, since some models have several axes (Qwen-VL)
-    position = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
-    attended = inputs["attention_mask"].bool()
-    if inputs.keys() == {"input_ids", "attention_mask"}:
-        read, hidden = read_prompts(model, inputs, shares, *pass_limits(device, None))
-    else:
-        read = DynamicCache(config=model.config)
-        cached = {str(cache_name(model)): read}
-        # left padded: the last column has the last token of every prompt
-        hidden = model.base_model(**inputs, position_ids=position, **cached, use_cache=True)[0][:, -1]
-        del cached
-
-    # 2. one row per trajectory: its prompt's cache, position and next logits
-    row = torch.tensor(prompt_of, device=device)
-    body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
-    # the model's own forward pass can't read prompts that rows share
-    cache = RowCache(read, row, attended, rollout.horizon, share=packed and len(attended) < len(row))
-    # no second copy of the prompts' keys and values while rows are written
-    del read, inputs
-    project = projection(head, hidden, len(row))
-    logits = project(hidden)[row]
-    position = position[..., -1:].expand(*position.shape[:-2], len(attended), 1)[..., row, :] + 1
-
-    # 3. draw step by step; rows that ended leave, so that a pass is as small as possible
+    """Draws step by step from what the voices say together; rows that ended leave, so that a pass is small."""
+    device = voices[0].logits.device
     stop = torch.tensor(eos, device=device)
     # what goes on behind tokens that were written before goes on with its own draws
-    uniform = uniforms(seeds, prompts.written + rollout.horizon)[:, prompts.written :].to(device)
+    uniform = uniforms(seeds, written + rollout.horizon)[:, written:].to(device)
     tokens = torch.full((len(seeds), rollout.horizon), pad, device=device)
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     live = torch.arange(len(seeds), device=device)
     for step in range(rollout.horizon):
-        chosen, log_prob = draw(logits, uniform[live, step], rollout)
+        chosen, log_prob = draw(mix([voice.logits for voice in voices]), uniform[live, step], rollout)
         tokens[live, step], log_probs[live, step] = chosen, log_prob.float()
         going = ~torch.isin(chosen, stop)
         left = int(going.sum())
@@ -114,11 +159,36 @@ def _write(
             break
         if left < len(live):
             order = compact_rows(going, left)
-            cache.keep(order)
-            chosen, live, position = chosen[order], live[order], position[..., order, :]
-        logits = project(body(chosen, position + step, cache))
-        cache.advance()
+            chosen, live = chosen[order], live[order]
+            for voice in voices:
+                voice.keep(order)
+        for voice in voices:
+            voice.read(chosen, step)
     return tokens[:, : step + 1], log_probs[:, : step + 1]
+
+
+def one_end(eos: list[int], stops: list[int]) -> Callable[[Tensor], Tensor]:
+    """Returns how log-probs ``[n, V]`` of policies with other stop ids come to speak of one end (TRB, 2605.31159).
+
+    The probability of each id by which anyone ends goes to the first of the student's, so that what a teacher thinks of
+    its own end is not lost on an id that the student never stops at.
+
+    Args:
+        eos: the student's stop ids; nothing changes where there are no others.
+        stops: stop ids of all policies.
+    """
+    ids = sorted({*eos, *stops})
+    if ids == sorted(eos):
+        return lambda log_probs: log_probs
+
+    def together(log_probs: Tensor) -> Tensor:
+        known = [i for i in ids if i < log_probs.shape[-1]]
+        end = log_probs[:, known].logsumexp(-1)
+        log_probs[:, known] = IMPOSSIBLE
+        log_probs[:, next(i for i in eos if i in known)] = end
+        return log_probs
+
+    return together
 
 
 def own_forward(model: Any, tokens: Tensor, position: Tensor, cache: RowCache) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ....blend import Blend
 from ....distribution import Head
 from ....finite import Finite
 from ....policy import Policy
@@ -77,11 +78,30 @@ class Prompts:
         return list(index), [index[first[key]] for key in keys]
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Policy that writes beside others.
+
+    Attributes:
+        policy: not yet active.
+        head: its own.
+        prompts: as it reads them.
+        stops: ids by which it ends.
+    """
+
+    policy: Policy
+    head: Head
+    prompts: Prompts
+    stops: list[int]
+
+
 class RolloutEngine(Finite, ABC):
     """Engine that writes completions. A backend is a subclass with `write`; its settings are its arguments."""
 
     runs_the_model: ClassVar[bool] = False
     """True where it runs the policy's own model, several rows in a pass: rows that can't share one are separated."""
+    blends: ClassVar[bool] = False
+    """True where it has `write_blended`."""
 
     @abstractmethod
     def write(
@@ -98,6 +118,21 @@ class RolloutEngine(Finite, ABC):
             New tokens ``[B, T']``, T' ≤ T, and their log-probs ``[B, T']`` in the plain distribution: temperature 1,
             no filters. Values behind a stop token are not read.
         """
+
+    def write_blended(
+        self, writers: dict[str, Writer], blend: Blend, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
+    ) -> tuple[Tensor, Tensor]:
+        """Continues the prompts of several policies by the same tokens, drawn from what they say together.
+
+        Args:
+            writers: by the names in ``blend.policies``.
+            blend: mixes what they say.
+            rollout, seeds, eos, pad: as in `write`; the student's stop ids end a completion.
+
+        Returns:
+            New tokens ``[B, T']``, and their log-probs ``[B, T']`` in the plain mixed distribution.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot blend policies")
 
     def close(self) -> None:
         """Releases resources outside of this process; `write` may be called again afterwards."""

@@ -12,6 +12,7 @@ import transformers
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
 from opd_lightning.modalities.autoregressive.engines.row_groups import EqualLengths
 from opd_lightning.modalities.autoregressive.models import rope_kinds, rope_switch
+from opd_lightning.modalities.autoregressive.writing import engine_of
 from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Initial, Teacher
@@ -129,7 +130,7 @@ def test_what_can_not_share_a_batch_is_written_apart(make, tmp_path, recwarn):
     written = dict(module.audit_rows())["rollouts by"]["student"]
     assert ("one row at a time" if make is recurrent else "it can't bear padding") in written
     assert any("is not used as it is, which may take longer" in str(warning.message) for warning in recwarn)
-    assert isinstance(module.engine_of(module.policies["student"]), EqualLengths)
+    assert isinstance(engine_of(module, module.policies["student"]), EqualLengths)
     acted = act(module, rows)
     plain = by_plain_transformers(module, acted)
     torch.testing.assert_close(acted.behavior_log_probs, plain, atol=1e-4, rtol=1e-4)
