@@ -39,6 +39,7 @@ RECIPES: dict[str, list[str]] = {
     "system prompt": ["-c", "opd:recipes/system_prompt.yaml"],
     "brief": ["-c", "opd:recipes/brief.yaml"],
     "recover pruned": ["-c", "opd:recipes/recover_pruned.yaml"],
+    "half the width": ["-c", "opd:recipes/half_width.yaml"],
     "recover nf4": ["-c", "opd:recipes/recover_nf4.yaml"],
     "skill, SDFT": ["-c", "opd:recipes/sdft.yaml"],
     "skill, SFT": ["-c", "opd:recipes/skill_sft.yaml"],
@@ -56,10 +57,11 @@ def opd(*arguments: str) -> float:
 
 
 def prepare() -> None:
-    """Fetches the model, and writes it without a fifth of its layers unless that is there."""
+    """Fetches the model, and writes it without a fifth of its layers, and half as wide, unless that is there."""
     if not UNPACKED.exists():
         opd("fetch", "smollm2", "--unpack")
     prune(UNPACKED, RUNS / "pruned", KEPT_LAYERS)
+    narrow(UNPACKED, RUNS / "narrowed")
 
 
 def prune(source: Path, folder: Path, kept: int) -> None:
@@ -72,6 +74,35 @@ def prune(source: Path, folder: Path, kept: int) -> None:
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
     model.config.num_hidden_layers = kept
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def narrow(source: Path, folder: Path) -> None:
+    """Writes a copy of half the width: the channels of the stream and of each MLP whose weights are the largest."""
+    if folder.exists():
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weights, config = model.state_dict(), model.config
+    half, half_mlp = config.hidden_size // 2, config.intermediate_size // 2
+    stream = weights["model.embed_tokens.weight"].norm(dim=0).topk(half).indices.sort().values
+    # the last dimension of what reads the stream, the first of what writes to it
+    reads = ("embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+    writes = ("o_proj", "down_proj")
+    for layer in range(config.num_hidden_layers):
+        mlp = f"model.layers.{layer}.mlp"
+        neurons = weights[f"{mlp}.down_proj.weight"].norm(dim=0).topk(half_mlp).indices.sort().values
+        for name in ("gate_proj", "up_proj"):
+            weights[f"{mlp}.{name}.weight"] = weights[f"{mlp}.{name}.weight"][neurons]
+        weights[f"{mlp}.down_proj.weight"] = weights[f"{mlp}.down_proj.weight"][:, neurons]
+    for name, weight in weights.items():
+        if name.split(".")[-2].endswith(reads):
+            weights[name] = weight[..., stream]
+        elif name.split(".")[-2].endswith(writes):
+            weights[name] = weight[stream]
+    config.hidden_size, config.intermediate_size, config.head_dim = half, half_mlp, config.head_dim
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(weights)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
