@@ -1,9 +1,10 @@
 """What fits into a GPU's memory: the peak of one training step, computed phase by phase from the models' shapes.
 
     python benchmarks/fits.py            the table, computed
+    python benchmarks/fits.py --recipes  the largest student of each recipe of docs/recipes.md, computed
     python benchmarks/fits.py --check    training steps on this CPU, predicted and measured; Linux only
 
-`memory.py` computes it. Writes runs/bench/fits.json and fits-check.json.
+`memory.py` computes it. Writes runs/bench/fits.json, fits-recipes.json and fits-check.json.
 """
 
 from __future__ import annotations
@@ -43,6 +44,26 @@ PAIRS = [
     Run("14B", True, "32B"),
     Run("32B", True, None, bits=4),
 ]
+
+
+# of docs/recipes.md: whether an adapter trains, the base's bits, whether the teacher is another model of the same size,
+# and the tokens of a teacher's prompt; 16 rollouts of 40 tokens, in micro-batches of 4
+RECIPES = {
+    "form, brief, SDFT": (True, 16, False, 125),
+    "system prompt": (True, 16, False, 1050),
+    "recover nf4": (True, 4, True, 40),
+    "recover pruned": (False, 16, True, 40),
+}
+QWEN3 = ["0.6B", "1.7B", "4B", "8B", "14B", "32B"]
+
+
+def largest(lora: bool, bits: int, another: bool, prompt: int, room: float) -> tuple[str, float] | None:
+    """Returns the largest Qwen3 whose step with a recipe's settings fits, and its peak in GB; None if none does."""
+    for size in reversed(QWEN3):
+        needed, _, _ = peak(Run(size, lora, size if another else None, bits=bits, rows=16, micro=4), prompt, 40)
+        if needed <= room:
+            return size, round(needed / 1e9, 1)
+    return None
 
 
 def longest(run: Run, room: float) -> dict[str, Any]:
@@ -127,6 +148,7 @@ def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--recipes", action="store_true", help="what the recipes fit on instead")
     parser.add_argument("--check", nargs="*", choices=CHECKS, help="which; none named: all")
     parser.add_argument("--case", choices=CHECKS, help="measure one here, and print JSON")
     args = parser.parse_args()
@@ -143,6 +165,13 @@ def main() -> None:
             results[case] = found | {"predicted_gb": size / 1e9, "phase": phase, "term": term}
             print(case, results[case])
         record("fits-check", {}, results)
+        return
+    if args.recipes:
+        results = {}
+        for name, recipe in RECIPES.items():
+            results[name] = {size: largest(*recipe, size * 1e9 - RESERVED) for size in (24, 80)}
+            print(name, results[name])
+        record("fits-recipes", {}, results)
         return
     table = {run.name: [longest(run, size * 1e9 - RESERVED) for size in SIZES] for run in PAIRS}
     record("fits", {"sizes": SIZES}, table)
