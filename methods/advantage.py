@@ -6,7 +6,8 @@ Shape legend: n steps of a chunk, N of a micro-batch, B trajectories of T steps.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.functional import softplus
 from ..objective.advantage import LOG_PROBS, Advantage, GroupRelative, LogRatio, TeacherShare, log_ratio
 from ..objective.generation import Generation
 from ..objective.signal import Scope
-from ..objective.steps import Steps
+from ..objective.steps import STATISTICS, OpenSteps, Steps
 
 EPSILON = 1e-6
 """Added to what is divided by, as in GRPO; single papers print none."""
@@ -258,6 +259,86 @@ class Calibrated(Advantage):
             if self.shift != "right":
                 shift[here & ~is_right] = -missing
         return torch.where(known, ratio + shift[:, None], 0.0)
+
+
+def renormalized_gain(teacher: Any, steps: OpenSteps, k: int) -> Tensor:
+    """Returns log q̄(y) − log p̄(y) ``[n]``, both renormalized over the teacher's k likeliest ids and y."""
+    log_p, log_q = steps.student.known()[0], teacher.known()[0]  # type: ignore[union-attr]
+    ids, action = log_q.topk(min(k, log_q.shape[-1])).indices, steps.action[:, None]
+    is_among = (ids == action).any(-1, keepdim=True)
+
+    def renormalized(log_probs: Tensor) -> Tensor:
+        sampled = log_probs.gather(-1, action)
+        support = torch.cat([log_probs.gather(-1, ids), sampled.masked_fill(is_among, -torch.inf)], -1)
+        return sampled[:, 0] - support.logsumexp(-1)
+
+    return renormalized(log_q) - renormalized(log_p)
+
+
+class Judged(GroupRelative):
+    """Advantage A·[(1−λ) + λ·clip(exp(sign(A)·r), 1−ε, 1+ε)] where a judge has spoken, A elsewhere (VISD, 2605.06094).
+
+    r = (1−γ)·r_k + γ·δ, where r_k is δ with both sides renormalized over the teacher's k likeliest ids and the sampled
+    one. The teacher is an entry of ``model.teachers`` whose view shows the feedback. The term itself names no teacher,
+    so that it is on, and its normalizer counts, where nobody was judged.
+
+    Args:
+        teacher: that entry, of another name than ``teacher``, which stands for a term's own. Default ``judged``.
+        share: λ, default 0.5 (VISD, which takes it to 0 over 600 steps). At 0 no teacher is asked.
+        clip: ε, default 0.2 (VISD).
+        k: default 16 (VISD).
+        full: γ, the share of δ over the full vocabulary. Default 0 (VISD).
+        scale: as in `GroupRelative`.
+
+    Raises:
+        ValueError: a number out of range, or that name.
+    """
+
+    scope: Scope = "step"
+
+    def __init__(
+        self,
+        teacher: str = "judged",
+        share: float = 0.5,
+        clip: float = 0.2,
+        k: int = 16,
+        full: float = 0.0,
+        scale: bool = True,
+    ) -> None:
+        super().__init__(scale)
+        if teacher == "teacher":
+            raise ValueError("advantage.teacher: 'teacher' stands for a term's own; give the entry another name")
+        if not (0 <= share <= 1 and 0 < clip <= 1 and k >= 1 and 0 <= full <= 1):
+            raise ValueError(
+                "advantage: share and full must be in [0, 1], clip in (0, 1], k >= 1; "
+                f"got {share}, {full}, {clip} and {k}"
+            )
+        self.teacher, self.share, self.clip, self.k, self.full = teacher, share, clip, k, full
+        STATISTICS[f"renormalized_gain_{k}"] = partial(renormalized_gain, k=k)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return GroupRelative.needs | ({"categorical"} if self.share else frozenset())
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        if not self.share:
+            return frozenset()
+        full = {f"{self.teacher}/log_prob", "student/log_prob"} if self.full else set()
+        return frozenset({f"{self.teacher}/renormalized_gain_{self.k}"} | full)
+
+    def __call__(self, steps: Steps) -> Tensor:
+        advantage = super().__call__(steps)
+        if not self.share:
+            return advantage
+        gain = steps.statistic(f"{self.teacher}/renormalized_gain_{self.k}")
+        if self.full:
+            plain = steps.statistic(f"{self.teacher}/log_prob") - steps.statistic("student/log_prob")
+            gain = (1 - self.full) * gain + self.full * plain
+        # the exponent is bounded before exp, so that one impossible step cannot overflow
+        factor = (advantage.sign() * gain).clamp(-20, 20).exp().clamp(1 - self.clip, 1 + self.clip)
+        judged = advantage * ((1 - self.share) + self.share * factor)
+        return torch.where(steps.knows(self.teacher), judged, advantage)
 
 
 class Unit(Advantage):

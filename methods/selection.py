@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..finite import Finite
+from ..objective.advantage import LOG_PROBS
 from ..objective.divergence import forward_kl_terms
 from ..objective.generation import Generation
 from ..objective.signal import Scope
@@ -105,6 +106,15 @@ def reachable(teacher: Any, steps: OpenSteps, k: int) -> Tensor:
     return q.gather(-1, p.topk(min(k, p.shape[-1])).indices).sum(-1)
 
 
+class Gap(Score):
+    """Score |log q(y) − log p(y)|: where what the teacher was shown matters (GenEvolve, 2605.21605)."""
+
+    reads = LOG_PROBS
+
+    def __call__(self, generation: Generation, known: Tensor) -> Tensor:
+        return (generation.statistics["teacher/log_prob"] - generation.statistics["student/log_prob"]).abs()
+
+
 class KeepTop(Weight):
     """Weight 1 for the steps with the highest scores, 0 elsewhere.
 
@@ -112,7 +122,7 @@ class KeepTop(Weight):
     kept or left out together.
 
     Args:
-        score: `SoftOr` (default; TIP, 2604.14084) or `Teachability` (TA-OPD, 2605.26844).
+        score: `SoftOr` (default; TIP, 2604.14084), `Teachability` (TA-OPD, 2605.26844) or `Gap`.
         share: ρ that is kept. Default 0.5 (TIP, which also uses 0.2 and 0.1).
         per: ``trajectory`` (default): the ⌊ρm⌋ highest of its m steps, one at least. ``batch``: the ⌈ρn⌉ highest of
             the generation batch's n, on all ranks.

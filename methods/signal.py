@@ -1,12 +1,16 @@
-"""Signals of single papers. Shape legend: n steps of a chunk."""
+"""Signals of single papers. Shape legend: n steps of a chunk, K ids of the support, V of the vocabulary."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+from ..objective.divergence import FULL, JSD, Divergence, jsd_terms
 from ..objective.signal import Signal
 from ..objective.steps import OpenSteps
+from ..objective.support import Support
 
 
 class Unlikelihood(Signal):
@@ -30,3 +34,46 @@ class Unlikelihood(Signal):
         # a certain step would have an infinite loss and gradient
         p = steps.student.log_prob(steps.action).exp().clamp(max=1 - 1e-6)
         return torch.where(p > self.margin, -torch.log1p(-p), 0.0)
+
+
+class BoundedJSD(JSD):
+    """JSD whose teacher stays within [low, high] times the student, id by id (RESD, 2605.12741).
+
+    log q is brought between log p + log low and log p + log high, p without gradient, on the support with its tail, and
+    is not normalized again, as in RESD's code: what the teacher rules out pushes no harder than the bound.
+
+    Args:
+        low: ε_min, default 0.2 (RESD). 0: no bound.
+        high: ε_max. None (default, RESD): no bound; RESD takes 5 on one task.
+        beta: as in `JSD`. Default 1, the reverse KL (RESD's code).
+        support, temperature, clip: as in every divergence.
+
+    Raises:
+        ValueError: bounds that do not hold an equal teacher: 0 <= low <= 1 <= high.
+    """
+
+    def __init__(
+        self,
+        low: float = 0.2,
+        high: float | None = None,
+        beta: float = 1.0,
+        support: Support = FULL,
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__(beta, support, temperature, clip)
+        if not 0 <= low <= 1 or (high is not None and high < 1):
+            raise ValueError(f"signal: need 0 <= low <= 1 <= high, got {low} and {high}")
+        self.low, self.high = low, high
+
+    def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        known = log_p.detach()
+        if self.low:
+            log_q = torch.maximum(log_q, known + math.log(self.low))
+        if self.high is not None:
+            log_q = torch.minimum(log_q, known + math.log(self.high))
+        return jsd_terms(log_p, log_q, self.beta)
+
+    def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        # the written gradient of the JSD knows no bounds
+        return Divergence.with_gradient(self, log_p, log_q, p, q)

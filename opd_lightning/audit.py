@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
+from .note import written_by
 from .printable import cell
 from .setting import Setting
 from .splits import rows_of
@@ -43,9 +44,11 @@ def _show_first_row(setting: Setting, trainer: Any) -> None:
 
 def warn_of_idle_views(setting: Setting, example: Example) -> None:
     """Warns of teachers whose view shows a row as the student sees it, such as a template that ignores its columns."""
-    (own,) = setting.shown([example])
+    (own,), found_out = setting.shown([example]), written_by(setting.notes)
     for name, teacher in setting.teachers.items():
-        view = None if teacher.view is None else teacher.look(example)
+        # what a view makes of notes is not known before there are any
+        waits = teacher.view is not None and not found_out.isdisjoint(teacher.view.columns)
+        view = None if teacher.view is None or waits else teacher.look(example)
         if view is not None and all(_equal(value, own.get(column)) for column, value in view.items()):
             rank_zero_warn(
                 f"model.teachers.{name}.view: {type(teacher.view).__name__} shows the first row as the student sees "

@@ -31,7 +31,7 @@ from .gradient_guard import GradientGuard
 from .likeness import check_base, check_self_teachers
 from .memory import advising
 from .metrics import Metrics, is_logged, over_ranks
-from .note import Note, check_notes, memories, remember
+from .note import Note, check_notes, memories, offered_by, remember
 from .objective import Objective, OpenSteps
 from .optimization import LRSchedule, default_optimizer, in_place
 from .optimizer_step import MicroBatch
@@ -167,7 +167,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         """Checks that callbacks and setting serve the objective's needs, and that every teacher is used."""
         callbacks, notes = followers(self.trainer), self.notes.values()
         sources = self.rollout.sources.union(*(c.sources for c in callbacks), *(note.sources for note in notes))
-        provides = set(self.provides).union(*(callback.provides for callback in callbacks))
+        provides = {*self.provides, *offered_by(self.notes)}.union(*(callback.provides for callback in callbacks))
         if self.has_rewards:
             provides.add("reward")
         if self.rollout.group_size > 1:

@@ -29,6 +29,8 @@ class Note(Stateful, ABC):
     """Columns that it reads, of the data set or of earlier notes."""
     writes: tuple[str, ...] = ()
     """Columns that it writes: text, numbers, or lists and dicts of them; None where there is nothing to say."""
+    channels: tuple[str, ...] = ()
+    """Channels of the trajectories that it fills: values ``[B, T, ...]`` of every step."""
     before_reward: bool = False
     """Whether it is made before the rewards, which may then read it; otherwise it may read the rewards."""
     sources: frozenset[str] = frozenset()
@@ -51,7 +53,7 @@ class Note(Stateful, ABC):
 
         Args:
             module: the setting that trains (an `OnPolicyDistillation`).
-            trajectories: on the CPU. What else it knows of each step may go into their ``channels``.
+            trajectories: on the CPU. What it knows of each step goes into their ``channels``.
         """
 
 
@@ -98,6 +100,11 @@ def stand_ins(notes: Mapping[str, Note], example: Example) -> Example:
     """Collects what stands for the columns of notes that a row lacks (`Note.stand_in`)."""
     columns = {column: value for note in notes.values() for column, value in note.stand_in().items()}
     return {column: value for column, value in columns.items() if column not in example}
+
+
+def offered_by(notes: Mapping[str, Note]) -> set[str]:
+    """Collects the columns and channels that notes fill, for the needs of parts."""
+    return written_by(notes).union(*(note.channels for note in notes.values()))
 
 
 def write(notes: Mapping[str, Note], before_reward: bool, module: Any, trajectories: Trajectories) -> Trajectories:

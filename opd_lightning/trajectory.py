@@ -139,8 +139,8 @@ class Trajectories:
     def put(self, index: Tensor, other: Trajectories, padding: dict[str, tuple[float, str]]) -> Trajectories:
         """Replaces the trajectories at ``index [K]`` by the K of ``other``, which were drawn for the same prompts.
 
-        Examples, rows and groups stay those of this batch. Notes and rewards are those of none (None): the loader asks
-        for them again, and for the statistics of the groups.
+        Examples, rows and groups stay those of this batch. Notes and rewards are those of none (None), and channels
+        that one of both lacks are gone: the loader asks for them again, and for the statistics of the groups.
 
         Args:
             index: whom they replace.
@@ -155,7 +155,9 @@ class Trajectories:
         # into both batches, one behind the other: a replaced one is found in the second
         places = torch.arange(len(self))
         places[index.cpu()] = len(self) + torch.arange(len(other))
-        joined = Trajectories.concatenate([self, other], padding).select(places)
+        both = [name for name in self.channels if name in other.channels]
+        parts = [dataclasses.replace(part, channels={n: part.channels[n] for n in both}) for part in (self, other)]
+        joined = Trajectories.concatenate(parts, padding).select(places)
         notes = self.notes or [{} for _ in self.examples]
         rows = [_without(example, note) for example, note in zip(self.examples, notes, strict=True)]
         own: dict[str, Any] = {"examples": rows, "row": self.row, "group": self.group}

@@ -17,6 +17,16 @@ from tests.worlds import World
 
 STEPS = 14
 
+
+def is_even(completion: str, example: dict) -> float:
+    return float(len(completion) % 2 == 0)
+
+
+def written(prompt: str, **settings: object) -> dict:
+    view = {"class_path": "PromptView", "init_args": {"prompt": prompt}}
+    return {"class_path": "Written", "init_args": {"view": view, "about": "wrong", "horizon": 5, **settings}}
+
+
 PLAIN = {"rollout": {"batch_size": 8, "micro_batch_size": 4, "horizon": 8}, "teacher": "frozen", "accumulate": 1}
 # several optimizer steps per generation batch, so that trajectories are pending at every other checkpoint
 EMA = {"rollout": {"batch_size": 16, "micro_batch_size": 4, "horizon": 8}, "teacher": "ema", "accumulate": 2}
@@ -26,6 +36,33 @@ AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}
 EPOCHS = {"rollout": {**EMA["rollout"], "epochs": 3}, "teacher": "frozen", "accumulate": 2}
 # and a weight that was settled when the batch was rolled out
 SETTLED = {**EPOCHS, "weights": ["TopEntropy"]}
+# and a memory of what was written about rollouts, which later ones are written with
+PLAYBOOK = {
+    **EMA,
+    "model": {
+        "reward": {"class_path": "CallableReward", "init_args": {"function": "tests.test_resume.is_even"}},
+        "notes": {
+            "playbook": {
+                "class_path": "Playbook",
+                "init_args": {
+                    "most": 3,
+                    "every": 2,
+                    "reflection": written("{% for entry in playbook %}{{ entry.text }}{% endfor %}?{{ prompt }}"),
+                    "lesson": written("{{ reflection }}?{{ prompt }}", column="lesson"),
+                },
+            }
+        },
+        "teachers": {
+            "teacher": {
+                "weights": {"class_path": "EMA", "init_args": {"rate": 0.2}},
+                "view": {
+                    "class_path": "PromptView",
+                    "init_args": {"prompt": "{% for e in playbook %}{{ e.text }}{% endfor %}{{ prompt }}"},
+                },
+            }
+        },
+    },
+}
 
 
 def configuration(folder: Path, world: World, setup: dict) -> Path:
@@ -60,6 +97,7 @@ def configuration(folder: Path, world: World, setup: dict) -> Path:
                 "rollout": setup["rollout"],
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
                 "schedule": {"name": "cosine", "warmup_steps": 2},
+                **setup.get("model", {}),
             },
         },
         "data": {"class_path": "PromptData", "init_args": {"train": str(world.write(folder / "data"))}},
@@ -95,6 +133,7 @@ def unbroken(tmp_path_factory):
         ("text", "ahead", AHEAD, 0.5),
         ("text", "epochs", EPOCHS, 0.5),
         ("text", "settled", SETTLED, 0.5),
+        ("text", "playbook", PLAYBOOK, 0.5),
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),
@@ -122,5 +161,7 @@ def test_kill_and_resume_is_bit_exact(setting, name, setup, moment, unbroken, tm
     assert found["state_dict"].keys() == expected["state_dict"].keys()
     for key, value in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][key], value), f"{key} differs after a kill at step {seen}"
-    assert any(key.startswith("teacher_state.") for key in found["state_dict"]) == (name == "ema")
+    assert any(key.startswith("teacher_state.") for key in found["state_dict"]) == (setup["teacher"] == "ema")
+    assert repr(found["notes"]) == repr(expected["notes"]), f"notes differ after a kill at step {seen}"
+    assert (name == "playbook") == bool(expected["notes"].get("playbook", {}).get("entries"))
     assert not any("policies" in key for key in found["state_dict"])

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from opd_lightning.adapters import adapter_parameters
 from opd_lightning.audit import warn_of_idle_views
-from opd_lightning.modalities.autoregressive import PromptView
+from opd_lightning.modalities.autoregressive import FirstOf, PromptView
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Teacher, TeacherWeights, rounded_at_random
+from tests.test_note import Numbered
 from tests.tiny import act, fit, log_softmax, make_module, make_rows, save_model, sgd
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -163,3 +164,10 @@ def test_a_view_that_shows_nothing_more_is_warned_about(tiny_student, tmp_path, 
     module = make_module(tiny_student, {"teacher": Teacher(Live(), PromptView(template))})
     warn_of_idle_views(module, make_rows(2)[1])
     assert any("shows the first row as the student sees it" in str(w.message) for w in recwarn) == warned
+
+
+def test_a_view_that_waits_for_what_is_found_out_is_not_warned_about(tiny_student, recwarn):
+    view = FirstOf([PromptView("{{ number }}{{ prompt }}"), PromptView("{{ prompt }}")])
+    module = make_module(tiny_student, {"teacher": Teacher(Live(), view)}, notes={"note": Numbered()})
+    warn_of_idle_views(module, make_rows(2)[1])
+    assert not any("as the student sees it" in str(w.message) for w in recwarn)

@@ -1,12 +1,17 @@
 """What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
+from .checklist import Checklist
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
 from .notes import Feedback, Peers, Written
 from .setting import AutoregressiveDistillation
+from .spans import AgainstReference, Annotator, Span, Spans
 from .view import FirstOf, PromptView, TemplateOptions
 
 __all__ = [
+    "AgainstReference",
+    "Annotator",
     "AutoregressiveDistillation",
+    "Checklist",
     "DecodeLoop",
     "Feedback",
     "FirstOf",
@@ -14,6 +19,8 @@ __all__ = [
     "Peers",
     "PromptView",
     "RolloutEngine",
+    "Span",
+    "Spans",
     "TemplateOptions",
     "VllmServer",
     "Written",

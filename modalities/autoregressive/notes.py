@@ -89,20 +89,24 @@ class Feedback(Note):
 
     Args:
         of: only about completions that got a reward below this. Default 0.5; None: about all.
+        judge: who is asked instead of ``model.reward``, such as a `Checklist`, or a class of your own that asks a model
+            (VISD, 2605.06094). Default: ``model.reward``.
 
     Raises:
-        ValueError: when training begins: the reward says nothing in words.
+        ValueError: when training begins: the reward, or the judge, says nothing in words.
     """
 
     writes = ("feedback",)
 
-    def __init__(self, of: float | None = 0.5) -> None:
-        self.of = of
+    def __init__(self, of: float | None = 0.5, judge: Reward | None = None) -> None:
+        self.of, self.judge = of, judge
+        self.columns = () if judge is None else judge.columns
 
     def check(self, module: Any) -> None:
-        if module.reward is None or type(module.reward).feedback is Reward.feedback:
+        who, judge = ("model.reward", module.reward) if self.judge is None else ("its judge", self.judge)
+        if judge is None or type(judge).feedback is Reward.feedback:
             raise ValueError(
-                f"Feedback: model.reward ({type(module.reward).__name__}) says nothing in words; take a reward with a "
+                f"Feedback: {who} ({type(judge).__name__}) says nothing in words; take a reward with a "
                 "method feedback(completion, example), or CallableReward with `words`"
             )
 
@@ -111,7 +115,7 @@ class Feedback(Note):
         texts = [
             None
             if self.of is not None and not value < self.of
-            else module.scoring.words(module.reward, text, example | module.parsed(text, example))
+            else module.scoring.words(self.judge or module.reward, text, example | module.parsed(text, example))
             for text, example, value in zip(
                 module.completions(trajectories), trajectories.examples, rewards, strict=True
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,6 +12,13 @@ from .generation import Generation
 from .steps import OpenSteps
 
 Scope = Literal["data", "step", "row", "generation"]
+ADVICE = {
+    "reward": "set model.reward (a setting whose `rewards` has rewards of its own names it in `provides`)",
+    "group": "set rollout.group_size > 1",
+    "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
+    "categorical": "only distributions over a vocabulary have it",
+}
+"""What provides a need, for the message where nothing does."""
 
 
 class Part(Finite):
@@ -34,12 +41,7 @@ class Part(Finite):
     needs: frozenset[str] = frozenset()
     scope: Scope = "step"
     reads: frozenset[str] = frozenset()
-    advice: ClassVar[dict[str, str]] = {
-        "reward": "set model.reward (a setting whose `rewards` has rewards of its own names it in `provides`)",
-        "group": "set rollout.group_size > 1",
-        "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
-        "categorical": "only distributions over a vocabulary have it",
-    }
+    advice: dict[str, str] = ADVICE
 
     def __call__(self, steps: Any) -> Tensor:
         """Returns ``[n]`` of an open chunk's `OpenSteps` for the scope ``step``, ``[N]`` for ``data`` and ``row``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from opd_lightning.methods.advantage import (
     Calibrated,
     DirectionAdaptive,
     FDivergence,
+    Judged,
     RewardMinusPMI,
     Unit,
     Whitened,
@@ -223,3 +225,56 @@ def test_rlsd_and_rlrt_are_each_others_inverse():
     only = torch.where(right, advantage, world.group_relative)
     close(world.values(RewardTimesLogRatio(reverse=True, only_right=True))[world.mask], only[world.mask], 1e-6)
     assert_equal(world, RewardTimesLogRatio(0.0, reverse=True, only_right=True), GroupRelative())
+
+
+def judged_advantage(world, share, clip, k, full):
+    """VISD by sets of ids, one step after the other."""
+    teacher = world.teachers["judged"]
+    log_p, log_q = (world.log_probs(policy).detach() for policy in (world.student, teacher))
+    advantage = world.group_relative.clone()
+    for i, t in world.mask.nonzero().tolist():
+        action = int(world.trajectories.actions[i, t])
+        ids = sorted({*log_q[i, t].argsort(descending=True)[:k].tolist(), action})
+        p, q = log_p[i, t].exp(), log_q[i, t].exp()
+        gain = math.log(q[action] / q[ids].sum()) - math.log(p[action] / p[ids].sum())
+        gain = (1 - full) * gain + full * (math.log(q[action]) - math.log(p[action]))
+        a = float(advantage[i, t])
+        factor = min(max(math.exp((a > 0) * gain - (a < 0) * gain), 1 - clip), 1 + clip)
+        advantage[i, t] = a * ((1 - share) + share * factor)
+    return advantage
+
+
+@pytest.mark.parametrize(("share", "clip", "k", "full"), [(0.5, 0.2, 2, 0.0), (0.8, 0.9, 1, 0.3), (1.0, 0.5, V, 1.0)])
+def test_a_judged_advantage(share, clip, k, full):
+    world = World(21, ("teacher", "judged"))
+    ours, wanted = Judged("judged", share, clip, k, full), judged_advantage(world, share, clip, k, full)
+    close(world.values(ours)[world.mask], wanted[world.mask], 1e-5)
+    term = Term(PolicyGradient(ours), None)
+    for mine, formula in zip(world.gradients(term), world.expected(wanted), strict=True):
+        close(mine, formula, 1e-5)
+    plain = world.group_relative
+    assert ((wanted - plain).abs() <= share * clip * plain.abs() + 1e-9).all(), "the sign never flips"
+
+
+def test_without_a_share_a_judge_or_a_difference_it_is_grpo():
+    world = World(22, ("teacher", "judged"))
+    grpo = Term(PolicyGradient(GroupRelative()), None)
+    off = Term(PolicyGradient(Judged(share=0.0)), None)
+    assert off.teachers == set(), "no teacher is asked"
+    same = World(22, ("teacher", "judged"))
+    same.teachers["judged"] = same.student.copy()
+    unseen = World(22, ("teacher", "judged"))
+    queried = unseen.queried
+    nobody = torch.zeros(SHAPE[0], dtype=torch.bool)
+    unseen.queried = lambda rows: (  # type: ignore[method-assign]
+        (found := queried(rows))[0],
+        found[1] | {"judged": replace(found[1]["judged"], available=nobody[rows])},
+    )
+    on = Term(PolicyGradient(Judged()), None)
+    assert on.teachers == {"judged"}
+    for changed, term in ((world, off), (same, on), (unseen, on)):
+        for ours, plain in zip(changed.gradients(term), world.gradients(grpo), strict=True):
+            close(ours, plain, 1e-6)
+    for arguments, message in (({"clip": 0}, "clip in"), ({"teacher": "teacher"}, "stands for a term's own")):
+        with pytest.raises(ValueError, match=message):
+            Judged(**arguments)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from opd_lightning.methods.selection import KeepLikeliest, KeepTop, Teachability
-from opd_lightning.objective import ReverseKL, Term
+from opd_lightning.methods.selection import Gap, KeepLikeliest, KeepTop, Teachability
+from opd_lightning.objective import GroupRelative, ImportanceRatio, LogRatio, Objective, PolicyGradient, ReverseKL, Term
 from tests.methods.world import SHAPE, V, World
 from tests.objective.reference import close
 
@@ -127,3 +128,38 @@ def test_nothing_is_teachable_where_the_teacher_says_the_same():
     assert (kept[world.mask] == 1).all(), "all scores are 0, and equal ones stay together"
     with pytest.raises(ValueError, match=r"score\.k must be >= 1, got 0"):
         Teachability(0)
+
+
+def genevolve(share=0.1, coefficient=2.0):
+    """The loss of GenEvolve, without its anchor."""
+    weights = [ImportanceRatio(cap=2.0), KeepTop(Gap(), share=share, per="batch")]
+    learned = PolicyGradient(LogRatio(clip=10.0), clip=None, ratio="none")
+    grpo = Term(PolicyGradient(GroupRelative()), None, normalizer="trajectories")
+    return [grpo, Term(learned, weights=weights, coefficient=coefficient, normalizer="on")]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_genevolve_adds_the_reverse_kl_of_the_steps_where_the_experience_matters_most(share):
+    world = World(23, stale=True)
+    ratio = (world.log_prob(world.student).detach() - world.trajectories.behavior_log_probs).exp()
+    gap = world.delta.abs()[world.mask]
+    kept = world.delta.abs() >= gap.sort(descending=True).values[math.ceil(share * len(gap)) - 1]
+    assert int(kept[world.mask].sum()) == math.ceil(share * len(gap))
+    learned = -(ratio.clamp(max=2) * kept * world.delta * world.log_prob(world.student))[world.mask].mean()
+    (grpo, both), wanted = genevolve(share), world.student.gradients(2 * learned)
+    with_grpo, alone = world.gradients(grpo, both), world.gradients(grpo)
+    for ours, plain, formula in zip(with_grpo, alone, wanted, strict=True):
+        close(ours - plain, formula, 1e-5)
+
+
+def test_genevolve_without_an_experience_is_grpo():
+    world = World(24)
+    queried, nobody = world.queried, torch.zeros(SHAPE[0], dtype=torch.bool)
+    plain = world.gradients(genevolve()[0])
+    world.queried = lambda rows: (  # type: ignore[method-assign]
+        (found := queried(rows))[0],
+        {"teacher": replace(found[1]["teacher"], available=nobody[rows])},
+    )
+    for ours, grpo in zip(world.gradients(*genevolve()), plain, strict=True):
+        assert torch.equal(ours, grpo)
+    assert Objective(genevolve(coefficient=0.0)).teachers() == set()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.methods.signal import Unlikelihood
-from opd_lightning.objective import CrossEntropy, Term
+from opd_lightning.methods.signal import BoundedJSD, Unlikelihood
+from opd_lightning.objective import JSD, CrossEntropy, Support, Term
 from tests.methods.world import World
 from tests.objective.reference import close
 
@@ -67,3 +67,51 @@ def test_without_a_focus_it_is_the_plain_cross_entropy():
     close(value, -mean(world, world.log_prob(world.student)), 1e-6)
     with pytest.raises(ValueError, match=r"signal\.focus must be >= 0, got -1"):
         CrossEntropy(-1)
+
+
+def bounded(log_p, log_q, low, high, beta):
+    """The formula, by ratios of probabilities: q̃ = p·clip(q/p, low, high), not normalized."""
+    p = log_p.exp()
+    q = p.detach() * (log_q.exp() / p.detach()).clamp(low, high)
+    if beta == 1:
+        return (p * (p / q).log()).sum(-1)
+    m = beta * q + (1 - beta) * p
+    return (beta * q * (q / m).log() + (1 - beta) * p * (p / m).log()).sum(-1)
+
+
+def restricted(log_p, log_q, k):
+    """The student's k likeliest ids and the rest."""
+    ids = log_p.topk(k).indices
+    rest = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, ids, False)
+
+    def cut(log_probs):
+        tail = (log_probs.exp() * rest).sum(-1, keepdim=True).log()
+        return torch.cat([log_probs.gather(-1, ids), tail], -1)
+
+    return cut(log_p), cut(log_q)
+
+
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize(("low", "high", "beta"), [(0.6, None, 1.0), (0.0, 1.2, 1.0), (0.7, 1.3, 0.5)])
+def test_a_teacher_within_bounds_of_the_student(low, high, beta, k):
+    world = World(6)
+    support = Support() if k is None else Support("student", k)
+    log_p, log_q = world.log_probs(world.student), world.log_probs(world.teachers["teacher"]).detach()
+    if k is not None:
+        log_p, log_q = restricted(log_p, log_q, k)
+    wanted = mean(world, bounded(log_p, log_q, low, 1e9 if high is None else high, beta))
+    loss = world.loss(Term(BoundedJSD(low, high, beta, support)))
+    close(loss.detach(), wanted, 1e-6)
+    for ours, formula in zip(world.student.gradients(loss), world.student.gradients(wanted), strict=True):
+        close(ours, formula, 1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_without_bounds_or_within_them_it_is_the_jsd(beta):
+    world = World(7)
+    plain = world.gradients(Term(JSD(beta)))
+    for signal in (BoundedJSD(0.0, None, beta), BoundedJSD(1e-9, 1e9, beta)):
+        for ours, formula in zip(world.gradients(Term(signal)), plain, strict=True):
+            close(ours, formula, 1e-6)
+    with pytest.raises(ValueError, match="need 0 <= low <= 1 <= high, got 2 and None"):
+        BoundedJSD(2)

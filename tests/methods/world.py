@@ -47,6 +47,7 @@ class World:
         reward = changes.pop("reward", REWARD)
         mean, std = group_statistics(reward, GROUP)
         facts = {"group": GROUP, "reward": reward, "group_mean": mean, "group_std": std}
+        facts["channels"] = {"spans": (torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 3 == 0).float()}
         self.trajectories = replace(batch(MASK, V, seed), seed=torch.arange(SHAPE[0]), **facts | changes)
         if not stale:
             self.trajectories.behavior_log_probs = self.log_prob(self.student).detach()

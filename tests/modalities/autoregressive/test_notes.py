@@ -32,6 +32,10 @@ def in_words(completion: str, example: dict) -> str | None:
     return f"{len(completion)} is odd" if len(completion) % 2 else None
 
 
+def at_length(completion: str, example: dict) -> str:
+    return f"it has {len(completion)} signs"
+
+
 @pytest.fixture
 def rolled(every_text_world, tmp_path):
     """A generation batch of two groups of four, and its completions."""
@@ -105,6 +109,13 @@ def test_the_verifiers_words_are_about_those_that_were_wrong(rolled):
         assert row["feedback"] == (None if reward else in_words(text, row))
 
 
+def test_a_judge_speaks_in_the_place_of_the_verifier(rolled):
+    judge = CallableReward(f"{PEERS}.even", columns=("answer",), words=f"{PEERS}.at_length")
+    batch, texts = rolled(words=Feedback(None, judge))
+    assert [row["feedback"] for row in batch.examples] == [at_length(text, {}) for text in texts]
+    assert Feedback(judge=judge).columns == ("answer",)
+
+
 def test_what_a_policy_writes_is_what_it_writes_when_it_acts_on_the_view(tiny_student, tmp_path):
     view = PromptView("{{ written }}{{ prompt }}")
     note = Written(view, horizon=7, temperature=0.7, about="wrong")
@@ -152,6 +163,7 @@ def test_a_group_with_a_right_sibling_teaches_the_wrong_ones(tiny_student, tmp_p
         (Peers(), {"reward": ExactMatch()}, "rollout.group_size to 2 or more"),
         (Feedback(), {"reward": ExactMatch()}, r"model.reward \(ExactMatch\) says nothing in words"),
         (Feedback(), {}, "says nothing in words"),
+        (Feedback(judge=ExactMatch()), {}, r"its judge \(ExactMatch\) says nothing in words"),
         (Written(PromptView("{{ written }}"), by="him"), {}, "there is no 'him'; there are"),
         (Written(PromptView("{{ written }}"), about="right"), {}, "Written.about=right needs rewards"),
     ],
