@@ -232,9 +232,9 @@ def ours(case: dict[str, Any], updates: int) -> dict[str, Any]:
 
 def whole_rows(case: dict[str, Any], updates: int) -> dict[str, Any]:
     """Ours, but for prefixes that rows share, which are read in every row."""
-    from opd_lightning.modalities.autoregressive import setting
+    from opd_lightning.modalities.autoregressive import reading
 
-    setting.shares_prefixes = lambda *_: False
+    reading.shares_prefixes = lambda *_: False
     return ours(case, updates)
 
 

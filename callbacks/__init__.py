@@ -5,6 +5,7 @@ from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
 from .freshness import Anchor, FreshnessControl
+from .hidden_similarity import HiddenSimilarity
 from .knobs import KnobCallback
 from .note_gaps import NoteGaps
 from .retention import Retention
@@ -26,6 +27,7 @@ __all__ = [
     "Every",
     "FirstSteps",
     "FreshnessControl",
+    "HiddenSimilarity",
     "KnobCallback",
     "Linear",
     "LowCorrection",

@@ -1,9 +1,24 @@
 """Methods: parts that one paper alone uses, a file a family; what two papers share belongs to the core."""
 
-from . import advantage, callback, contrast, geometry, note, noted, playbook, rollouts, selection, signal, view, weight
+from . import (
+    advantage,
+    agreement,
+    callback,
+    contrast,
+    geometry,
+    note,
+    noted,
+    playbook,
+    rollouts,
+    selection,
+    signal,
+    view,
+    weight,
+)
 
 __all__ = [
     "advantage",
+    "agreement",
     "callback",
     "contrast",
     "geometry",

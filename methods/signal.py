@@ -77,3 +77,30 @@ class BoundedJSD(JSD):
     def with_gradient(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         # the written gradient of the JSD knows no bounds
         return Divergence.with_gradient(self, log_p, log_q, p, q)
+
+
+class Contrast(Signal):
+    """Hinge max(0, m + |log p(y) − log q(y)| − |log p(y) − log q₋(y)|): nearer to the teacher than to a wrong one.
+
+    UniSD (2605.06597); 0 where the other one's view shows nothing.
+
+    Args:
+        other: the entry of ``model.teachers`` that is shown what is wrong, whose q₋.
+        margin: m in nats, default 0.5 (UniSD).
+
+    Raises:
+        ValueError: a margin below 0.
+    """
+
+    needs = frozenset({"teacher", "categorical"})
+
+    def __init__(self, other: str = "wrong", margin: float = 0.5) -> None:
+        if margin < 0:
+            raise ValueError(f"signal.margin must be >= 0, got {margin}")
+        self.other, self.margin = other, margin
+        self.reads = frozenset({"teacher/log_prob", f"{other}/log_prob"})
+
+    def __call__(self, steps: OpenSteps) -> Tensor:
+        log_prob = steps.student.log_prob(steps.action)
+        right, wrong = ((log_prob - steps.statistic(f"{name}/log_prob")).abs() for name in ("teacher", self.other))
+        return (self.margin + right - wrong).clamp(min=0).where(steps.knows(self.other), 0.0)

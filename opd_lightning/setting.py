@@ -37,7 +37,7 @@ class Setting(Portable):
     """Those without which no policy can act on an example."""
     provides: ClassVar[frozenset[str]] = frozenset()
     """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier;
-    ``blend``: `sample_blended`."""
+    ``blend``: `sample_blended`; ``layers``: `hidden_states`."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     """Columns that it reads where rows have them, besides those that its parts name."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
@@ -112,6 +112,17 @@ class Setting(Portable):
             rollout, seeds: as in `sample`.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot blend policies")
+
+    def hidden_states(
+        self, policy: Policy, trajectories: Trajectories, layers: Sequence[int], view: list[Example] | None = None
+    ) -> list[Tensor]:
+        """Computes hidden states ``[B, T, H]`` of layers; for a setting whose ``provides`` names ``layers``.
+
+        Args:
+            policy, trajectories, view: as in `distribution`.
+            layers: by number, negative ones from the end.
+        """
+        raise NotImplementedError(f"{type(self).__name__} shows no hidden states")
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]

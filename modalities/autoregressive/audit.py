@@ -6,7 +6,6 @@ import hashlib
 from itertools import groupby
 from typing import Any, Protocol
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -14,15 +13,14 @@ from ...comparisons import ACTED, TRAINING
 from ...distribution import Head
 from ...noise import noise
 from ...note import Note, stand_ins
-from ...policy import Policy, evaluating
+from ...policy import Policy
 from ...pretrained import Pretrained
 from ...printable import printable, quoted
 from ...rollout_settings import Rollout
-from ...sharding import as_forward
 from ...teacher import Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
-from .engines.trial import Trial, check_causal, first_line, problem_with_shared_prefix
+from .engines.trial import Trial, check_causal, check_head, problem_with_shared_prefix
 from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds, rope_switch
 from .rendering import Renderer
 from .view import FirstOf
@@ -57,7 +55,7 @@ class Audited(Protocol):
     def shown(self, examples: list[Example]) -> list[Example]: ...
     def asked(self, example: Example) -> Example: ...
     def answered(self, example: Example, seen: Example, policy: Policy) -> Example: ...
-    def given(self, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]: ...
+    def suppressed(self) -> list[int]: ...
     def prompt_ids(self, example: Example, policy: Policy) -> Tensor: ...
 
 
@@ -77,7 +75,7 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
     roles = module.policies.items()
     for name, policy in roles:
         _compare_tokenizers(module, name, policy)
-        _check_head(module, name, policy)
+        check_head(name, policy, module.head(policy))
         check_causal(policy, module.vocabulary)
     # 2. the table
     stops = {name: stop_ids(module, policy) for name, policy in roles}
@@ -144,7 +142,7 @@ def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tupl
         "dataset" in module.rollout.sources
         and module.answered(example, student_example, student).get("completion") is not None
     ):
-        ids, written = module.given(example, student_example, student)
+        ids, written = given_ids(module, example, student_example, student)
         trained = [i for i, is_trained in zip(ids, written, strict=True) if is_trained]
         lines.append(("given, trained", f"{_spelled(module, trained, limit)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
@@ -191,6 +189,26 @@ def stop_ids(module: Audited, policy: Policy) -> list[int]:
     return sorted({*known, *listed(own)})
 
 
+def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]:
+    """Lists the ids of a row's given completion, and which of them are trained.
+
+    Args:
+        module: the setting.
+        example: the row.
+        seen: the row as the student is shown it.
+        policy: the student, whose processor reads it.
+
+    Raises:
+        ValueError: as in `Renderer.completion`; an id that can be no action.
+    """
+    row = {**module.asked(seen), "completion": module.answered(example, seen, policy)["completion"]}
+    ids, written = module.renderer(policy).completion(row, module.eos)
+    if impossible := [i for i in ids if i >= module.vocabulary or i in module.suppressed()]:
+        token = module.tokenizer(policy).convert_ids_to_tokens(impossible[0])
+        raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
+    return ids, written
+
+
 def problem_with_row(module: Audited, example: Example) -> str | None:
     """Finds what is wrong with a row: its prompt, its completion, or a teacher's view of it; None if nothing is."""
     # 1. the student's prompt, and the completion
@@ -203,7 +221,7 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
         "dataset" in rollout.sources
         and module.answered(example, student_example, student).get("completion") is not None
     ):
-        module.given(example, student_example, student)
+        given_ids(module, example, student_example, student)
     if rollout.max_prompt_length is not None and len(prompt) > rollout.max_prompt_length:
         return f"the prompt has {len(prompt)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
     room = context_length(student)
@@ -354,37 +372,3 @@ def _compare_tokenizers(module: Audited, name: str, policy: Policy) -> None:
                 f"({module.policies['student'].path}) as {token!r}. Distilling per token needs equal tokenizers; "
                 "choose a teacher of the same family."
             )
-
-
-@torch.no_grad()
-def _check_head(module: Audited, name: str, policy: Policy) -> None:
-    """Compares head(hidden states) with the model's own logits: otherwise the objective would train another model."""
-    model = bare(policy.model)
-    if model.base_model is model:
-        raise ValueError(
-            f"{policy.path} ({name}): {type(model).__name__} has no body apart from its head (its `base_model` is the "
-            "model itself), from which hidden states could be taken; this architecture is not supported yet"
-        )
-    head = module.head(policy)
-    device = next(model.parameters()).device
-    ids = torch.arange(min(8, module.vocabulary), device=device)[None]
-    try:
-        with policy.active(), evaluating(model):
-            logits = model(input_ids=ids, use_cache=False).logits[0, :, : module.vocabulary].float()
-            hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
-        projected = head(hidden)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of foreign code, which may raise anything
-        raise ValueError(
-            f"{policy.path} ({name}): {type(model).__name__} read {ids.shape[1]} ids and ended in "
-            f"{type(error).__name__}: {first_line(error)}; this architecture is not supported yet"
-        ) from error
-    if head.suppressed is not None:
-        logits[:, head.suppressed] = projected[:, head.suppressed] = 0.0
-    apart, scale = (projected - logits).abs().max(), logits.abs().max().clamp(min=1.0)
-    if apart > 0.02 * scale:
-        raise ValueError(
-            f"{policy.path} ({name}): its logits are not head(hidden states) with the scale and soft cap that its "
-            f"config names (largest difference {float(apart):.3g}); this architecture is not supported yet"
-        )

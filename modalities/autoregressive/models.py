@@ -100,6 +100,11 @@ def context_length(policy: Policy) -> int:
     return length if switch is None else min(length, switch)
 
 
+def depth(policy: Policy) -> int:
+    """Counts the layers of a policy's text model."""
+    return int(getattr(bare(policy.model).config.get_text_config(), "num_hidden_layers", 0))
+
+
 def rope_switch(model: Any) -> int | None:
     """Returns the length beyond which rows are rotated in another way (longrope: Phi-3.5, Phi-4-mini, …); None: never.
 

@@ -6,7 +6,7 @@ Shape legend: B trajectories, n rows of a pass, W its columns, T steps, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,17 @@ def left_align(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return aligned
 
 
-def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Computes hidden states ``[n, W, H]`` of rows that all begin in the first column.
+def body(model: Any, layers: Sequence[int] = (), **inputs: Any) -> Tensor:
+    """Runs a model's body: hidden states ``[n, W, H]``, beside which are those of layers, ``[n, W, (1 + L) × H]``."""
+    if not layers:
+        hidden: Tensor = model.base_model(**inputs)[0]
+        return hidden
+    output = model.base_model(**inputs, output_hidden_states=True)
+    return torch.cat([output[0], *(output.hidden_states[number] for number in layers)], -1)
+
+
+def read(model: Any, inputs: dict[str, Tensor], layers: Sequence[int] = ()) -> Tensor:
+    """Computes hidden states of rows that all begin in the first column, as `body` does.
 
     Each token is rotated as the last of its row, which it was when the row was written.
 
@@ -81,7 +90,7 @@ def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """
 
     def once(columns: dict[str, Tensor]) -> Tensor:
-        hidden: Tensor = as_forward(model, lambda: model.base_model(**columns, use_cache=False)[0])
+        hidden: Tensor = as_forward(model, lambda: body(model, layers, **columns, use_cache=False))
         return hidden
 
     switch, width = rope_switch(model), inputs["input_ids"].shape[1]

@@ -5,7 +5,7 @@ Shape legend: B rows, W columns, n rows of a pass, H hidden size. All rows begin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ...noise import noise
 from .models import cache_name, problem_with_cache, rope_kinds
-from .passes import left_align, passes, read
+from .passes import body, left_align, passes, read
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,13 @@ def reads_whole_rows(model: Any) -> bool:
 
 
 def read_rows(
-    model: Any, inputs: dict[str, Tensor], length: Tensor, prefix: Prefix, most: float, cost: int
+    model: Any,
+    inputs: dict[str, Tensor],
+    length: Tensor,
+    prefix: Prefix,
+    most: float,
+    cost: int,
+    layers: Sequence[int] = (),
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Reads every shared prefix once, and what rows have behind it in as few passes as possible.
 
@@ -104,17 +110,18 @@ def read_rows(
         prefix: as `shared_prefixes` returns it, or ``Prefix`` of all rows alone, in which nothing is shared.
         most: tokens of a pass, those before it not counted.
         cost: of a pass, in tokens.
+        layers: whose hidden states are read, too (`body`).
 
     Yields:
-        Of every pass its rows, its first column, and its hidden states ``[n, width of the pass, H]``.
+        Of every pass its rows, its first column, and its hidden states ``[n, width of the pass, (1 + L) × H]``.
     """
 
     for rows, start, stop, before in _passes(model, inputs, length, prefix, most, cost):
         behind = _columns(inputs, rows, start, stop)
         if before is None:
-            yield rows, start, read(model, behind)
+            yield rows, start, read(model, behind, layers)
         else:
-            yield rows, start, _read(model, behind, _behind(before, len(rows), _Passing))
+            yield rows, start, _read(model, behind, _behind(before, len(rows), _Passing), layers)
 
 
 def read_prompts(
@@ -182,10 +189,9 @@ def _passes(
         yield rows, prefix.stop, int(length[rows].max()), before
 
 
-def _read(model: Any, inputs: dict[str, Tensor], cache: Cache) -> Tensor:
-    """Computes hidden states ``[n, W, H]`` of inputs behind what is in a cache."""
-    hidden: Tensor = model.base_model(**inputs, **{str(cache_name(model)): cache}, use_cache=True)[0]
-    return hidden
+def _read(model: Any, inputs: dict[str, Tensor], cache: Cache, layers: Sequence[int] = ()) -> Tensor:
+    """Computes hidden states of inputs behind what is in a cache, as `body` does."""
+    return body(model, layers, **inputs, **{str(cache_name(model)): cache}, use_cache=True)
 
 
 def _behind(before: Cache, rows: int, kind: type[DynamicLayer]) -> Cache:

@@ -5,7 +5,7 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,17 +21,25 @@ from ...module import OnPolicyDistillation
 from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
 from ...rollout_settings import Rollout
-from ...sharding import is_sharded, mesh_of
+from ...sharding import mesh_of
 from ...trajectory import Example, Trajectories
-from .audit import SHOWN, audit_rows, check_horizon, problem_with_row, problem_with_view, readings, stop_ids, suspects
+from .audit import (
+    SHOWN,
+    audit_rows,
+    check_horizon,
+    given_ids,
+    problem_with_row,
+    problem_with_view,
+    readings,
+    stop_ids,
+    suspects,
+)
 from .engines import DecodeLoop, RolloutEngine
-from .engines.row_groups import check_dynamic
-from .engines.trial import Trial, shares_prefixes
+from .engines.trial import Trial
 from .generation import make_savable
 from .messages import transcript
-from .models import READ, bare, head_at, known_ids, listed, output_embeddings, tokenizer_of
-from .passes import at_steps, last_trained, left_align, pass_limits, read
-from .prefix import Prefix, read_rows, shared_prefixes
+from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
+from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
 from .writing import write, write_blended
 
@@ -56,7 +64,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             engine can't write.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers"})
     reads: ClassVar[frozenset[str]] = COLUMNS
 
     def __init__(
@@ -178,7 +186,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
     ) -> Trajectories:
         """Converts the column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
         horizon = rollout.horizon
-        given = [self.given(example, view, policy) for example, view in zip(examples, seen, strict=True)]
+        given = [given_ids(self, example, view, policy) for example, view in zip(examples, seen, strict=True)]
         width = min(max(len(ids) for ids, _ in given), horizon)
         actions = torch.full((len(given), width), self.padding_id)
         mask = torch.zeros(actions.shape, dtype=torch.bool)
@@ -194,61 +202,22 @@ class AutoregressiveDistillation(OnPolicyDistillation):
             behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
 
-    def given(self, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]:
-        """Ids of the row's given completion, and which of them are trained.
-
-        Args:
-            example: the row.
-            seen: the row as the student is shown it.
-            policy: the student, whose processor reads it.
-
-        Raises:
-            ValueError: as in `Renderer.completion`; an id that can be no action.
-        """
-        row = {**self.asked(seen), "completion": self.answered(example, seen, policy)["completion"]}
-        ids, written = self.renderer(policy).completion(row, self.eos)
-        if impossible := [i for i in ids if i >= self.vocabulary or i in self.suppressed()]:
-            token = self.tokenizer(policy).convert_ids_to_tokens(impossible[0])
-            raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
-        return ids, written
-
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
     ) -> Categorical:
-        # 1. rows as the policy reads them
-        model = bare(policy.model)
-        device, steps = next(model.parameters()).device, trajectories.mask.shape[1]
-        if view is None:
-            prompts = trajectories.observation
-            examples = self.shown(trajectories.examples, trajectories.student_view)
-        else:
-            prompts, examples = self.collate(view, self.reads_as(policy)), view
-        prompts = {name: tensor.to(device) for name, tensor in prompts.items()}
-        media = {name: tensor.to(device) for name, tensor in self.media(examples, policy).items()}
-        inputs = left_align(self.continued(prompts, trajectories, device)) | media
-        last = prompts["attention_mask"].sum(1) - 1  # the column of a prompt's last token, once left-aligned
-        length = last.cpu() + 1 + last_trained(trajectories).cpu()
-        check_dynamic(policy, model, int(length.max()))
-        if is_text := inputs.keys() == READ:
-            # no token sees those behind it, so padding needs no mask, with which attention would be slower
-            del inputs["attention_mask"]
-        # 2. hidden states; the distribution of step t comes from the column before it
-        prefix, (most, cost) = Prefix(torch.arange(len(length))), pass_limits(device, self.pass_tokens)
-        if is_text:
-            prefix = shared_prefixes(inputs["input_ids"].cpu(), last.cpu(), cost)
-        if prefix.longer and not shares_prefixes(policy, self.head(policy)):  # asked last: the first time it is a trial
-            prefix = Prefix(prefix.rows)
-        with policy.active():
-            if media or is_sharded(model):
-                # media belong to the batch as a whole, and ranks that share weights must make equally many passes
-                hidden = at_steps([(prefix.rows, 0, read(model, inputs))], last, steps)
-            else:
-                hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost), last, steps)
-        # 3. on the objective's device
+        layers = self.objective.layers(policy.name, depth(policy))
+        # on the objective's device
         where, head = trajectories.mask.device, self.head(policy)
+        hidden, *others = (tensor.to(where) for tensor in hidden_states(self, policy, trajectories, view, layers))
         if policy.name in self.teachers:
             head = head_at(where, head, policy.name, self._heads)
-        return Categorical(hidden.to(where), head)
+        return Categorical(hidden, head, dict(zip(layers, others, strict=True)))
+
+    def hidden_states(
+        self, policy: Policy, trajectories: Trajectories, layers: Sequence[int], view: list[Example] | None = None
+    ) -> list[Tensor]:
+        _, *states = hidden_states(self, policy, trajectories, view, layers)
+        return states
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""
@@ -337,6 +306,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
         return suspects(self, policy, what)
 
     def audit_rows(self) -> list[tuple[str, dict[str, str]]]:
+        check_layers(self)
         return audit_rows(self)
 
     def readings(self, example: Example, limit: int = SHOWN) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "image", "box")
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "digits"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers", "digits"})
 
     def __init__(self, answer_format: AnswerFormat | None = None, **kwargs: Any) -> None:
         if kwargs.get("reward") is None:

@@ -179,6 +179,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
             # a batch without images must still reach every trained parameter
             idle = sum((p.sum() * 0.0 for p in self._vision_parameters(policy)), categorical.hidden.new_zeros(()))
             categorical.hidden = categorical.hidden + idle
+            categorical.layers = {number: hidden + idle for number, hidden in categorical.layers.items()}
         return categorical
 
     def _sees(self, trajectories: Trajectories) -> bool:

@@ -1,11 +1,13 @@
 """CategoricalChunk: a policy over a vocabulary, while its logits exist.
 
-Shape legend: n states of one piece, V vocabulary.
+Shape legend: n states of one piece, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,27 +17,39 @@ from torch import Tensor
 class CategoricalChunk:
     """Distributions at the n states of one piece; whatever is derived from the logits is computed once.
 
-    Attributes:
-        logits: ``[n, V]`` float32 (or float64), up to a constant per state.
-
     Args:
+        logits: ``[n, V]`` float32 (or float64), up to a constant per state; or what computes them when they are first
+            read, so that whoever reads hidden states alone needs no head.
         owned: the logits have no other reader and no history: log-probabilities take their place.
+        layers: hidden states ``[n, H]`` by number of the layer, those that parts of the objective ask for.
     """
 
-    def __init__(self, logits: Tensor, owned: bool = False) -> None:
-        self.logits = logits
-        self._known = {1.0: normalize_(logits.detach())} if owned else {}
+    def __init__(
+        self, logits: Tensor | Callable[[], Tensor], owned: bool = False, layers: Mapping[int, Tensor] | None = None
+    ) -> None:
+        self._given, self._owned = logits, owned
+        self.layers = layers or {}
+        self._known: dict[float, tuple[Tensor, Tensor]] = {}
         self._log_probs: dict[float, Tensor] = {}
         self._entropy: Tensor | None = None
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits ``[n, V]``, up to a constant per state."""
+        logits = self._given if isinstance(self._given, Tensor) else self._given()
+        if self._owned:
+            self._known[1.0] = normalize_(logits.detach())
+        return logits
 
     def known(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities and probabilities ``[n, V]`` of the logits divided by ``temperature``, no gradient.
 
         To be read only: all readers share them.
         """
+        logits = self.logits  # which may know them already
         if temperature not in self._known:
             with torch.no_grad():
-                self._known[temperature] = normalize_(self.logits.detach() / temperature)
+                self._known[temperature] = normalize_(logits.detach() / temperature)
         return self._known[temperature]
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:

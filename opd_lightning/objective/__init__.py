@@ -12,6 +12,7 @@ from .divergence import (
     TotalVariation,
 )
 from .generation import Generation
+from .hidden import HiddenMatch
 from .loss_pass import availability
 from .objective import LossOutput, Objective, Queried
 from .policy_gradient import PolicyGradient
@@ -49,6 +50,7 @@ __all__ = [
     "ForwardKL",
     "Generation",
     "GroupRelative",
+    "HiddenMatch",
     "ImportanceRatio",
     "Length",
     "LogLinear",

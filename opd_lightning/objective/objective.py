@@ -95,6 +95,18 @@ class Objective:
         """Names the teachers whose forward pass a term needs, at its present coefficient."""
         return set().union(*(term.teachers for term in self.active))
 
+    def layers(self, name: str, depth: int) -> list[int]:
+        """Lists the layers of a policy, of ``depth`` layers, whose hidden states a term reads at its coefficient."""
+        wanted: set[int] = set()
+        for term in self.active:
+            for part in term.parts():
+                if part.layers == "all":
+                    wanted |= {*range(1, depth + 1)} if name in ("student", term.teacher) else set()
+                else:
+                    wanted |= {*part.layers} if name == "student" else set()
+                    wanted |= {*part.layers.values()} if name == term.teacher else set()
+        return sorted(wanted)
+
     def check(self, teachers: Set[str], provides: Set[str] | None = None, sources: Set[str] | None = None) -> None:
         """Refuses what cannot be served, naming the part and what is missing.
 
@@ -117,6 +129,8 @@ class Objective:
             if term.target is not None and "teacher" not in term.needs:
                 raise ValueError(f"{where}.target: {term.name} compares with no teacher, so nothing reads the target")
             for part in term.parts():
+                if part.layers and term.target is not None:
+                    raise ValueError(f"{where}.target: {type(part).__name__} reads hidden states; a target has none")
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
                 for need in sorted(part.needs - {"teacher"} - provides) if provides is not None else ():

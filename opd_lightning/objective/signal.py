@@ -17,6 +17,7 @@ ADVICE = {
     "group": "set rollout.group_size > 1",
     "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
     "categorical": "only distributions over a vocabulary have it",
+    "layers": "only settings whose policies show their hidden states have it",
 }
 """What provides a need, for the message where nothing does."""
 
@@ -35,12 +36,17 @@ class Part(Finite):
             included; evaluated once, when it is rolled out (`Generation`).
         reads: the statistics that it reads (`Steps.statistic`), such as ``teacher/entropy``; the stream may also be an
             entry of ``model.teachers`` that the part asks for by this, without which the term stays on.
+        layers: whose hidden states it reads (``steps.student.layers``): by layer of the student that of the term's
+            teacher beside it, or ``all`` of both in order. A part that has some needs ``layers``.
+        widths: of hidden states of student and teacher, where it takes others than equal ones.
         advice: what provides a need, for the message where nothing does.
     """
 
     needs: frozenset[str] = frozenset()
     scope: Scope = "step"
     reads: frozenset[str] = frozenset()
+    layers: dict[int, int] | Literal["all"] = {}  # noqa: RUF012  (never written to)
+    widths: tuple[int, int] | None = None
     advice: dict[str, str] = ADVICE
 
     def __call__(self, steps: Any) -> Tensor:

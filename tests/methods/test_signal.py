@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.methods.signal import BoundedJSD, Unlikelihood
+from opd_lightning.methods.signal import BoundedJSD, Contrast, Unlikelihood
 from opd_lightning.objective import JSD, CrossEntropy, Support, Term
 from tests.methods.world import World
 from tests.objective.reference import close
@@ -115,3 +115,18 @@ def test_without_bounds_or_within_them_it_is_the_jsd(beta):
             close(ours, formula, 1e-6)
     with pytest.raises(ValueError, match="need 0 <= low <= 1 <= high, got 2 and None"):
         BoundedJSD(2)
+
+
+def test_contrast_is_a_hinge_between_two_distances():
+    world = World(5, ("teacher", "wrong"))
+    log_p = world.log_prob(world.student)
+    right, wrong = (world.log_prob(world.teachers[name]).detach() for name in ("teacher", "wrong"))
+    expected = (0.5 + (log_p - right).abs() - (log_p - wrong).abs()).clamp(min=0)[world.mask].mean()
+    loss = world.loss(Term(Contrast()))
+    close(loss, expected, 1e-6)
+    for one, other in zip(world.student.gradients(loss), world.student.gradients(expected), strict=True):
+        close(one, other, 1e-7)
+    alike = world.loss(Term(Contrast("teacher", 0.3)))
+    assert alike.item() == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="margin must be >= 0"):
+        Contrast(margin=-1.0)

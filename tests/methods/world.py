@@ -94,9 +94,12 @@ class World:
     def queried(self, rows: Tensor) -> tuple[Categorical, dict[str, Stream]]:
         student = self.student.distribution
         streams = {name: policy.teacher for name, policy in self.teachers.items()}
-        return Categorical(student.hidden[rows], student.head), {
-            name: Stream(Categorical(teacher.hidden[rows], teacher.head)) for name, teacher in streams.items()
-        }
+
+        def some(policy: Categorical) -> Categorical:
+            hidden = policy.hidden[rows]
+            return Categorical(hidden, policy.head, {1: hidden.square(), 2: hidden, -1: hidden})
+
+        return some(student), {name: Stream(some(teacher)) for name, teacher in streams.items()}
 
     def values(self, part: Part) -> Tensor:
         """``[B, T]`` of a weight or an advantage, as the loss has them; NaN where nothing is trained."""

@@ -15,7 +15,7 @@ from ....agreement import is_rounded
 from ....distribution import Head
 from ....policy import Policy, evaluating
 from ....rollout_settings import Rollout
-from ....sharding import is_sharded
+from ....sharding import as_forward, is_sharded
 from ..models import bare
 from ..prefix import Prefix, problem_with_prefixes, read_rows, reads_whole_rows
 from .engine import Prompts, RolloutEngine
@@ -46,6 +46,43 @@ def check_causal(policy: Policy, vocabulary: int) -> None:
             f"{policy.path}: what it says of a token depends on those behind it (probabilities {apart:.2g} apart), so "
             "it can't write from left to right: no causal language model, or one whose configuration needs "
             "`is_decoder: true`"
+        )
+
+
+@torch.no_grad()
+def check_head(name: str, policy: Policy, head: Head) -> None:
+    """Compares head(hidden states) with the model's own logits: otherwise the objective would train another model.
+
+    Raises:
+        ValueError: they differ, or there is no body apart from the head.
+    """
+    model = bare(policy.model)
+    if model.base_model is model:
+        raise ValueError(
+            f"{policy.path} ({name}): {type(model).__name__} has no body apart from its head (its `base_model` is the "
+            "model itself), from which hidden states could be taken; this architecture is not supported yet"
+        )
+    device = next(model.parameters()).device
+    ids = torch.arange(min(8, head.vocabulary), device=device)[None]
+    try:
+        with policy.active(), evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :, : head.vocabulary].float()
+            hidden = as_forward(model, lambda: model.base_model(input_ids=ids, use_cache=False)[0][0])
+        projected = head(hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of foreign code, which may raise anything
+        raise ValueError(
+            f"{policy.path} ({name}): {type(model).__name__} read {ids.shape[1]} ids and ended in "
+            f"{type(error).__name__}: {first_line(error)}; this architecture is not supported yet"
+        ) from error
+    if head.suppressed is not None:
+        logits[:, head.suppressed] = projected[:, head.suppressed] = 0.0
+    apart, scale = (projected - logits).abs().max(), logits.abs().max().clamp(min=1.0)
+    if apart > 0.02 * scale:
+        raise ValueError(
+            f"{policy.path} ({name}): its logits are not head(hidden states) with the scale and soft cap that its "
+            f"config names (largest difference {float(apart):.3g}); this architecture is not supported yet"
         )
 
 

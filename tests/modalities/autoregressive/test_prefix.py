@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_lightning.modalities.autoregressive import PromptView, prefix, setting
+from opd_lightning.modalities.autoregressive import PromptView, prefix, reading
 from opd_lightning.modalities.autoregressive.engines import DecodeLoop, decode_loop
 from opd_lightning.modalities.autoregressive.engines.trial import shares_prefixes
 from opd_lightning.modalities.autoregressive.models import bare
@@ -39,14 +39,14 @@ def costing(device, most):
 
 @pytest.fixture(autouse=True)
 def cheap_passes(monkeypatch):
-    monkeypatch.setattr(setting, "pass_limits", costing)
+    monkeypatch.setattr(reading, "pass_limits", costing)
 
 
 @contextmanager
 def whole_rows() -> Iterator[None]:
     """Switches sharing off."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setting, "shares_prefixes", lambda *_: False)
+        patch.setattr(reading, "shares_prefixes", lambda *_: False)
         yield
 
 
