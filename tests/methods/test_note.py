@@ -13,12 +13,13 @@ import torch
 from opd_lightning.methods.note import Extremes, Measured, OtherPrompt, Stated
 from opd_lightning.methods.noted import Confident
 from opd_lightning.modalities.autoregressive import PromptView, Written
-from opd_lightning.objective import Objective, ReverseKL, Term
+from opd_lightning.objective import LogLinear, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.reward import ExactMatch, Mentions
 from opd_lightning.rollout_settings import Rollout, derived_seed
 from opd_lightning.scoring import Scoring
 from opd_lightning.teacher import Frozen, Initial, Teacher
+from tests.methods.world import World
 from tests.objective.reference import batch, close
 from tests.test_rollout import train
 from tests.tiny import attach, fit, log_softmax, make_module, make_rows
@@ -137,3 +138,27 @@ def test_extremes_of_a_group_are_shown_where_they_are_apart():
     assert [(row["best"], row["worst"]) for row in noted] == [("b", "d")] * 5 + [(None, None)] * 3
     with pytest.raises(ValueError, match="Extremes compares the rewards of a group"):
         Extremes().check(SimpleNamespace(has_rewards=True, rollout=Rollout()))
+
+
+def credit(share):
+    """The term of CREDIT, without its support."""
+    return Term(ReverseKL(), target=LogLinear({"teacher": 1.0, "contrast": -share}))
+
+
+def test_credit_takes_off_what_the_text_makes_likelier_under_another_prompt():
+    world = World(25, ("teacher", "contrast"))
+    log_q, log_c = (world.log_probs(world.teachers[name]).detach() for name in ("teacher", "contrast"))
+
+    def wanted(log_target):
+        log_p = world.log_probs(world.student)
+        divergence = (log_p.exp() * (log_p - log_target.log_softmax(-1))).sum(-1)
+        return world.student.gradients(divergence[world.mask].mean())
+
+    for ours, formula in zip(world.gradients(credit(0.3)), wanted(log_q - 0.3 * log_c), strict=True):
+        close(ours, formula, 1e-5)
+    for ours, plain in zip(world.gradients(credit(0.0)), world.gradients(Term(ReverseKL())), strict=True):
+        close(ours, plain, 1e-6)
+    # the same prompt in both places leaves 1 − λ of the teacher's
+    world.teachers["contrast"] = world.teachers["teacher"]
+    for ours, formula in zip(world.gradients(credit(0.3)), wanted(0.7 * log_q), strict=True):
+        close(ours, formula, 1e-5)
