@@ -4,7 +4,7 @@
     python benchmarks/fits.py --recipes  the largest student of each recipe of docs/recipes.md, computed
     python benchmarks/fits.py --check    training steps on this CPU, predicted and measured; Linux only
 
-`memory.py` computes it. Writes runs/bench/fits.json, fits-recipes.json and fits-check.json.
+The package computes it (`memory.py`). Writes runs/bench/fits.json, fits-recipes.json and fits-check.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import CONTEXT, RANK, VOCABULARY, Run, built, peak
+from memory import CONTEXT, RANK, VOCABULARY, Run, config_of, peak
 from side_by_side import bare_trainer, read_whole, record, reset_peak, resident, rounds, write_models
 
 RESERVED = 1.5e9  # CUDA context, libraries, fragmentation: an assumption
@@ -97,7 +97,7 @@ CHECKS: dict[str, tuple[Run, int, int]] = {
 def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
     """Two updates in this process; the most resident memory since before the first, less all but the weights."""
     import lightning as L
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     from opd_lightning.data import PromptData
     from opd_lightning.evaluation_settings import Evaluation
@@ -120,8 +120,7 @@ def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
         write_models(Path(folder), VOCABULARY)
         path = Path(folder) / run.student
         if not path.exists():
-            made = built(run.student, torch.bfloat16, False)
-            type(made)._from_config(made.config, dtype=torch.bfloat16).save_pretrained(path)
+            Qwen3ForCausalLM._from_config(config_of(run.student), dtype=torch.bfloat16).save_pretrained(path)
             AutoTokenizer.from_pretrained(Path(folder) / "student").save_pretrained(path)
         source = Path(folder) / "prompts.jsonl"
         draw = torch.randint(2, VOCABULARY, (2 * run.rows, prompt), generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ from .blend import BLEND
 from .contract import check_acted, check_prompts, check_scores
 from .note import without_long_views, write
 from .policy import Acting, Policy, View
+from .progress import phase
 from .rollout_settings import Rollout
 from .rows import blames_rows
 from .setting import Setting
@@ -54,7 +55,7 @@ class Actor:
             acted = check_acted(self.setting, acted, examples, "replay")
         else:
             # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
-            with self.precision():
+            with self.precision(), phase(f"rollouts of {who}, {self.setting.unit}"):
                 acted = replace(self._act(who, examples, student_examples, seeds), examples=examples)
         seed = torch.tensor(seeds, device=acted.mask.device)
         return replace(acted, student_view=settings_of(self.student_view), sources=(who,), seed=seed)

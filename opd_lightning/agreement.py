@@ -23,6 +23,7 @@ from .diagnostics import Stopwatch
 from .distribution import Gaussian, Stream
 from .objective import Objective, OpenSteps, Steps
 from .policy import evaluating
+from .progress import phase
 from .ranks import Ranks
 from .rollout import RolloutLoader
 from .rollout_settings import derived_seed
@@ -79,7 +80,7 @@ def check_agreement(
     loader = trainer.train_dataloader
     if not isinstance(loader, RolloutLoader):
         return
-    with isolate_rng():
+    with isolate_rng(), phase("comparing rollouts with their replay"):
         comparison = Comparison(settings, actor, streams, objective, loader)
         comparison.run()
     show("agreement (nats)", list(streams.policies), comparison.rows())

@@ -44,16 +44,21 @@ def _show_first_row(setting: Setting, trainer: Any) -> None:
 
 def warn_of_idle_views(setting: Setting, example: Example) -> None:
     """Warns of teachers whose view shows a row as the student sees it, such as a template that ignores its columns."""
-    (own,), found_out = setting.shown([example]), written_by(setting.notes)
     for name, teacher in setting.teachers.items():
-        # what a view makes of notes is not known before there are any
-        waits = teacher.view is not None and not found_out.isdisjoint(teacher.view.columns)
-        view = None if teacher.view is None or waits else teacher.look(example)
-        if view is not None and all(_equal(value, own.get(column)) for column, value in view.items()):
+        if shows_nothing_more(setting, name, example):
             rank_zero_warn(
                 f"model.teachers.{name}.view: {type(teacher.view).__name__} shows the first row as the student sees "
                 "it: the teacher knows nothing more. Does its template name the column that it is to show?"
             )
+
+
+def shows_nothing_more(setting: Setting, name: str, example: Example) -> bool:
+    """Tells whether a teacher has a view, and it shows a row as the student sees it."""
+    teacher, (own,) = setting.teachers[name], setting.shown([example])
+    # what a view makes of notes is not known before there are any
+    waits = teacher.view is not None and not written_by(setting.notes).isdisjoint(teacher.view.columns)
+    view = None if teacher.view is None or waits else teacher.look(example)
+    return view is not None and all(_equal(value, own.get(column)) for column, value in view.items())
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import set_dumper, set_loader
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,8 +31,11 @@ from .jsonargparse_internals import get_loader_exceptions
 from .module import OnPolicyDistillation
 from .predictions import PredictionWriter
 from .printable import printable
+from .progress import phase
+from .quiet import hush
 from .resume import told
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
+from .step_progress import StepProgress
 
 set_loader("yaml", load, get_loader_exceptions("yaml"))
 set_dumper("yaml", dump)
@@ -68,25 +71,30 @@ class SaveConfig(SaveConfigCallback):
 class OPDCLI(LightningCLI):
     """LightningCLI in subclass mode: the setting and the data are named by class in YAML.
 
+    Args:
+        args: those after `opd`.
+        callbacks: further ones, of the command that runs it.
+
     Raises:
         SystemExit: with code 2, a message about key, file and line printed: the configuration can't be meant.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> None:
         arguments = understood(args)
         try:
-            super().__init__(
-                OnPolicyDistillation,
-                L.LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                save_config_callback=SaveConfig,
-                seed_everything_default=0,
-                trainer_defaults={**DEFAULTS, "callbacks": [PredictionWriter()]},
-                parser_class=Parser,
-                args=arguments,
-            )
+            with phase("preparing"):
+                super().__init__(
+                    OnPolicyDistillation,
+                    L.LightningDataModule,
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    auto_configure_optimizers=False,
+                    save_config_callback=SaveConfig,
+                    seed_everything_default=0,
+                    trainer_defaults={**DEFAULTS, "callbacks": [PredictionWriter(), *callbacks]},
+                    parser_class=Parser,
+                    args=arguments,
+                )
         finally:
             remove_empty_logs(getattr(self, "trainer", None))
 
@@ -94,12 +102,15 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Makes the trainer with what its other settings decide: the logger's folder, what validations count."""
+        """Makes the trainer with what its other settings decide: logger, progress, what validations count."""
         settings = self.config_init[self.subcommand].trainer
         if settings.logger is None:
             kwargs["logger"] = CSVLogger(settings.default_root_dir or os.getcwd(), name=LOGS)
         if isinstance(settings.val_check_interval, float | None):  # a share of an epoch, so epochs count
             kwargs["check_val_every_n_epoch"] = settings.check_val_every_n_epoch or 1
+        given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
+            self.trainer_defaults["callbacks"].append(StepProgress())
         trainer = super().instantiate_trainer(**kwargs)
         self.model.trainer = trainer
         self.model.check()  # who asks, acts and provides is known with the callbacks
@@ -208,11 +219,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
 
 def run(arguments: Sequence[str]) -> None:
     """Trains or evaluates, by the arguments after `opd`."""
-    # Lightning's own use of a deprecated torch helper, and its doubt about arguments that do come from the command line
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
-    # files that are there are resumed from or moved aside, and a message says which
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    hush()
     # TF32 on GPUs that have it, which the tolerance of `agreement` allows for
     torch.set_float32_matmul_precision("high")
     OPDCLI(arguments)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from .chat import problem_with_form, without_answers
 from .data_source import is_remote, read_source, same_rows
+from .progress import phase
 from .rows import LOCATION, STAND_IN, BadRows, row_of
 from .table import undecoded
 
@@ -267,7 +268,8 @@ class PromptData(LightningDataModule):
         key = f"data.{split}"
         bad = self._skipped[f"{split}, reading"] = BadRows(key, self.on_bad_row)
         options = self._options[split] or {}
-        rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
+        with phase(f"reading {key}"):
+            rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
         bad.warn()
         rows = rename(undecoded(rows), self.columns, key)
         return rows if self.last_answer == "refuse" else without_answers(rows, keep=self.last_answer == "completion")
@@ -305,13 +307,14 @@ class PromptData(LightningDataModule):
         # 2. rows, one after the other
         bad = self._skipped[split] = BadRows(f"data.{split}", self.on_bad_row)
         locations, indices = rows[LOCATION][:], []
-        for index, location in enumerate(locations):
-            with bad.at(location):
-                example = examples[index]
-                reason = problem(example, needed) or refusal(example)
-                if reason is not None:
-                    raise ValueError(reason)
-                indices.append(index)
+        with phase(f"checking rows of data.{split}", len(locations)) as at:
+            for at.done, location in enumerate(locations):
+                with bad.at(location):
+                    example = examples[at.done]
+                    reason = problem(example, needed) or refusal(example)
+                    if reason is not None:
+                        raise ValueError(reason)
+                    indices.append(at.done)
         bad.warn()
         if not indices:
             raise ValueError(f"data.{split}: no row is left; all {len(rows)} were skipped ({bad.first})")

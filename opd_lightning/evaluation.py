@@ -19,6 +19,7 @@ from .data import Share
 from .evaluation_settings import Evaluation
 from .objective import Objective
 from .printable import cell, printable
+from .progress import phase
 from .ranks import Ranks
 from .rollout_settings import derived_seed
 from .rows import STAND_IN, blames_rows, identified, row_of
@@ -227,8 +228,9 @@ class Evaluator:
             if who != "student":
                 indices = [i for i in indices if teachers[who].look(dict(examples[i])) is not None]
             share = list(Share([row_of(examples, i) for i in indices], trainer.global_rank, trainer.world_size))
-            for batch_idx, start in enumerate(range(0, len(share), size)):
-                self.step(stage, who, share[start : start + size], batch_idx)
+            with phase(f"evaluating {who} before training, rows", len(share)) as at:
+                for batch_idx, at.done in enumerate(range(0, len(share), size)):
+                    self.step(stage, who, share[at.done : at.done + size], batch_idx)
             values |= self.finish(stage)
         # 3. the log, and a line for people
         for logger in trainer.loggers:

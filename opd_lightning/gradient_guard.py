@@ -18,7 +18,7 @@ class GradientGuard(L.Callback):
     Args:
         streams: of the run, whose student has to have a gradient.
         on_nonfinite: "stop" with an error, or "skip" the optimizer step.
-        metrics: where ``skipped_steps`` is recorded.
+        metrics: where the learning rate, the gradient's norm before it is clipped and ``skipped_steps`` are recorded.
 
     Raises:
         RuntimeError: a trained parameter has no gradient.
@@ -41,7 +41,11 @@ class GradientGuard(L.Callback):
             )
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # of slices a collective call: every rank comes to the same number
-        bad = not bool(unsharded(torch.nn.utils.get_total_norm(gradients)).isfinite())
+        norm = unsharded(torch.nn.utils.get_total_norm(gradients))
+        bad = not bool(norm.isfinite())
+        self.metrics.record("lr", float(optimizer.param_groups[0]["lr"]))
+        if not bad:
+            self.metrics.record("gradient_norm", norm)
         if self.on_nonfinite == "skip":
             self.metrics.record("skipped_steps", float(bad))
             if bad:

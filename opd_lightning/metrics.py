@@ -33,10 +33,14 @@ class Metrics:
     Attributes:
         averages: sums and counts, by name.
         stopwatch: seconds and steps of each phase.
+        gauges: further values of the next logged step, by their whole names.
+        logged: those of the last logged step.
     """
 
     def __init__(self) -> None:
         self.averages, self.stopwatch = Averages(), Stopwatch()
+        self.gauges: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
 
     def record(self, name: str, values: Tensor | float, counts: Tensor | float | None = None) -> None:
         """Adds ``values`` (any shape); ``counts`` says how much each weighs in the mean (default: 1)."""
@@ -51,6 +55,12 @@ class Metrics:
     def recorded(self, ranks: Ranks) -> dict[str, float]:
         """Means over all ranks, by name; every rank must ask."""
         return over_ranks(self.averages, ranks).compute()
+
+    def of_step(self, ranks: Ranks) -> dict[str, float]:
+        """Collects what is logged of a step, by whole names; every rank must ask."""
+        recorded = {f"train/{name}": value for name, value in self.recorded(ranks).items()}
+        self.logged = recorded | self.stopwatch.read() | self.gauges
+        return dict(self.logged)
 
     def begin(self, sums: dict[str, Tensor], device: torch.device) -> None:
         """Begins anew, with the sums of a checkpoint."""

@@ -27,6 +27,7 @@ from .diagnostics import Averages
 from .evaluation import Evaluator
 from .evaluation_settings import Evaluation
 from .finite import check_finite
+from .gauges import Gauges
 from .gradient_guard import GradientGuard
 from .likeness import check_base, check_self_teachers
 from .memory import advising
@@ -203,12 +204,11 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         # comes first of all, and on every rank: before data are read and models loaded
         self.check()
-        added = [term for callback in followers(self.trainer) for term in callback.terms]
-        if terms := [term for term in added if term not in self.objective.terms]:
+        if terms := [t for c in followers(self.trainer) for t in c.terms if t not in self.objective.terms]:
             # a setting's checks are about the terms that people wrote
             self.objective = dataclasses.replace(self.objective, terms=[*self.objective.terms, *terms])
             self.parts = self.objective.modules()
-        return [EndOfRollouts(), GradientGuard(self.streams, self.on_nonfinite, self.metrics)]
+        return [EndOfRollouts(), GradientGuard(self.streams, self.on_nonfinite, self.metrics), Gauges()]
 
     def configure_optimizers(self) -> Any:
         reshard(self.student)  # the optimizer must hold slices; passes of the audit left weights gathered
@@ -333,11 +333,11 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         if not batch.is_last or not self.is_logged(self.global_step):
             return
-        values = {f"train/{name}": value for name, value in self.recorded().items()}
+        values = self.metrics.of_step(self.ranks)
         self.metrics.begin({}, self.device)
         in_bar = [name for name in values if name.startswith("train/loss/") or name == "train/reward"]
         self.log_dict({name: values.pop(name) for name in in_bar}, prog_bar=True)
-        self.log_dict(values | self.metrics.stopwatch.read())
+        self.log_dict(values)
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 

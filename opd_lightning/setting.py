@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from .blend import Blend
 from .comparisons import usual_suspects
 from .distribution import Distribution
 from .evaluation_settings import Evaluation
+from .finding import Finding
+from .forecast import Forecast
 from .note import Note, needed_columns, written_by
 from .objective import Objective
 from .policy import Acting, Policy, View
@@ -40,6 +43,8 @@ class Setting(Portable):
     ``blend``: `sample_blended`; ``layers``: `hidden_states`."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     """Columns that it reads where rows have them, besides those that its parts name."""
+    unit: ClassVar[str] = "steps"
+    """What its actions are called, in metrics and lines that count them."""
     padding: ClassVar[dict[str, tuple[float, str]]] = {}
     """Of observations that differ in width between batches: the value of what is added, and the side (left, right)."""
 
@@ -174,6 +179,25 @@ class Setting(Portable):
     def readings(self, example: Example, limit: int = 500) -> list[tuple[str, str]]:
         """Lists the model inputs of a row, for people: whose they are, and their text of up to ``limit`` characters."""
         return []
+
+    def findings(self, examples: list[Example], acted: Trajectories, folder: Path) -> Iterator[Finding]:
+        """Checks what only the setting knows, for `opd check`: rows, answers, learning rate.
+
+        Args:
+            examples: training rows.
+            acted: the student's rollouts on the first of them.
+            folder: where pictures may go; it need not be there yet.
+        """
+        return iter(())
+
+    def forecast(self, trainer: Any, device_bytes: float | None) -> Forecast | None:
+        """Computes the memory that a step takes, from shapes alone; None (default): nobody knows.
+
+        Args:
+            trainer: of the run.
+            device_bytes: of the GPU that it is computed for; None: the device that is there.
+        """
+        return None
 
     @property
     def acting_tolerance(self) -> float:

@@ -16,6 +16,7 @@ from .loading import loading
 from .optimizer_step import Cache, CachedStream, OptimizerStep
 from .policy import Policy, View, evaluating
 from .pretrained import Pretrained
+from .progress import phase
 from .ranks import Ranks
 from .setting import Setting
 from .sharding import shard
@@ -50,7 +51,7 @@ class Streams:
 
     def load(self, spec: Pretrained) -> None:
         """Loads the student, and then every teacher."""
-        with loading("model.student"):
+        with loading("model.student"), phase(f"loading the student, {spec.path}"):
             model = spec.load(self.setting.model_class, trained=True)
             student = Policy(model, self.setting.load_processor(spec), path=spec.path)
         # before teachers add adapters to it
@@ -58,7 +59,7 @@ class Streams:
         self.policies["student"] = student
         # those that share the model of another one come after it
         for name, teacher in sorted(self.teachers.items(), key=lambda entry: entry[1].weights.base != "student"):
-            with loading(f"model.teachers.{name}.weights.pretrained"):
+            with loading(f"model.teachers.{name}.weights.pretrained"), phase(f"loading the teacher {name}"):
                 policy = teacher.weights.attach(name, self.policies[teacher.weights.base], self._load_frozen)
             self.policies[name] = replace(policy, name=name)
             if teacher.weights.state is not None:

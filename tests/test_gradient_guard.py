@@ -37,5 +37,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step():
 @pytest.mark.parametrize(("gradient", "skipped"), [(1.0, 0.0), (float("nan"), 1.0)])
 def test_a_step_that_is_skipped_has_no_gradient_and_is_counted(gradient, skipped):
     metrics, student = guarded([1.0, gradient], "skip")
-    assert metrics.averages.compute() == {"skipped_steps": skipped}
+    recorded = metrics.averages.compute()
+    assert (recorded["skipped_steps"], recorded["lr"]) == (skipped, 1.0)
+    assert recorded.get("gradient_norm") == (None if skipped else pytest.approx(2**0.5))
     assert all((p.grad is None) == bool(skipped) for p in student.parameters())

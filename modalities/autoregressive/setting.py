@@ -36,6 +36,7 @@ from .audit import (
 )
 from .engines import DecodeLoop, RolloutEngine
 from .engines.trial import Trial
+from .findings import Foreseen
 from .generation import make_savable
 from .messages import transcript
 from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
@@ -46,7 +47,7 @@ from .writing import write, write_blended
 PROBES, PROBE_TOKENS = 3, 12
 
 
-class AutoregressiveDistillation(OnPolicyDistillation):
+class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
 
     Args:
@@ -66,6 +67,7 @@ class AutoregressiveDistillation(OnPolicyDistillation):
 
     provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers"})
     reads: ClassVar[frozenset[str]] = COLUMNS
+    unit: ClassVar[str] = "tokens"
 
     def __init__(
         self,

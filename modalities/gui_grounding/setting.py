@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from ...finding import Finding
 from ...policy import Policy
 from ...trajectory import Example, Trajectories
 from ..autoregressive import PromptView
 from ..vision_language import VisionLanguageDistillation
 from ..vision_language.boxes import problem_with_box
 from ..vision_language.images import images_of
+from .findings import boxes
 from .formats import AnswerFormat, Normalized1000
 from .metrics import grounding_metrics
 from .reward import PointInBox
@@ -131,6 +135,10 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         return {"box": list(box), "prediction": prediction, "metrics": metrics}
 
     # -- checks -------------------------------------------------------------------------------------------------
+
+    def findings(self, examples: list[Example], acted: Trajectories, folder: Path) -> Iterator[Finding]:
+        yield from super().findings(examples, acted, folder)
+        yield boxes(examples, folder)
 
     def _refusal(self, example: Example) -> str | None:
         images = images_of(example)

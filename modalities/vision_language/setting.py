@@ -6,8 +6,9 @@ Shape legend: B trajectories, P prompt width (left padded), T completion width (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from ...chat import Chat
 from ...distribution import Categorical
+from ...finding import Finding
 from ...policy import Policy, evaluating
 from ...pretrained import Pretrained
 from ...printable import quoted
@@ -228,6 +230,17 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
                     "change when the images are blanked, so it does not see them. Look at its processor, its chat "
                     "template and its view; model.blank_check: false trains all the same."
                 )
+
+    def findings(self, examples: list[Example], acted: Trajectories, folder: Path) -> Iterator[Finding]:
+        yield from super().findings(examples, acted, folder)
+        gaps = self.image_gaps(acted.truncate(CHECKED_STEPS).to(self.device))
+        if not gaps:
+            yield Finding("images", "doubtful", "none of the rows that were looked at has an image")
+        for name, gap in gaps.items():
+            text = f"{name}: blank images change log p of what was written by {float(gap.abs().mean()):.2g} nats a step"
+            reads = bool((gap.abs() > 1e-6).any())
+            advice = "" if reads else "it does not see them: look at its processor, its chat template and its view"
+            yield Finding("images", "good" if reads else "bad", text, advice)
 
     def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
         return {f"image_gap/{name}": gap for name, gap in self.image_gaps(trajectories).items()}

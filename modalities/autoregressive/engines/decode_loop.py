@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from ....blend import Blend
 from ....distribution import IMPOSSIBLE, Head
 from ....policy import Policy, evaluating
+from ....progress import advance
 from ....rollout_settings import Rollout
 from ..models import bare, cache_name, problem_with_cache
 from ..passes import pass_limits
@@ -151,6 +152,7 @@ def _write(
     log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     live = torch.arange(len(seeds), device=device)
     for step in range(rollout.horizon):
+        advance(step, rollout.horizon)
         chosen, log_prob = draw(mix([voice.logits for voice in voices]), uniform[live, step], rollout)
         tokens[live, step], log_probs[live, step] = chosen, log_prob.float()
         going = ~torch.isin(chosen, stop)

@@ -1,0 +1,131 @@
+"""`opd check`: what can be known of a run before its first step, line by line, with what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .cli import OPDCLI
+from .cli_errors import Parser, sentence
+from .finding import Finding, as_json, show, summary
+from .forecast import memory_of
+from .foresight import Foresight, forecast
+from .front import front
+from .quiet import hush
+
+APART = (
+    "--trainer.logger=false",
+    "--trainer.limit_val_batches=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--checkpoint.save_last=false",
+    "--checkpoint.save_top_k=0",
+    "--model.evaluation.before=false",
+    "--ckpt_path=null",
+)
+"""What is set otherwise than in the run: one device, no validation, and nothing is written where the run will be."""
+
+
+class Planned(Exception):
+    """Signal that a run is built, which is all that was asked for; its trainer and module."""
+
+
+class PlanCLI(OPDCLI):
+    """Command line that builds a run and stops before anything is loaded."""
+
+    def before_fit(self) -> None:
+        """Stops.
+
+        Raises:
+            Planned: always.
+        """
+        raise Planned(self.trainer, self.model)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Checks what can be known before the first step, and says what to do: -c FILE, as `opd fit` has it."""
+    options, rest = parser().parse_known_args(arguments)
+    room = None if options.device_memory is None else memory_of(options.device_memory)
+    sources = front(["fit", *rest])
+    hush()
+    folder = Path(_last(sources, "default_root_dir") or ".")
+    # 1. the run, in a folder of its own; whatever it prints is no part of what programs read
+    with tempfile.TemporaryDirectory() as apart, redirect_stdout(sys.stderr if options.json else sys.stdout):
+        own = [*APART, f"--trainer.default_root_dir={apart}", f"--checkpoint.dirpath={apart}"]
+        findings = planned([*rest, *own], room) if options.plan else looked(["fit", *rest, *own], folder, room)
+    # 2. the verdict
+    if options.json:
+        json.dump(as_json(findings), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        console = Console()
+        show(findings, console)
+        console.print(summary(findings), highlight=False)
+    if any(finding.verdict == "bad" for finding in findings):
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Builds the parser; what it does not know is an argument of `opd fit`."""
+    built = argparse.ArgumentParser(
+        prog="opd check",
+        description=main.__doc__,
+        allow_abbrev=False,
+        epilog="Exit code 0: green, 1: red, 2: the configuration can't be meant. Every other argument is one of `opd "
+        "fit`. Models are loaded, and two updates are made, timed and thrown away.",
+    )
+    built.add_argument("--json", action="store_true", help="print the findings for programs")
+    built.add_argument("--device-memory", metavar="SIZE", help="compute memory for a GPU of this size, such as 24GB")
+    built.add_argument("--plan", action="store_true", help="compute memory from the models' configurations alone")
+    return built
+
+
+def looked(arguments: Sequence[str], folder: Path, room: float | None) -> list[Finding]:
+    """Builds a run, lets `Foresight` look at it, and adds memory and what ended it.
+
+    Args:
+        arguments: of `opd fit`.
+        folder: of the run, for pictures.
+        room: bytes of the GPU that memory is computed for; None: the device that is there.
+    """
+    foresight = Foresight(folder / "check", room)
+    try:
+        OPDCLI(arguments, [foresight])
+    except Exception as error:
+        text = sentence(error, Parser.sources)
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "lower what the line on memory names"
+            return [*foresight.findings, Finding("memory", "bad", f"out of memory: {error}", advice)]
+        if text is None:
+            raise
+        what = text.removeprefix("error: ").partition("\n  (--traceback")[0]
+        return [*foresight.findings, Finding("run", "bad", what, "nothing after this could be looked at")]
+    return foresight.findings
+
+
+def planned(arguments: Sequence[str], room: float | None) -> list[Finding]:
+    """Computes memory of a run whose models are not loaded."""
+    try:
+        PlanCLI(["fit", *arguments, "--trainer.accelerator=auto"])
+    except Planned as signal:
+        trainer, module = signal.args
+        return list(forecast(trainer, module, room))
+    return []
+
+
+def _last(sources: Sequence[Any], key: str) -> str | None:
+    """Reads a key of the trainer from the last source that sets it."""
+    given = [source.values.get("trainer") or {} for source in sources]
+    return next((str(values[key]) for values in reversed(given) if values.get(key)), None)

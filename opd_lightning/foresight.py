@@ -1,0 +1,240 @@
+"""Foresight: what is found out about a run before its first step, and in two updates that nobody keeps.
+
+Shape legend: B trajectories, T steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .audit import shows_nothing_more
+from .finding import Finding
+from .forecast import RESERVED, memory, memory_here
+from .module import OnPolicyDistillation
+from .note import written_by
+from .objective import ReverseKL
+from .optimizer_step import MicroBatch
+from .progress import duration
+from .rollout_settings import derived_seed
+from .rows import reason_of, row_of
+from .splits import rows_of
+from .trajectory import Example, Trajectories
+
+ROWS, LOOKED_AT, UPDATES = 4, 64, 2
+"""Rows that are acted on, rows that views and boxes are looked at of, and updates that are timed."""
+CHECK_DRAWS = 2**34  # keeps the seeds apart from those of rollouts, evaluation and agreement
+FAR_APART = 3.0
+"""Nats of KL(student‖teacher) at the first step above which the student hardly samples what the teacher wants."""
+CUT = 0.2
+"""Share of rollouts that end by themselves below which the horizon is worth a doubt; chosen."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Look at a run: its module and trainer, some rows, and what the student did on the first of them.
+
+    Attributes:
+        module: of the run, with its models loaded.
+        trainer: of the run.
+        rows: up to `LOOKED_AT` training rows.
+        acted: the student's rollouts on the first `ROWS` of them.
+        folder: where pictures go.
+    """
+
+    module: OnPolicyDistillation
+    trainer: L.Trainer
+    rows: list[Example]
+    acted: Trajectories
+    folder: Path
+
+
+Check = Callable[[Look], Iterator[Finding]]
+CHECKS: list[Check] = []
+"""Checks in the order of their lines; a setting has its own (`Setting.findings`), and a package may append more."""
+
+
+def check(function: Check) -> Check:
+    """Registers a check."""
+    CHECKS.append(function)
+    return function
+
+
+@check
+def models(look: Look) -> Iterator[Finding]:
+    """Says that models were loaded and fit together, which `audit` refuses otherwise."""
+    names = ", ".join(f"{name} {policy.path}" for name, policy in look.module.policies.items())
+    yield Finding("models", "good", f"loaded, and they read the same actions: {names}")
+
+
+@check
+def rows(look: Look) -> Iterator[Finding]:
+    """Counts rows, and how often each is trained on."""
+    data = getattr(look.trainer, "datamodule", None)
+    train, held_out = (rows_of(look.trainer, split, "opd check") for split in ("train", "validation"))
+    count, steps = len(train or ()), look.trainer.max_steps
+    text = f"{count:,} to train on, {len(held_out or ()):,} held out"
+    if skipped := sum(getattr(data, "skipped", {}).values()):
+        text += f", {skipped:,} skipped"
+    if steps > 0 and count:
+        _, per_generation = look.module.rollout.micro_batches(look.trainer.accumulate_grad_batches)
+        updates = per_generation // look.trainer.accumulate_grad_batches * look.module.rollout.epochs
+        prompts = steps / updates * look.module.rollout.batch_size
+        text += f"; {steps:,} steps see each {prompts / count:.2g} times"
+    advice = "" if held_out else "without data.validation nothing says whether it helped: 0.1 holds a tenth out"
+    yield Finding("rows", "good" if held_out else "doubtful", text, advice)
+
+
+@check
+def views(look: Look) -> Iterator[Finding]:
+    """Compares what each teacher is shown with what the student is shown."""
+    for name, teacher in look.module.teachers.items():
+        if teacher.view is None and not teacher.where:
+            continue
+        if teacher.view is not None and set(teacher.view.columns) & set(written_by(look.module.notes)):
+            yield Finding("view", "told", f"{name} is shown what notes say of rollouts, which are not there yet")
+            continue
+        known = sum(teacher.look(row) is not None for row in look.rows)
+        same = sum(shows_nothing_more(look.module, name, row) for row in look.rows)
+        text = f"{name} is shown something in {known} of the first {len(look.rows)} rows"
+        if not known:
+            advice = "its view or `where` names columns that are empty or have other values there"
+            yield Finding("view", "bad", text, advice)
+        elif same:
+            text = f"{text}; in {same} it is what the student sees"
+            yield Finding("view", "doubtful", text, "does its template name the column that it is to show?")
+        else:
+            yield Finding("view", "good", f"{text}, and it differs from what the student sees")
+
+
+@check
+def own(look: Look) -> Iterator[Finding]:
+    """Asks the setting."""
+    yield from look.module.findings(look.rows, look.acted, look.folder)
+
+
+@check
+def divergence(look: Look) -> Iterator[Finding]:
+    """Measures KL(student‖teacher) by position, and doubts reverse KL where the first step's is large."""
+    if "categorical" not in look.module.provides:
+        return
+    for name in look.module.objective.teachers():
+        values = look.module.per_step(look.acted, ReverseKL(), name)
+        if values.isnan().all():
+            yield Finding("first KL", "doubtful", f"{name} has nothing to say of the first {ROWS} rows")
+            continue
+        first = float(values[:, :1].nanmean())
+        text = f"{name}: {positions(values)} nats of KL(student‖teacher) at steps 1, 2–4, 5–16, later"
+        terms = look.module.objective.terms
+        reverse = any(isinstance(term.signal, ReverseKL) and name in term.teachers for term in terms)
+        if reverse and first > FAR_APART:
+            advice = (
+                "a student that never samples what the teacher wants learns nothing of it from reverse KL: take "
+                "ForwardKL or JSD, or let the teacher act on some prompts (rollout.behavior)"
+            )
+            yield Finding("first KL", "doubtful", text, advice)
+        elif float(values.nanmean()) < 1e-6:
+            advice = "the teacher says the same as the student; there is nothing to learn from it yet"
+            yield Finding("first KL", "doubtful", text, advice)
+        else:
+            yield Finding("first KL", "good", text)
+
+
+def positions(values: Tensor) -> str:
+    """Formats means over spans of positions of values ``[B, T]``."""
+    spans = (values[:, :1], values[:, 1:4], values[:, 4:16], values[:, 16:])
+    return ", ".join("–" if span.isnan().all() else f"{float(span.nanmean()):.2g}" for span in spans)
+
+
+def forecast(trainer: L.Trainer, module: OnPolicyDistillation, room: float | None) -> Iterator[Finding]:
+    """Computes memory, for the device that is there or for a GPU of ``room`` bytes."""
+    device = trainer.strategy.root_device
+    reserved = RESERVED if room is not None or device.type != "cpu" else 0.0
+    try:
+        computed = module.forecast(trainer, room)
+        if computed is None:
+            yield Finding("memory", "told", f"{type(module).__name__} does not compute it")
+        else:
+            yield from memory(computed, memory_here(device) if room is None else room, reserved)
+    except Exception as error:  # the code of some model may not run without contents; the run itself is not concerned
+        yield Finding("memory", "told", f"can't be computed for this model: {reason_of(error)}")
+
+
+class Foresight(L.Callback):
+    """Callback that checks a run before its first step, times two updates, and ends it.
+
+    Args:
+        folder: where pictures go.
+        room: bytes of the GPU that memory is computed for; None: the device that is there.
+    """
+
+    def __init__(self, folder: Path, room: float | None = None) -> None:
+        self.folder, self.room = folder, room
+        self.findings: list[Finding] = []
+        self.seconds: list[float] = []
+        self._since = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks; comes before the module's own hook, which compares rollouts with their replay."""
+        assert isinstance(pl_module, OnPolicyDistillation)
+        train = rows_of(trainer, "train", "opd check") or []
+        examples: list[Example] = [row_of(train, i) for i in range(min(len(train), LOOKED_AT))]
+        some = examples[:ROWS]
+        acted = pl_module.act("student", some, [derived_seed(CHECK_DRAWS, i) for i in range(len(some))])
+        for finder in CHECKS:
+            self.findings += finder(Look(pl_module, trainer, examples, acted, self.folder))
+        self.findings += forecast(trainer, pl_module, self.room)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and trainer.global_step == 0:
+            text = "what is sampled has the log-probs of its replay, alone, beside others and in training mode"
+            self.findings.append(Finding("agreement", "good", text))
+            self._since = time.perf_counter()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        if not batch.is_last:
+            return
+        now = time.perf_counter()
+        self.seconds.append(now - self._since)
+        self._since = now
+        trainer.should_stop = len(self.seconds) >= UPDATES
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        self.findings += list(speed(trainer, pl_module, self.seconds))
+
+
+def speed(trainer: L.Trainer, module: OnPolicyDistillation, seconds: list[float]) -> Iterator[Finding]:
+    """Judges the updates that were timed: their time, and how many rollouts the horizon cut.
+
+    Args:
+        seconds: of each update; the first one warms up.
+    """
+    if not seconds:
+        return
+    metrics = module.metrics.logged
+    rate, share = metrics.get("speed/rollout_steps_per_s"), metrics.get("time/rollout_share")
+    acting = "" if rate is None or share is None else f", {share:.0%} of it rollouts of {rate:,.0f} {module.unit}/s"
+    text = f"{seconds[-1]:.2g} s an update{acting}"
+    if trainer.max_steps > 0:
+        text += f"; {duration(seconds[-1] * trainer.max_steps)} to max_steps {trainer.max_steps:,}, without validations"
+    yield Finding("time", "told", text)
+    stopped, length = metrics.get("train/stopped"), metrics.get("train/length", 0.0)
+    if stopped is not None:
+        horizon, unit = module.rollout.horizon, module.unit
+        text = f"{stopped:.0%} end by themselves before the horizon {horizon}, {length:.0f} {unit} long"
+        advice = "" if stopped >= CUT else "a student that is cut learns no end: raise rollout.horizon"
+        yield Finding("rollouts", "doubtful" if advice else "good", text, advice)
