@@ -44,11 +44,12 @@ def opd(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "opd_lightning", *arguments], check=True)
 
 
-def own(run: Path, scratch: Path) -> dict[str, str]:
-    """Returns the run's greedy completions of its held-out prompts, by prompt."""
+def own(run: Path, scratch: Path, count: int) -> dict[str, str]:
+    """Returns the run's greedy completions of its first held-out prompts, by prompt."""
     config = max(run.rglob("config.yaml"), key=os.path.getmtime)
     place = scratch / "own"
-    opd("predict", "-c", str(config), f"--ckpt_path={newest(run)}", f"--trainer.default_root_dir={place}")
+    first = [f"--data.validation_batch_size={count}", "--trainer.limit_predict_batches=1"]
+    opd("predict", "-c", str(config), f"--ckpt_path={newest(run)}", f"--trainer.default_root_dir={place}", *first)
     rows = [json.loads(line) for line in (place / "predictions-0.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["prompt"]: row["completion"] for row in rows}
 
@@ -137,8 +138,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "exported"
             opd("export", str(newest(run)), str(folder), "--dtype=float32")
-            answers = own(run, Path(scratch))
-            prompts = list(answers)[: options.count]
+            answers = own(run, Path(scratch), options.count)
+            prompts = list(answers)
             ours, tokens = [answers[prompt] for prompt in prompts], horizon(run)
             print(compared(f"{run}, transformers", ours, plain(folder, prompts, tokens)), flush=True)
             if options.vllm:
