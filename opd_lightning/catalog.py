@@ -71,7 +71,7 @@ class Method:
         systems: the published systems of on-policy distillation that it builds, in the file with ``; `` between them;
             none for baselines, for methods of other kinds, and where only the idea is a paper's.
         settings: those whose quickstart it can overlay as it is.
-        over: the methods that an overlay is for, one of each setting; empty: any, and for methods.
+        over: the methods that an overlay is for, one of each setting, or one of several; empty: any, and for methods.
         privilege: some of `PRIVILEGES`.
         parts: the classes that the file names.
         formula: the loss of a step, or of a trajectory of T: p is the student, q the teacher through its view, b who
@@ -100,8 +100,8 @@ class Method:
 
     def stack(self, setting: str) -> list[str]:
         """Lists the configurations of a run of it: the setting's quickstart, for overlays a method, and itself."""
-        folder = f"methods/{setting}/"
-        return [f"{setting}/quickstart", *(name for name in self.over if name.startswith(folder)), self.name]
+        below = [name for name in self.over if name.rpartition("/")[0] in ("methods", f"methods/{setting}")]
+        return [f"{setting}/quickstart", *below, self.name]
 
 
 @dataclass(frozen=True)

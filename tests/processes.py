@@ -103,6 +103,7 @@ def start(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= environment or {}
         environments = [{**place, "NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     log = tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".log")  # noqa: SIM115  (it is there as long as the run is asked for)
     processes = [

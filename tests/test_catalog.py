@@ -107,6 +107,8 @@ def test_overlays_go_over_methods_that_there_are(configs):
         read_all(configs)
     (overlay,) = (m for m in read_all() if m.name == "overlays/teacher_ema")
     assert overlay.stack("diffusion") == ["diffusion/quickstart", "methods/diffusion/d_opsd", "overlays/teacher_ema"]
+    (gaps,) = (m for m in read_all() if m.name == "overlays/note_gaps")
+    assert gaps.stack("gui_grounding") == ["gui_grounding/quickstart", "methods/sdpo", "overlays/note_gaps"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])

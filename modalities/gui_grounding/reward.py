@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...reward import Example, Reward
+from .metrics import center
 
 
 class PointInBox(Reward):
@@ -12,6 +13,17 @@ class PointInBox(Reward):
 
     def __call__(self, completion: str, example: Example) -> float:
         return float(example["metrics"]["point_in_box"])
+
+    def feedback(self, completion: str, example: Example) -> str | None:
+        """Says on which side the target was missed; None where it was not."""
+        if example["prediction"] is None:
+            return "This names no place."
+        (x, y), (left, top, right, bottom) = center(example["prediction"]), example["box"]
+        sides = {"left": x < left, "right": x > right, "high": y < top, "low": y > bottom}
+        missed = [
+            f"too far {side}" if side in ("left", "right") else f"too {side}" for side, is_so in sides.items() if is_so
+        ]
+        return f"This is {' and '.join(missed)}." if missed else None
 
 
 class Overlap(Reward):

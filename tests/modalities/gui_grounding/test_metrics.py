@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning.modalities.gui_grounding.metrics import distance, grounding_metrics, iou, point_in_box
+from opd_lightning.modalities.gui_grounding.reward import PointInBox
 
 SIZE = (40, 30)
 BOX = (10, 5, 20, 15)
@@ -63,3 +64,18 @@ def test_a_grade_has_what_the_prediction_allows():
     assert grounding_metrics(None, BOX, SIZE) == {"parsed": 0, "point_in_box": 0}
     assert grounding_metrics((15, 10), BOX, SIZE) == {"parsed": 1, "point_in_box": 1, "distance": 0}
     assert grounding_metrics((0, 5, 10, 15), BOX, SIZE) == {"parsed": 1, "point_in_box": 0, "distance": 0.2, "iou": 0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "words"),
+    [
+        ((15, 10), None),
+        ((20, 5), None),
+        ((9, 10), "This is too far left."),
+        ((21, 16), "This is too far right and too low."),
+        ((12, 0, 14, 4), "This is too high."),
+        (None, "This names no place."),
+    ],
+)
+def test_a_click_beside_the_target_is_told_on_which_side(prediction, words):
+    assert PointInBox().feedback("", {"prediction": prediction, "box": list(BOX)}) == words
