@@ -20,6 +20,9 @@ SPLIT_OF = {"fit": "train", "validate": "validation", "test": "test", "predict":
 def audit(setting: Setting, trainer: Any) -> None:
     """Prints what each role is, and what is made of the first row; `audit_rows` raises what cannot work."""
     show("audit", list(setting.policies), setting.audit_rows())
+    facts = dict.fromkeys(fact for told in setting.elsewhere.values() for fact in told)
+    rows = [(fact, {name: told.get(fact, "") for name, told in setting.elsewhere.items()}) for fact in facts]
+    show("teachers elsewhere", list(setting.elsewhere), rows)
     if trainer is not None:
         _show_first_row(setting, trainer)
 

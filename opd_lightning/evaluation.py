@@ -27,7 +27,7 @@ from .scoring import Scoring
 from .setting import Setting
 from .splits import rows_of
 from .streams import Streams
-from .teacher import Frozen
+from .teacher import Elsewhere, Frozen
 from .trajectory import Example, Trajectories
 
 # Lightning prints names of metrics as rich's markup, and `/` divides them
@@ -163,7 +163,9 @@ class Evaluator:
                 self._update(name, values)
         if "categorical" not in self.setting.provides:
             return  # nothing is reported of other families
-        streams = self.streams.query_all(self.objective.teachers(), trajectories)
+        weights = {name: self.streams.teachers[name].weights for name in self.objective.teachers()}
+        recorded = {name for name, w in weights.items() if isinstance(w, Elsewhere) and w.recorded}
+        streams = self.streams.query_all(weights.keys() - recorded, trajectories)
         if streams:
             averages = self.objective.diagnose(self.streams.student(trajectories), streams, trajectories)
             for name, (total, count) in averages.sums.items():
@@ -218,7 +220,11 @@ class Evaluator:
         if examples is None:
             return
         size = getattr(trainer.datamodule, "validation_batch_size", BATCH_SIZE)
-        asked = [n for n, t in teachers.items() if t.view is not None or isinstance(t.weights, Frozen)]
+        asked = [
+            n
+            for n, t in teachers.items()
+            if not isinstance(t.weights, Elsewhere) and (t.view is not None or isinstance(t.weights, Frozen))
+        ]
         rank_zero_info(f"Evaluating before training ({len(examples)} held-out prompts)")
         # 2. a validation of each
         values: dict[str, float] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +73,36 @@ def check_base(spec: Pretrained, base: str, checkpoint: dict[str, Any], fits: bo
                 f"model.student.random_init is now {spec.random_init}: other weights than those that {what}"
             )
         raise ValueError(f"model.student.path: {spec.path} holds other weights now than those that {what}")
+
+
+def check_elsewhere(marks: Mapping[str, str], checkpoint: dict[str, Any], fits: bool) -> None:
+    """Compares the weights of teachers that are elsewhere with those that a checkpoint was trained with.
+
+    Args:
+        marks: their fingerprints, by name.
+        checkpoint: has those of the run that wrote it.
+        fits: whether that run goes on.
+
+    Raises:
+        ValueError: a run would go on with another teacher.
+    """
+    then = checkpoint.get("teachers", {})
+    for name, now in marks.items() if fits else ():
+        if then.get(name, now) != now:
+            raise ValueError(
+                f"model.teachers.{name}: the checkpoint was trained with the weights {then[name]}, and those that "
+                f"answer now are {now}; serve or record the former again, or begin a new run"
+            )
+
+
+TAUGHT_BY = "opd.json"
+"""File of an exported student, with the fingerprints of the teachers that it had."""
+
+
+def taught_by(folder: str) -> set[str]:
+    """Reads the fingerprints of the teachers of an exported student; empty where nobody wrote them down."""
+    path = Path(folder, TAUGHT_BY)
+    return set(json.loads(path.read_text(encoding="utf-8"))["teachers"].values()) if path.is_file() else set()
 
 
 def check_self_teachers(

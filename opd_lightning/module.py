@@ -29,7 +29,7 @@ from .evaluation_settings import Evaluation
 from .finite import check_finite
 from .gauges import Gauges
 from .gradient_guard import GradientGuard
-from .likeness import check_base, check_self_teachers
+from .likeness import check_base, check_elsewhere, check_self_teachers
 from .memory import advising
 from .metrics import Metrics, is_logged, over_ranks
 from .note import Note, check_notes, memories, offered_by, remember
@@ -48,7 +48,7 @@ from .scoring import Scoring
 from .setting import Setting
 from .sharding import mesh_of, reshard
 from .streams import Streams
-from .teacher import Same, Teacher, check_names
+from .teacher import Teacher, check_actors, enter, told
 from .trajectory import Example, Trajectories
 
 
@@ -109,6 +109,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.metrics, self.history = Metrics(), resume.History()
         self.streams = Streams(self, self.teachers, self.metrics.stopwatch)
         self.policies, self.teacher_state = self.streams.policies, self.streams.state
+        self.elsewhere = self.streams.elsewhere
         self.parts = self.objective.modules()
         self.loader: RolloutLoader | None = None
         self._measured: dict[str, MeanMetric] = {}
@@ -151,16 +152,12 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         Raises:
             ValueError: a part needs something that this run does not offer; the message names both.
         """
-        check_names(self.teachers)
-        for name, teacher in self.teachers.items():
-            teacher.name = name
-            if isinstance(teacher.weights, Same):
-                teacher.weights.share(name, self.teachers)
+        enter(self.teachers)
         check_finite("model", {name: value for name, value in vars(self).items() if not name.startswith("_")})
         self.evaluation.check(self.has_rewards, self.provides)
         self.rollout.check(set(self.teachers), self.provides)
         check_notes(self.notes, {*self.columns, *self.reads}, self)
-        self.objective.check(set(self.teachers))
+        self.objective.check(set(self.teachers), top_k=told(self.teachers))
         if self._trainer is not None:
             self._check_served()
 
@@ -176,6 +173,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         if "dataset" not in sources:
             provides.add("behavior")
         self.objective.check(set(self.teachers), provides, sources)
+        check_actors(self.teachers, sources)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked.union(sources, self.rollout.policies, *(c.asks for c in callbacks))
         if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves them idle
@@ -383,6 +381,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         checkpoint["recorded"] = over_ranks(since, self.ranks).state_dict()
         self.history.record(checkpoint, self.student)
         checkpoint["base"], checkpoint["notes"] = self.streams.base, memories(self.notes)
+        checkpoint["teachers"] = self.streams.marks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         spec, state, saved = self._student_spec, self.state_dict(), checkpoint["state_dict"]
@@ -390,6 +389,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.history.check(checkpoint, self.student, self.trained_parameters(), self._optimizer, fits)
         resume.check_complete(kept_names(self.student, state, spec), saved)
         check_base(spec, self.streams.base, checkpoint, fits)
+        check_elsewhere({n: self.streams.marks[n] for n in self.elsewhere}, checkpoint, fits)
         resume.check_shapes(spec.path, state, saved)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
         remember(self.notes, checkpoint.get("notes", {}))

@@ -64,6 +64,7 @@ class Reader:
     @torch.no_grad()
     def settle(self, trajectories: Trajectories) -> Trajectories:
         """Evaluates the parts of the objective that see a whole generation batch, before it is trained."""
+        self.streams.ahead(self.objective.teachers(), trajectories)
         if not self.objective.generation_parts():
             return trajectories
         teachers, width = self.objective.generation_streams(), trajectories.mask.shape[1]

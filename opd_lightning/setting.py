@@ -30,7 +30,8 @@ class Setting(Portable):
     """The interface between a setting and the core: four methods that it implements, and others with a default.
 
     Attributes:
-        policies: the student and the teachers by name, once they are loaded.
+        policies: the student and the teachers by name, once they are loaded; those that are elsewhere have none.
+        elsewhere: of such teachers, what the start-up table says of them.
         objective, teachers, notes, rollout, reward, evaluation, student_view: as in `OnPolicyDistillation`.
     """
 
@@ -49,6 +50,7 @@ class Setting(Portable):
     """Of observations that differ in width between batches: the value of what is added, and the side (left, right)."""
 
     policies: dict[str, Policy]
+    elsewhere: dict[str, dict[str, str]]
     objective: Objective
     teachers: dict[str, Teacher]
     notes: dict[str, Note]

@@ -20,7 +20,7 @@ from .progress import phase
 from .ranks import Ranks
 from .setting import Setting
 from .sharding import shard
-from .teacher import Frozen, Teacher
+from .teacher import Elsewhere, Frozen, Teacher
 from .trajectory import Example, Trajectories
 
 
@@ -35,6 +35,8 @@ class Streams:
         policies: what was loaded; teachers and ``student``.
         state: of teachers, what belongs into the checkpoint besides the student.
         base: fingerprint of the weights that training begins with, "drawn" if they were drawn.
+        elsewhere: of teachers without a policy, what the start-up table says of them.
+        marks: fingerprints of the weights of teachers that come from elsewhere than the student.
         keeps: whether streams of teachers whose weights stand still are kept for another epoch. Not where weights are
             cut: all ranks must ask or none, but views may have changed for the examples of some.
     """
@@ -45,6 +47,8 @@ class Streams:
     policies: dict[str, Policy] = field(default_factory=dict)
     state: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     base: str = ""
+    elsewhere: dict[str, dict[str, str]] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
     keeps: bool = False
 
     # -- weights --------------------------------------------------------------------------------------------------
@@ -59,13 +63,37 @@ class Streams:
         self.policies["student"] = student
         # those that share the model of another one come after it
         for name, teacher in sorted(self.teachers.items(), key=lambda entry: entry[1].weights.base != "student"):
+            if isinstance(teacher.weights, Elsewhere):
+                continue
             with loading(f"model.teachers.{name}.weights.pretrained"), phase(f"loading the teacher {name}"):
-                policy = teacher.weights.attach(name, self.policies[teacher.weights.base], self._load_frozen)
+                policy = teacher.weights.attach(name, self.policies[teacher.weights.base], self.load_frozen)
             self.policies[name] = replace(policy, name=name)
+            if isinstance(teacher.weights, Frozen):
+                self.marks[name] = fingerprint(policy.model)
             if teacher.weights.state is not None:
                 self.state[name] = teacher.weights.state
+        # last, since they are compared with those that are here
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher.weights, Elsewhere):
+                self.elsewhere[name] = teacher.weights.connect(teacher, self.setting)
+                self.marks[name] = self.elsewhere[name]["weights"].split()[0]
 
-    def _load_frozen(self, spec: Pretrained) -> Policy:
+    def ahead(self, names: Iterable[str], batch: Trajectories) -> None:
+        """Tells teachers that are elsewhere about a whole generation batch, which they will be asked about."""
+        for name in names:
+            teacher = self.teachers[name]
+            if isinstance(teacher.weights, Elsewhere):
+                views = self.seen(name, batch.examples, batch.student_view)
+                teacher.weights.ahead(teacher, self.setting, batch, views)
+
+    def close(self) -> None:
+        """Ends connections to teachers that are elsewhere."""
+        for teacher in self.teachers.values():
+            if isinstance(teacher.weights, Elsewhere):
+                teacher.weights.close()
+
+    def load_frozen(self, spec: Pretrained) -> Policy:
+        """Loads a model that is not trained."""
         model = spec.load(self.setting.model_class, trained=False)
         return Policy(model, self.setting.load_processor(spec), path=spec.path)
 
@@ -83,6 +111,8 @@ class Streams:
     def place(self, device: torch.device) -> None:
         """Moves teachers, by hand: frozen ones are no submodules, to stay out of optimizer and checkpoint."""
         for name, teacher in self.teachers.items():
+            if name not in self.policies:
+                continue
             where = (teacher.weights.device if isinstance(teacher.weights, Frozen) else None) or device
             model = self.policies[name].model
             # `Same` shares a model that is moved for its owner; quantized weights stay where they were loaded
@@ -115,8 +145,12 @@ class Streams:
 
     def query(self, name: str, batch: Trajectories, view: View | None = None) -> Stream:
         """Evaluates a teacher at every state, without gradient; ``view``: through another view than its own."""
-        teacher, policy = self.teachers[name], self.policies[name]
+        teacher = self.teachers[name]
         self.stopwatch.count("teacher", int(batch.mask.sum()))
+        if isinstance(teacher.weights, Elsewhere):
+            with self.stopwatch.phase("teacher"):
+                return self._told(name, teacher.weights, batch, view)
+        policy = self.policies[name]
         # its model may be the student's, which trains on in its own mode afterwards
         with torch.no_grad(), evaluating(policy.model), self.stopwatch.phase("teacher"):
             if (view or teacher.view) is None and not teacher.where and not teacher.own_template:
@@ -127,6 +161,14 @@ class Streams:
             own = self.setting.shown(batch.examples, batch.student_view)
             seeing = [example if viewed is None else viewed for example, viewed in zip(own, views, strict=True)]
             return Stream(self.setting.distribution(policy, batch, seeing), available)
+
+    def _told(self, name: str, weights: Elsewhere, batch: Trajectories, view: View | None) -> Stream:
+        """Returns what is told of a teacher that has no policy."""
+        views = self.seen(name, batch.examples, batch.student_view, view)
+        available = torch.tensor([viewed is not None for viewed in views], device=batch.mask.device)
+        distribution = weights.say(self.teachers[name], self.setting, batch, views).to(batch.mask.device)
+        assert distribution is not None
+        return Stream(distribution, None if bool(available.all()) else available)
 
     def query_all(
         self, names: Iterable[str], batch: Trajectories, cache: Cache | None = None, step: int = 0, again: bool = False
@@ -168,7 +210,7 @@ class Streams:
         """Adds what teachers with a view say without it, for the log."""
         blind = dict(streams)
         for name, stream in streams.items():
-            if self.teachers[name].view is not None:
+            if self.teachers[name].view is not None and name in self.policies:
                 with evaluating(self.policies[name].model):
                     without_view = self.setting.distribution(self.policies[name], batch)
                 blind[name] = replace(stream, without_view=without_view)

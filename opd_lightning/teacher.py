@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import AverageAdapter, CopiedAdapter, differs_from_base, only_adapters
 from .blend import BLEND
+from .distribution import Distribution
 from .finite import Finite
 from .optimizer_step import OptimizerStep
 from .policy import Policy, View, frozen_copy, shown_by
@@ -22,7 +23,7 @@ from .pretrained import Pretrained
 from .ranks import Ranks
 from .rows import TOO_LONG
 from .sharding import reshard, slice_of
-from .trajectory import Example
+from .trajectory import Example, Trajectories
 
 
 class TeacherWeights(Finite, ABC):
@@ -33,6 +34,9 @@ class TeacherWeights(Finite, ABC):
 
     starts_as_student: bool = False
     """Whether they are the student's before the first step; it is checked then (see `compare`)."""
+
+    top_k: int | None = None
+    """How many of the likeliest actions of a state it tells besides the one taken; None: its whole distribution."""
 
     @property
     def base(self) -> str:
@@ -85,6 +89,59 @@ class Frozen(TeacherWeights):
         return load(self.pretrained)
 
 
+class Elsewhere(TeacherWeights):
+    """Weights that are not in this process: others tell how likely they find the student's actions.
+
+    Such a teacher has no policy: it cannot act, and nothing is computed with it.
+    """
+
+    stands_still = True
+    top_k: int | None = 0
+
+    recorded: bool = False
+    """Whether it knows of what it was asked before alone, as a file does."""
+
+    def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
+        raise TypeError(f"model.teachers.{name}: {type(self).__name__} has no model in this process")
+
+    @abstractmethod
+    def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
+        """Checks that it is told of the student's actions as the student takes them, once models are loaded.
+
+        Args:
+            teacher: the entry of ``model.teachers`` whose weights they are.
+            setting: of the run.
+
+        Returns:
+            What the start-up table is to say of it; in ``weights`` first their fingerprint, as `likeness.fingerprint`
+            computes it where they are.
+
+        Raises:
+            ValueError: what it tells is about something else, with the reason.
+        """
+
+    @abstractmethod
+    def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Distribution:
+        """Tells of the student's actions at all B × T states.
+
+        Args:
+            teacher: whose weights they are.
+            setting: of the run.
+            batch: what the student did.
+            views: the example of each trajectory as the teacher is shown it. None where it is shown nothing: there the
+                values are read by nobody, but have to be finite.
+
+        Raises:
+            ValueError: nothing is told of a state that is trained.
+        """
+
+    def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
+        """Asks about a whole generation batch as soon as it is there, for answers that take a while; as in `say`."""
+
+    def close(self) -> None:
+        """Ends connections; comes at the end of every stage, however it ends."""
+
+
 class Live(TeacherWeights):
     """The student itself, as it is now, without gradient. (Diverges in SDPO and SDFT when nothing else holds it.)"""
 
@@ -112,11 +169,11 @@ class Same(TeacherWeights):
         """Finds the teacher that it shares, as the entry ``name`` of ``teachers``.
 
         Raises:
-            ValueError: it is not there, or shares a model itself.
+            ValueError: it is not there, shares a model itself, or has none.
         """
         other = teachers.get(self.teacher)
-        if other is None or isinstance(other.weights, Same):
-            owners = sorted(key for key, teacher in teachers.items() if not isinstance(teacher.weights, Same))
+        if other is None or isinstance(other.weights, Same | Elsewhere):
+            owners = sorted(k for k, teacher in teachers.items() if not isinstance(teacher.weights, Same | Elsewhere))
             raise ValueError(f"model.teachers.{name}.weights: no {self.teacher!r} to share; there are {owners}")
         self.stands_still, self.starts_as_student = other.weights.stands_still, other.weights.starts_as_student
 
@@ -263,6 +320,25 @@ class Teacher:
         return [None if look is None else example for look, example in zip(looks, own, strict=True)]
 
 
+def enter(teachers: dict[str, Teacher]) -> None:
+    """Tells teachers their names, and those that share a model whose it is.
+
+    Raises:
+        ValueError: as in `check_names` and `Same.share`.
+    """
+    check_names(teachers)
+    for name, teacher in teachers.items():
+        teacher.name = name
+        if isinstance(teacher.weights, Same):
+            teacher.weights.share(name, teachers)
+
+
+def told(teachers: dict[str, Teacher]) -> dict[str, int]:
+    """Counts the likeliest actions that teachers tell which don't tell whole distributions, by name."""
+    counts = {name: teacher.weights.top_k for name, teacher in teachers.items()}
+    return {name: count for name, count in counts.items() if count is not None}
+
+
 def check_names(teachers: Iterable[str]) -> None:
     """Refuses names of teachers that clash or can't be written.
 
@@ -276,3 +352,25 @@ def check_names(teachers: Iterable[str]) -> None:
             raise ValueError(f"model.teachers: a name is made of letters, digits, _ and -, not {name!r}")
         if name == "default" or hasattr(nn.ModuleDict(), name):  # of the student's adapter, and of torch
             raise ValueError(f"model.teachers: {name!r} is taken by the libraries; take another name")
+
+
+def check_actors(teachers: dict[str, Teacher], sources: Set[str]) -> None:
+    """Refuses teachers that are elsewhere, where they would have to act or to know of new rollouts.
+
+    Args:
+        teachers: by name.
+        sources: behavior policies of the run.
+
+    Raises:
+        ValueError: one is named as a behavior policy, or knows of recorded completions alone while somebody acts.
+    """
+    elsewhere = {name: t.weights for name, t in teachers.items() if isinstance(t.weights, Elsewhere)}
+    for name, weights in elsewhere.items():
+        who = f"model.teachers.{name}: {type(weights).__name__}"
+        if name in sources:
+            raise ValueError(f"{who} has no model in this process, so it can't act; name another policy in behavior")
+        if weights.recorded and (acting := sorted(sources - {"dataset"})):
+            raise ValueError(
+                f"{who} knows of recorded completions alone, and {', '.join(acting)} would write new ones; set "
+                "rollout.behavior: {dataset: 1.0, student: 0.0}, over the completions that were recorded"
+            )

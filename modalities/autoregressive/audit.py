@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -157,7 +158,8 @@ def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tupl
         view = teacher.look(example)
         same = teacher.view is None and not teacher.own_template
         teacher_example = student_example if teacher.view is None or view is None else view
-        ids = module.prompt_ids(teacher_example, module.reads_as(module.policies[name])).tolist()
+        reader = module.policies.get(name, student)  # one that is elsewhere is asked in the student's tokens
+        ids = module.prompt_ids(teacher_example, module.reads_as(reader)).tolist()
         text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids, limit)
         lines.append((f"{name} reads", text))
     return lines
@@ -242,7 +244,8 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
 
 def problem_with_view(module: Audited, name: str, example: Example) -> str | None:
     """Finds why a teacher can't read its view of an example; None if it can, or has none."""
-    teacher, policy = module.teachers[name], module.policies[name]
+    teacher = module.teachers[name]
+    policy = module.policies.get(name, module.policies["student"])
     view = teacher.look(example)
     if view is None:
         return None
@@ -251,7 +254,7 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
-    room = context_length(policy) - module.rollout.horizon
+    room = context_length(policy) - module.rollout.horizon if name in module.policies else math.inf
     limit = min(teacher.max_prompt_length or room, room)
     if len(ids) > limit:
         return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
@@ -268,7 +271,7 @@ def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -
         is_raw: whether text was read as it is. A chat template may end a prompt with the stop token, behind which its
             model was taught to answer.
     """
-    policy = module.policies[name]
+    policy = module.policies.get(name, module.policies["student"])
     key = "model.student" if name == "student" else f"model.teachers.{name}"
     rows = bare(policy.model).get_input_embeddings().weight.shape[0]
     for i in ids[ids >= rows].tolist():

@@ -1,4 +1,4 @@
-"""Distributions over the next step: `Categorical` (hidden states and a head), `Gaussian` or `Lazy` normals."""
+"""Distributions over the next step: `Categorical` (hidden states and a head), `Gaussian`, `Lazy` or `Scored`."""
 
 from .base import Distribution, GradientAccumulator
 from .categorical import Categorical
@@ -6,6 +6,7 @@ from .chunk import CategoricalChunk
 from .gaussian import Gaussian, gaussian_kl
 from .head import IMPOSSIBLE, Head
 from .lazy import Lazy
+from .scored import Scored, ScoredChunk
 from .stream import Stream
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "GradientAccumulator",
     "Head",
     "Lazy",
+    "Scored",
+    "ScoredChunk",
     "Stream",
     "gaussian_kl",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diagnostics import Averages
-from ..distribution import CategoricalChunk, Gaussian, gaussian_kl
+from ..distribution import CategoricalChunk, Gaussian, ScoredChunk, gaussian_kl
 from .steps import OpenSteps
 
 OVERLAP_K = 16
@@ -20,7 +20,9 @@ def chunk_diagnostics(chunk: OpenSteps, averages: Averages) -> None:
     """Adds entropies, both KLs, first-step KL, top-k overlap and privileged gap, at temperature 1, to ``averages``.
 
     The gap is the mean of log q(y | view) − log q(y) over the sampled steps, under the teacher's own weights. Of
-    Gaussians the first three alone (`_of_gaussians`). Steps where a teacher is not defined count in none of its means.
+    Gaussians the first three alone (`_of_gaussians`), of a `ScoredChunk` the mean of log p(y) − log q(y), which is
+    KL(student‖teacher) on average over the student's own samples. Steps where a teacher is not defined count in none of
+    its means.
     """
     student = chunk.student
     if isinstance(student, Gaussian):
@@ -29,8 +31,12 @@ def chunk_diagnostics(chunk: OpenSteps, averages: Averages) -> None:
     averages.add("student_entropy", student.entropy())
     log_p, p = student.known()
     for name, teacher in chunk.streams.items():
-        assert isinstance(teacher, CategoricalChunk)
         here = chunk.knows(name).float()
+        if isinstance(teacher, ScoredChunk):
+            log_ratio = student.log_prob(chunk.action) - teacher.log_prob(chunk.action)
+            averages.add(f"{name}/kl_sampled", log_ratio * here, here)
+            continue
+        assert isinstance(teacher, CategoricalChunk)
         log_q, q = teacher.known()
         if name in chunk.without_view:
             blind = chunk.without_view[name].log_prob(chunk.action)

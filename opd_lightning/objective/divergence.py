@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distribution import CategoricalChunk, Gaussian, gaussian_kl
+from ..distribution import CategoricalChunk, Gaussian, ScoredChunk, gaussian_kl
 from .signal import Signal
 from .steps import OpenSteps
 from .support import Support
@@ -141,7 +141,7 @@ class Divergence(Signal):
         ValueError: temperature or clip not positive; a support that is another divergence's.
     """
 
-    needs: frozenset[str] = frozenset({"teacher"})
+    needs: frozenset[str] = frozenset({"teacher", "distribution"})
     # also of a subclass whose own __init__ doesn't call this one
     support: Support = FULL
     temperature: float = 1.0
@@ -170,6 +170,8 @@ class Divergence(Signal):
             )
         if support != FULL or temperature != 1 or clip is not None:  # Gaussians take none of them
             self.needs = self.needs | {"categorical"}
+        if support.of in ("teacher", "sampled") and temperature == 1:  # what else there is makes one bucket
+            self.needs, self.top_k = self.needs - {"distribution"}, support.k or 0
 
     @abstractmethod
     def categorical(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -205,12 +207,14 @@ class Divergence(Signal):
                 raise TypeError("support, temperature and clip belong to a vocabulary; Gaussians take none of them")
             return self.gaussian(steps.student, steps.teacher)
         assert isinstance(steps.student, CategoricalChunk)
-        if self.support.is_full(steps.student.logits.shape[-1]):
+        scored = isinstance(steps.teacher, ScoredChunk)
+        if self.support.is_full(steps.student.logits.shape[-1]) and not scored:
             value: Tensor = _OverVocabulary.apply(steps.student.logits, self, steps.student, steps.teacher)
             return value
-        log_p, log_q = self.support.restrict(
-            steps.student.log_probs(self.temperature), steps.teacher.log_probs(self.temperature), steps.action
-        )
+        # `log_probs` says why where more is read than is told
+        is_coarse = scored and "distribution" not in self.needs
+        log_q = steps.teacher.coarse() if is_coarse else steps.teacher.log_probs(self.temperature)
+        log_p, log_q = self.support.restrict(steps.student.log_probs(self.temperature), log_q, steps.action)
         return self._sum(self.categorical(log_p, log_q))
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,13 +107,20 @@ class Objective:
                     wanted |= {*part.layers.values()} if name == term.teacher else set()
         return sorted(wanted)
 
-    def check(self, teachers: Set[str], provides: Set[str] | None = None, sources: Set[str] | None = None) -> None:
+    def check(
+        self,
+        teachers: Set[str],
+        provides: Set[str] | None = None,
+        sources: Set[str] | None = None,
+        top_k: Mapping[str, int] | None = None,
+    ) -> None:
         """Refuses what cannot be served, naming the part and what is missing.
 
         Args:
             teachers: names in model.teachers.
             provides: which of `Part.needs` the run offers, besides teachers; None: not known yet.
             sources: behavior policies that act in this run; None: not known yet.
+            top_k: of teachers that tell no distributions, how many of the likeliest actions of a state they tell.
 
         Raises:
             ValueError: a term asks for something else.
@@ -133,7 +140,8 @@ class Objective:
                     raise ValueError(f"{where}.target: {type(part).__name__} reads hidden states; a target has none")
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
-                for need in sorted(part.needs - {"teacher"} - provides) if provides is not None else ():
+                term.check_told(where, part, top_k or {})
+                for need in sorted(part.needs - {"teacher", "distribution"} - provides) if provides is not None else ():
                     # policies that act store their log-probs; only dataset completions have none
                     acts = need == "behavior" and term.source not in (None, "dataset")
                     if not acts:

@@ -28,7 +28,8 @@ class Part(Finite):
     A part of scope ``generation`` implements `settle`, any other `__call__`.
 
     Attributes:
-        needs: what the run must provide, any of ``teacher``, ``reward`` (a reward is configured), ``group``
+        needs: what the run must provide, any of ``teacher``, ``distribution`` (the whole of its teacher's: without this
+            word a teacher will do that tells log-probs of actions), ``reward`` (a reward is configured), ``group``
             (group_size > 1), ``behavior`` (behavior log-probs: not for dataset completions), ``categorical``, or a name
             of a setting's or a callback's `provides`.
         scope: ``data``: reads only the trajectories, so it is known before any model runs. ``step``: its own step.
@@ -39,6 +40,7 @@ class Part(Finite):
         layers: whose hidden states it reads (``steps.student.layers``): by layer of the student that of the term's
             teacher beside it, or ``all`` of both in order. A part that has some needs ``layers``.
         widths: of hidden states of student and teacher, where it takes others than equal ones.
+        top_k: how many of the teacher's likeliest actions it reads of a state, where it needs no ``distribution``.
         advice: what provides a need, for the message where nothing does.
     """
 
@@ -47,6 +49,7 @@ class Part(Finite):
     reads: frozenset[str] = frozenset()
     layers: dict[int, int] | Literal["all"] = {}  # noqa: RUF012  (never written to)
     widths: tuple[int, int] | None = None
+    top_k: int = 0
     advice: dict[str, str] = ADVICE
 
     def __call__(self, steps: Any) -> Tensor:

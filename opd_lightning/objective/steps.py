@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distribution import CategoricalChunk, Gaussian
+from ..distribution import CategoricalChunk, Gaussian, ScoredChunk
 from ..trajectory import Trajectories
 
-Chunk = CategoricalChunk | Gaussian
+Chunk = CategoricalChunk | Gaussian | ScoredChunk
 
 STATISTICS: dict[str, Callable[[Any, OpenSteps], Tensor]] = {
     "entropy": lambda distribution, steps: distribution.entropy(),

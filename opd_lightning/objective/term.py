@@ -5,8 +5,9 @@ Shape legend: N trained steps of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +80,41 @@ class Term:
         """Names whose forward pass the term needs: those that it compares with, and those that its parts read."""
         return self.compared.union(*(part.streams for part in self.parts()))
 
+    def whole(self, part: Part) -> set[str]:
+        """Names the teachers of which a part reads more than how likely the action was, and the likeliest ones."""
+        is_whole = "distribution" in part.needs or bool(part.layers) or self.target is not None
+        own = self.compared if is_whole else set()
+        reads = [name.split("/") for name in part.reads]
+        others = {stream for stream, what in reads if what != "log_prob"} - {"student"}
+        return own | (others - {"teacher"}) | (self.compared if "teacher" in others else set())
+
+    def check_told(self, where: str, part: Part, top_k: Mapping[str, int]) -> None:
+        """Refuses a part that reads more of a teacher than that tells.
+
+        Args:
+            where: the term is, for the message.
+            part: one of its own.
+            top_k: of teachers that tell no distributions, how many of the likeliest actions of a state they tell.
+
+        Raises:
+            ValueError: with what such a teacher serves.
+        """
+        name = type(part).__name__
+        likeliest = {k: f" and of the {count} likeliest ones" if count else " alone" for k, count in top_k.items()}
+        for teacher in sorted(top_k.keys() & self.whole(part)):
+            who = f"term {self.name}'s target" if self.target is not None else name
+            raise ValueError(
+                f"{where}: {who} needs the whole distribution of model.teachers.{teacher}, which tells log-probs of the "
+                f"action{likeliest[teacher]}. Those serve PolicyGradient with LogRatio, and divergences with the "
+                "support {of: sampled} or, where likeliest ones are told, {of: teacher, k: …}"
+            )
+        for teacher in sorted(top_k.keys() & self.compared):
+            if part.top_k > top_k[teacher]:
+                raise ValueError(
+                    f"{where}: {name} reads the {part.top_k} likeliest actions of model.teachers.{teacher}, which "
+                    f"tells log-probs of the action{likeliest[teacher]}"
+                )
+
     def channel(self, part: Part) -> str:
         """Names the channel that keeps the values of one of its parts of scope ``generation``."""
         settled = [candidate for candidate in self.parts() if candidate.scope == "generation"]
@@ -137,8 +173,9 @@ class Term:
         if self.compared:
             assert self.teacher is not None
             target = chunk.streams[self.teacher]
-            if self.target is not None:
-                target = self.target({**chunk.streams, "teacher": target, "student": chunk.student})
+            if self.target is not None:  # which `check` keeps from what is only told
+                streams: dict[str, Any] = {**chunk.streams, "teacher": target, "student": chunk.student}
+                target = self.target(streams)
         return chunk.for_term(self.stream, target)
 
     def measured(self, chunk: OpenSteps, name: str) -> Tensor:

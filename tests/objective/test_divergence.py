@@ -359,5 +359,5 @@ def test_a_divergence_of_ones_own_has_every_setting_without_calling_super():
         for signal in (Powered(2.0), ForwardKL())
     ]
     close(losses[0], 2 * losses[1], 1e-9)
-    assert Powered().needs == {"teacher", "categorical"}, "Gaussians are refused when it is built"
-    assert Closed().needs == {"teacher"}
+    assert Powered().needs == {"teacher", "distribution", "categorical"}, "Gaussians are refused when it is built"
+    assert Closed().needs == {"teacher", "distribution"}
