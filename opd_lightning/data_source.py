@@ -249,7 +249,7 @@ def _from_parquet(files: list[Path], key: str, bad: BadRows) -> Dataset:
     tables = []
     for file in files:
         try:
-            table = Dataset.from_file(str(_as_arrow(file)))
+            table = Dataset.from_file(str(as_arrow(file)))
         except Exception as error:
             column = _unknown_column(file)
             where = f"{file}, column {column!r}" if column is not None else file
@@ -272,7 +272,7 @@ def _unknown_column(file: Path) -> str | None:
     return None
 
 
-def _as_arrow(file: Path) -> Path:
+def as_arrow(file: Path) -> Path:
     """Copies a Parquet file, once, to an Arrow file in the cache of `datasets` that can be mapped into memory.
 
     `datasets` itself would take the path for a pattern: with brackets, variables and URLs in it.

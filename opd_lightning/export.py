@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from .adapters import STUDENT, merged
 from .checkpoint import check_whole, newest_whole
 from .cli_errors import Parser
 from .jsonargparse_internals import import_object
-from .likeness import TOLERANCE, distance, tolerance
+from .likeness import TAUGHT_BY, TOLERANCE, distance, tolerance
 from .model_card import model_card
 from .module import OnPolicyDistillation
 from .objective import Objective
@@ -96,6 +97,8 @@ def write(
         comparison = _compare(module, partial, live)
         card = model_card(config, state["global_step"], module.library, state.get("changes", ()))
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if teachers := state.get("teachers"):
+            (partial / TAUGHT_BY).write_text(json.dumps({"teachers": teachers}, indent=1), encoding="utf-8")
     print(printable(f"wrote {folder}: {comparison}"))
 
 

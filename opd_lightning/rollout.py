@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import Any
@@ -202,16 +202,30 @@ class RolloutLoader:
 
     def _roll_out(self, number: int, version: int, actor: Actor) -> Trajectories:
         """Rolls out generation batch ``number`` since the start of the run, without rewards."""
-        # 1. rows and seeds, by their numbers since the start of the run
-        rollout = actor.rollout
         epoch, generation = divmod(number, self.generations)
+        first = generation * self.prompts + self.rank * actor.rollout.batch_size
+        return self._act(epoch, range(first, first + actor.rollout.batch_size), version, actor)
+
+    def first_epoch(self, done: Container[int] = ()) -> Iterator[tuple[int, Trajectories]]:
+        """Rolls out the whole first epoch with the weights of now, as one rank has it; yields number and batch.
+
+        What fills no generation batch is the last one. Those in ``done`` are left out.
+        """
+        for number, first in enumerate(range(0, len(self.dataset), self.prompts)):
+            if number not in done:
+                places = range(first, min(first + self.prompts, len(self.dataset)))
+                yield number, self._act(0, places, self.trainer.global_step, self.actor)
+
+    def _act(self, epoch: int, prompts: range, version: int, actor: Actor) -> Trajectories:
+        """Rolls out the prompts at some places of an epoch's order."""
+        # 1. rows and seeds, by their numbers since the start of the run
+        rollout, count = actor.rollout, len(prompts)
         order = torch.randperm(len(self.dataset), generator=self._generator(epoch))
-        first = generation * self.prompts + self.rank * rollout.batch_size
-        rows = order[first : first + rollout.batch_size].repeat_interleave(rollout.group_size)
+        rows = order[prompts.start : prompts.stop].repeat_interleave(rollout.group_size)
         # one number for each draw of a prompt in the whole run
-        draws = epoch * len(self.dataset) + torch.arange(first, first + rollout.batch_size)
+        draws = epoch * len(self.dataset) + torch.tensor(prompts)
         draws = draws.repeat_interleave(rollout.group_size)
-        members = torch.arange(rollout.group_size).repeat(rollout.batch_size)
+        members = torch.arange(rollout.group_size).repeat(count)
         examples: list[Example] = [row_of(self.dataset, int(row)) for row in rows]
         seeds = [derived_seed(self.seed, int(d), int(m)) for d, m in zip(draws, members, strict=True)]
 
@@ -221,7 +235,7 @@ class RolloutLoader:
             source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
         else:
             counts = torch.tensor(list(rollout.members.values()))
-            source = torch.arange(len(sources)).repeat_interleave(counts).repeat(rollout.batch_size)
+            source = torch.arange(len(sources)).repeat_interleave(counts).repeat(count)
         parts, places = [], []
         for i, name in enumerate(sources):
             indices = (source == i).nonzero().squeeze(-1)
@@ -378,6 +392,7 @@ class EndOfRollouts(L.Callback):
         if isinstance(trainer.train_dataloader, RolloutLoader):
             trainer.train_dataloader.close()
         pl_module.release()  # type: ignore[operator]
+        pl_module.streams.close()  # type: ignore[union-attr,operator]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out where a run fails

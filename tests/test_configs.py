@@ -8,6 +8,7 @@ import pytest
 
 from opd_lightning.catalog import Method, read_all
 from opd_lightning.cli import OPDCLI, run
+from opd_lightning.modalities.autoregressive.elsewhere.score import score
 
 ROOT = Path(__file__).parent.parent / "configs"
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
@@ -59,10 +60,17 @@ def methods(first: bool) -> list:
     return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs]
 
 
+def recorded(setting: str, folder: Path) -> list[str]:
+    """Records the quickstart's teacher; returns what a method that reads it is told in place of `FEW`."""
+    score(["-c", f"opd:{setting}/quickstart.yaml", *SMALL, FEW[setting], f"--into={folder}"])
+    return [f"--model.teachers.teacher.weights.path={folder}", f"--data.train={folder / 'rows.jsonl'}"]
+
+
 def train(method: Method, setting: str, folder: Path) -> None:
     """Trains two optimizer steps on the setting's quickstart."""
     files = [part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml")]
-    run(["fit", *files, *SMALL, FEW[setting], f"--trainer.default_root_dir={folder}"])
+    few = recorded(setting, folder / "recorded") if "Cached" in method.parts else [FEW[setting]]
+    run(["fit", *files, *SMALL, *few, f"--trainer.default_root_dir={folder}"])
     assert (folder / "checkpoints" / "last.ckpt").exists()
 
 

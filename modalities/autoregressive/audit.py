@@ -56,6 +56,7 @@ class Audited(Protocol):
     def shown(self, examples: list[Example]) -> list[Example]: ...
     def asked(self, example: Example) -> Example: ...
     def answered(self, example: Example, seen: Example, policy: Policy) -> Example: ...
+    def written_as(self, tokens: list[int]) -> str: ...
     def suppressed(self) -> list[int]: ...
     def prompt_ids(self, example: Example, policy: Policy) -> Tensor: ...
 
@@ -201,10 +202,18 @@ def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) 
         policy: the student, whose processor reads it.
 
     Raises:
-        ValueError: as in `Renderer.completion`; an id that can be no action.
+        ValueError: as in `Renderer.completion`; an id that can be no action; ids that don't write the completion.
     """
     row = {**module.asked(seen), "completion": module.answered(example, seen, policy)["completion"]}
-    ids, written = module.renderer(policy).completion(row, module.eos)
+    if (known := example.get("completion_ids")) is not None:
+        ids, written = list(known), [True] * len(known)
+        if not ids or module.written_as(ids) != row["completion"]:
+            raise ValueError(
+                f"completion_ids write {quoted(module.written_as(ids))}, and completion is {quoted(row['completion'])}: "
+                "they were written with another tokenizer"
+            )
+    else:
+        ids, written = module.renderer(policy).completion(row, module.eos)
     if impossible := [i for i in ids if i >= module.vocabulary or i in module.suppressed()]:
         token = module.tokenizer(policy).convert_ids_to_tokens(impossible[0])
         raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")

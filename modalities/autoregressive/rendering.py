@@ -31,7 +31,7 @@ from .messages import (
 )
 from .models import tokenizer_of
 
-COLUMNS = frozenset({"prompt", "completion", "tools", "chat_template_kwargs"})
+COLUMNS = frozenset({"prompt", "completion", "completion_ids", "tools", "chat_template_kwargs"})
 """Columns of a row that are read."""
 
 _OURS = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}

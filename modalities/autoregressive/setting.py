@@ -186,7 +186,10 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
     ) -> Trajectories:
-        """Converts the column ``completion``, cut at the horizon; of several messages the assistant's are trained."""
+        """Converts the column ``completion``, cut at the horizon; of several messages the assistant's are trained.
+
+        Where a row has ``completion_ids``, what a policy wrote once, it is these.
+        """
         horizon = rollout.horizon
         given = [given_ids(self, example, view, policy) for example, view in zip(examples, seen, strict=True)]
         width = min(max(len(ids) for ids, _ in given), horizon)
@@ -200,7 +203,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
             actions=actions,
             mask=mask,
             examples=examples,
-            stopped=torch.tensor([len(ids) <= horizon for ids, _ in given]),
+            stopped=torch.tensor([len(ids) <= horizon and ids[-1] in self.eos for ids, _ in given]),
             behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
 
