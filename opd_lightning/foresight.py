@@ -125,7 +125,7 @@ def divergence(look: Look) -> Iterator[Finding]:
     """Measures KL(student‖teacher) by position, and doubts reverse KL where the first step's is large."""
     if "categorical" not in look.module.provides:
         return
-    for name in look.module.objective.teachers():
+    for name in sorted(look.module.objective.teachers() & look.module.policies.keys()):  # others tell too little
         values = look.module.per_step(look.acted, ReverseKL(), name)
         if values.isnan().all():
             yield Finding("first KL", "doubtful", f"{name} has nothing to say of the first {ROWS} rows")

@@ -173,7 +173,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         if "dataset" not in sources:
             provides.add("behavior")
         self.objective.check(set(self.teachers), provides, sources)
-        check_actors(self.teachers, sources)
+        check_actors(self.teachers, sources | self.rollout.policies)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked.union(sources, self.rollout.policies, *(c.asks for c in callbacks))
         if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves them idle

@@ -181,8 +181,8 @@ def test_one_is_shown_with_its_file_or_the_reason_why_there_is_none(capsys):
     assert "flow_map_forward" not in capsys.readouterr().out, "a method's name wins over a system's"
     main(["show", "performance recovery"])
     assert capsys.readouterr().out.startswith("opd:methods/text/recover.yaml\n")
-    main(["show", "ogls-sd"])
-    assert capsys.readouterr().out.startswith("OGLS-SD (paper: 2605.12400) is not built, the core can't do it yet: ")
+    main(["show", "omniopd"])
+    assert capsys.readouterr().out.startswith("OmniOPD (paper: 2606.01476) is not built, the core can't do it yet: ")
     with pytest.raises(SystemExit):
         main(["show", "opsdd"])
     assert "there is no method opsdd; did you mean opsd?" in capsys.readouterr().err

@@ -34,7 +34,7 @@ class Oracle(Elsewhere):
 
     def connect(self, teacher, setting):
         self.module = make_module(self.path, self.path)
-        return {"oracle": f"top {self.top_k}"}
+        return {"weights": f"0123456789abcdef (Oracle, {self.path})"}
 
     def say(self, teacher, setting, batch, views):
         shown = [row if view is None else view for row, view in zip(batch.examples, views, strict=True)]

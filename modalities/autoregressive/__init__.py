@@ -1,6 +1,7 @@
 """What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
 from .checklist import Checklist
+from .elsewhere import Cached, Remote
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
 from .notes import Feedback, Peers, Written
 from .setting import AutoregressiveDistillation
@@ -11,6 +12,7 @@ __all__ = [
     "AgainstReference",
     "Annotator",
     "AutoregressiveDistillation",
+    "Cached",
     "Checklist",
     "DecodeLoop",
     "Feedback",
@@ -18,6 +20,7 @@ __all__ = [
     "Generate",
     "Peers",
     "PromptView",
+    "Remote",
     "RolloutEngine",
     "Span",
     "Spans",

@@ -172,7 +172,8 @@ def _without_notes(module: Audited, name: str, example: Example, limit: int) -> 
     As text: what stands for a note may have no tokens.
     """
     teacher = module.teachers[name]
-    renderer = module.renderer(module.reads_as(module.policies[name]))
+    reader = module.policies.get(name, module.policies["student"])
+    renderer = module.renderer(module.reads_as(reader))
     views = teacher.view.views if isinstance(teacher.view, FirstOf) else [teacher.view]
     lines = []
     for number, view in enumerate(views):
@@ -209,8 +210,8 @@ def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) 
         ids, written = list(known), [True] * len(known)
         if not ids or module.written_as(ids) != row["completion"]:
             raise ValueError(
-                f"completion_ids write {quoted(module.written_as(ids))}, and completion is {quoted(row['completion'])}: "
-                "they were written with another tokenizer"
+                f"completion_ids write {quoted(module.written_as(ids))}, and completion is {quoted(row['completion'])},"
+                " so they were written with another tokenizer"
             )
     else:
         ids, written = module.renderer(policy).completion(row, module.eos)

@@ -104,8 +104,8 @@ class Term:
         for teacher in sorted(top_k.keys() & self.whole(part)):
             who = f"term {self.name}'s target" if self.target is not None else name
             raise ValueError(
-                f"{where}: {who} needs the whole distribution of model.teachers.{teacher}, which tells log-probs of the "
-                f"action{likeliest[teacher]}. Those serve PolicyGradient with LogRatio, and divergences with the "
+                f"{where}: {who} needs the whole distribution of model.teachers.{teacher}, which tells log-probs of "
+                f"the action{likeliest[teacher]}. Those serve PolicyGradient with LogRatio, and divergences with the "
                 "support {of: sampled} or, where likeliest ones are told, {of: teacher, k: …}"
             )
         for teacher in sorted(top_k.keys() & self.compared):

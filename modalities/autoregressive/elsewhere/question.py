@@ -120,7 +120,7 @@ def answers(
         told: Any = chunk.student
         top = told.known()[0].topk(top_k) if top_k and isinstance(told, CategoricalChunk) else None
         pieces.append((told.log_prob(chunk.action), *(() if top is None else (top.indices, top.values))))
-        del chunk
+        del chunk, told  # logits must not outlive their piece
     columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
     log_probs, ids, values = [*columns, None, None][:3]
     flat = distribution.at(steps.index)

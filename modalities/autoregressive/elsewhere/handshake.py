@@ -1,0 +1,118 @@
+"""Handshake: what is compared with a server before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....printable import quoted
+from .connection import Refused
+from .dialect import Dialect
+from .question import Question
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    " a space before, two  within, one behind ",
+    "1234567890 + 0.5e-3 = 12,345",
+    "naïve café, Straße, ñandú",
+    "日本語 и русский, 한국어",
+    "🙂👩‍👩‍👧",
+    "def f(x):\n\treturn x**2  # ²\n\n\n",
+)
+"""Texts whose ids are compared one by one."""
+MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
+TIMES, ANSWER_TOKENS = 5, 8
+
+
+def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> tuple[dict[str, str], Question, Tensor]:
+    """Compares a server with the student's tokenizer, and with itself.
+
+    Args:
+        dialect: asks it.
+        setting: of the run.
+        top_k: ids of each step that will be asked for.
+        tolerance: nats that the same text may be apart when it is scored again.
+
+    Returns:
+        Facts for the start-up table; a question, with the log-probs of its answer, by which the server is known again.
+
+    Raises:
+        ValueError: it reads ids otherwise, caps the likeliest ids, or contradicts itself.
+    """
+    # 1. ids, one by one
+    who, texts, compared = dialect.connection.url, _texts(setting), 0
+    for text, own in texts.items():
+        answered = dialect.ids(text)
+        if answered is None:
+            break
+        if own != answered:
+            same = [a == b for a, b in zip(own, answered, strict=False)]
+            place = [*same, False].index(False)
+            raise ValueError(
+                f"{who} has another tokenizer than the student: {quoted(text)} has the ids {quoted(answered)} there "
+                f"and {quoted(own)} here, which differ from place {place} on"
+            )
+        compared += 1
+    facts = {"ids": f"equal in {compared} texts" if compared else "not compared: it has no /tokenize"}
+    # 2. the chat template, which the student's stands in for
+    facts["template"] = _template(dialect, setting)
+    # 3. one text, again and again: the cap on likeliest ids, and how far apart answers are
+    ids = next(iter(texts.values()), list(range(min(setting.vocabulary, 16))))[: 4 * ANSWER_TOKENS]
+    cut = max(1, len(ids) - ANSWER_TOKENS)
+    question = Question(tuple(ids[:cut]), tuple(ids[cut:]), tuple(range(len(ids) - cut)))
+    try:
+        told = torch.stack([dialect.ask(question, top_k).log_probs.double() for _ in range(TIMES)])
+    except Refused as error:
+        cap = f" Does it cap top_k={top_k}? Lower weights.top_k, or raise the server's limit (vLLM: --max-logprobs)"
+        raise ValueError(f"{error}.{cap if top_k else ''}") from error
+    apart = float((told.amax(0) - told.amin(0)).max())
+    if not apart <= tolerance:
+        raise ValueError(
+            f"{who} scores the same text differently each time: {apart:.3g} nats apart in {TIMES} tries, more than "
+            f"weights.tolerance={tolerance:g}. Does it compute in half precision, or batch what others ask?"
+        )
+    facts["scored five times"] = f"{apart:.1e} nats apart"
+    return facts, question, told[0]
+
+
+def _texts(setting: Any) -> dict[str, list[int]]:
+    """Lists texts with their ids: one of tokens of the whole vocabulary, and those of `TEXTS` that can be written."""
+    tokenizer = setting.tokenizer()
+    tokens = [tokenizer.decode([i]) for i in range(0, setting.vocabulary, max(1, setting.vocabulary // 64))]
+    known: dict[str, list[int]] = {}
+    for text in ("".join(token for token in tokens if token not in tokenizer.all_special_tokens), *TEXTS):
+        try:
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception:  # of a tokenizer that knows few characters, which may raise anything
+            continue
+        if len(ids) > 1 and max(ids) < setting.vocabulary:
+            known[text] = ids
+    return known
+
+
+def _template(dialect: Dialect, setting: Any) -> str:
+    processor = setting.policies["student"].processor
+    if processor.chat_template is None:
+        return "none: prompts as they are"
+    own = processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    answered = dialect.rendered(MESSAGES)
+    if answered is None:
+        return "the student's; the server's is not known"
+    same = answered == list(setting.tokenizer()(own, add_special_tokens=False)["input_ids"])
+    return "the student's, equal to the server's" if same else "the student's; the server's is another one"
+
+
+def check_known(now: Tensor, before: Tensor, tolerance: float, who: str) -> None:
+    """Compares log-probs ``[n]`` of a known text with those of before.
+
+    Raises:
+        ValueError: they are further apart than ``tolerance``, in nats.
+    """
+    apart = float((now.double() - before).abs().max()) if len(now) == len(before) else float("inf")
+    if not apart <= tolerance:
+        raise ValueError(
+            f"{who} scores a known text {apart:.3g} nats away from before, more than weights.tolerance={tolerance:g}: "
+            "was it restarted with other weights?"
+        )

@@ -1,0 +1,165 @@
+"""Remote: a teacher that a server answers for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ....distribution import Distribution, Head
+from ....teacher import Elsewhere, Teacher
+from ....trajectory import Example, Trajectories
+from .connection import Connection
+from .dialect import DIALECTS, Opd
+from .handshake import check_known, handshake
+from .question import Answer, Question, check_tokens, questions, scored, stated
+from .store import read_head, write_whole
+
+TOKEN = "OPD_TEACHER_TOKEN"
+
+
+class Remote(Elsewhere):
+    """A teacher behind a URL: it is sent token ids, and answers with their log-probs.
+
+    Rows are rendered here, with the student's tokenizer and template and the teacher's view. Before the first step the
+    server is compared with the student's tokenizer, and with itself (docs/elsewhere.md). Whatever is missing in an
+    answer is an error.
+
+    Args:
+        url: such as ``http://localhost:8000``.
+        top_k: how many of the likeliest ids to ask for, besides the action. Servers cap them (vLLM at 20 by default).
+        dialect: ``vllm`` (default; also other servers with its ``prompt_logprobs``), ``sglang``, or ``opd`` for
+            `opd serve-teacher`.
+        hidden: ask for hidden states, of which the exact loss over the vocabulary is computed; for ``opd`` alone.
+        model: its name on the server. Default: the first that the server lists.
+        at_once: requests in flight. Default 32.
+        timeout: seconds that one answer may take. Default 120.
+        deadline: seconds after which a run ends that gets no answer. Default 600.
+        tolerance: nats that the same text may be apart when it is scored again. Default 0.05, ours.
+        keep: a folder for answers, which are then asked for once, also by runs that are resumed. Default: none.
+        token: name of the environment variable with the server's token. Default: ``OPD_TEACHER_TOKEN``.
+
+    Raises:
+        ValueError: a number out of range; when models are loaded: the server reads other ids, tells fewer than
+            ``top_k``, or contradicts itself; later: an answer lacks something, or comes from other weights.
+        ConnectionError: no answer until the deadline.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        top_k: int = 0,
+        dialect: Literal["vllm", "sglang", "opd"] = "vllm",
+        hidden: bool = False,
+        model: str | None = None,
+        at_once: int = 32,
+        timeout: float = 120.0,
+        deadline: float = 600.0,
+        tolerance: float = 0.05,
+        keep: str | None = None,
+        token: str = TOKEN,
+    ) -> None:
+        if top_k < 0 or at_once < 1 or min(timeout, deadline, tolerance) <= 0:
+            raise ValueError(
+                f"Remote: top_k={top_k} must be >= 0, at_once={at_once} >= 1, timeout={timeout}, deadline={deadline} "
+                f"and tolerance={tolerance} > 0"
+            )
+        if dialect not in DIALECTS:
+            raise ValueError(f"Remote.dialect is one of {', '.join(DIALECTS)}, not {dialect!r}")
+        self.url, self.asks, self.at_once, self.tolerance = url.rstrip("/"), top_k, at_once, tolerance
+        self.top_k = None if hidden else top_k
+        self.keep = None if keep is None else Path(keep)
+        self._dialect = DIALECTS[dialect](Connection(self.url, token, timeout, deadline), model, hidden)
+        self._threads: ThreadPoolExecutor | None = None
+        self._flying: dict[Question, Future[Answer]] = {}
+        self._head: Head | None = None
+
+    def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
+        where = f"model.teachers.{teacher.name}"
+        check_tokens(setting, teacher)
+        if teacher.own_template:
+            raise ValueError(f"{where}.own_template: rows for a server are written with the student's template")
+        self._dialect.vocabulary = setting.vocabulary
+        try:
+            about = self._dialect.about()
+            facts, self._known, self._said = handshake(self._dialect, setting, self.asks, self.tolerance)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if isinstance(self._dialect, Opd) and self._dialect.hidden:
+            self._head = read_head(self._dialect.connection.ask("/head"), setting.vocabulary, about["hidden"])
+        self._weights = about["weights"]
+        if self.keep is not None:
+            self._check_kept(self.keep)
+        tells = "hidden states" if self._head else f"log-probs of the actions and {self.asks} likeliest ids"
+        return {"server": self.url, "tells": tells, "weights": self._weights, **facts}
+
+    def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
+        check_known(self._dialect.ask(self._known, self.asks).log_probs, self._said, self.tolerance, self.url)
+        for left in self._flying.values():  # of a generation batch before, that nobody asked for after all
+            left.cancel()
+        self._flying.clear()
+        for question in questions(setting, batch, views):
+            if question is not None:
+                self._submit(question)
+
+    def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Distribution:
+        asked = questions(setting, batch, views)
+        futures = [None if question is None else self._submit(question) for question in asked]
+        try:
+            told = [None if future is None else future.result() for future in futures]
+        except ValueError as error:
+            raise ValueError(f"model.teachers.{teacher.name}: {error}") from error
+        for question in asked:
+            if question is not None:
+                self._flying.pop(question, None)
+        if self._head is None:
+            return scored(told, batch, setting.vocabulary, self.asks, self.url)
+        return stated(told, batch, self._head)
+
+    def _submit(self, question: Question) -> Future[Answer]:
+        """Sends a question, unless it is on its way."""
+        if question.media:
+            raise ValueError(f"{self.url} is sent text alone, and the prompt shows images, which it would never see")
+        if question not in self._flying:
+            if self._threads is None:
+                self._dialect.connection.closed.clear()
+                self._threads = ThreadPoolExecutor(self.at_once, thread_name_prefix="teacher")
+            self._flying[question] = self._threads.submit(self._answer, question)
+        return self._flying[question]
+
+    def _answer(self, question: Question) -> Answer:
+        """Finds a question's answer among those that were kept, or asks."""
+        if self.keep is None:
+            return self._dialect.ask(question, self.asks)
+        content = repr((self._weights, self.asks, self._dialect.hidden, question))
+        path = self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
+        if path.exists():
+            return Answer(**load_file(path))
+        answer = self._dialect.ask(question, self.asks)
+        self.keep.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}-{id(answer)}")
+        save_file({name: t.contiguous() for name, t in vars(answer).items() if t is not None}, partial)
+        os.replace(partial, path)
+        return answer
+
+    def _check_kept(self, folder: Path) -> None:
+        """Compares what was kept with who answers now, by a known text: some servers don't say what they serve."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "known.json"
+        if path.exists():
+            before = torch.tensor(json.loads(path.read_text(encoding="utf-8")))
+            check_known(before, self._said, self.tolerance, f"{folder} was filled by other weights: {self.url}")
+        else:
+            write_whole(path, json.dumps(self._said.tolist()))
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._dialect.connection.closed.set()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads, self._flying = None, {}

@@ -1,0 +1,247 @@
+"""`opd serve-teacher`: a teacher of a configuration, for runs elsewhere, over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ....cli import OPDCLI
+from ....likeness import fingerprint
+from ....model_card import known_as
+from ....printable import printable, quoted
+from ....teacher import Frozen
+from .question import Question
+from .remote import TOKEN
+from .scorer import Scorer, Wish
+
+HELP = f"""usage: opd serve-teacher [--teacher NAME] [--host HOST] [--port PORT] [--top_k K] -c FILE [--key=value …]
+
+Answer for a teacher of a configuration: how likely it finds given token ids, with weights.dialect: opd of Remote.
+
+Files and keys are those of `opd fit`; nothing is trained, and the student is not loaded.
+
+  --teacher NAME        the entry of model.teachers, a Frozen one (default: teacher)
+  --host, --port        where to listen (default: 127.0.0.1, 8200). Other machines are let in where the environment
+                        variable {TOKEN} holds a token, which every request then has to name
+  --top_k K             the most ids that are told of a step (default: 100)
+  --batch_tokens N      tokens of a batch, padding included (default: 8192)
+  --max_request_mib N   the largest request (default: 16)
+"""
+
+
+class ServeCLI(OPDCLI):
+    """The configuration of a run, of which one teacher is served.
+
+    Args:
+        options: of the command line.
+        arguments: those of `opd fit`.
+    """
+
+    def __init__(self, options: Any, arguments: Sequence[str]) -> None:
+        self._options = options
+        super().__init__(["fit", *arguments])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        options = self._options
+        scorer, about = loaded(self.model, options.teacher, self.trainer.strategy.root_device, options)
+        serve(TeacherServer((options.host, options.port), scorer, about, options.max_request_mib * 2**20))
+
+
+def serve_teacher(arguments: Sequence[str]) -> None:
+    """Answers for a teacher of a configuration over HTTP."""
+    if not arguments or {"-h", "--help"} & {*arguments}:
+        print(HELP, end="")
+        return
+    parser = argparse.ArgumentParser(prog="opd serve-teacher", allow_abbrev=False)
+    parser.add_argument("--teacher", type=str, default="teacher")
+    parser.add_argument("--host", type=str, default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8200)
+    parser.add_argument("--top_k", type=int, default=100)
+    parser.add_argument("--batch_tokens", type=int, default=8192)
+    parser.add_argument("--max_request_mib", type=int, default=16)
+    options, rest = parser.parse_known_args(list(arguments))
+    check_reach(options.host)
+    ServeCLI(options, rest)
+
+
+def check_reach(host: str) -> None:
+    """Refuses to let other machines in without a token.
+
+    Raises:
+        ValueError: the host is no loopback address, and there is no token.
+    """
+    address = ipaddress.ip_address(socket.getaddrinfo(host or "0.0.0.0", None)[0][4][0])
+    if not address.is_loopback and not os.environ.get(TOKEN):
+        raise ValueError(
+            f"--host={host} lets other machines ask: set the environment variable {TOKEN} to a token, here and there, "
+            "or listen on 127.0.0.1"
+        )
+
+
+def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, dict[str, Any]]:
+    """Loads a teacher in the student's place, who is not needed; returns what answers, and what it says of itself.
+
+    Raises:
+        ValueError: there is no such teacher, or it is none that stands still and is another model.
+    """
+    teacher = module.teachers.get(name)
+    if teacher is None or not isinstance(teacher.weights, Frozen):
+        kind = "not there" if teacher is None else type(teacher.weights).__name__
+        raise ValueError(f"--teacher={name}: model.teachers.{name} is {kind}; what is served is a Frozen one")
+    policy = module.streams.load_frozen(teacher.weights.pretrained)
+    policy.model.to(device)
+    module.policies["student"], module.student_view = policy, None
+    module.teachers.clear()
+    scorer = Scorer(module, policy, options.top_k, options.batch_tokens)
+    about = {
+        "weights": f"{fingerprint(policy.model)} (Frozen, {known_as(policy.path)})",
+        "context": scorer.context,
+        "vocabulary": scorer.head.vocabulary,
+        "top_k": options.top_k,
+        "hidden": scorer.head_settings,
+    }
+    return scorer, about
+
+
+def serve(server: TeacherServer) -> None:
+    """Answers until the process is told to end."""
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    host, port = server.server_address[:2]
+    print(printable(f"serving {server.about['weights']} at http://{host!s}:{port}"), flush=True)
+    try:
+        server.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        print("no more questions are taken", flush=True)
+    finally:
+        server.server_close()
+        server.scorer.close()
+
+
+class TeacherServer(ThreadingHTTPServer):
+    """HTTP server of one scorer; each request has a thread, which waits for its batch.
+
+    Args:
+        address: host and port; port 0: any that is free.
+        scorer: answers.
+        about: what it says of itself.
+        limit: bytes of the largest request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], scorer: Scorer, about: dict[str, Any], limit: int) -> None:
+        self.scorer, self.about, self.limit, self.token = scorer, about, limit, os.environ.get(TOKEN)
+        super().__init__(address, Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: ``/about``, ``/head``, ``/tokenize`` or ``/score``."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that a client may be silent within a request
+    server: TeacherServer
+
+    def do_GET(self) -> None:
+        """Answers ``/about`` and ``/head``."""
+        if self._is_let_in():
+            if self.path == "/about":
+                self._answer(200, self.server.about)
+            elif self.path == "/head" and self.server.scorer.packed_head:
+                self._answer(200, self.server.scorer.packed_head)
+            else:
+                self._refuse(404, f"there is no {quoted(self.path)} here")
+
+    def do_POST(self) -> None:
+        """Answers ``/score`` and ``/tokenize``."""
+        if not self._is_let_in() or (body := self._body()) is None:
+            return
+        paths: dict[str, Callable[[dict[str, Any]], dict[str, Any] | bytes]] = {
+            "/score": self._score,
+            "/tokenize": self._tokenize,
+        }
+        if self.path not in paths:
+            self._refuse(404, f"there is no {quoted(self.path)} here")
+            return
+        try:
+            self._answer(200, paths[self.path](body))
+        except (ValueError, TypeError, KeyError) as error:
+            code = 409 if isinstance(error, OtherWeights) else 400
+            self._refuse(code, f"it lacks {error}" if isinstance(error, KeyError) else str(error))
+        except Exception as error:  # of a model, which may raise anything
+            sys.stderr.write(printable(f"{type(error).__name__}: {error}\n"))
+            self._refuse(500, f"the teacher ended in {type(error).__name__}")
+
+    def _score(self, body: dict[str, Any]) -> bytes:
+        weights = self.server.about["weights"]
+        if body["weights"] != weights:
+            raise OtherWeights(f"these are other weights than before: {weights}, and not {quoted(body['weights'])}")
+        question = Question(tuple(body["prompt"]), tuple(body["actions"]), tuple(body["trained"]))
+        wish = Wish(int(body["vocabulary"]), int(body["top_k"]), bool(body["hidden"]))
+        return self.server.scorer.ask(question, wish).result()
+
+    def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        scorer = self.server.scorer
+        tokenizer, text = scorer.module.tokenizer(), body.get("prompt")
+        if text is None:
+            text = scorer.policy.processor.apply_chat_template(
+                body["messages"], tokenize=False, add_generation_prompt=True
+            )
+        return {"tokens": list(tokenizer(str(text), add_special_tokens=False)["input_ids"])}
+
+    def _is_let_in(self) -> bool:
+        """Compares the token, if there is one."""
+        token, given = self.server.token, self.headers.get("Authorization", "")
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            self.close_connection = True  # its body is not read
+            self._refuse(401, "this server wants a token")
+            return False
+        return True
+
+    def _body(self) -> dict[str, Any] | None:
+        """Reads a JSON object of bounded size; None where it was refused."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > self.server.limit:
+            self.close_connection = True
+            self._refuse(413 if length else 411, f"a request may have up to {self.server.limit} bytes, and says so")
+            return None
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            self._refuse(400, "a request is a JSON object")
+            return None
+        return body
+
+    def _refuse(self, code: int, text: str) -> None:
+        self._answer(code, {"error": {"message": text, "code": code}})
+
+    def _answer(self, code: int, content: dict[str, Any] | bytes) -> None:
+        packed = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/octet-stream" if packed is content else "application/json")
+        self.send_header("Content-Length", str(len(packed)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(packed)
+
+    def log_message(self, *args: Any) -> None:
+        """Says nothing of single requests."""
+
+
+class OtherWeights(ValueError):
+    """A question to weights that were served here before."""

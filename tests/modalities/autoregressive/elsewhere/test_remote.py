@@ -1,0 +1,326 @@
+"""Teachers that a server answers for: what they teach, and every way in which a server may fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from opd_lightning.modalities.autoregressive import PromptView, Remote
+from opd_lightning.modalities.autoregressive.elsewhere.serve import check_reach
+from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
+from opd_lightning.pretrained import Pretrained
+from opd_lightning.teacher import Frozen, Teacher
+from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served
+from tests.tiny import act, fit, make_module, make_rows
+
+VIEW = PromptView("{{ solution }}?{{ prompt }}")
+QUICK = {"timeout": 20.0, "deadline": 20.0}
+
+
+def k1():
+    return Objective([Term(PolicyGradient(LogRatio()))])
+
+
+def top(k):
+    return Objective([Term(ReverseKL(support=Support("teacher", k)))])
+
+
+def whole():
+    return Objective([Term(ReverseKL())])
+
+
+def here(student, teacher, objective, view=None):
+    return make_module(student, {"teacher": Teacher(Frozen(Pretrained(str(teacher))), view)}, objective)
+
+
+def there(student, url, objective=None, view=None, load=True, **settings):
+    teacher = Teacher(Remote(url, **QUICK | settings), view)
+    return make_module(student, {"teacher": teacher}, objective or k1(), load=load)
+
+
+def trained(module, root, **settings):
+    fit(module, root, **settings)
+    return torch.cat([parameter.detach().flatten() for parameter in module.student.parameters()])
+
+
+# -- what they teach --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"), [(whole, {"hidden": True}), (lambda: top(4), {"top_k": 4}), (k1, {})]
+)
+def test_the_served_teacher_teaches_two_clients_at_once_as_the_local_one(
+    tiny_student, tiny_teacher, served, tmp_path, objective, settings
+):
+    expected = trained(here(tiny_student, tiny_teacher, objective(), VIEW), tmp_path / "here", steps=2)
+    other = there(tiny_student, served.url, objective(), dialect="opd", **settings)
+    rolled, over = act(other, make_rows(8)), threading.Event()
+
+    def second():
+        while not over.is_set():
+            other.streams.query("teacher", rolled)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    try:
+        module = there(tiny_student, served.url, objective(), VIEW, dialect="opd", **settings)
+        result = trained(module, tmp_path / "there", steps=2)
+    finally:
+        over.set()
+        thread.join()
+    assert torch.allclose(result, expected, atol=1e-5)
+    assert module.elsewhere["teacher"]["ids"] == "equal in 1 texts"
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_servers_of_others_teach_as_the_local_teacher(
+    tiny_student, tiny_teacher, imitation, stand_in, tmp_path, dialect, top_k
+):
+    objective = top(top_k) if top_k else k1()
+    expected = trained(here(tiny_student, tiny_teacher, objective, VIEW), tmp_path / "here")
+    module = there(tiny_student, stand_in(imitation).url, objective, VIEW, dialect=dialect, top_k=top_k)
+    assert torch.allclose(trained(module, tmp_path / "there"), expected, atol=1e-5)
+
+
+def test_answers_that_are_kept_are_asked_for_once(tiny_student, imitation, stand_in, saved, tmp_path):
+    server = stand_in(imitation)
+    asked = []
+    for name in ("one", "two"):
+        trained(there(tiny_student, server.url, keep=str(tmp_path / "kept")), tmp_path / name)
+        asked.append(server.asked.count("/v1/completions"))
+    known = 5 + 1  # of the handshake, and before the generation batch
+    assert asked[1] - asked[0] == known < asked[0]
+    other = stand_in(Imitation(saved(seed=9, hidden=48, rows=28)))
+    with pytest.raises(ValueError, match="kept was filled by other weights"):
+        there(tiny_student, other.url, keep=str(tmp_path / "kept"))
+
+
+# -- what is refused before the first step ----------------------------------------------------------------------------
+
+
+def test_a_cap_on_the_likeliest_ids_is_found_before_training(tiny_student, imitation, stand_in, tiny_teacher):
+    capped = Imitation(tiny_teacher, cap=3)
+    with pytest.raises(ValueError, match=r"greater than max allowed: 3.* Lower weights.top_k"):
+        there(tiny_student, stand_in(capped).url, top(4), top_k=4)
+
+    def silent(path, body):
+        return imitation(path, {**body, "prompt_logprobs": 2} if path == "/v1/completions" else body)
+
+    with pytest.raises(ValueError, match=r"told 2 ids where top_k=4|told 3 ids where top_k=4"):
+        there(tiny_student, stand_in(silent).url, top(4), top_k=4)
+
+
+def changed(imitation, path, change):
+    """The imitation, with other answers to one path."""
+    return lambda asked, body: change(*imitation(asked, body)) if asked == path else imitation(asked, body)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda code, answer: (200, b"<html>busy</html>"), "something that is no JSON"),
+        (lambda code, answer: (200, {"choices": [{"text": "four"}]}), "without choices"),
+        (
+            lambda code, answer: (200, {"choices": [{"prompt_logprobs": None}]}),
+            r"without prompt_logprobs of \d+ tokens",
+        ),
+        (
+            lambda code, answer: (200, {"choices": [{"prompt_logprobs": answer["choices"][0]["prompt_logprobs"][1:]}]}),
+            r"without prompt_logprobs of \d+ tokens \(it has \d+\)",
+        ),
+        (
+            lambda code, answer: (200, json.loads(re_keyed(json.dumps(answer)))),
+            "told no log-prob of the token",
+        ),
+        (lambda code, answer: (404, {"error": {"message": "Not Found"}}), "answered 404"),
+    ],
+)
+def test_an_answer_that_lacks_something_is_an_error_and_not_a_zero(tiny_student, imitation, stand_in, change, words):
+    server = stand_in(changed(imitation, "/v1/completions", change))
+    with pytest.raises(ValueError, match=rf"model\.teachers\.teacher: .*{words}"):
+        there(tiny_student, server.url)
+
+
+def re_keyed(answer: str) -> str:
+    """The same with ids that nobody asked about."""
+    for digit in range(10):
+        answer = answer.replace(f'"{digit}": {{', f'"10{digit}": {{')
+    return answer
+
+
+def test_log_probs_of_other_tokens_are_refused(tiny_student, imitation, stand_in):
+    def shifted(code, answer):
+        told = answer["meta_info"]["input_token_logprobs"]
+        answer["meta_info"]["input_token_logprobs"] = [[value, token + 1, None] for value, token, _ in told]
+        return code, answer
+
+    with pytest.raises(ValueError, match="of the tokens that it was asked about"):
+        there(tiny_student, stand_in(changed(imitation, "/generate", shifted)).url, dialect="sglang")
+
+
+def test_another_tokenizer_is_found_id_by_id(tiny_student, imitation, stand_in):
+    server = stand_in(
+        changed(imitation, "/tokenize", lambda code, answer: (200, {"tokens": [*answer["tokens"][:3], 9]}))
+    )
+    with pytest.raises(ValueError, match=r"another tokenizer than the student: .* differ from place 3 on"):
+        there(tiny_student, server.url)
+
+
+def test_a_server_that_contradicts_itself_is_refused(tiny_student, imitation, stand_in):
+    noise = iter(range(1000))
+
+    def noisy(code, answer):
+        for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+            for told in entry.values():
+                told["logprob"] -= 0.1 * next(noise)
+        return code, answer
+
+    with pytest.raises(ValueError, match=r"scores the same text differently each time: .* more than"):
+        there(tiny_student, stand_in(changed(imitation, "/v1/completions", noisy)).url)
+
+
+# -- what happens on the way ------------------------------------------------------------------------------------------
+
+
+def test_one_that_is_busy_is_asked_again(tiny_student, imitation, stand_in):
+    failures = iter([503, 429])
+
+    def busy(code, answer):
+        return (failed, {"error": "busy"}) if (failed := next(failures, None)) else (code, answer)
+
+    there(tiny_student, stand_in(changed(imitation, "/v1/completions", busy)).url)
+    assert next(failures, None) is None
+
+
+def test_one_that_hangs_is_waited_for_until_the_deadline(tiny_student, imitation, stand_in):
+    def hang(code, answer):
+        time.sleep(3)
+        return code, answer
+
+    server, start = stand_in(changed(imitation, "/v1/models", hang)), time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no answer within 1 s and \d+ tries, of up to 0.3 s each: .*timed out"):
+        there(tiny_student, server.url, timeout=0.3, deadline=1.0)
+    assert time.monotonic() - start < 3
+
+
+def test_one_that_is_not_there_is_named(tiny_student, stand_in, imitation):
+    server = stand_in(imitation)
+    server.close()
+    with pytest.raises(ConnectionError, match=rf"{server.url}/v1/models: .*refused"):
+        there(tiny_student, server.url, deadline=0.5)
+
+
+def test_a_run_waits_for_one_that_was_killed_and_is_started_again(tiny_student, tiny_teacher, saved, config, tmp_path):
+    server = Served(config(tiny_teacher))
+    port = server.url.rpartition(":")[2]
+    try:
+        module = there(tiny_student, server.url, dialect="opd", deadline=120.0)
+        rolled = act(module, make_rows(4))
+        before = module.streams.query("teacher", rolled).distribution.log_probs
+        server.kill()
+        thread = threading.Timer(0.2, lambda: again.append(Served(config(tiny_teacher), port=int(port))))
+        again = []
+        thread.start()
+        assert torch.equal(module.streams.query("teacher", rolled).distribution.log_probs, before)
+        thread.join()
+        again[0].kill()
+        server = Served(config(saved(seed=9, hidden=48, rows=28)), port=int(port))
+        with pytest.raises(ValueError, match=r"answered 409: .*these are other weights than before"):
+            module.streams.query("teacher", rolled)
+    finally:
+        server.kill()
+
+
+def test_other_weights_are_noticed_where_the_server_does_not_say(tiny_student, imitation, stand_in, saved):
+    answering = [imitation]
+    module = there(tiny_student, stand_in(lambda path, body: answering[0](path, body)).url)
+    rolled = act(module, make_rows(4))
+    module.streams.ahead({"teacher"}, rolled)
+    answering[0] = Imitation(saved(seed=9, hidden=48, rows=28))
+    with pytest.raises(ValueError, match="was it restarted with other weights"):
+        module.streams.ahead({"teacher"}, rolled)
+
+
+def test_the_token_comes_from_the_environment(tiny_student, imitation, stand_in, monkeypatch):
+    server = stand_in(imitation)
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    module = there(tiny_student, server.url, token="MY_TOKEN")
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert "secret" not in repr(vars(module.teachers["teacher"].weights))
+    refusing = stand_in(lambda path, body: (401, {"error": "who are you?"}))
+    with pytest.raises(ValueError, match="set the environment variable MY_TOKEN"):
+        there(tiny_student, refusing.url, token="MY_TOKEN")
+
+
+# -- what the server refuses ------------------------------------------------------------------------------------------
+
+
+def post(url, path, body, **headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": []}, "have to hold something"),
+        ({"prompt": [1, 10**6]}, "1000000 is no token id"),
+        ({"prompt": [1] * 300}, "302 tokens are more than the context of 256"),
+        ({"trained": [1, 0]}, "rising places"),
+        ({"top_k": 101}, "this server tells up to"),
+        ({"vocabulary": 10**6}, "this teacher knows"),
+        ({"weights": "others"}, "other weights"),
+        ({"actions": None}, "not iterable"),
+    ],
+)
+def test_the_server_says_what_is_wrong(served, changes, words):
+    about = json.loads(urllib.request.urlopen(f"{served.url}/about", timeout=20).read())
+    body = {"prompt": [1, 2], "actions": [3, 4], "trained": [0, 1], "top_k": 0, "hidden": False}
+    body |= {"weights": about["weights"], "vocabulary": about["vocabulary"]}
+    assert post(served.url, "/score", body)[0] == 200
+    code, text = post(served.url, "/score", body | changes)
+    assert code in (400, 409)
+    assert words in text
+
+
+def test_the_server_bounds_requests_and_wants_its_token(config, tiny_teacher, monkeypatch):
+    monkeypatch.setenv("OPD_TEACHER_TOKEN", "secret")
+    from opd_lightning.modalities.autoregressive.elsewhere import serve
+
+    options = type("Options", (), {"top_k": 5, "batch_tokens": 100})()
+    module = make_module(tiny_teacher, tiny_teacher)
+    scorer, about = serve.loaded(module, "teacher", "cpu", options)
+    server = serve.TeacherServer(("127.0.0.1", 0), scorer, about, limit=100)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        bearer = {"Authorization": "Bearer secret"}
+        assert post(url, "/tokenize", {"prompt": "1+1"})[0] == 401
+        assert post(url, "/tokenize", {"prompt": "1+1"}, **bearer)[0] == 200
+        assert post(url, "/tokenize", {"prompt": "1" * 100}, **bearer)[0] == 413
+        assert post(url, "/tokenize", b"[1]", **bearer)[0] == 400
+        assert post(url, "/elsewhere", {}, **bearer)[0] == 404
+    finally:
+        server.shutdown()
+        server.server_close()
+        scorer.close()
+
+
+def test_other_machines_are_not_let_in_without_a_token(monkeypatch):
+    monkeypatch.delenv("OPD_TEACHER_TOKEN", raising=False)
+    check_reach("127.0.0.1")
+    with pytest.raises(ValueError, match="set the environment variable OPD_TEACHER_TOKEN"):
+        check_reach("0.0.0.0")
+    monkeypatch.setenv("OPD_TEACHER_TOKEN", "secret")
+    check_reach("0.0.0.0")
