@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-tables recipes seeing few-step horizons recover assets assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-quickstart methods-tables recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -94,6 +94,9 @@ bench: install .venv-trl/installed
 methods: install
 	$(BIN)/python benchmarks/methods.py
 
+methods-quickstart: install
+	$(BIN)/python benchmarks/quickstart.py
+
 # the tables that are made from the heads of configs/methods and configs/overlays
 methods-tables: install
 	$(BIN)/opd methods --update README.md docs/methods.md
@@ -115,6 +118,9 @@ recover: install
 
 assets: install
 	$(BIN)/python assets/make_quickstart.py
+
+assets-long: install
+	$(BIN)/python assets/make_long.py
 
 assets-vision: install
 	$(BIN)/python assets/make_vision_quickstart.py

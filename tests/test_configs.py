@@ -90,7 +90,7 @@ def test_methods_train_in_their_other_settings(method, setting, tmp_path):
     train(method, setting, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student"])
-def test_supervised_configurations_run(name, tmp_path):
+@pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student", "pretrain_long", "long"])
+def test_configurations_with_models_that_ship_run(name, tmp_path):
     run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, FEW["text"], f"--trainer.default_root_dir={tmp_path}"])
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
