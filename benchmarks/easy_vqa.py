@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from methods import fit
+from quickstart import fit
 
 RUNS = Path("runs/easy_vqa")
 SMALL = "{class_path: Downscale, init_args: {longest: 16}}"

@@ -17,8 +17,8 @@ from statistics import mean
 from typing import Any
 
 import yaml
+from quickstart import fit
 
-from methods import fit
 from opd_lightning.modalities.diffusion.table import by_steps, closed
 from opd_lightning.shipped import shipped
 

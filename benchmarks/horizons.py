@@ -15,8 +15,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
-
-from methods import fit
+from quickstart import fit
 
 RUNS, SEEDS, UPDATES = Path("runs/horizons"), (0, 1, 2), 200
 LAG = "--model.rollout.max_staleness=8"

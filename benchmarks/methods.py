@@ -1,84 +1,178 @@
-"""The method overlays on the quickstart, side by side: ``make methods`` writes docs/methods.png and its table.
+"""The methods on text/long.yaml, side by side: ``make methods`` writes the table of docs/methods.md.
 
-Every run starts from the same student and does the same number of updates on batches of the same size.
+Every overlay of configs/methods/ that is for texts, and the variants of benchmarks/long.yaml: from the same student,
+with as many updates on as many trajectories each. A run whose ``result.json`` is there is not made again: stopped, it
+goes on with the next. Names on the command line run these alone; ``--table`` runs nothing and writes the table.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
-from opd_lightning.report import Curves, new_figure, read_curves
+import yaml
 
-RUNS = Path("runs/methods")
-SLOWER = ["--model.optimizer.lr=3e-4"]
-# The overlay, and what a model and rollouts this small ask for where a paper's defaults are for billions and thousands.
-METHODS: dict[str, list[str]] = {
-    "reverse_kl": [],
-    "gkd": [],
-    "minillm": SLOWER,
-    "esr": ["--model.rollout.horizon=24"],
-    "text/opsd": SLOWER,
-    "text/sdft": SLOWER,
-    "sft": [],
-}
-# Two hundred problems only, again and again: what the teacher writes about them runs out, what the student does not.
-FEW = [
-    "--trainer.max_steps=500",
-    "--trainer.val_check_interval=100",
-    "--data.train_options.count=200",
-]
-PROBLEMS = (5, 6, 7)
+from opd_lightning.catalog import read_all, shipped_configs
+from opd_lightning.report import read_curves
+
+RUNS, PAGE = Path("runs/methods/long"), Path("docs/methods.md")
+START, END = "<!-- make methods -->", "<!-- end -->"
+SETTINGS = yaml.safe_load((Path(__file__).parent / "long.yaml").read_text(encoding="utf-8"))
+HEAD = (
+    "| method | lr | before, % | after, % | thousand tokens generated | read by teachers | CPU s | seeds | remark |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 
 
-def fit(
-    folder: Path, setting: str, overlays: list[str], extra: list[str], file: Path | None = None
-) -> tuple[Curves, float]:
-    """Trains a setting's quickstart with overlays and further arguments; its curves, and the seconds it took."""
-    since = time.time()
-    command = [sys.executable, "-m", "opd_lightning", "fit", "-c", f"opd:{setting}/quickstart.yaml"]
-    command += [part for overlay in overlays for part in ("-c", f"opd:methods/{overlay}.yaml")]
-    command += [] if file is None else ["-c", str(file)]
-    command += [f"--trainer.default_root_dir={folder}", *extra]
-    subprocess.run(command, check=True)
-    return read_curves(folder), time.time() - since
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        name: of an overlay without its folders, or of a variant.
+        overlays: names of files, laid over each other.
+        arguments: of `opd fit`, after them.
+        rate: learning rate; None: that of long.yaml.
+    """
+
+    name: str
+    overlays: list[str]
+    arguments: list[str] = field(default_factory=list)
+    rate: float | None = None
+
+    @property
+    def remark(self) -> str:
+        return SETTINGS["remarks"].get(self.name, "")
 
 
-def plot(found: dict[str, Curves], path: Path, title: str) -> None:
-    figure = new_figure(7, 4.2)
-    axis = figure.subplots()
-    for name, curves in found.items():
-        steps, values = zip(*curves["val/accuracy"], strict=True)
-        axis.plot(steps, values, marker=".", label=name)
-    axis.set(title=title, xlabel="student updates", ylabel="held-out accuracy", ylim=(0, 1.02))
-    axis.legend()
-    figure.savefig(path, dpi=110)
+def arms() -> dict[str, Arm]:
+    """Lists the rows: the overlays in the order of their heads, each with its variants after it."""
+    overlays = {
+        m.name.rpartition("/")[2]: m for m in read_all() if m.name.startswith("methods/") and "text" in m.settings
+    }
+    rows = {}
+    for name, method in overlays.items():
+        rates = [rate for part, rate in SETTINGS["rates"].items() if part in method.parts]
+        rate = min(rates, default=None)
+        rows[name] = Arm(name, [method.name], SETTINGS["arguments"].get(name, []), rate)
+        for variant, changed in SETTINGS["variants"].items():
+            if changed["over"][-1] == name:
+                stack = [overlays[over].name for over in changed["over"]]
+                rows[variant] = Arm(variant, stack, changed["arguments"], rate)
+    return rows
+
+
+def group_size(overlays: list[str]) -> int:
+    """Reads how many trajectories of a prompt the last of the overlays that says it asks for."""
+    sizes = [1]
+    for overlay in overlays:
+        config = yaml.safe_load((shipped_configs() / f"{overlay}.yaml").read_text(encoding="utf-8"))
+        sizes.append(config["model"]["init_args"].get("rollout", {}).get("group_size", sizes[-1]))
+    return sizes[-1]
+
+
+def command(arm: Arm, seed: int, folder: Path, extra: list[str]) -> list[str]:
+    """Writes the arguments of `opd fit`; groups are of fewer prompts, so that all arms train as many trajectories."""
+    base = yaml.safe_load((shipped_configs() / "text/long.yaml").read_text(encoding="utf-8"))
+    trajectories = base["model"]["init_args"]["rollout"]["batch_size"]
+    files = [part for name in ["text/long", *arm.overlays] for part in ("-c", f"opd:{name}.yaml")]
+    rate = [] if arm.rate is None else [f"--model.optimizer.lr={arm.rate}"]
+    return [
+        *files,
+        f"--trainer.default_root_dir={folder}",
+        f"--seed_everything={seed}",
+        f"--model.rollout.batch_size={trajectories // group_size(arm.overlays)}",
+        *rate,
+        *arm.arguments,
+        *extra,
+    ]
+
+
+def train(arm: Arm, seed: int, extra: list[str]) -> dict[str, Any]:
+    """Returns the result of one run, from its file where it was run before; a run that raises has an ``error``."""
+    folder = RUNS / arm.name / str(seed)
+    path = folder / "result.json"
+    if path.exists():
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "output.txt").open("w", encoding="utf-8") as output:
+        arguments = [sys.executable, "-m", "opd_lightning", "fit", *command(arm, seed, folder, extra)]
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    said = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+    result = {"cpu_s": round(usage.ru_utime + usage.ru_stime, 1)}
+    result |= {"error": said[-1] if said else f"status {status}"} if status else measured(folder)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{arm.name:28} {seed} {result}", flush=True)
+    return result
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Reads what a run logged: accuracy by optimizer step, and steps that were sampled and that teachers evaluated."""
+    curves = read_curves(folder)
+    counted = {name: sum(value for _, value in curves.get(f"steps/{name}", [])) for name in ("rollout", "teacher")}
+    return {"accuracy": dict(curves["val/accuracy"]), **counted}
+
+
+def line(arm: Arm, results: list[dict[str, Any]]) -> str:
+    """Formats a row: means over seeds, of the accuracy at the end also the deviation."""
+    done = [result for result in results if "error" not in result]
+    if not done:
+        return f"| `{arm.name}` | | | | | | | {len(results)} | {arm.remark or results[0]['error']} |"
+    ends = [[*result["accuracy"].values()] for result in done]
+    after = [100 * accuracy[-1] for accuracy in ends]
+    spread = f" ± {stdev(after):.1f}" if len(after) > 1 else ""
+    cells = [
+        f"`{arm.name}`",
+        f"{arm.rate:g}" if arm.rate else "",
+        f"{100 * mean(accuracy[0] for accuracy in ends):.1f}",
+        f"{mean(after):.1f}{spread}",
+        *(f"{mean(result[name] for result in done) / 1000:.0f}" for name in ("rollout", "teacher")),
+        f"{mean(result['cpu_s'] for result in done):.0f}",
+        str(len(done)),
+        arm.remark,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def write(rows: dict[str, Arm], seeds: int) -> None:
+    """Puts the table of all results that are there into the page, between its two comments."""
+    lines = []
+    for arm in rows.values():
+        paths = [RUNS / arm.name / str(seed) / "result.json" for seed in range(seeds)]
+        if results := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]:
+            lines.append(line(arm, results))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text("\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]), encoding="utf-8")
 
 
 def main() -> None:
-    results = []
-    few = {
-        f"{overlay}, problems {seed}": [*FEW, f"--data.train_options.seed={seed}"]
-        for seed in PROBLEMS
-        for overlay in ("reverse_kl", "sft")
-    }
-    for group, title, runs in (
-        ("methods", "Methods on the quickstart", METHODS),
-        ("few_problems", "200 training problems", few),
-    ):
-        found = {}
-        for run, extra in runs.items():
-            overlay, name = run.partition(",")[0], run.removeprefix("text/")
-            curves, wall = fit(RUNS / group / name, "text", [overlay], extra)
-            found[name] = curves
-            accuracy = [value for _, value in curves["val/accuracy"]]
-            results.append({"group": group, "run": name, "accuracy": accuracy, "wall_s": round(wall)})
-            print(f"{group:14} {name:20} {' '.join(f'{value:.3f}' for value in accuracy)}  {wall:.0f} s")
-        plot(found, Path("docs") / f"{group}.png", title)
-    (RUNS / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    rows = arms()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(rows)}")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each; default 3")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further arguments of `opd fit`, last")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(rows):
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    # seed by seed, so that a table of all methods is there early
+    for seed in range(0 if options.table else options.seeds):
+        for name in options.names or rows:
+            train(rows[name], seed, options.extra)
+            write(rows, options.seeds)
+    write(rows, options.seeds)
 
 
 if __name__ == "__main__":

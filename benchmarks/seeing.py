@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from methods import fit, plot
+from quickstart import fit, plot
+
 from opd_lightning.report import Curves
 
 RUNS, SEEDS = Path("runs/seeing"), (0, 1, 2)

@@ -74,10 +74,11 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Returns each phase's share of the time and its steps per second, and starts anew."""
+        """Returns each phase's share of the time, its steps and its steps per second, and starts anew."""
         now = time.perf_counter()
         total = now - self.since
         values = {f"time/{phase}_share": spent / total for phase, spent in self.seconds.items()}
+        values |= {f"steps/{phase}": float(steps) for phase, steps in self.steps.items()}
         values |= {
             f"speed/{phase}_steps_per_s": self.steps[phase] / spent
             for phase, spent in self.seconds.items()

@@ -173,6 +173,7 @@ def test_a_stopwatch_reports_shares_and_speeds_and_starts_anew(monkeypatch):
     assert watch.read() == {
         "time/rollout_share": 0.75,
         "time/student_share": 0,
+        "steps/rollout": 10,
         "speed/rollout_steps_per_s": pytest.approx(10 / 3),
     }
     assert watch.read() == {}

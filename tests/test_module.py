@@ -244,6 +244,9 @@ LOGGED = [
     "speed/rollout_steps_per_s",
     "speed/teacher_steps_per_s",
     "speed/student_steps_per_s",
+    "steps/rollout",
+    "steps/teacher",
+    "steps/student",
 ]
 
 

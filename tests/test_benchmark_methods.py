@@ -1,0 +1,62 @@
+"""benchmarks/methods.py: every method for texts has a row, all with equal budgets; what raises is said in its row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import methods
+
+    monkeypatch.setattr(methods, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(methods, "PAGE", tmp_path / "methods.md")
+    yield methods
+    sys.modules.pop("methods", None)
+
+
+def test_every_method_for_texts_and_every_variant_has_a_row(benchmark):
+    rows = benchmark.arms()
+    assert {"gkd", "grpo", "opsd", "forward_kl", "lag_16_fresh"} <= rows.keys()
+    assert not {"vision_opd", "samples", "anyflow"} & rows.keys()
+    for part in ("arguments", "variants", "remarks"):
+        assert benchmark.SETTINGS[part].keys() <= rows.keys()
+    assert rows["forward_kl"].overlays == ["methods/reverse_kl"]
+    assert rows["gkd"].rate is None
+    assert rows["grpo"].rate == benchmark.SETTINGS["rates"]["PolicyGradient"]
+
+
+def test_groups_are_of_fewer_prompts(benchmark, tmp_path):
+    rows = benchmark.arms()
+    batch = {
+        name: next(a for a in benchmark.command(rows[name], 3, tmp_path, []) if "batch_size" in a)
+        for name in ("grpo", "gkd")
+    }
+    assert batch == {"grpo": "--model.rollout.batch_size=4", "gkd": "--model.rollout.batch_size=32"}
+
+
+def test_a_run_that_is_there_is_not_made_again_and_the_table_stands_between_its_comments(benchmark, monkeypatch):
+    old = "above\n<!-- make methods -->\nold\n<!-- end -->\nbelow\n<!-- end -->\n"
+    benchmark.PAGE.write_text(old, encoding="utf-8")
+    rows = benchmark.arms()
+    for seed, after in enumerate((0.5, 0.75)):
+        path = benchmark.RUNS / "gkd" / str(seed) / "result.json"
+        path.parent.mkdir(parents=True)
+        result = {"accuracy": {"0": 0.25, "60": after}, "rollout": 2e5, "teacher": 1e5, "cpu_s": 70}
+        path.write_text(json.dumps(result), encoding="utf-8")
+    assert benchmark.train(rows["gkd"], 1, [])["cpu_s"] == 70
+    monkeypatch.setattr(sys, "executable", "false")
+    assert "status" in benchmark.train(rows["grpo"], 0, [])["error"]
+    benchmark.write(rows, 2)
+    above, *table = benchmark.PAGE.read_text(encoding="utf-8").splitlines()
+    assert above == "above"
+    assert "| `gkd` |  | 25.0 | 62.5 ± 17.7 | 200 | 100 | 70 | 2 |  |" in table
+    assert any(line.startswith("| `grpo` |") and "status" in line for line in table)
+    assert table[-3:] == ["<!-- end -->", "below", "<!-- end -->"]
