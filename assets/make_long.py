@@ -22,8 +22,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "teacher": {
         "sizes": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 16},
         # the fewest and the most digits of a problem, and the optimizer steps
-        "stages": [(3, 8, 600), (8, 16, 250), (24, 26, 300), (26, 26, 100)],
-        "schedules": ["constant", "constant", "linear", "linear"],
+        "stages": [(3, 8, 600), (8, 16, 250), (24, 26, 300), (26, 26, 100), (26, 26, 150)],
+        "schedules": ["constant", "constant", "linear", "linear", "linear"],
         "hinted": {},
     },
     "student": {
