@@ -105,6 +105,8 @@ class Recorder:
             check_same(self.folder, read_about(self.folder), about)
         done = {int(path.stem.removeprefix("part-")) for path in parts(self.folder)}
         self._check_room(module, loader)
+        for name in module.teachers if self.hidden else ():  # not before: parts that are there need the head of theirs
+            write_whole(self.folder / f"{name}.safetensors", packed_head(module.head(module.policies[name]))[0])
         write_whole(self.folder / ABOUT, json.dumps(about, indent=1))
         # 3. part by part, then the rows that go with them
         for number, trajectories in loader.first_epoch(done):
@@ -136,9 +138,7 @@ class Recorder:
             return own
         if name not in module.policies:
             raise ValueError(f"--hidden: model.teachers.{name} is elsewhere, and its hidden states are, too")
-        packed, settings = packed_head(module.head(module.policies[name]))
-        write_whole(self.folder / f"{name}.safetensors", packed)
-        return own | {"hidden": settings}
+        return own | {"hidden": packed_head(module.head(module.policies[name]))[1]}
 
     def _check_room(self, module: Any, loader: RolloutLoader) -> None:
         """Says how much will be written at most, and refuses what the disk has no room for."""

@@ -131,6 +131,14 @@ def test_a_folder_of_something_else_is_refused_with_all_that_differs(
         record(online(tiny_student, tiny_teacher), folder, tmp_path, make_rows(ROWS)[::-1])
 
 
+def test_a_command_that_is_refused_leaves_what_was_recorded_as_it_was(tiny_student, tiny_teacher, saved, tmp_path):
+    made = record(online(tiny_student, tiny_teacher), tmp_path / "answers", tmp_path, hidden=True)
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    with pytest.raises(ValueError, match="teacher's weights was"):
+        record(online(tiny_student, saved(seed=7)), made, tmp_path, hidden=True)
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before, "the head of the recorded states, too"
+
+
 def test_a_run_that_reads_rows_otherwise_is_refused(tiny_student, saved, folder):
     with pytest.raises(ValueError, match=r"model\.teachers\.teacher: .* recorded otherwise .*: view was none, and is"):
         offline(tiny_student, folder, view=VIEW, load=True)
