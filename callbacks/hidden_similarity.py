@@ -12,6 +12,7 @@ from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
 from ..optimizer_step import OptimizerStep
 from ..policy import evaluating
+from ..teacher import Elsewhere
 from ..trajectory import Example, Trajectories
 
 
@@ -27,7 +28,7 @@ class HiddenSimilarity(DistillationCallback):
         teacher: an entry of ``model.teachers``, which reads its own view. Default ``teacher``.
 
     Raises:
-        ValueError: no layers; when the run begins: a setting that shows no hidden states.
+        ValueError: no layers; when the run begins: a setting or a teacher that shows no hidden states.
     """
 
     def __init__(self, layers: dict[int, int] | None = None, teacher: str = "teacher") -> None:
@@ -39,6 +40,12 @@ class HiddenSimilarity(DistillationCallback):
     def check(self, module: OnPolicyDistillation) -> None:
         if "layers" not in module.provides:
             raise ValueError("HiddenSimilarity needs hidden states, which this setting does not show")
+        teacher = module.teachers.get(self.teacher)
+        if teacher is not None and isinstance(teacher.weights, Elsewhere):
+            raise ValueError(
+                f"HiddenSimilarity.teacher: model.teachers.{self.teacher} has no model in this process, which alone "
+                "has hidden states of layers"
+            )
 
     def on_optimizer_step_start(self, module: OnPolicyDistillation, step: OptimizerStep) -> None:
         if not module.is_logged(module.global_step + 1):

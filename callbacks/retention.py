@@ -45,7 +45,7 @@ class Retention(DistillationCallback):
         if horizon < 1:
             raise ValueError(f"Retention.horizon must be >= 1, got {horizon}")
         self.data, self.reference, self.horizon = data, reference, horizon
-        self.asks = frozenset({reference})
+        self.asks = self.distributions = frozenset({reference})
         self.rows: list[Example] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

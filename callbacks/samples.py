@@ -70,6 +70,7 @@ class Samples(DistillationCallback):
             raise ValueError(f"Samples.signal: {type(self.signal).__name__} needs a teacher; name one")
         self.every, self.count, self.teacher, self.console = every, count, teacher, console
         self.asks = frozenset() if teacher is None else frozenset({teacher})
+        self.distributions = self.asks if "distribution" in self.signal.needs else frozenset()
 
     def check(self, module: OnPolicyDistillation) -> None:
         if self.teacher is not None and self.teacher not in module.teachers:

@@ -136,6 +136,10 @@ class EntropyGate(KnobCallback):
     def asks(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({self.teacher})
 
+    @property
+    def distributions(self) -> frozenset[str]:  # type: ignore[override]
+        return self.asks
+
     def advance(self, module: OnPolicyDistillation) -> None:
         is_warm = len(self.entropies) == self.warmup
         self.turn(self.knob, self.value if is_warm and self.is_open else 0.0)
@@ -300,6 +304,10 @@ class RockTokens(DistillationCallback):
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({self.teacher})
+
+    @property
+    def distributions(self) -> frozenset[str]:  # type: ignore[override]
+        return self.asks
 
     def check(self, module: OnPolicyDistillation) -> None:
         if "categorical" not in module.provides:

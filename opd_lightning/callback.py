@@ -33,6 +33,8 @@ class DistillationCallback(Stateful, L.Callback):
 
     asks: frozenset[str] = frozenset()
     """Entries of ``model.teachers`` that it queries, also where no term does."""
+    distributions: frozenset[str] = frozenset()
+    """Those of which it reads more than log-probs of actions, all that some teachers elsewhere tell."""
     sources: frozenset[str] = frozenset()
     """Behavior policies that it lets act, also without a share of ``rollout.behavior``."""
     provides: frozenset[str] = frozenset()

@@ -48,7 +48,7 @@ from .scoring import Scoring
 from .setting import Setting
 from .sharding import mesh_of, reshard
 from .streams import Streams
-from .teacher import Teacher, check_actors, enter, told
+from .teacher import Elsewhere, Teacher, check_actors, enter, told
 from .trajectory import Example, Trajectories
 
 
@@ -157,7 +157,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.evaluation.check(self.has_rewards, self.provides)
         self.rollout.check(set(self.teachers), self.provides)
         check_notes(self.notes, {*self.columns, *self.reads}, self)
-        self.objective.check(set(self.teachers), top_k=told(self.teachers))
+        elsewhere = {name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Elsewhere)}
+        self.objective.check(set(self.teachers), top_k=told(self.teachers), elsewhere=elsewhere)
         if self._trainer is not None:
             self._check_served()
 
@@ -173,7 +174,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         if "dataset" not in sources:
             provides.add("behavior")
         self.objective.check(set(self.teachers), provides, sources)
-        check_actors(self.teachers, sources | self.rollout.policies)
+        distributions = frozenset[str]().union(*(callback.distributions for callback in callbacks))
+        check_actors(self.teachers, sources | self.rollout.policies, distributions)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))
         idle = set(self.teachers) - asked.union(sources, self.rollout.policies, *(c.asks for c in callbacks))
         if idle and not any(not term.teachers for term in self.objective.terms):  # SFT leaves them idle

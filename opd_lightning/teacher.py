@@ -354,21 +354,25 @@ def check_names(teachers: Iterable[str]) -> None:
             raise ValueError(f"model.teachers: {name!r} is taken by the libraries; take another name")
 
 
-def check_actors(teachers: dict[str, Teacher], sources: Set[str]) -> None:
-    """Refuses teachers that are elsewhere, where they would have to act or to know of new rollouts.
+def check_actors(teachers: dict[str, Teacher], sources: Set[str], whole: Set[str] = frozenset()) -> None:
+    """Refuses teachers that are elsewhere, where they would have to act, to know of new rollouts, or to tell more.
 
     Args:
         teachers: by name.
         sources: behavior policies of the run.
+        whole: those whose whole distribution a callback reads.
 
     Raises:
-        ValueError: one is named as a behavior policy, or knows of recorded completions alone while somebody acts.
+        ValueError: one is named as a behavior policy, knows of recorded completions alone while somebody acts, or tells
+            log-probs of actions alone while a callback reads more.
     """
     elsewhere = {name: t.weights for name, t in teachers.items() if isinstance(t.weights, Elsewhere)}
     for name, weights in elsewhere.items():
         who = f"model.teachers.{name}: {type(weights).__name__}"
         if name in sources:
             raise ValueError(f"{who} has no model in this process, so it can't act; name another policy in behavior")
+        if name in whole and weights.top_k is not None:
+            raise ValueError(f"{who} tells log-probs of actions alone, and a callback reads its whole distribution")
         if weights.recorded and (acting := sorted(sources - {"dataset"})):
             raise ValueError(
                 f"{who} knows of recorded completions alone, and {', '.join(acting)} would write new ones; set "

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from opd_lightning.callbacks import ChangePoint, EarlyStopRollout, LowCorrection, Retention, Samples
 from opd_lightning.distribution import Scored
+from opd_lightning.methods.callback import RockTokens
 from opd_lightning.modalities.autoregressive import PromptView
 from opd_lightning.objective import (
     Confidence,
@@ -121,3 +123,22 @@ def test_it_has_no_model_that_another_entry_could_share(tiny_student, tiny_teach
     teachers = {"teacher": Teacher(Oracle(tiny_teacher)), "other": Teacher(Same("teacher"), VIEW)}
     with pytest.raises(ValueError, match="no 'teacher' to share"):
         make_module(tiny_student, teachers, Objective([Term(k1())]), load=False)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [EarlyStopRollout(ChangePoint()), EarlyStopRollout(LowCorrection()), RockTokens(), Samples(), Retention("rows")],
+)
+def test_callbacks_that_read_more_than_it_tells_are_refused(tiny_student, tiny_teacher, tmp_path, callback):
+    module = make_module(tiny_student, {"teacher": Teacher(Oracle(tiny_teacher, 4))}, Objective([Term(k1())]))
+    with pytest.raises(ValueError, match="log-probs of actions alone, and a callback reads its whole distribution"):
+        fit(module, tmp_path, callbacks=[callback])
+
+
+def test_callbacks_that_read_what_it_tells_are_served(tiny_student, tiny_teacher, tmp_path):
+    module = make_module(tiny_student, {"teacher": Teacher(Oracle(tiny_teacher))}, Objective([Term(k1())]))
+    callbacks = [
+        EarlyStopRollout(ChangePoint("log_prob")),
+        Samples(signal=ReverseKL(support=Support("sampled")), console=False),
+    ]
+    fit(module, tmp_path, callbacks=callbacks)

@@ -44,6 +44,10 @@ class EarlyStopRollout(KnobCallback):
         return frozenset() if self.rule.teacher is None else frozenset({self.rule.teacher})
 
     @property
+    def distributions(self) -> frozenset[str]:  # type: ignore[override]
+        return self.asks if self.rule.reads_distribution else frozenset()
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(rule=type(self.rule).__name__)
 

@@ -54,6 +54,7 @@ class ChangePoint(StopRule):
             raise ValueError(f"ChangePoint.signal is margin, confidence or log_prob, not {signal!r}")
         self.signal, self.block, self.candidates, self.fewest = signal, block, candidates, fewest
         self.teacher = teacher
+        self.reads_distribution = signal != "log_prob"
 
     def begin(self, module: OnPolicyDistillation, longest: int) -> None:
         if self.signal != "log_prob" and "categorical" not in module.provides:

@@ -67,6 +67,7 @@ class LowCorrection(StopRule):
         self.window, self.skip, self.patience, self.eta = window, skip, patience, eta
         self.buffer, self.ready, self.warmup, self.back_up = buffer, ready, warmup, back_up
         self.divergence, self.teacher = divergence or ReverseKL(), teacher
+        self.reads_distribution = "distribution" in self.divergence.needs
         self.seen: list[float] = []
 
     def keep(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Tensor:

@@ -19,11 +19,13 @@ class StopRule(Stateful):
         knobs: the horizon's path for a rule that sets it, so that nobody else turns it.
         horizon: steps after which generation ends; None: the rule leaves that to others.
         teacher: an entry of ``model.teachers`` that it queries, if any.
+        reads_distribution: whether it reads more of that teacher than log-probs of actions.
     """
 
     knobs: tuple[str, ...] = ()
     horizon: int | None = None
     teacher: str | None = None
+    reads_distribution: bool = False
 
     def begin(self, module: OnPolicyDistillation, longest: int) -> None:
         """Prepares for a run whose rollouts have at most ``longest`` steps.

@@ -113,6 +113,7 @@ class Objective:
         provides: Set[str] | None = None,
         sources: Set[str] | None = None,
         top_k: Mapping[str, int] | None = None,
+        elsewhere: Set[str] = frozenset(),
     ) -> None:
         """Refuses what cannot be served, naming the part and what is missing.
 
@@ -121,6 +122,7 @@ class Objective:
             provides: which of `Part.needs` the run offers, besides teachers; None: not known yet.
             sources: behavior policies that act in this run; None: not known yet.
             top_k: of teachers that tell no distributions, how many of the likeliest actions of a state they tell.
+            elsewhere: teachers without a model in this process.
 
         Raises:
             ValueError: a term asks for something else.
@@ -138,6 +140,11 @@ class Objective:
             for part in term.parts():
                 if part.layers and term.target is not None:
                     raise ValueError(f"{where}.target: {type(part).__name__} reads hidden states; a target has none")
+                if part.layers and term.teacher in elsewhere:
+                    raise ValueError(
+                        f"{where}: {type(part).__name__} reads hidden states of layers, and "
+                        f"model.teachers.{term.teacher} has no model in this process, which alone has them"
+                    )
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
                 term.check_told(where, part, top_k or {})
