@@ -95,6 +95,8 @@ def check_elsewhere(marks: Mapping[str, str], checkpoint: dict[str, Any], fits: 
             )
 
 
+UNKNOWN = "unknown"
+"""Fingerprint of weights that a server does not tell apart."""
 TAUGHT_BY = "opd.json"
 """File of an exported student, with the fingerprints of the teachers that it had."""
 
@@ -102,7 +104,8 @@ TAUGHT_BY = "opd.json"
 def taught_by(folder: str) -> set[str]:
     """Reads the fingerprints of the teachers of an exported student; empty where nobody wrote them down."""
     path = Path(folder, TAUGHT_BY)
-    return set(json.loads(path.read_text(encoding="utf-8"))["teachers"].values()) if path.is_file() else set()
+    known = json.loads(path.read_text(encoding="utf-8"))["teachers"].values() if path.is_file() else ()
+    return {*known} - {UNKNOWN}
 
 
 def check_self_teachers(

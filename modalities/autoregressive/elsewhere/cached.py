@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ....distribution import Distribution
-from ....likeness import taught_by
+from ....likeness import UNKNOWN, taught_by
 from ....printable import quoted
 from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
@@ -61,7 +61,7 @@ class Cached(Elsewhere):
             packed = (self.path / f"{self.teacher}.safetensors").read_bytes()
             self._head = read_head(packed, setting.vocabulary, self._own["hidden"])
         before = taught_by(setting._student_spec.path)
-        consistency = "not known" if not before else "yes" if self._own["weights"].split()[0] in before else "no"
+        consistency = self._consistency(before)
         if consistency == "no" and self.consistent:
             raise ValueError(
                 f"{where} has answers of the weights {self._own['weights']}, and {setting._student_spec.path} was "
@@ -75,6 +75,11 @@ class Cached(Elsewhere):
             "weights": self._own["weights"],
             "taught the student before": consistency,
         }
+
+    def _consistency(self, before: set[str]) -> str:
+        """Says whether this teacher is among those that the student had before."""
+        own = self._own["weights"].split()[0]
+        return "not known" if not before or own == UNKNOWN else "yes" if own in before else "no"
 
     def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Distribution:
         told = []

@@ -22,13 +22,14 @@ def mark(value: Any) -> str:
 
 
 def reading(setting: Any, teacher: Teacher) -> dict[str, str]:
-    """Describes how a teacher reads rows, with the student's tokenizer and chat template."""
+    """Describes how a teacher reads rows, with the student's tokenizer, and its chat template or the teacher's own."""
     tokenizer, processor = setting.tokenizer(), setting.policies["student"].processor
     template = [processor.chat_template, setting.chat_template_kwargs, getattr(setting, "raw_prompts", False)]
+    described = mark(template) if processor.chat_template is not None else "none"
     ids = {token: i for token, i in tokenizer.get_vocab().items() if i < setting.vocabulary}
     return {
         "tokenizer": f"{mark([ids, setting.eos])} ({len(ids)} tokens)",
-        "template": mark(template) if processor.chat_template is not None else "none",
+        "template": f"{described}, its own" if teacher.own_template else described,
         "view": _described(teacher.view),
         "student_view": _described(setting.student_view),
     }

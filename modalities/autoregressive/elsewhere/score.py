@@ -120,7 +120,8 @@ class Recorder:
         rollout = module.rollout
         acting = [rollout.behavior, rollout.members, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p]
         acting += [rollout.batch_size, rollout.group_size, loader.size]
-        acting += [weights(module, name) for name in sorted(rollout.sources & {*module.teachers})]
+        acting += [] if rollout.blend is None else [vars(rollout.blend)]
+        acting += [weights(module, name) for name in sorted(rollout.policies & {*module.teachers})]
         return {
             "format": FORMAT,
             "complete": False,
@@ -133,6 +134,9 @@ class Recorder:
         }
 
     def _teacher(self, module: Any, name: str) -> dict[str, Any]:
+        told = module.teachers[name].weights.top_k
+        if told is not None and self.top_k > told:
+            raise ValueError(f"--top_k={self.top_k}: model.teachers.{name} itself tells {told} of the likeliest ids")
         own = {**reading(module, module.teachers[name]), "weights": weights(module, name), "top_k": self.top_k}
         if not self.hidden:
             return own

@@ -8,14 +8,17 @@ import shutil
 import pytest
 import torch
 
+from opd_lightning.blend import Blend
+from opd_lightning.callbacks import HiddenSimilarity
 from opd_lightning.modalities.autoregressive import Cached, PromptView
 from opd_lightning.modalities.autoregressive.elsewhere import score as module_of_score
 from opd_lightning.modalities.autoregressive.elsewhere.score import Recorder
 from opd_lightning.modalities.autoregressive.elsewhere.store import part, parts
-from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
+from opd_lightning.objective import HiddenMatch, LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
+from tests.test_elsewhere import Oracle
 from tests.tiny import Rows, chat_tokenizer, fit, make_module, make_rows, make_trainer
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
@@ -202,3 +205,41 @@ def test_nothing_recorded_is_said_at_once(tmp_path, folder):
         Cached(str(tmp_path))
     with pytest.raises(ValueError, match="no answers of 'big', but of"):
         Cached(str(folder), "big")
+
+
+def test_layers_are_with_the_teacher_alone(tiny_student, tiny_teacher, tmp_path):
+    made = record(online(tiny_student, tiny_teacher), tmp_path / "answers", tmp_path, hidden=True)
+    with pytest.raises(ValueError, match=r"HiddenMatch reads hidden states of layers, and model\.teachers\.teacher"):
+        offline(tiny_student, made, Objective([Term(HiddenMatch())]))
+    with pytest.raises(ValueError, match=r"HiddenSimilarity\.teacher: model\.teachers\.teacher has no model"):
+        HiddenSimilarity().check(offline(tiny_student, made))
+
+
+def test_more_ids_than_a_teacher_tells_are_not_recorded(tiny_student, tiny_teacher, tmp_path):
+    teachers = {"teacher": Teacher(Oracle(tiny_teacher, 2))}
+    module = make_module(tiny_student, teachers, lightning(), rollout=Rollout(**ACTING), load=False)
+    with pytest.raises(ValueError, match=r"--top_k=4: model\.teachers\.teacher itself tells 2"):
+        record(module, tmp_path / "answers", tmp_path, top_k=4)
+
+
+def test_another_blend_acts_otherwise(tiny_student, tiny_teacher, tmp_path):
+    def blended(share):
+        return online(tiny_student, tiny_teacher, behavior={"blend": 1.0}, blend=Blend({"teacher": share}))
+
+    made = record(blended(0.5), tmp_path / "answers", tmp_path)
+    with pytest.raises(ValueError, match="rollouts was"):
+        record(blended(0.9), made, tmp_path)
+
+
+def test_the_teachers_own_template_is_another_one(tiny_student, folder):
+    teachers = {"teacher": Teacher(Cached(str(folder)), own_template=True)}
+    rollout = Rollout(**ACTING | {"behavior": {"dataset": 1.0}})
+    with pytest.raises(ValueError, match="template was none, and is none, its own"):
+        make_module(tiny_student, teachers, lightning(), rollout=rollout)
+
+
+def test_a_teacher_that_did_not_say_what_it_is_proves_nothing(tiny_student, folder, tmp_path):
+    student = shutil.copytree(tiny_student, tmp_path / "student")
+    (student / "opd.json").write_text(json.dumps({"teachers": {"teacher": "unknown"}}), encoding="utf-8")
+    module = make_module(student, {"teacher": Teacher(Cached(str(folder)))}, lightning())
+    assert module.elsewhere["teacher"]["taught the student before"] == "not known"
