@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -61,11 +62,11 @@ class Connection:
             try:
                 return self._once(path, body, max(0.001, min(self.timeout, end - time.monotonic())))
             except urllib.error.HTTPError as error:
-                text = printable(error.read().decode(errors="replace")[:500])
+                text = printable(_text(error))
                 problem = f"{self.url}{path} answered {error.code}: {text}"
                 if error.code not in PASSING:
                     raise Refused(problem + self._advice(error.code), error.code) from error
-            except OSError as error:  # URLError and time-outs are such
+            except (OSError, http.client.IncompleteRead) as error:  # URLError and time-outs are such
                 problem = f"{self.url}{path}: {printable(getattr(error, 'reason', error))}"
             if (left := end - time.monotonic()) <= 0:
                 raise ConnectionError(
@@ -95,9 +96,25 @@ class Connection:
         if secret := os.environ.get(self.token):
             headers["Authorization"] = f"Bearer {secret}"
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=timeout) as answer:
+        opener = urllib.request.build_opener(_NowhereElse)
+        with opener.open(urllib.request.Request(self.url + path, data, headers), timeout=timeout) as answer:
             read: bytes = answer.read()
         return read
 
     def _advice(self, code: int) -> str:
         return f"; set the environment variable {self.token}" if code in (401, 403) else ""
+
+
+class _NowhereElse(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the token is for this server alone, and a question would arrive without its body."""
+
+    def redirect_request(self, *args: Any, **keywords: Any) -> None:
+        return None
+
+
+def _text(error: urllib.error.HTTPError) -> str:
+    """Reads what an error says, as far as it arrives."""
+    try:
+        return error.read().decode(errors="replace")[:500]
+    except (OSError, http.client.IncompleteRead):
+        return ""

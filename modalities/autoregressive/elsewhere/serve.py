@@ -19,6 +19,7 @@ from ....likeness import fingerprint
 from ....model_card import known_as
 from ....printable import printable, quoted
 from ....teacher import Frozen
+from ..engines.trial import check_causal, check_head
 from .question import Question
 from .remote import TOKEN
 from .scorer import Scorer, Wish
@@ -91,7 +92,8 @@ def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, d
     """Loads a teacher in the student's place, who is not needed; returns what answers, and what it says of itself.
 
     Raises:
-        ValueError: there is no such teacher, or it is none that stands still and is another model.
+        ValueError: there is no such teacher, it is none that stands still and is another model, or its log-probs would
+            not be those of its own forward pass.
     """
     teacher = module.teachers.get(name)
     if teacher is None or not isinstance(teacher.weights, Frozen):
@@ -101,6 +103,9 @@ def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, d
     policy.model.to(device)
     module.policies["student"], module.student_view = policy, None
     module.teachers.clear()
+    # as the audit of a run does, which nobody makes here
+    check_head(name, policy, module.head(policy))
+    check_causal(policy, module.vocabulary)
     scorer = Scorer(module, policy, options.top_k, options.batch_tokens)
     about = {
         "weights": f"{fingerprint(policy.model)} (Frozen, {known_as(policy.path)})",

@@ -32,7 +32,7 @@ ABOUT, FORMAT = "about.json", 1
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is either there or not."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # ranks may write the same file at once
     partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(partial, path)
 
