@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from .blend import BLEND
 from .contract import check_acted, check_prompts, check_scores
-from .note import without_long_views, write
+from .note import memories, remember, without_long_views, write
 from .policy import Acting, Policy, View
 from .progress import phase
+from .ranks import Ranks
 from .rollout_settings import Rollout
 from .rows import blames_rows
 from .setting import Setting
@@ -110,6 +112,30 @@ class Actor:
         assert reward is not None
         mean, std = group_statistics(reward, trajectories.group)
         return replace(trajectories, reward=reward, group_mean=mean, group_std=std)
+
+
+class Judging:
+    """Judges a generation batch, and again wherever others were put in the place of some.
+
+    Notes may ask all ranks, so that all make them where one has to; and each time with the memory that they had before
+    the batch, of which they would learn twice otherwise.
+
+    Args:
+        actor: who acted.
+        ranks: of the run.
+    """
+
+    def __init__(self, actor: Actor, ranks: Ranks) -> None:
+        self._actor, self._ranks = actor, ranks
+        self._memories = deepcopy(memories(actor.setting.notes))
+
+    def __call__(self, trajectories: Trajectories) -> Trajectories:
+        """Adds notes and rewards where they are missing; every rank must ask."""
+        notes = self._actor.setting.notes
+        if notes and self._ranks.total(float(trajectories.notes is None)):
+            remember(notes, deepcopy(self._memories))
+            trajectories = trajectories.unjudged()
+        return self._actor.judged(trajectories)
 
 
 def group_statistics(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

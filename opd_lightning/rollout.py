@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import fingerprint
-from .actor import Actor
+from .actor import Actor, Judging
 from .callback import followers
 from .contract import check_rollouts
 from .metrics import Metrics, forget_logged
@@ -181,14 +181,14 @@ class RolloutLoader:
                 trajectories = self._ahead.popleft().result()
         metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
         # here and not in the worker's thread, where rewards would have no time limit, and with the weights of now
-        trajectories = self.actor.judged(trajectories)
+        judged = Judging(self.actor, self.ranks)
+        trajectories = judged(trajectories)
         if trajectories.reward is not None:
             metrics.record("reward", trajectories.reward[~trajectories.reward.isnan()])
             metrics.record("abstained", trajectories.reward.isnan())
         for callback in followers(self.trainer):
             # again, where it put others in their place
-            trajectories = check_rollouts(callback, callback.on_rollouts(self.actor.setting, trajectories))
-            trajectories = self.actor.judged(trajectories)
+            trajectories = judged(check_rollouts(callback, callback.on_rollouts(self.actor.setting, trajectories)))
         return self.reader.settle(trajectories)
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:

@@ -158,10 +158,14 @@ class Trajectories:
         both = [name for name in self.channels if name in other.channels]
         parts = [dataclasses.replace(part, channels={n: part.channels[n] for n in both}) for part in (self, other)]
         joined = Trajectories.concatenate(parts, padding).select(places)
+        own: dict[str, Any] = {"examples": self.unjudged().examples, "row": self.row, "group": self.group}
+        return dataclasses.replace(joined, **own, notes=None, reward=None, group_mean=None, group_std=None)
+
+    def unjudged(self) -> Trajectories:
+        """Takes off what was found out: notes with their columns, and rewards."""
         notes = self.notes or [{} for _ in self.examples]
         rows = [_without(example, note) for example, note in zip(self.examples, notes, strict=True)]
-        own: dict[str, Any] = {"examples": rows, "row": self.row, "group": self.group}
-        return dataclasses.replace(joined, **own, notes=None, reward=None, group_mean=None, group_std=None)
+        return dataclasses.replace(self, examples=rows, notes=None, reward=None, group_mean=None, group_std=None)
 
     def truncate(self, horizon: int) -> Trajectories:
         """Cuts each trajectory at ``horizon`` steps; those that were cut no longer count as stopped."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from opd_lightning.actor import Judging
+from opd_lightning.callback import DistillationCallback
 from opd_lightning.modalities.autoregressive import Feedback, FirstOf, Peers, PromptView, Written
+from opd_lightning.note import Note
 from opd_lightning.objective import Objective, ReverseKL, Term
 from opd_lightning.reward import CallableReward, ExactMatch
 from opd_lightning.rollout_settings import Rollout, derived_seed
@@ -190,3 +194,48 @@ def test_words_of_another_kind_are_an_error_of_the_reward(tiny_student, tmp_path
     )
     with pytest.raises(RuntimeError, match=r"answered .* where words were asked for"):
         fit(module, tmp_path)
+
+
+class Learning(Note):
+    """Note that counts the generation batches that it knows of."""
+
+    writes, remembers = ("batch",), ("batches",)
+
+    def __init__(self) -> None:
+        self.batches, self.calls = 0, 0
+
+    def __call__(self, module, trajectories):
+        self.batches, self.calls = self.batches + 1, self.calls + 1
+        return trajectories.noted({"batch": [self.batches] * len(trajectories)})
+
+
+class Replacing(DistillationCallback):
+    def on_rollouts(self, module, trajectories):
+        others = module.act("student", trajectories.examples[:1], [5]).to("cpu")
+        return trajectories.put(torch.tensor([0]), others, module.padding)
+
+
+def learning(student, folder, *callbacks):
+    note = Learning()
+    module = make_module(student, {"teacher": Teacher(Live())}, notes={"learning": note})
+    attach(module, folder, callbacks=list(callbacks))
+    return module, note, next(train(module.rollout_loader(make_rows(24)))).trajectories
+
+
+def test_nothing_is_learned_twice_of_a_batch_in_which_others_were_put(tiny_student, tmp_path):
+    _, note, batch = learning(tiny_student, tmp_path, Replacing())
+    assert (note.calls, note.batches) == (2, 1)
+    assert {row["batch"] for row in batch.examples} == {1}
+
+
+def test_where_one_rank_makes_notes_anew_all_do(tiny_student, tmp_path):
+    """A note may ask all ranks, which would wait for those that had nothing to put in its place."""
+    module, note, batch = learning(tiny_student, tmp_path)
+    others = [0.0]
+    judged = Judging(module.actor, SimpleNamespace(total=lambda value: value + others[0]))
+    batch = judged(batch.unjudged())
+    assert judged(batch) is batch
+    assert (note.calls, note.batches) == (2, 2)
+    others[0] = 1.0
+    assert {row["batch"] for row in judged(batch).examples} == {2}
+    assert (note.calls, note.batches) == (3, 2)
