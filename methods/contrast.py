@@ -117,7 +117,8 @@ class Extrapolated(Advantage):
 
     Args:
         strength: λ. Default 1, where the base cancels and is not asked: that is `LogRatio`.
-        base: the entry of ``model.teachers`` that is b, such as the student before training.
+        base: the entry of ``model.teachers`` that is b, such as the student before training. Where its view shows
+            nothing, λ is 1.
     """
 
     needs = frozenset({"teacher"})
@@ -136,7 +137,7 @@ class Extrapolated(Advantage):
         if self.strength == 1:
             return ratio
         beyond = steps.statistic("teacher/log_prob") - steps.statistic(f"{self.base}/log_prob")
-        return ratio + (self.strength - 1) * beyond
+        return torch.where(steps.knows(self.base), ratio + (self.strength - 1) * beyond, ratio)
 
 
 class Preference(Advantage):

@@ -115,10 +115,11 @@ class Spans(Note):
         texts, rewards = module.completions(trajectories), trajectories.reward.tolist()
         for i, (text, row, reward) in enumerate(zip(texts, trajectories.examples, rewards, strict=True)):
             spans = [] if reward != reward else self.annotator(text, row, reward >= self.threshold)
-            labels.append(", ".join(dict.fromkeys(span.label for span in spans)) or None)
             trained = trajectories.mask[i].nonzero().squeeze(-1)
             marked = steps_of(spans, trajectories.actions[i, trained].tolist(), module.written_as)
-            channel[i, trained[marked[: int(self.most * len(trained))]]] = 1.0
+            chosen = trained[marked[: int(self.most * len(trained))]]
+            channel[i, chosen] = 1.0
+            labels.append(", ".join(dict.fromkeys(span.label for span in spans)) or None if len(chosen) else None)
         noted = trajectories.noted({"marked": labels})
         noted.channels = {**trajectories.channels, "spans": channel}
         return noted

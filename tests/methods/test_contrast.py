@@ -157,6 +157,13 @@ def test_at_strength_one_the_base_cancels_and_is_not_asked():
         Extrapolated(0)
 
 
+def test_where_the_base_is_not_defined_nothing_is_extrapolated():
+    world = World(8, ("teacher", "base"))
+    ours = without(world, "base", slice(None))(Term(PolicyGradient(Extrapolated(1.25))))
+    for one, plain in zip(ours, gradients(world, LogRatio()), strict=True):
+        close(one, plain, 1e-9)
+
+
 # -- PBSD -----------------------------------------------------------------------------------------------------------
 
 PAIRED = {"source": torch.tensor([1, 0, 0, 0, 1, 0, 1, 0]), "sources": ("student", "teacher")}

@@ -65,6 +65,8 @@ def test_only_trained_steps_are_marked_and_never_more_than_a_share():
     found = noted(mask, actions, [1.0, 0.0, torch.nan], Spans(Everything(), most=0.5))
     assert found.channels["spans"].tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0] * 5]
     assert [row["marked"] for row in found.examples] == ["all", "all", None], "where the reward abstains nothing is"
+    few = noted([[1, 1, 1]], [[1, 2, 3]], [1.0], Spans(Everything()))
+    assert few.examples[0]["marked"] is None, "a quarter of three steps is none"
     with pytest.raises(ValueError, match=r"Spans\.most must be in \(0, 1\], got 0"):
         Spans(Everything(), most=0)
 
