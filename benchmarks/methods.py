@@ -1,8 +1,9 @@
 """The methods on text/long.yaml, side by side: ``make methods`` writes the table of docs/methods.md.
 
 Every overlay of configs/methods/ that is for texts, and the variants of benchmarks/long.yaml: from the same student,
-with as many updates on as many trajectories each. A run whose ``result.json`` is there is not made again: stopped, it
-goes on with the next. Names on the command line run these alone; ``--table`` runs nothing and writes the table.
+with as many updates on as many trajectories each. A run whose result is in benchmarks/methods.json is not made again:
+stopped, it goes on with the next. Names on the command line run these alone; ``--table`` runs nothing and writes the
+table.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from opd_lightning.catalog import read_all, shipped_configs
 from opd_lightning.report import read_curves
 
 RUNS, PAGE = Path("runs/methods/long"), Path("docs/methods.md")
+RESULTS = Path("benchmarks/methods.json")
 START, END = "<!-- make methods -->", "<!-- end -->"
 SETTINGS = yaml.safe_load((Path(__file__).parent / "long.yaml").read_text(encoding="utf-8"))
 HEAD = (
@@ -96,13 +98,23 @@ def command(arm: Arm, seed: int, folder: Path, extra: list[str]) -> list[str]:
     ]
 
 
-def train(arm: Arm, seed: int, extra: list[str]) -> dict[str, Any]:
-    """Returns the result of one run, from its file where it was run before; a run that raises has an ``error``."""
+def known() -> dict[str, dict[str, dict[str, Any]]]:
+    """Reads all results, by method and seed: those that are kept, and those of runs in this checkout."""
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for path in RUNS.glob("*/*/result.json"):
+        name, seed = path.parts[-3:-1]
+        results.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def train(arm: Arm, seed: int, extra: list[str]) -> None:
+    """Makes a run unless its result is there; one that raises has an ``error``."""
+    if str(seed) in known().get(arm.name, {}):
+        return
     folder = RUNS / arm.name / str(seed)
     path = folder / "result.json"
-    if path.exists():
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return result
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "output.txt").open("w", encoding="utf-8") as output:
@@ -114,7 +126,6 @@ def train(arm: Arm, seed: int, extra: list[str]) -> dict[str, Any]:
     result |= {"error": said[-1] if said else f"status {status}"} if status else measured(folder)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{arm.name:28} {seed} {result}", flush=True)
-    return result
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -146,12 +157,13 @@ def line(arm: Arm, results: list[dict[str, Any]]) -> str:
 
 
 def write(rows: dict[str, Arm], seeds: int) -> None:
-    """Puts the table of all results that are there into the page, between its two comments."""
+    """Keeps all results, and puts their table into the page, between its two comments."""
+    results = known()
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     lines = []
     for arm in rows.values():
-        paths = [RUNS / arm.name / str(seed) / "result.json" for seed in range(seeds)]
-        if results := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]:
-            lines.append(line(arm, results))
+        if runs := [run for seed, run in sorted(results.get(arm.name, {}).items()) if int(seed) < seeds]:
+            lines.append(line(arm, runs))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     PAGE.write_text("\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def benchmark(monkeypatch, tmp_path):
 
     monkeypatch.setattr(methods, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(methods, "PAGE", tmp_path / "methods.md")
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
     yield methods
     sys.modules.pop("methods", None)
 
@@ -51,12 +53,16 @@ def test_a_run_that_is_there_is_not_made_again_and_the_table_stands_between_its_
         path.parent.mkdir(parents=True)
         result = {"accuracy": {"0": 0.25, "60": after}, "rollout": 2e5, "teacher": 1e5, "cpu_s": 70}
         path.write_text(json.dumps(result), encoding="utf-8")
-    assert benchmark.train(rows["gkd"], 1, [])["cpu_s"] == 70
     monkeypatch.setattr(sys, "executable", "false")
-    assert "status" in benchmark.train(rows["grpo"], 0, [])["error"]
+    benchmark.train(rows["gkd"], 1, [])
+    benchmark.train(rows["grpo"], 0, [])
+    assert benchmark.known()["gkd"]["1"]["cpu_s"] == 70
+    assert "status" in benchmark.known()["grpo"]["0"]["error"]
     benchmark.write(rows, 2)
     above, *table = benchmark.PAGE.read_text(encoding="utf-8").splitlines()
     assert above == "above"
     assert "| `gkd` |  | 25.0 | 62.5 ± 17.7 | 200 | 100 | 70 | 2 |  |" in table
     assert any(line.startswith("| `grpo` |") and "status" in line for line in table)
     assert table[-3:] == ["<!-- end -->", "below", "<!-- end -->"]
+    shutil.rmtree(benchmark.RUNS)  # another checkout has none of them
+    assert benchmark.known()["gkd"]["0"]["accuracy"]["60"] == 0.5
