@@ -23,6 +23,11 @@ class HiddenSimilarity(DistillationCallback):
     a damaged model's former self as the teacher it follows the recovery (2604.15794). ``train/cka/layer_<l>`` is over
     all steps of a logged optimizer step and all ranks, before the update; it costs a forward pass of each model there.
 
+    Example::
+
+        callbacks+:
+          - {class_path: HiddenSimilarity, init_args: {layers: {-1: -1}}}
+
     Args:
         layers: of the student, each with the teacher's beside it, as in `HiddenMatch`. Default: the last of both.
         teacher: an entry of ``model.teachers``, which reads its own view. Default ``teacher``.

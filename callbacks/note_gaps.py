@@ -43,6 +43,11 @@ class NoteGaps(DistillationCallback):
 
     Each look costs two passes of the teacher over ``count`` rollouts and two over their answers, for each note.
 
+    Example::
+
+        callbacks+:
+          - {class_path: NoteGaps, init_args: {count: 8}}
+
     Args:
         every: generation batches between looks, from the first on. Default 50.
         count: rollouts of each rank, at most; where another rank has fewer with such a note, as many. Default 8.

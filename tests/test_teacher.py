@@ -225,8 +225,9 @@ def test_two_averages_over_one_adapter(student, tmp_path):
     fit(module, tmp_path, steps=3)
     rolled = act(module, make_rows(4))
     now, fast, slow = (log_softmax(module, name, rolled) for name in ("student", "fast", "slow"))
-    assert (fast - now).abs().max() < 1e-4
     assert (slow - now).abs().max() > 1e-3
+    # an average of rate 1 is the student but for rounding, which differs between processors
+    assert (fast - now).abs().max() < (slow - now).abs().max() / 10
 
 
 @pytest.mark.parametrize(

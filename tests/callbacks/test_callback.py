@@ -48,7 +48,7 @@ def test_a_callback_is_told_of_optimizer_steps_whatever_their_micro_batches(tmp_
 # -- acting -------------------------------------------------------------------------------------------------------
 
 
-class BestOfTeacher(DistillationCallback):
+class LikeliestToTeacher(DistillationCallback):
     """BRTS (2605.09725), roughly: where a whole group fails, the teacher's rollout takes the place of its first."""
 
     sources = frozenset({"teacher"})
@@ -74,7 +74,7 @@ def brts() -> tuple[Any, list[Any]]:
     module = toy.make_module(
         {"teacher": Teacher(Frozen(toy.Pretrained("1")))}, Objective(terms), rollout=rollout, reward=LongerIsBetter()
     )
-    return module, [BestOfTeacher()]
+    return module, [LikeliestToTeacher()]
 
 
 def test_a_teacher_acts_where_a_callback_says_so(tmp_path):
