@@ -20,6 +20,7 @@ OTHERS = (
     "os.open",
     "browser.open",
     "student.open",
+    "opener.open",
     "accumulator.open",
     "accumulator().open",
     "distribution('miniwob').read_text",
