@@ -170,6 +170,9 @@ def test_distill_fills_in_what_models_and_rows_say(folder):
         (["--data", "rows.jsonl"], r"none of the columns looks like a prompt; name one with --prompt: text"),
         (["--data", "nowhere.jsonl"], r"--data: there is no file or folder 'nowhere.jsonl'"),
         (["--data", "sums.jsonl", "--steps", "0"], "--steps is 0"),
+        (["--data", "sums.jsonl", "--batch", "0"], "--batch is 0"),
+        (["--data", "sums.jsonl", "--lr", "0"], "--lr is 0"),
+        (["--data", "sums.jsonl", "--horizon", "-1"], "--horizon is -1"),
         (["--data", "sums.jsonl", "--lr", "nan"], "--lr must be a number"),
     ],
 )

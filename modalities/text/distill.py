@@ -83,6 +83,10 @@ def configuration(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict
     if options.steps < 1:
         raise ValueError(f"--steps is {options.steps}; it takes 1 or more")
     check_finite("--lr", options.lr)
+    for name in ("batch", "horizon", "lora", "lr"):
+        # 0 is no "as you like": that is to leave it out
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise ValueError(f"--{name} is {value}; it takes more than 0, or leave it out")
     rows = read_source(options.data, _train_options(rest), "--data", 0, BadRows("--data", "refuse"))
     column = _prompt_column(rows, options.prompt)
     held_out = min(HELD_OUT, max(1, len(rows) // 10))
