@@ -93,8 +93,12 @@ class AtomicIO(TorchCheckpointIO):
 
 def newest_whole(folder: Path) -> Path | None:
     """Finds the newest checkpoint that is not cut short; None if there is none."""
-    files = [file for file in folder.glob("*.ckpt") if file.is_dir() or zipfile.is_zipfile(file)]
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+    times: dict[Path, float] = {}
+    for file in folder.glob("*.ckpt"):
+        with suppress(FileNotFoundError):  # a run that writes there has just removed it
+            if file.is_dir() or zipfile.is_zipfile(file):
+                times[file] = file.stat().st_mtime
+    return max(times, key=times.__getitem__, default=None)
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -199,9 +203,9 @@ class Checkpoint(ModelCheckpoint):
         # the default exactly: a plugin that somebody chose stays
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicIO()
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._lock(trainer)
+            self._lock(trainer)  # before Lightning lists the folder: another run may be removing files of it
+        super().setup(trainer, pl_module, stage)
 
     def _lock(self, trainer: L.Trainer) -> None:
         """Takes the run's folders on rank 0; all ranks raise what it raised."""
@@ -286,7 +290,11 @@ class Checkpoint(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # `--ckpt_path=last` is looked up before setup
         self._settle(trainer)
-        return super()._find_last_checkpoints(trainer)
+        if "://" in str(self.dirpath):
+            return super()._find_last_checkpoints(trainer)
+        # Lightning lists the folder, and fails on a file that the run which writes there removes meanwhile
+        last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        return {str(last)} if last.exists() else set()
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Returns the folder of its checkpoints."""

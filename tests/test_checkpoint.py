@@ -9,8 +9,9 @@ import lightning as L
 import pytest
 import torch
 
-from opd_lightning.checkpoint import AtomicIO, check_ours, check_whole
+from opd_lightning.checkpoint import AtomicIO, check_ours, check_whole, newest_whole
 from opd_lightning.cli import run
+from opd_lightning.folder import RunLock
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
@@ -197,3 +198,39 @@ def test_last_in_an_empty_folder_starts_anew(make_world, tmp_path):
     config = configuration(tmp_path, make_world("text"), PLAIN)
     run(["fit", "-c", str(config), "--ckpt_path=last", "--trainer.max_steps=1"])
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.fixture
+def vanishing(monkeypatch):
+    """Files of a run that goes on: listed, then gone before Lightning looks at them."""
+
+    def listed(self, path, detail=False, **settings):
+        raise FileNotFoundError(f"{path}/step-37.ckpt")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", listed)
+
+
+@pytest.mark.usefixtures("vanishing")
+def test_a_file_that_a_run_removes_meanwhile_stops_nobody_who_reads_its_last(make_world, tmp_path):
+    config = configuration(tmp_path, make_world("text"), PLAIN)
+    (tmp_path / "checkpoints").mkdir()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    for how in ([], ["--ckpt_path=last"]):
+        with pytest.raises(RuntimeError, match="another run writes into"):
+            run(["fit", "-c", str(config), *how])
+    lock.release()
+
+
+def test_the_newest_whole_one_is_found_beside_what_vanishes(tmp_path, monkeypatch):
+    for name in ("step-1.ckpt", "step-2.ckpt"):
+        torch.save({}, tmp_path / name)
+    stat = Path.stat
+
+    def gone(self, **settings):
+        if self.name == "step-2.ckpt":
+            raise FileNotFoundError(self)
+        return stat(self, **settings)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    assert newest_whole(tmp_path) == tmp_path / "step-1.ckpt"
