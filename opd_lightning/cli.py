@@ -81,6 +81,7 @@ class OPDCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> None:
         arguments = understood(args)
+        self._command = arguments[0] if arguments else ""
         try:
             with phase("preparing"):
                 super().__init__(
@@ -97,6 +98,11 @@ class OPDCLI(LightningCLI):
                 )
         finally:
             remove_empty_logs(getattr(self, "trainer", None))
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lists the command that is run: a parser for each of the others would be built, and not asked."""
+        commands = LightningCLI.subcommands()
+        return {self._command: commands[self._command]} if self._command in commands else commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")

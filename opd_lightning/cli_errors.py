@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
@@ -33,6 +33,10 @@ class Parser(LightningArgumentParser):
     """Parser that prints the innermost problem in place of jsonargparse's account of everything that it tried."""
 
     sources: ClassVar[list[Source]] = []
+
+    def dump(self, *args: Any, **settings: Any) -> str:
+        """Writes a configuration; what was parsed was checked then, and is not checked again."""
+        return str(super().dump(*args, **{"skip_validation": True, **settings}))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:

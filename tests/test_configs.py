@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd_lightning.catalog import Method, read_all
-from opd_lightning.cli import OPDCLI, run
+from opd_lightning.cli import OPDCLI, run, understood
 from opd_lightning.modalities.autoregressive.elsewhere.score import score
 
 ROOT = Path(__file__).parent.parent / "configs"
@@ -29,10 +29,10 @@ SMALL = [
     "--model.rollout.batch_size=4",
 ]
 FEW = {
-    "text": "--data.train_options.count=64",
-    "vision_language": "--data.train_options.count=64",
-    "gui_grounding": "--data.train_options.pages=[click-color]",
-    "diffusion": "--data.train_options.limit=32",
+    "text": ["--data.train_options.count=64", "--data.validation_options.count=8"],
+    "vision_language": ["--data.train_options.count=64", "--data.validation_options.count=8"],
+    "gui_grounding": ["--data.train_options.pages=[click-color]", "--data.validation_options.pages=[click-test]"],
+    "diffusion": ["--data.train_options.limit=32"],
 }
 
 
@@ -54,43 +54,46 @@ def test_trainer_overlays_parse(name):
     parse("text/quickstart", f"trainer/{name}")
 
 
-def methods(first: bool) -> list:
-    """Each method with the first of the settings that its head names, or with each of the others."""
-    pairs = [(m, s) for m in read_all() for s in m.settings if (s == m.settings[0]) == first]
-    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs]
+def methods() -> list:
+    """Each method with every setting that its head names; slow where others have trained all of its parts already."""
+    cases, seen = [], set()
+    for setting in ("text", "vision_language", "gui_grounding", "diffusion"):
+        # those with the most parts first, which are the fewest that have all of them
+        for method in sorted(read_all(), key=lambda method: -len(method.parts)):
+            if setting in method.settings:
+                new = setting == method.settings[0] and not seen.issuperset(method.parts)
+                seen |= set(method.parts) if new else set()
+                marks = [] if new else [pytest.mark.slow]
+                cases.append(pytest.param(method, setting, id=f"{method.name}-{setting}", marks=marks))
+    return cases
 
 
 def recorded(setting: str, folder: Path) -> list[str]:
     """Records the quickstart's teacher; returns what a method that reads it is told in place of `FEW`."""
-    score(["-c", f"opd:{setting}/quickstart.yaml", *SMALL, FEW[setting], f"--into={folder}"])
+    score(["-c", f"opd:{setting}/quickstart.yaml", *SMALL, *FEW[setting], f"--into={folder}"])
     return [f"--model.teachers.teacher.weights.path={folder}", f"--data.train={folder / 'rows.jsonl'}"]
 
 
 def train(method: Method, setting: str, folder: Path) -> None:
     """Trains two optimizer steps on the setting's quickstart."""
     files = [part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml")]
-    few = recorded(setting, folder / "recorded") if "Cached" in method.parts else [FEW[setting]]
+    few = recorded(setting, folder / "recorded") if "Cached" in method.parts else FEW[setting]
     run(["fit", *files, *SMALL, *few, f"--trainer.default_root_dir={folder}"])
     assert (folder / "checkpoints" / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize(("method", "setting"), methods(first=True))
+@pytest.mark.parametrize(("method", "setting"), methods())
 def test_methods_train(method, setting, tmp_path):
     train(method, setting, tmp_path)
 
 
-@pytest.mark.parametrize(("method", "setting"), methods(first=False))
-def test_methods_parse_in_their_other_settings(method, setting):
-    parse(*method.stack(setting))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "setting"), methods(first=False))
-def test_methods_train_in_their_other_settings(method, setting, tmp_path):
-    train(method, setting, tmp_path)
+def test_keys_and_values_of_methods_are_meant_in_all_of_their_settings():
+    for method in read_all():
+        for setting in method.settings:
+            understood(["fit", *(part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml"))])
 
 
 @pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student", "pretrain_long", "long"])
 def test_configurations_with_models_that_ship_run(name, tmp_path):
-    run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, FEW["text"], f"--trainer.default_root_dir={tmp_path}"])
+    run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, *FEW["text"], f"--trainer.default_root_dir={tmp_path}"])
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

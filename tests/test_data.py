@@ -254,7 +254,14 @@ def test_reasoning_gym() -> None:
     assert list(same.train) == list(data.train)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("task", ["arc_agi", "rearc", "knights_knaves", "word_ladder", "mini_sudoku"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "knights_knaves",
+        "mini_sudoku",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("arc_agi", "rearc", "word_ladder")),
+    ],
+)
 def test_reasoning_gym_scores_its_own_answers(task: str) -> None:
     pytest.importorskip("reasoning_gym")
     data = ready(train=f"reasoning_gym:{task}", train_options={"size": 3})

@@ -325,7 +325,9 @@ def same_run(one, other) -> None:
 
 
 @pytest.mark.parametrize(("made", "times"), [("frozen", 4), ("initial", 4), ("ema", 12), ("live", 12)])
-def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(world, made, times, tmp_path, monkeypatch):
+def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(make_world, made, times, tmp_path, monkeypatch):
+    world = make_world("text")
+
     def weights():
         still = {"frozen": Frozen(Pretrained(str(world.teacher))), "initial": Initial()}
         return {**still, "ema": EMA(), "live": Live()}[made]
@@ -336,7 +338,9 @@ def test_a_teacher_that_stands_still_is_asked_once_in_all_epochs(world, made, ti
     assert len(set(found[1])) == 12, "the student moves on"
 
 
-def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path, monkeypatch):
+def test_a_teacher_whose_view_has_changed_is_asked_again(make_world, tmp_path, monkeypatch):
+    world = make_world("text")
+
     def blind(teacher):
         teacher.view = None
 
@@ -350,7 +354,9 @@ def test_a_teacher_whose_view_has_changed_is_asked_again(world, tmp_path, monkey
 
 
 @pytest.mark.parametrize("made", ["frozen", "live"])
-def test_a_normalizer_that_reads_distributions_asks_a_teacher_once(world, made, tmp_path, monkeypatch):
+def test_a_normalizer_that_reads_distributions_asks_a_teacher_once(make_world, made, tmp_path, monkeypatch):
+    world = make_world("text")
+
     def run(**how):
         weights = Live() if made == "live" else Frozen(Pretrained(str(world.teacher)))
         objective = Objective([Term(ReverseKL(), weights=[Entropy("teacher")], normalizer="weights")])

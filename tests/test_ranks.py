@@ -196,7 +196,7 @@ def test_two_ranks_predict_each_of_three_examples_once(tmp_path, make_world):
         assert sorted(json.loads(line)["prompt"] for line in lines) == prompts
 
 
-@pytest.mark.parametrize(("epochs", "before", "steps"), [(1, 1, 2), (2, 3, 4)])
+@pytest.mark.parametrize(("epochs", "before", "steps"), [pytest.param(1, 1, 2, marks=pytest.mark.slow), (2, 3, 4)])
 def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(
     epochs, before, steps, tmp_path, make_world
 ):

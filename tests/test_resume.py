@@ -127,7 +127,7 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("setting", "name", "setup", "moment"),
     [
-        ("text", "plain", PLAIN, 0.2),
+        pytest.param("text", "plain", PLAIN, 0.2, marks=pytest.mark.slow),
         pytest.param("text", "plain", PLAIN, 0.7, marks=pytest.mark.slow),
         ("text", "ema", EMA, 0.5),
         ("text", "ahead", AHEAD, 0.5),

@@ -43,7 +43,10 @@ def equal(found: dict, expected: dict) -> None:
         assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 1), pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow)],
+)
 def test_a_signal_finishes_the_step_and_saves(number, code, text, unbroken, tmp_path):
     """With two micro-batches to a step, of which the first may be done."""
     config = configuration(tmp_path, text, EMA)
@@ -62,7 +65,9 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, unbroken, tmp_
     equal(last(again)["state_dict"], unbroken)
 
 
-@pytest.mark.parametrize(("how", "signals"), [("sleeps", 1), ("sleeps", 2), ("never_lets_go", 2)])
+@pytest.mark.parametrize(
+    ("how", "signals"), [("sleeps", 1), pytest.param("sleeps", 2, marks=pytest.mark.slow), ("never_lets_go", 2)]
+)
 def test_a_run_that_hangs_ends_all_the_same(how, signals, text, tmp_path):
     """After a while, or at the second signal; without cleaning up if it must be."""
     config = configuration(tmp_path, text, PLAIN)

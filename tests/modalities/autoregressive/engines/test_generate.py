@@ -131,7 +131,8 @@ def _nucleus(p: torch.Tensor, share: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("shape", "kept"), FILTERS, ids=lambda value: str(value) if isinstance(value, dict) else "")
-def test_frequencies_are_those_of_the_filtered_distribution(world, shape, kept):
+def test_frequencies_are_those_of_the_filtered_distribution(make_world, shape, kept):
+    world = make_world("text")
     module, count = world.alone(), 4000
     rolled = module.act(
         "student",
