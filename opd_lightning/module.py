@@ -48,7 +48,7 @@ from .scoring import Scoring
 from .setting import Setting
 from .sharding import mesh_of, reshard
 from .streams import Streams
-from .teacher import Elsewhere, Teacher, check_actors, enter, told
+from .teacher import Elsewhere, Teacher, aligned, check_actors, enter, told
 from .trajectory import Example, Trajectories
 
 
@@ -158,7 +158,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.rollout.check(set(self.teachers), self.provides)
         check_notes(self.notes, {*self.columns, *self.reads}, self)
         elsewhere = {name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Elsewhere)}
-        self.objective.check(set(self.teachers), top_k=told(self.teachers), elsewhere=elsewhere)
+        self.objective.check({*self.teachers}, None, None, told(self.teachers), elsewhere, aligned(self.teachers))
         if self._trainer is not None:
             self._check_served()
 
@@ -173,7 +173,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             provides.add("group")
         if "dataset" not in sources:
             provides.add("behavior")
-        self.objective.check(set(self.teachers), provides, sources)
+        self.objective.check({*self.teachers}, provides, sources, aligned=aligned(self.teachers))
         distributions = frozenset[str]().union(*(callback.distributions for callback in callbacks))
         check_actors(self.teachers, sources | self.rollout.policies, distributions)
         asked = self.asked_by_parts().union(*(term.teachers for term in self.objective.terms))

@@ -90,19 +90,28 @@ class Frozen(TeacherWeights):
 
 
 class Elsewhere(TeacherWeights):
-    """Weights that are not in this process: others tell how likely they find the student's actions.
+    """Weights that are no policy of this run: they tell how likely they find the student's actions.
 
-    Such a teacher has no policy: it cannot act, and nothing is computed with it.
+    They are not in this process, or of a model that reads other tokens. Such a teacher cannot act.
     """
 
     stands_still = True
     top_k: int | None = 0
 
+    refusal: str = "has no model in this process"
+    """Why it is no policy, for messages that begin with its name."""
+
+    policy: Policy | None = None
+    """What reads its prompts, where it is a model with a tokenizer of its own."""
+
+    aligns: bool = False
+    """Whether it tells its own distributions over its own vocabulary, beside the student's (`Aligned`)."""
+
     recorded: bool = False
     """Whether it knows of what it was asked before alone, as a file does."""
 
     def attach(self, name: str, student: Policy, load: Callable[[Pretrained], Policy]) -> Policy:
-        raise TypeError(f"model.teachers.{name}: {type(self).__name__} has no model in this process")
+        raise TypeError(f"model.teachers.{name}: {type(self).__name__} {self.refusal}")
 
     @abstractmethod
     def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
@@ -286,7 +295,8 @@ class Teacher:
             different ``where`` and a term each route by a column.
         max_prompt_length: limit of its own prompt (with the privileged text), in steps of the setting; nothing is
             cut: an example beyond it is refused or skipped when the data is set up. None: the model's own limit.
-        own_template: render prompts with the teacher's own chat template instead of the student's.
+        own_template: render prompts with the teacher's own chat template instead of the student's. A teacher of another
+            tokenizer always does.
     """
 
     weights: TeacherWeights
@@ -339,6 +349,11 @@ def told(teachers: dict[str, Teacher]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count is not None}
 
 
+def aligned(teachers: dict[str, Teacher]) -> set[str]:
+    """Names the teachers of another tokenizer, which tell what `Aligned` holds."""
+    return {name for name, t in teachers.items() if isinstance(t.weights, Elsewhere) and t.weights.aligns}
+
+
 def check_names(teachers: Iterable[str]) -> None:
     """Refuses names of teachers that clash or can't be written.
 
@@ -370,7 +385,7 @@ def check_actors(teachers: dict[str, Teacher], sources: Set[str], whole: Set[str
     for name, weights in elsewhere.items():
         who = f"model.teachers.{name}: {type(weights).__name__}"
         if name in sources:
-            raise ValueError(f"{who} has no model in this process, so it can't act; name another policy in behavior")
+            raise ValueError(f"{who} {weights.refusal}, so it can't act; name another policy in behavior")
         if name in whole and weights.top_k is not None:
             raise ValueError(f"{who} tells log-probs of actions alone, and a callback reads its whole distribution")
         if weights.recorded and (acting := sorted(sources - {"dataset"})):

@@ -1,7 +1,7 @@
 """What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
 from .checklist import Checklist
-from .elsewhere import Cached, Remote
+from .elsewhere import Cached, OtherTokenizer, Remote
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
 from .notes import Feedback, Peers, Written
 from .setting import AutoregressiveDistillation
@@ -18,6 +18,7 @@ __all__ = [
     "Feedback",
     "FirstOf",
     "Generate",
+    "OtherTokenizer",
     "Peers",
     "PromptView",
     "Remote",

@@ -18,11 +18,11 @@ from ...policy import Policy
 from ...pretrained import Pretrained
 from ...printable import printable, quoted
 from ...rollout_settings import Rollout
-from ...teacher import Teacher
+from ...teacher import Elsewhere, Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, check_head, problem_with_shared_prefix
-from .models import bare, context_length, eos_ids, listed, output_embeddings, rope_kinds, rope_switch
+from .models import bare, check_tokenizer, context_length, eos_ids, listed, output_embeddings, rope_kinds, rope_switch
 from .rendering import Renderer
 from .view import FirstOf
 
@@ -76,7 +76,8 @@ def audit_rows(module: Audited) -> list[tuple[str, dict[str, str]]]:
     module.renderer(student).check_options("model.chat_template_kwargs")
     roles = module.policies.items()
     for name, policy in roles:
-        _compare_tokenizers(module, name, policy)
+        kind = "student" if name == "student" else type(module.teachers[name].weights).__name__
+        check_tokenizer(student, policy, module.vocabulary, kind)
         check_head(name, policy, module.head(policy))
         check_causal(policy, module.vocabulary)
     # 2. the table
@@ -157,11 +158,12 @@ def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tupl
             lines += _without_notes(module, name, example | missing, limit)
             continue
         view = teacher.look(example)
-        same = teacher.view is None and not teacher.own_template
+        reader = reader_of(module, name)
+        same = teacher.view is None and module.reads_as(reader) is student
         teacher_example = student_example if teacher.view is None or view is None else view
-        reader = module.policies.get(name, student)  # one that is elsewhere is asked in the student's tokens
         ids = module.prompt_ids(teacher_example, module.reads_as(reader)).tolist()
-        text = "nothing of this row" if view is None else "the same" if same else _spelled(module, ids, limit)
+        spelled = _spelled(module, ids, limit, module.reads_as(reader))
+        text = "nothing of this row" if view is None else "the same" if same else spelled
         lines.append((f"{name} reads", text))
     return lines
 
@@ -172,8 +174,7 @@ def _without_notes(module: Audited, name: str, example: Example, limit: int) -> 
     As text: what stands for a note may have no tokens.
     """
     teacher = module.teachers[name]
-    reader = module.policies.get(name, module.policies["student"])
-    renderer = module.renderer(module.reads_as(reader))
+    renderer = module.renderer(module.reads_as(reader_of(module, name)))
     views = teacher.view.views if isinstance(teacher.view, FirstOf) else [teacher.view]
     lines = []
     for number, view in enumerate(views):
@@ -184,6 +185,13 @@ def _without_notes(module: Audited, name: str, example: Example, limit: int) -> 
             text = "what notes will say of a rollout"
         lines.append((f"{name} reads" if number == 0 else f"{name}, or else", text))
     return lines
+
+
+def reader_of(module: Audited, name: str) -> Policy:
+    """Returns the policy that reads a teacher's prompts: the student, for one that has no model here."""
+    weights = module.teachers[name].weights
+    own = weights.policy if isinstance(weights, Elsewhere) else module.policies[name]
+    return own or module.policies["student"]
 
 
 def stop_ids(module: Audited, policy: Policy) -> list[int]:
@@ -255,7 +263,7 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
 def problem_with_view(module: Audited, name: str, example: Example) -> str | None:
     """Finds why a teacher can't read its view of an example; None if it can, or has none."""
     teacher = module.teachers[name]
-    policy = module.policies.get(name, module.policies["student"])
+    policy, student = reader_of(module, name), module.policies["student"]
     view = teacher.look(example)
     if view is None:
         return None
@@ -264,7 +272,8 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
-    room = context_length(policy) - module.rollout.horizon if name in module.policies else math.inf
+    is_here = policy is not student or name in module.policies  # a horizon of the student's tokens, or about that
+    room = context_length(policy) - module.rollout.horizon if is_here else math.inf
     limit = min(teacher.max_prompt_length or room, room)
     if len(ids) > limit:
         return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
@@ -281,22 +290,31 @@ def problem_with_prompt(module: Audited, ids: Tensor, name: str, is_raw: bool) -
         is_raw: whether text was read as it is. A chat template may end a prompt with the stop token, behind which its
             model was taught to answer.
     """
-    policy = module.policies.get(name, module.policies["student"])
+    policy = module.policies["student"] if name == "student" else reader_of(module, name)
     key = "model.student" if name == "student" else f"model.teachers.{name}"
     rows = bare(policy.model).get_input_embeddings().weight.shape[0]
     for i in ids[ids >= rows].tolist():
         if i not in module.filled_in(policy):
             token = module.tokenizer(policy).convert_ids_to_tokens(i)
             return f"the prompt holds {token!r} (id {i}), and {key} has embeddings for ids below {rows} only"
-    if is_raw and int(ids[-1]) in module.eos:
-        token = module.tokenizer().decode([int(ids[-1])])
+    reader = module.reads_as(policy)
+    stops = module.eos if reader is module.policies["student"] else stop_ids(module, reader)
+    if is_raw and int(ids[-1]) in stops:
+        token = module.tokenizer(reader).decode([int(ids[-1])])
         return f"the prompt of {key} ends with the stop token {token!r}, behind which a model writes nothing"
     return None
 
 
-def _spelled(module: Audited, ids: list[int], limit: int) -> str:
-    """Decodes token ids, up to so many characters; runs of one token, such as an image's, are written once."""
-    decode, text = module.tokenizer().decode, ""
+def _spelled(module: Audited, ids: list[int], limit: int, reader: Policy | None = None) -> str:
+    """Decodes token ids, up to so many characters; runs of one token, such as an image's, are written once.
+
+    Args:
+        module: the setting.
+        ids: of a prompt.
+        limit: characters.
+        reader: whose tokens they are; None: the student's.
+    """
+    decode, text = module.tokenizer(reader).decode, ""
     several: list[int] = []
     for token, group in groupby(ids):
         count = len(list(group))
@@ -370,18 +388,3 @@ def _template(module: Audited, name: str, policy: Policy) -> str:
     return f"{mark} {'used' if used else 'not used (own_template: false)'}" + (
         f", {options}" if options and used else ""
     )
-
-
-def _compare_tokenizers(module: Audited, name: str, policy: Policy) -> None:
-    """Compares tokenizers by content: the same id must mean the same bytes, however the vocabularies are padded."""
-    student_ids, teacher_ids = module.tokenizer().get_vocab(), module.tokenizer(policy).get_vocab()
-    if student_ids == teacher_ids:
-        return
-    text = {i: token for token, i in teacher_ids.items()}
-    for token, i in sorted(student_ids.items(), key=lambda item: item[1]):
-        if i < module.vocabulary and text.get(i) != token:
-            raise ValueError(
-                f"model.teachers.{name}: its tokenizer ({policy.path}) reads id {i} as {text.get(i)!r}, the student's "
-                f"({module.policies['student'].path}) as {token!r}. Distilling per token needs equal tokenizers; "
-                "choose a teacher of the same family."
-            )

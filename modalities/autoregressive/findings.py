@@ -18,6 +18,7 @@ from ...teacher import Frozen
 from ...trajectory import Example, Trajectories
 from .advice import FAR, learning_rate
 from .audit import Audited, readings
+from .elsewhere.other_tokenizer import OtherTokenizer
 from .memory import Plan, Shape
 from .models import bare
 from .passes import pass_limits
@@ -171,7 +172,7 @@ def plan_of(module: Found, trainer: Any, on_gpu: bool) -> Plan:
         prompts = module.shown([row_of(rows, i) for i in range(min(len(rows), LOOKED_AT))])
         prompt = max(len(module.prompt_ids(row, module.policies["student"])) for row in prompts)
     # 2. models and sizes
-    own = [t.weights.pretrained for t in module.teachers.values() if isinstance(t.weights, Frozen)]
+    own = [weights.pretrained for weights in _with_models(module).values()]
     teacher = own[0] if own else None
     micro, per_generation = rollout.micro_batches(trainer.accumulate_grad_batches)
     limit = pass_limits(torch.device("cuda" if on_gpu else "cpu"), module.pass_tokens)[0]
@@ -197,7 +198,13 @@ def plan_of(module: Found, trainer: Any, on_gpu: bool) -> Plan:
 
 
 def _name_of(module: Found, spec: Pretrained) -> str:
-    return next(n for n, t in module.teachers.items() if isinstance(t.weights, Frozen) and t.weights.pretrained is spec)
+    return next(name for name, weights in _with_models(module).items() if weights.pretrained is spec)
+
+
+def _with_models(module: Found) -> dict[str, Any]:
+    """Selects the teachers that are models of their own in this process, by name."""
+    weights = {name: teacher.weights for name, teacher in module.teachers.items()}
+    return {name: w for name, w in weights.items() if isinstance(w, Frozen | OtherTokenizer)}
 
 
 def _shape(module: Found, name: str, spec: Pretrained) -> Shape:

@@ -58,6 +58,30 @@ def known_ids(policy: Policy) -> int:
     return int(min(read.weight.shape[0], output_embeddings(policy).weight.shape[0]))
 
 
+def check_tokenizer(student: Policy, teacher: Policy, vocabulary: int, kind: str) -> None:
+    """Compares tokenizers by content: the same id must mean the same bytes, however the vocabularies are padded.
+
+    Args:
+        student: whose tokens are written.
+        teacher: who reads them.
+        vocabulary: ids below it are compared.
+        kind: of the teacher's weights, for the message.
+
+    Raises:
+        ValueError: an id means something else.
+    """
+    ids, other = (tokenizer_of(policy.processor).get_vocab() for policy in (student, teacher))
+    text = {i: token for token, i in other.items()}
+    for token, i in sorted(ids.items(), key=lambda item: item[1]) if ids != other else ():
+        if i < vocabulary and text.get(i) != token:
+            raise ValueError(
+                f"model.teachers.{teacher.name}: its tokenizer ({teacher.path}) reads id {i} as {text.get(i)!r}, the "
+                f"student's ({student.path}) as {token!r}. Distilling per token needs equal tokenizers: make its "
+                f"weights OtherTokenizer instead of {kind}, which reads the text (docs/elsewhere.md), or choose a "
+                "teacher of the same family"
+            )
+
+
 def cache_name(model: Any) -> str | None:
     """Names the body's argument for the cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
     names = inspect.signature(model.base_model.forward).parameters

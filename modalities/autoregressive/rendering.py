@@ -132,7 +132,7 @@ class Renderer:
             new = self.continuation(before, turn)
             end = next((i for i, token in enumerate(new, 1) if token in stops), None)
             if number == len(turns):
-                new = [*new, self._stop(example, stops)] if end is None else self._cut(new, end)
+                new = [*new, self.stop(example, stops)] if end is None else self._cut(new, end)
                 end = len(new)
             elif end is None:
                 raise ValueError("the chat template ends a turn within the completion with none of the stop tokens")
@@ -142,12 +142,36 @@ class Renderer:
 
     def continuation(self, before: str, text: str) -> list[int]:
         """Tokenizes a text that follows another one: its first token begins no sequence and no word."""
+        return self._behind(before, text)[1]
+
+    def offsets(self, before: str, text: str) -> list[tuple[int, int]]:
+        """Lists the characters of a text, first and behind the last, that each token of its `continuation` is made of.
+
+        Raises:
+            NotImplementedError: the tokenizer doesn't tell.
+        """
+        context, ids = self._behind(before, text)
+        encoded = self.tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
+        told = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
+        return [(start - len(context), stop - len(context)) for start, stop in told]
+
+    def _behind(self, before: str, text: str) -> tuple[str, list[int]]:
+        """Tokenizes a text behind another one, or behind the first of others that its tokens don't reach into."""
         # where a token would reach across the border, any other text before it will do
         for context in (before, "\n", "a"):
             head, ids = self._ids(context), self._ids(context + text)
             if ids[: len(head)] == head:
-                return ids[len(head) :]
-        return self._ids(text)
+                return context, ids[len(head) :]
+        return "", self._ids(text)
+
+    def space(self, example: Example) -> str:
+        """Returns the white space that the chat template writes between the prompt and an answer, usually none."""
+        if self.is_raw(example["prompt"]):
+            return ""
+        prompt, chat = self.prompt(example), self._chat(example["prompt"])
+        answered = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example)
+        between = answered.rpartition(PLACEHOLDER)[0].removeprefix(prompt)
+        return between if between.isspace() else ""
 
     def turn_end(self, stops: list[int]) -> int | None:
         """Finds the id with which the chat template ends the assistant's turn; None: with none of its own.
@@ -240,7 +264,8 @@ class Renderer:
             )
         return ids[:end]
 
-    def _stop(self, example: Example, stops: list[int]) -> int:
+    def stop(self, example: Example, stops: list[int]) -> int:
+        """Returns the id that ends an answer to the row; ``stops``: those that may."""
         template_end = None if self.is_raw(example["prompt"]) else self.turn_end(stops)
         usual = self.tokenizer.eos_token_id
         return next(token for token in (template_end, usual, stops[0]) if token is not None)

@@ -110,7 +110,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
         A copy of the student, which a worker acts with, has a processor of its own.
         """
         shares = policy.name in self.teachers and not self.teachers[policy.name].own_template
-        return self.policies["student"] if shares else policy
+        return self.policies["student"] if shares and policy.name in self.policies else policy
 
     def renderer(self, policy: Policy) -> Renderer:
         """Builds the renderer of a policy's rows."""

@@ -1,5 +1,6 @@
-"""Distributions over the next step: `Categorical` (hidden states and a head), `Gaussian`, `Lazy` or `Scored`."""
+"""Distributions over the next step: `Categorical` (hidden states, a head), `Gaussian`, `Lazy`, `Scored`, `Aligned`."""
 
+from .aligned import Aligned, AlignedChunk
 from .base import Distribution, GradientAccumulator
 from .categorical import Categorical
 from .chunk import CategoricalChunk
@@ -11,6 +12,8 @@ from .stream import Stream
 
 __all__ = [
     "IMPOSSIBLE",
+    "Aligned",
+    "AlignedChunk",
     "Categorical",
     "CategoricalChunk",
     "Distribution",

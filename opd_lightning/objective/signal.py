@@ -29,7 +29,8 @@ class Part(Finite):
 
     Attributes:
         needs: what the run must provide, any of ``teacher``, ``distribution`` (the whole of its teacher's: without this
-            word a teacher will do that tells log-probs of actions), ``reward`` (a reward is configured), ``group``
+            word a teacher will do that tells log-probs of actions), ``other_tokenizer`` (that its teacher tells
+            distributions over its own vocabulary, as an `Aligned` one), ``reward`` (a reward is configured), ``group``
             (group_size > 1), ``behavior`` (behavior log-probs: not for dataset completions), ``categorical``, or a name
             of a setting's or a callback's `provides`.
         scope: ``data``: reads only the trajectories, so it is known before any model runs. ``step``: its own step.

@@ -5,7 +5,7 @@ Shape legend: N trained steps of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,6 +114,36 @@ class Term:
                     f"{where}: {name} reads the {part.top_k} likeliest actions of model.teachers.{teacher}, which "
                     f"tells log-probs of the action{likeliest[teacher]}"
                 )
+
+    def needs_of(self, part: Part, aligned: Set[str]) -> frozenset[str]:
+        """Lists what a part needs of the run, besides a teacher.
+
+        Args:
+            part: one of its own.
+            aligned: teachers of another tokenizer, which share log-probs out by those of acting.
+        """
+        shared = self.teacher in aligned and "teacher" in part.needs and "other_tokenizer" not in part.needs
+        of_run = part.needs - {"teacher", "distribution", "other_tokenizer"}
+        return of_run | {"behavior"} if shared else of_run
+
+    def check_aligned(self, where: str, part: Part, aligned: Set[str]) -> None:
+        """Refuses a part that reads distributions over the teacher's own vocabulary, of a teacher that tells none.
+
+        Args:
+            where: the term is, for the message.
+            part: one of its own.
+            aligned: teachers of another tokenizer.
+
+        Raises:
+            ValueError: with what such a teacher is.
+        """
+        if "other_tokenizer" in part.needs and self.target is not None:
+            raise ValueError(f"{where}.target: {type(part).__name__} compares two vocabularies; a target has one")
+        if "other_tokenizer" in part.needs and self.teacher is not None and self.teacher not in aligned:
+            raise ValueError(
+                f"{where}: {type(part).__name__} compares the student with a teacher's own vocabulary; the weights of "
+                f"model.teachers.{self.teacher} have to be OtherTokenizer"
+            )
 
     def channel(self, part: Part) -> str:
         """Names the channel that keeps the values of one of its parts of scope ``generation``."""

@@ -1,6 +1,7 @@
-"""Teachers that are not in this process: recorded before training, or served by others."""
+"""Teachers that are no policy of the run: recorded before training, served by others, or of another tokenizer."""
 
 from .cached import Cached
+from .other_tokenizer import OtherTokenizer
 from .remote import Remote
 
-__all__ = ["Cached", "Remote"]
+__all__ = ["Cached", "OtherTokenizer", "Remote"]
