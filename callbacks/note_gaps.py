@@ -12,6 +12,7 @@ from ..callback import DistillationCallback
 from ..module import OnPolicyDistillation
 from ..objective import OpenSteps
 from ..policy import View
+from ..teacher import Elsewhere
 from ..trajectory import Example, Trajectories
 
 
@@ -55,7 +56,8 @@ class NoteGaps(DistillationCallback):
             have none. None: no answers are looked at.
 
     Raises:
-        ValueError: every or count < 1; when training begins: no teacher's view reads a note.
+        ValueError: every or count < 1; when training begins: no teacher's view reads a note, or one that does was asked
+            before, and knows nothing of its view without the note.
     """
 
     remembers = ("seen",)
@@ -68,6 +70,10 @@ class NoteGaps(DistillationCallback):
     def check(self, module: OnPolicyDistillation) -> None:
         if not list(self._told(module)):
             raise ValueError("NoteGaps: no view of model.teachers reads what a note of model.notes writes")
+        for name, *_ in self._told(module):
+            weights = module.teachers[name].weights
+            if isinstance(weights, Elsewhere) and weights.recorded:
+                raise ValueError(f"NoteGaps: what model.teachers.{name} said was recorded, with its notes alone")
 
     @staticmethod
     def _told(module: OnPolicyDistillation) -> Iterator[tuple[str, View, str, tuple[str, ...]]]:

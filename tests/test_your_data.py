@@ -147,6 +147,13 @@ def test_distill_prints_what_it_runs_and_runs_it(folder, capsys):
     assert (folder / "own" / "checkpoints" / "last.ckpt").exists()
 
 
+def test_distill_prints_a_command_that_a_shell_reads_as_it_was_meant(folder, capsys):
+    extra = ["--print", "--out", "my own", "--model.notes={hints: Peers}"]
+    main(["--student", STUDENT, "--teacher", TEACHER, "--data", "sums.jsonl", *extra])
+    again = capsys.readouterr().out.rpartition("the same again: ")[2]
+    assert shlex.split(again) == ["opd", "fit", "-c", "my own/distill.yaml", extra[-1]]
+
+
 def test_distill_fills_in_what_models_and_rows_say(folder):
     config = distilled(
         "--data", "chats.jsonl", "--lora", "--steps", "30", "--reward", "my_rewards.judge", "--lr", "0.1"

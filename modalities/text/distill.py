@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     path = check_folder(options.out) / "distill.yaml"
     text = dump(config)
     path.write_text(text, encoding="utf-8")
-    again = " ".join(["opd fit -c", str(path), *rest])
+    again = shlex.join(["opd", "fit", "-c", str(path), *rest])
     sys.stdout.write(printable(f"{text}\n# this is {path}; the same again: {again}\n"))
     sys.stdout.flush()
     if not options.print:

@@ -9,6 +9,7 @@ import torch
 
 from opd_lightning.callbacks import NoteGaps
 from opd_lightning.modalities.autoregressive import FirstOf, Peers, PromptView
+from opd_lightning.modalities.autoregressive.elsewhere.cached import Cached
 from opd_lightning.note import Note
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Live, Teacher
@@ -104,5 +105,9 @@ def test_where_no_teacher_is_told_anything_it_is_refused(tiny_student, tmp_path)
         fit(make(tiny_student, PromptView("1{{ prompt }}")), tmp_path, callbacks=[NoteGaps()])
     with pytest.raises(ValueError, match=r"no view of model\.teachers reads"):
         toy.fit(toy.make_module(), tmp_path, [NoteGaps()], 1)
+    recorded = make(tiny_student)
+    recorded.teachers["teacher"].weights = Cached.__new__(Cached)
+    with pytest.raises(ValueError, match=r"what model\.teachers\.teacher said was recorded"):
+        NoteGaps().check(recorded)
     with pytest.raises(ValueError, match="count=0"):
         NoteGaps(count=0)

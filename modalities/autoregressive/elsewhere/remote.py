@@ -137,7 +137,7 @@ class Remote(Elsewhere):
         """Finds a question's answer among those that were kept, or asks."""
         if self.keep is None:
             return self._dialect.ask(question, self.asks)
-        content = repr((self._weights, self.asks, self._dialect.hidden, question))
+        content = repr((self._weights, self.asks, self._dialect.hidden, self._dialect.vocabulary, question))
         path = self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
         if path.exists():
             return Answer(**load_file(path))

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -36,6 +37,7 @@ Files and keys are those of `opd fit`; nothing is trained, and the student is no
   --top_k K             the most ids that are told of a step (default: 100)
   --batch_tokens N      tokens of a batch, padding included (default: 8192)
   --max_request_mib N   the largest request (default: 16)
+  --max_waiting N       questions that may wait at once; others are told to come again (default: 4096)
 """
 
 
@@ -54,7 +56,8 @@ class ServeCLI(OPDCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         options = self._options
         scorer, about = loaded(self.model, options.teacher, self.trainer.strategy.root_device, options)
-        serve(TeacherServer((options.host, options.port), scorer, about, options.max_request_mib * 2**20))
+        limits = options.max_request_mib * 2**20, options.max_waiting
+        serve(TeacherServer((options.host, options.port), scorer, about, *limits))
 
 
 def serve_teacher(arguments: Sequence[str]) -> None:
@@ -69,6 +72,7 @@ def serve_teacher(arguments: Sequence[str]) -> None:
     parser.add_argument("--top_k", type=int, default=100)
     parser.add_argument("--batch_tokens", type=int, default=8192)
     parser.add_argument("--max_request_mib", type=int, default=16)
+    parser.add_argument("--max_waiting", type=int, default=4096)
     options, rest = parser.parse_known_args(list(arguments))
     check_reach(options.host)
     ServeCLI(options, rest)
@@ -143,12 +147,16 @@ class TeacherServer(ThreadingHTTPServer):
         scorer: answers.
         about: what it says of itself.
         limit: bytes of the largest request.
+        waiting: questions that may wait at once.
     """
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], scorer: Scorer, about: dict[str, Any], limit: int) -> None:
+    def __init__(
+        self, address: tuple[str, int], scorer: Scorer, about: dict[str, Any], limit: int, waiting: int
+    ) -> None:
         self.scorer, self.about, self.limit, self.token = scorer, about, limit, os.environ.get(TOKEN)
+        self.room = threading.BoundedSemaphore(waiting)
         super().__init__(address, Handler)
 
 
@@ -182,6 +190,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             self._answer(200, paths[self.path](body))
+        except Busy as error:
+            self._refuse(503, str(error))
         except (ValueError, TypeError, KeyError) as error:
             code = 409 if isinstance(error, OtherWeights) else 400
             self._refuse(code, f"it lacks {error}" if isinstance(error, KeyError) else str(error))
@@ -195,7 +205,12 @@ class Handler(BaseHTTPRequestHandler):
             raise OtherWeights(f"these are other weights than before: {weights}, and not {quoted(body['weights'])}")
         question = Question(tuple(body["prompt"]), tuple(body["actions"]), tuple(body["trained"]))
         wish = Wish(int(body["vocabulary"]), int(body["top_k"]), bool(body["hidden"]))
-        return self.server.scorer.ask(question, wish).result()
+        if not self.server.room.acquire(blocking=False):
+            raise Busy("too many questions wait here already")
+        try:
+            return self.server.scorer.ask(question, wish).result()
+        finally:
+            self.server.room.release()
 
     def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         scorer = self.server.scorer
@@ -246,6 +261,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Says nothing of single requests."""
+
+
+class Busy(RuntimeError):
+    """A question beyond those that may wait."""
 
 
 class OtherWeights(ValueError):

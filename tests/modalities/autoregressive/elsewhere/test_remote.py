@@ -352,7 +352,7 @@ def test_the_server_bounds_requests_and_wants_its_token(config, tiny_teacher, mo
     options = type("Options", (), {"top_k": 5, "batch_tokens": 100})()
     module = make_module(tiny_teacher, tiny_teacher)
     scorer, about = serve.loaded(module, "teacher", "cpu", options)
-    server = serve.TeacherServer(("127.0.0.1", 0), scorer, about, limit=100)
+    server = serve.TeacherServer(("127.0.0.1", 0), scorer, about, limit=100, waiting=1)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
@@ -362,6 +362,11 @@ def test_the_server_bounds_requests_and_wants_its_token(config, tiny_teacher, mo
         assert post(url, "/tokenize", {"prompt": "1" * 100}, **bearer)[0] == 413
         assert post(url, "/tokenize", b"[1]", **bearer)[0] == 400
         assert post(url, "/elsewhere", {}, **bearer)[0] == 404
+        server.limit, question = 1000, {"prompt": [1], "actions": [2], "trained": [0], "top_k": 0, "hidden": False}
+        question |= {"weights": about["weights"], "vocabulary": about["vocabulary"]}
+        with server.room:  # as if another question waited
+            assert post(url, "/score", question, **bearer)[0] == 503
+        assert post(url, "/score", question, **bearer)[0] == 200
     finally:
         server.shutdown()
         server.server_close()
