@@ -56,7 +56,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, OnPolicyDistillation)
-        pl_module.history.config_yaml = self.parser.dump(self.config, skip_none=False)
+        pl_module.history.config_yaml = self.parser.dump(self.config, skip_unset=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Skips Lightning's own writing: a resume may still be refused, and then the record would be wrong."""

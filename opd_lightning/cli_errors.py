@@ -36,6 +36,8 @@ class Parser(LightningArgumentParser):
 
     def dump(self, *args: Any, **settings: Any) -> str:
         """Writes a configuration; what was parsed was checked then, and is not checked again."""
+        if "skip_none" in settings:  # Lightning's name for it, which jsonargparse warns of
+            settings["skip_unset"] = settings.pop("skip_none")
         return str(super().dump(*args, **{"skip_validation": True, **settings}))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
