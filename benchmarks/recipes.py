@@ -27,6 +27,7 @@ from opd_lightning.report import report
 RUNS, UNPACKED = Path("runs/recipes"), Path("models/smollm2/unpacked")
 PAGE, RESULTS = Path("docs/recipes.md"), Path("benchmarks/recipes.json")
 KEPT_LAYERS, FIRST_CUT = 24, 14
+BITS, GROUP = 3, 64
 # the same weights as the GGUF file's, which takes half a minute to be read
 UNPACKED_STUDENT = f"--model.student.path={UNPACKED}"
 # what is laid over opd:recipes/form.yaml
@@ -41,8 +42,11 @@ RECIPES: dict[str, list[str]] = {
     "recover pruned": ["-c", "opd:recipes/recover_pruned.yaml"],
     "half the width": ["-c", "opd:recipes/half_width.yaml"],
     "recover nf4": ["-c", "opd:recipes/recover_nf4.yaml"],
+    "recover 3 bits": ["-c", "opd:recipes/recover_3bit.yaml"],
     "skill, SDFT": ["-c", "opd:recipes/sdft.yaml"],
     "skill, SFT": ["-c", "opd:recipes/skill_sft.yaml"],
+    "persona, EDGE-OPD": ["-c", "opd:methods/text/edge_opd.yaml", "-c", "opd:recipes/persona.yaml"],
+    "persona, OPSD": ["-c", "opd:methods/text/opsd.yaml", "-c", "opd:recipes/persona.yaml"],
 }
 START, END = "<!-- make recipes -->", "<!-- end -->"
 
@@ -57,11 +61,12 @@ def opd(*arguments: str) -> float:
 
 
 def prepare() -> None:
-    """Fetches the model, and writes it without a fifth of its layers, and half as wide, unless that is there."""
+    """Fetches the model, and writes it without a fifth of its layers, half as wide, and rounded, unless it is there."""
     if not UNPACKED.exists():
         opd("fetch", "smollm2", "--unpack")
     prune(UNPACKED, RUNS / "pruned", KEPT_LAYERS)
     narrow(UNPACKED, RUNS / "narrowed")
+    round_off(UNPACKED, RUNS / "rounded")
 
 
 def prune(source: Path, folder: Path, kept: int) -> None:
@@ -102,6 +107,30 @@ def narrow(source: Path, folder: Path) -> None:
             weights[name] = weight[stream]
     config.hidden_size, config.intermediate_size, config.head_dim = half, half_mlp, config.head_dim
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def round_off(source: Path, folder: Path) -> None:
+    """Writes a copy whose layers hold 3 bits a weight, in groups of 64, as torchao rounds them; unpacked."""
+    if folder.exists():
+        return
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+    except ImportError:
+        print(f"{folder} is not made: it needs torchao (pip install torchao)")
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weights = model.state_dict()
+    quantize_(
+        model.model.layers, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{BITS}"), granularity=PerGroup(GROUP))
+    )
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weights[f"model.layers.{name}.weight"] = module.weight.dequantize()
+    model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     model.load_state_dict(weights)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
