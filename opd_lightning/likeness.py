@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .policy import Policy
 from .pretrained import Pretrained
-from .teacher import Teacher
+from .teacher import Elsewhere, Teacher
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far apart two ways to the same numbers may come, in units of their spread; what is wrong comes much further."""
@@ -75,11 +75,14 @@ def check_base(spec: Pretrained, base: str, checkpoint: dict[str, Any], fits: bo
         raise ValueError(f"model.student.path: {spec.path} holds other weights now than those that {what}")
 
 
-def check_elsewhere(marks: Mapping[str, str], checkpoint: dict[str, Any], fits: bool) -> None:
+def check_elsewhere(
+    marks: Mapping[str, str], weights: Mapping[str, Elsewhere], checkpoint: dict[str, Any], fits: bool
+) -> None:
     """Compares the weights of teachers that are elsewhere with those that a checkpoint was trained with.
 
     Args:
         marks: their fingerprints, by name.
+        weights: what compares fingerprints, by name.
         checkpoint: has those of the run that wrote it.
         fits: whether that run goes on.
 
@@ -88,7 +91,7 @@ def check_elsewhere(marks: Mapping[str, str], checkpoint: dict[str, Any], fits: 
     """
     then = checkpoint.get("teachers", {})
     for name, now in marks.items() if fits else ():
-        if then.get(name, now) != now:
+        if name in then and not weights[name].same(now, then[name]):
             raise ValueError(
                 f"model.teachers.{name}: the checkpoint was trained with the weights {then[name]}, and those that "
                 f"answer now are {now}; serve or record the former again, or begin a new run"
@@ -96,7 +99,7 @@ def check_elsewhere(marks: Mapping[str, str], checkpoint: dict[str, Any], fits: 
 
 
 UNKNOWN = "unknown"
-"""Fingerprint of weights that a server does not tell apart."""
+"""Beginning of fingerprints of weights that a server does not tell apart."""
 TAUGHT_BY = "opd.json"
 """File of an exported student, with the fingerprints of the teachers that it had."""
 
@@ -105,7 +108,7 @@ def taught_by(folder: str) -> set[str]:
     """Reads the fingerprints of the teachers of an exported student; empty where nobody wrote them down."""
     path = Path(folder, TAUGHT_BY)
     known = json.loads(path.read_text(encoding="utf-8"))["teachers"].values() if path.is_file() else ()
-    return {*known} - {UNKNOWN}
+    return {mark for mark in known if not mark.startswith(UNKNOWN)}
 
 
 def check_self_teachers(

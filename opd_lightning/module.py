@@ -391,7 +391,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.history.check(checkpoint, self.student, self.trained_parameters(), self._optimizer, fits)
         resume.check_complete(kept_names(self.student, state, spec), saved)
         check_base(spec, self.streams.base, checkpoint, fits)
-        check_elsewhere({n: self.streams.marks[n] for n in self.elsewhere}, checkpoint, fits)
+        elsewhere = {name: w for name, t in self.teachers.items() if isinstance(w := t.weights, Elsewhere)}
+        check_elsewhere({name: self.streams.marks[name] for name in elsewhere}, elsewhere, checkpoint, fits)
         resume.check_shapes(spec.path, state, saved)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
         remember(self.notes, checkpoint.get("notes", {}))

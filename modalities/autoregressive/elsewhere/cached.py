@@ -79,7 +79,7 @@ class Cached(Elsewhere):
     def _consistency(self, before: set[str]) -> str:
         """Says whether this teacher is among those that the student had before."""
         own = self._own["weights"].split()[0]
-        return "not known" if not before or own == UNKNOWN else "yes" if own in before else "no"
+        return "not known" if not before or own.startswith(UNKNOWN) else "yes" if own in before else "no"
 
     def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Distribution:
         told = []

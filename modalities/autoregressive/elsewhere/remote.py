@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ....distribution import Distribution, Head
+from ....likeness import UNKNOWN
 from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
 from .connection import Connection
@@ -97,7 +98,20 @@ class Remote(Elsewhere):
         if self.keep is not None:
             self._check_kept(self.keep)
         tells = "hidden states" if self._head else f"log-probs of the actions and {self.asks} likeliest ids"
-        return {"server": self.url, "tells": tells, "weights": self._weights, **facts}
+        return {"server": self.url, "tells": tells, "weights": self._mark(), **facts}
+
+    def _mark(self) -> str:
+        """Returns the fingerprint; of weights that a server does not tell apart, what they make of a known text."""
+        if not self._weights.startswith(UNKNOWN):
+            return self._weights
+        said = ",".join(f"{log_prob:.4f}" for log_prob in self._said.tolist())
+        return self._weights.replace(UNKNOWN, f"{UNKNOWN}:{said}", 1)
+
+    def same(self, now: str, before: str) -> bool:
+        if not now.startswith(f"{UNKNOWN}:") or not before.startswith(f"{UNKNOWN}:"):
+            return now == before
+        one, other = ([float(x) for x in mark.split(":", 1)[1].split(",")] for mark in (now, before))
+        return len(one) == len(other) and all(abs(a - b) <= self.tolerance for a, b in zip(one, other, strict=True))
 
     def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
         check_known(self._dialect.ask(self._known, self.asks).log_probs, self._said, self.tolerance, self.url)

@@ -23,7 +23,7 @@ from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Teacher
 from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served
 from tests.processes import FORKS
-from tests.tiny import act, fit, make_module, make_rows
+from tests.tiny import Rows, act, fit, make_module, make_rows, make_trainer
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
 QUICK = {"timeout": 20.0, "deadline": 20.0}
@@ -253,6 +253,27 @@ def test_other_weights_are_noticed_where_the_server_does_not_say(tiny_student, i
     answering[0] = Imitation(saved(seed=9, hidden=48, rows=28))
     with pytest.raises(ValueError, match="was it restarted with other weights"):
         module.streams.ahead({"teacher"}, rolled)
+
+
+def test_a_run_goes_on_with_the_weights_that_it_had_though_the_server_says_nothing_of_them(
+    tiny_student, imitation, stand_in, saved, tmp_path
+):
+    answering = [imitation]
+    url = stand_in(lambda path, body: answering[0](path, body)).url
+    checkpoint = tmp_path / "last.ckpt"
+    fit(there(tiny_student, url), tmp_path / "run").save_checkpoint(checkpoint)
+
+    def go_on():
+        module, trainer = there(tiny_student, url), make_trainer(tmp_path / "again", steps=2)
+        trainer.fit(module, datamodule=Rows(make_rows()), ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    assert go_on().global_step == 2
+    answering[0] = Imitation(saved(seed=9, hidden=48, rows=28))
+    with pytest.raises(
+        ValueError, match="the checkpoint was trained with the weights unknown:"
+    ):
+        go_on()
 
 
 def test_the_token_comes_from_the_environment(tiny_student, imitation, stand_in, monkeypatch):
