@@ -270,9 +270,7 @@ def test_a_run_goes_on_with_the_weights_that_it_had_though_the_server_says_nothi
 
     assert go_on().global_step == 2
     answering[0] = Imitation(saved(seed=9, hidden=48, rows=28))
-    with pytest.raises(
-        ValueError, match="the checkpoint was trained with the weights unknown:"
-    ):
+    with pytest.raises(ValueError, match="the checkpoint was trained with the weights unknown:"):
         go_on()
 
 
