@@ -104,8 +104,8 @@ class Remote(Elsewhere):
         """Returns the fingerprint; of weights that a server does not tell apart, what they make of a known text."""
         if not self._weights.startswith(UNKNOWN):
             return self._weights
-        said = ",".join(f"{log_prob:.4f}" for log_prob in self._said.tolist())
-        return self._weights.replace(UNKNOWN, f"{UNKNOWN}:{said}", 1)
+        log_probs = ",".join(f"{log_prob:.4f}" for log_prob in self._said.tolist())
+        return self._weights.replace(UNKNOWN, f"{UNKNOWN}:{log_probs}", 1)
 
     def same(self, now: str, before: str) -> bool:
         if not now.startswith(f"{UNKNOWN}:") or not before.startswith(f"{UNKNOWN}:"):
