@@ -9,6 +9,8 @@ import pytest
 from opd_lightning.catalog import Method, read_all
 from opd_lightning.cli import OPDCLI, run, understood
 from opd_lightning.modalities.autoregressive.elsewhere.score import score
+from tests.families import family
+from tests.tiny import save_model
 
 ROOT = Path(__file__).parent.parent / "configs"
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
@@ -74,10 +76,20 @@ def recorded(setting: str, folder: Path) -> list[str]:
     return [f"--model.teachers.teacher.weights.path={folder}", f"--data.train={folder / 'rows.jsonl'}"]
 
 
+def other_tokenizer(setting: str, folder: Path) -> list[str]:
+    """Builds a teacher of another tokenizer; returns what a method that asks it is told in place of `FEW`."""
+    save_model(folder, tokenizer=family("byte_level", template=False))
+    return [f"--model.teachers.teacher.weights.pretrained.path={folder}", *FEW[setting]]
+
+
+PREPARED = {"Cached": recorded, "OtherTokenizer": other_tokenizer}
+
+
 def train(method: Method, setting: str, folder: Path) -> None:
     """Trains two optimizer steps on the setting's quickstart."""
     files = [part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml")]
-    few = recorded(setting, folder / "recorded") if "Cached" in method.parts else FEW[setting]
+    prepared = [prepare(setting, folder / "teacher") for part, prepare in PREPARED.items() if part in method.parts]
+    few = prepared[0] if prepared else FEW[setting]
     run(["fit", *files, *SMALL, *few, f"--trainer.default_root_dir={folder}"])
     assert (folder / "checkpoints" / "last.ckpt").exists()
 

@@ -65,7 +65,8 @@ def trained(world: World, term: Term, batch: Trajectories, pieces: list[Tensor])
 
 def world_of(cls: type[Part]) -> tuple[World, Term]:
     term = term_of(defaults(cls))
-    return World(7, sorted(term.teachers | {"teacher"}), stale=True), term
+    aligned = 8 if "other_tokenizer" in term.needs else None
+    return World(7, sorted(term.teachers | {"teacher"}), stale=True, aligned=aligned), term
 
 
 def outcome(world: World, loss: Tensor) -> list[Tensor]:

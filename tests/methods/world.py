@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.actor import group_statistics
-from opd_lightning.distribution import Categorical, Stream
+from opd_lightning.distribution import Aligned, Categorical, Distribution, Stream
 from opd_lightning.objective import (
     Advantage,
     Entropy,
@@ -38,12 +38,19 @@ REWARD = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
 
 
 class World:
-    """Policies by name, ``student`` among them, and rollouts that the student made, or (``stale``) made before."""
+    """Policies by name, ``student`` among them, and rollouts that the student made, or (``stale``) made before.
+
+    With ``aligned`` W the teacher has another tokenizer, of W ids.
+    """
 
     def __init__(self, seed: int = 0, names: Sequence[str] = ("teacher",), stale: bool = False, **changes: Any) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.student = Policy.random(generator, SHAPE, V)
-        self.teachers = {name: Policy.random(generator, SHAPE, V) for name in names}
+        self.aligned: int | None = changes.pop("aligned", None)
+        self.teachers = {name: Policy.random(generator, SHAPE, self.aligned or V) for name in names}
+        self.paired = torch.rand(SHAPE, generator=generator) < 0.7
+        self.rest = torch.where(self.paired[..., None], -torch.rand(*SHAPE, 2, generator=generator), torch.nan)
+        self.matched = torch.tensor([[0, 2, 3], [1, 2, 0]])
         reward = changes.pop("reward", REWARD)
         mean, std = group_statistics(reward, GROUP)
         facts = {"group": GROUP, "reward": reward, "group_mean": mean, "group_std": std}
@@ -99,7 +106,13 @@ class World:
             hidden = policy.hidden[rows]
             return Categorical(hidden, policy.head, {1: hidden.square(), 2: hidden, -1: hidden})
 
-        return some(student), {name: Stream(some(teacher)) for name, teacher in streams.items()}
+        def told(own: Categorical) -> Distribution:
+            if self.aligned is None:
+                return own
+            told, actions = self.trajectories.behavior_log_probs[rows], self.trajectories.actions[rows]
+            return Aligned(told, actions, V, None, None, own, self.paired[rows], self.rest[rows], self.matched)
+
+        return some(student), {name: Stream(told(some(teacher))) for name, teacher in streams.items()}
 
     def values(self, part: Part) -> Tensor:
         """``[B, T]`` of a weight or an advantage, as the loss has them; NaN where nothing is trained."""
