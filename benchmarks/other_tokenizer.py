@@ -72,7 +72,8 @@ def teach() -> None:
     ).save_pretrained(folder)
     since = time.process_time(), time.time()
     opd("fit", "-c", "opd:text/pretrain_teacher.yaml", f"--model.student.path={folder}",
-        "--data.train_options.count=12800", f"--trainer.default_root_dir={run}")  # fmt: skip
+        "--data.train_options.count=6400", "--model.rollout.batch_size=64", "--trainer.max_steps=300",
+        "--trainer.val_check_interval=150", f"--trainer.default_root_dir={run}")  # fmt: skip
     print(f"teacher: {time.time() - since[1]:.0f} s", read_curves(run)["val/accuracy"])
     opd("export", str(run / "checkpoints" / "last.ckpt"), str(RUNS / "export"))
     shutil.move(RUNS / "export", TEACHER)
