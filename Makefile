@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-quickstart methods-tables recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -100,6 +100,10 @@ methods-quickstart: install
 # the tables that are made from the heads of configs/methods and configs/overlays
 methods-tables: install
 	$(BIN)/opd methods --update README.md docs/methods.md
+
+# what papers claim, in miniature: docs/claims.md
+claims: install
+	PYTHONPATH=benchmarks $(BIN)/python -m claims
 
 recipes: install
 	$(BIN)/python benchmarks/recipes.py

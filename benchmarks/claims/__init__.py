@@ -1,0 +1,1 @@
+"""What papers on on-policy distillation claim, in miniature: ``make claims`` writes docs/claims.md."""
