@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from ..callback import DistillationCallback
+from ..folder import ALARMS
 from ..module import OnPolicyDistillation
 from ..optimizer_step import OptimizerStep
 
@@ -89,7 +92,8 @@ class CollapseAlarm(DistillationCallback):
 
     It looks at the optimizer steps that are logged (``trainer.log_every_n_steps``); "at first" is the mean of the first
     ``baseline`` looks. What has been wrong for ``patience`` looks on end is told once, with advice, and again only
-    after it was well in between. Loss terms that are no longer finite are told at once. Overlap is known for
+    after it was well in between. Loss terms that are no longer finite are told at once. What was told is in
+    ``alarms.jsonl`` in the run's folder, for `opd report`. Overlap is known for
     distributions over a vocabulary; the entropy of a density may be negative, of which there is no share. Logged:
     ``train/repetition`` and ``train/alarms``, how many things are wrong.
 
@@ -164,6 +168,7 @@ class CollapseAlarm(DistillationCallback):
         module.record("alarms", float(sum(looks >= self.patience for looks in self.wrong.values())))
         for message in messages:
             rank_zero_warn(f"optimizer step {module.global_step}: {message}")
+            _note(module.folder / ALARMS, {"step": module.global_step, "message": message})
         if messages and self.action == "stop":
             self.reason, module.trainer.should_stop = messages[0], True
 
@@ -205,6 +210,14 @@ class CollapseAlarm(DistillationCallback):
                 for actions, mask in zip(trajectories.actions.cpu(), trajectories.mask.cpu(), strict=True)
             ]
         )
+
+
+@rank_zero_only
+def _note(path: Path, alarm: dict[str, Any]) -> None:
+    """Adds an alarm to those that the run's report shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(alarm) + "\n")
 
 
 def compressibility(actions: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from ..callback import DistillationCallback
+from ..distribution.chunk import CategoricalChunk
 from ..module import OnPolicyDistillation
-from ..objective import CrossEntropy, ReverseKL, Signal
+from ..objective import CrossEntropy, OpenSteps, ReverseKL, Signal
 from ..optimizer_step import OptimizerStep
 from ..printable import cell, in_markdown
 from ..trajectory import Trajectories
@@ -31,8 +34,9 @@ class Samples(DistillationCallback):
     """Shows the first rollouts of an optimizer step as they are about to be trained, with a signal at each step.
 
     On the console the steps are shaded by the signal, the darkest red being the table's largest. The same rows go to
-    ``rollouts.jsonl`` in the run's folder, with every step's value, what each policy read (``read``, of language
-    models), what notes say of it (``notes``), who acted, with which weights (``version``), how many optimizer steps ago
+    ``rollouts.jsonl`` in the run's folder, with every step's value, the teacher's log-prob of the step and its
+    likeliest ones there (`opd report` shows them), what each policy read (``read``, of language models), what notes say
+    of it (``notes``), who acted, with which weights (``version``), how many optimizer steps ago
     (``lag``) and what the trajectory counts (``weight``; if a callback sets it, list that one first). Loggers that take
     text get them too: TensorBoard, Weights & Biases and MLflow. A resumed run replaces the rows of the steps that it
     does again.
@@ -49,10 +53,12 @@ class Samples(DistillationCallback):
         signal: default: KL(student‖teacher), or without a teacher −log p of the step taken.
         teacher: an entry of ``model.teachers`` whom the signal reads; None: it reads none.
         console: print the tables.
+        likeliest: how many of the teacher's likeliest steps are written beside each step, where it tells whole
+            distributions over the student's vocabulary and the signal reads them. Default 5.
 
     Raises:
-        ValueError: every or count < 1, a signal that needs a teacher without one; when training begins, a teacher that
-            is not there or a vocabulary that the setting doesn't have.
+        ValueError: every or count < 1, likeliest < 0, a signal that needs a teacher without one; when training begins,
+            a teacher that is not there or a vocabulary that the setting doesn't have.
     """
 
     def __init__(
@@ -62,13 +68,15 @@ class Samples(DistillationCallback):
         signal: Signal | None = None,
         teacher: str | None = "teacher",
         console: bool = True,
+        likeliest: int = 5,
     ) -> None:
-        if min(every, count) < 1:
-            raise ValueError(f"Samples: every={every} and count={count} must be >= 1")
+        if min(every, count) < 1 or likeliest < 0:
+            raise ValueError(f"Samples: every={every} and count={count} must be >= 1, and likeliest={likeliest} >= 0")
         self.signal = signal or (CrossEntropy() if teacher is None else ReverseKL())
         if teacher is None and "teacher" in self.signal.needs:
             raise ValueError(f"Samples.signal: {type(self.signal).__name__} needs a teacher; name one")
         self.every, self.count, self.teacher, self.console = every, count, teacher, console
+        self.likeliest = likeliest
         self.asks = frozenset() if teacher is None else frozenset({teacher})
         self.distributions = self.asks if "distribution" in self.signal.needs else frozenset()
 
@@ -95,8 +103,10 @@ class Samples(DistillationCallback):
         self._publish(module.trainer, rows)
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
-        values = module.per_step(shown, self.signal, self.teacher)
+        reading = _Reading(self.signal, self.likeliest if self.distributions else 0)
+        values = module.per_step(shown, reading, self.teacher)
         read, spelled = module.actor.checked_rewards(shown)[1], module.decode_steps(shown)
+        log_probs, likeliest = reading.of(module, shown)
         rows = []
         for i, (mask, version) in enumerate(zip(shown.mask, shown.weights_version.tolist(), strict=True)):
             signal = values[i][mask].double()
@@ -118,6 +128,8 @@ class Samples(DistillationCallback):
                     "steps": None if spelled is None else spelled[i],
                     # NaN is no JSON
                     "signals": [None if value != value else value for value in signal.tolist()],
+                    "teacher_log_probs": log_probs and log_probs[i],
+                    "likeliest": likeliest and likeliest[i],
                 }
             )
         return rows
@@ -143,6 +155,66 @@ class Samples(DistillationCallback):
     @staticmethod
     def _path(trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "rollouts.jsonl"
+
+
+class _Reading:
+    """Signal that keeps, of each step that it reads, what the teacher makes of the action and of others.
+
+    Args:
+        signal: whose values it returns.
+        count: of the likeliest steps; 0: nothing is kept.
+    """
+
+    def __init__(self, signal: Signal, count: int) -> None:
+        self.signal, self.count = signal, count
+        self.taken: list[Tensor] = []
+        self.best: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, steps: OpenSteps) -> Tensor:
+        if self.count and isinstance(steps.teacher, CategoricalChunk):
+            known, unknown = steps.teacher.known()[0], ~steps.knows(steps.stream or "")
+            values, ids = known.topk(min(self.count, known.shape[-1]))
+            taken = known.gather(-1, steps.action[:, None]).squeeze(-1)
+            self.taken.append(taken.masked_fill(unknown, torch.nan).cpu())
+            self.best.append((values.masked_fill(unknown[:, None], torch.nan).cpu(), ids.cpu()))
+        return self.signal(steps)
+
+    def of(self, module: OnPolicyDistillation, shown: Trajectories) -> tuple[list[Any] | None, list[Any] | None]:
+        """Spreads what was kept over trajectories.
+
+        Returns:
+            Log-probs of the actions, a list for each trajectory, and for each of its steps ``[text, log-prob]`` of the
+            likeliest; None where the teacher does not tell. None for both where nothing was kept, and for the likeliest
+            where steps can't be read.
+        """
+        if not self.taken:
+            return None, None
+        # chunks are read in the order of the trained steps
+        lengths = shown.mask.sum(1).tolist()
+        taken = torch.cat(self.taken).split(lengths)
+        values, ids = (torch.cat(pieces) for pieces in zip(*self.best, strict=True))
+        texts = []
+        for column in ids.T:
+            actions = shown.actions.clone()
+            actions[shown.mask] = column.to(actions)
+            texts.append(module.decode_steps(dataclasses.replace(shown, actions=actions)))
+        log_probs = [[_plain(value) for value in row.tolist()] for row in taken]
+        spelled = [text for text in texts if text is not None]
+        if not spelled:  # steps that can't be read
+            return log_probs, None
+        likeliest = [
+            [
+                None if row[0] != row[0] else [[spelled[k][i][t], _plain(value)] for k, value in enumerate(row)]
+                for t, row in enumerate(rows.tolist())
+            ]
+            for i, rows in enumerate(values.split(lengths))
+        ]
+        return log_probs, likeliest
+
+
+def _plain(value: float) -> float | None:
+    """Rounds to what is looked at; None for NaN, which is no JSON."""
+    return None if value != value else round(value, 4)
 
 
 @rank_zero_only

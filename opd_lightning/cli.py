@@ -32,6 +32,7 @@ from .module import OnPolicyDistillation
 from .predictions import PredictionWriter
 from .printable import printable
 from .progress import phase
+from .provenance import write_provenance
 from .quiet import hush
 from .resume import told
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
@@ -65,7 +66,9 @@ class SaveConfig(SaveConfigCallback):
         assert isinstance(pl_module, OnPolicyDistillation)
         if trainer.is_global_zero:
             text = "".join(f"# {line}\n" for line in told(pl_module.history.changes)) + pl_module.history.config_yaml
-            (check_folder(trainer.default_root_dir) / "config.yaml").write_text(text, encoding="utf-8")
+            folder = check_folder(trainer.default_root_dir)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+            write_provenance(Parser.checked, folder, trainer.world_size)
 
 
 class OPDCLI(LightningCLI):
@@ -203,10 +206,11 @@ def understood(arguments: Sequence[str]) -> list[str]:
         sources = with_logger(front(arguments))
         import_parts()
         kinds, together, passed = kinds_at_the_top(arguments[0]), dict[str, Any](), list[Any](arguments[:1])
-        follows = False
+        checked, follows = list[tuple[Source, Any]](), False
         for source in sources:
             values = Checker(source).settings(source.values, kinds, (), "opd", together)
             together = overlaid(together, values)
+            checked.append((source, values))
             if any(isinstance(value, Text) for value in leaves(values)) or not values:
                 passed += source.tokens  # of the last part in a list; or it asks something
             elif follows and source.keys and not str(source.keys[-1]).endswith("+"):
@@ -218,7 +222,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
     except ConfigError as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
-    Parser.sources = sources
+    Parser.sources, Parser.checked = sources, checked
     written = [word if isinstance(word, str) else json.dumps(word) for word in passed]
     return [word for word in written if word != "--traceback"]
 

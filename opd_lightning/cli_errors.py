@@ -33,6 +33,7 @@ class Parser(LightningArgumentParser):
     """Parser that prints the innermost problem in place of jsonargparse's account of everything that it tried."""
 
     sources: ClassVar[list[Source]] = []
+    checked: ClassVar[list[tuple[Source, Any]]] = []  # the sources, each with its checked values
 
     def dump(self, *args: Any, **settings: Any) -> str:
         """Writes a configuration; what was parsed was checked then, and is not checked again."""

@@ -70,15 +70,21 @@ def page(command: str) -> str:
     )
 
 
-def versions() -> str:
-    """Formats the versions of this package and the libraries below it."""
-    lines = []
+def installed() -> dict[str, str]:
+    """Returns the versions of this package, the libraries below it and Python, by name."""
+    versions = {}
     for name in ("opd-lightning", "lightning", "torch", "transformers", "peft", "diffusers"):
         try:
-            lines.append(f"{name} {version(name)}")
+            versions[name] = version(name)
         except PackageNotFoundError:
-            lines.append(f"{name} (not installed)")
-    return f"{lines[0]}\n{', '.join(lines[1:])}, Python {sys.version.split()[0]}\n"
+            versions[name] = "(not installed)"
+    return {**versions, "Python": sys.version.split()[0]}
+
+
+def versions() -> str:
+    """Formats the versions of this package and the libraries below it."""
+    lines = [f"{name} {number}" for name, number in installed().items()]
+    return f"{lines[0]}\n{', '.join(lines[1:])}\n"
 
 
 def resolve(argument: str) -> str:

@@ -1,4 +1,7 @@
-"""Reports on runs: ``opd report runs/demo`` prints a table and draws the curves."""
+"""Reports on runs: ``opd report runs/demo`` prints a table, draws the curves and writes a page.
+
+Of several runs, ``opd report runs/one runs/two`` also writes a page that has them on the same axes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from .folder import SAMPLES
 from .printable import cell, printable
+from .report_page import Run, page, read_lines
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -99,9 +104,7 @@ def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, floa
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
     """Reads the student's last completions of the held-out prompts that every validation prints."""
-    path = run / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    student_rows = [row for row in map(json.loads, lines) if row["who"] == "student"]
+    student_rows = [row for row in read_lines(run / SAMPLES) if row["who"] == "student"]
     return [row for row in student_rows if row["step"] == student_rows[-1]["step"]]
 
 
@@ -197,10 +200,31 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     return result
 
 
+def read_run(folder: Path, label: str) -> Run:
+    """Reads what a run has left in its folder, for its page."""
+    config, curves = read_config(folder), read_curves(folder)
+    own = config.get("model", {}).get("init_args", {}).get("evaluation") or {}
+    return Run(folder, label, config, curves, summarize(curves), measures(curves, own.get("metrics") or {}))
+
+
+def write_page(folders: Sequence[Path]) -> Path:
+    """Writes ``report.html`` into the folder of a run, or ``comparison.html`` of several into that of the first."""
+    names = [folder.resolve().name for folder in folders]
+    # by their names where these differ
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    path = folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    path.write_text(page(runs), encoding="utf-8")
+    return path
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Prints accuracy before and after training, and draws the curves of a run."""
+    """Prints accuracy before and after training, draws the curves of runs, and writes a page of one or of several."""
     parser = argparse.ArgumentParser(prog="opd report", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder (trainer.default_root_dir)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (trainer.default_root_dir)")
     parser.add_argument("--since", type=float, help="when the run began, in seconds since 1970; adds wall_s")
     options = parser.parse_args(arguments)
-    report(options.run, options.since)
+    folders: list[Path] = list(dict.fromkeys(options.runs))
+    for folder in folders:
+        report(folder, options.since)
+    print(printable(write_page(folders)))

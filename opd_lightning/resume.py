@@ -262,7 +262,12 @@ def changes(then: str, now: str) -> list[list[str]]:
     """Lists ``[key, old, new]`` for each value in which two configurations (YAML) differ; empty if one is unknown."""
     if not then or not now:
         return []
-    old, new = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
+    return differences(yaml.safe_load(then), yaml.safe_load(now))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+    """Lists ``[key, old, new]`` for each value in which two configurations differ."""
+    old, new = _leaves(then), _leaves(now)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in _APART]
     return [
         [key, str(old.get(key, _ABSENT)), str(new.get(key, _ABSENT))]

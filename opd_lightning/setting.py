@@ -17,6 +17,7 @@ from .finding import Finding
 from .forecast import Forecast
 from .note import Note, needed_columns, written_by
 from .objective import Objective
+from .picture import Picture
 from .policy import Acting, Policy, View
 from .portable import Portable
 from .reward import Reward
@@ -200,6 +201,11 @@ class Setting(Portable):
             device_bytes: of the GPU that it is computed for; None: the device that is there.
         """
         return None
+
+    @staticmethod
+    def pictures(run: Path) -> list[list[Picture]]:
+        """Draws what `opd report` shows of a run's folder besides texts and curves, a list for each row of the page."""
+        return []
 
     @property
     def acting_tolerance(self) -> float:

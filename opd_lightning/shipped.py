@@ -10,6 +10,11 @@ from .config_file import did_you_mean
 PREFIX = "opd:"
 
 
+def package_configs() -> Path:
+    """Returns the folder of the shipped configurations."""
+    return Path(str(files("opd_lightning"))) / "configs"
+
+
 def shipped(name: str) -> str:
     """Returns the path of a shipped file or folder; names without the prefix stay as they are.
 
@@ -23,7 +28,7 @@ def shipped(name: str) -> str:
     if relative.startswith("assets/"):
         path, known = package / relative, sorted(p.relative_to(package) for p in (package / "assets").glob("*/*/"))
     else:
-        root = package / "configs"
+        root = package_configs()
         path, known = root / relative, sorted(p.relative_to(root) for p in root.rglob("*.yaml"))
     if not path.exists():
         there = [path.as_posix() for path in known]

@@ -124,6 +124,8 @@ def test_samples_of_steps_that_are_done_again_are_forgotten(tmp_path):
         "".join(json.dumps({"step": step, "prompt": "ü"}) + "\n" for step in (0, 3, 4, 9)) + '{"step": 1',
         encoding="utf-8",
     )
+    (tmp_path / "alarms.jsonl").write_text('{"step": 3}\n{"step": 4}\n', encoding="utf-8")
     forget_samples_after(3, tmp_path)
+    assert (tmp_path / "alarms.jsonl").read_text(encoding="utf-8") == '{"step": 3}\n'
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()[:2]] == [0, 3]
     assert "9" not in path.read_text(encoding="utf-8")

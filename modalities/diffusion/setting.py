@@ -38,6 +38,7 @@ from .models import Transformer, diffusers, save_adapter, save_pipeline, with_ad
 from .quality import SampleQuality
 from .query import RestrictedField, VelocityField, VisitedStates, bytes_per_state, velocity_field
 from .sampler import Euler, Noising, Sampler, Transition, generator, plan_all, roll_out
+from .table import pictures
 from .trajectories import EVALUATIONS, CountRollouts, retrace, trajectories_of
 from .velocity_target import StepVelocity, VelocityTarget
 from .view import REFERENCE
@@ -72,6 +73,7 @@ class DiffusionDistillation(OnPolicyDistillation):
     headline: ClassVar[str] = "fid"
     provides: ClassVar[frozenset[str]] = frozenset({"latents"})
     reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image", REFERENCE})
+    pictures = staticmethod(pictures)
     exported_with: ClassVar[tuple[str, ...]] = ("height", "width", "max_sequence_length", "shift", "flow_map")
 
     def __init__(

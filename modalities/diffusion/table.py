@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from ...picture import Picture
 from ...printable import cell
 from ...report import Curves, new_figure, read_config, read_curves
 
@@ -106,6 +107,31 @@ def grid(run: Path, steps: int, most: int, path: Path) -> None:
         ImageDraw.Draw(picture).text((2, row * (height + 16) + 2), title, fill="black")
         picture.paste(sheet, (0, row * (height + 16) + 16))
     picture.save(path)
+
+
+def pictures(run: Path) -> list[list[Picture]]:
+    """Collects the sheets of samples that validations drew: the teacher's, and the student's first and last ones.
+
+    Raises:
+        FileNotFoundError: the run has none.
+    """
+    sheets: dict[str, dict[tuple[int, int], Path]] = {}
+    for file in (run / "grids").glob("*.png"):
+        if match := re.fullmatch(r"(.+)_step-(\d+)_steps-(\d+)", file.stem):
+            sheets.setdefault(match[1], {})[int(match[3]), int(match[2])] = file
+    if not sheets:
+        raise FileNotFoundError(f"{run / 'grids'} holds no sheets of samples")
+    drawn = []
+    for count in sorted({count for known in sheets.values() for count, _ in known}):
+        line = []
+        for who, known in sorted(sheets.items(), key=lambda item: item[0] == "student"):
+            updates = sorted(step for number, step in known if number == count)
+            for step in dict.fromkeys((*updates[:1], *updates[-1:])):
+                when = f", after {step} optimizer steps" if who == "student" else ""
+                with Image.open(known[count, step]) as sheet:
+                    line.append(Picture(f"{who}, {count} denoising steps{when}", sheet.convert("RGB")))
+        drawn.append(line)
+    return drawn
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ import lightning as L
 from jsonargparse import ArgumentParser
 
 from ...module import OnPolicyDistillation
+from ...picture import Picture
 from ...printable import printable
 from ...report import new_figure, read_config
 from .images import images_of
@@ -83,6 +84,39 @@ def gallery(run: Path, across: int = 4) -> Path:
     return path
 
 
+def pictures(run: Path) -> list[list[Picture]]:
+    """Draws what student and teachers saw of the held-out examples, with answers and clicks, a list for each example.
+
+    Raises:
+        FileNotFoundError: the folder holds no run of `opd fit`.
+    """
+    module, rows, before, after = read(run)
+    drawn = []
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        example = dict(rows[i])
+        image = images_of(module.shown([example])[0])[0]
+        places: dict[str, Any] = {}
+        if "prediction" in new:
+            scale = image.width / images_of(example)[0].width
+            places["target"] = tuple(scale * value for value in new["box"])
+            for name, row in (("before", old), ("after", new)):
+                if row["prediction"] is not None:
+                    places[name] = _center([scale * value for value in row["prediction"]])
+        words = [new["prompt"], *_answers(example, old, new).split("\n")]
+        line = [Picture("student sees", image, words=words, **places)]
+        for name, teacher in module.teachers.items():
+            view_example = teacher.look(example) if teacher.view is not None else None
+            if view_example is not None:
+                line.append(Picture(f"{name} sees", images_of(view_example)[0]))
+        drawn.append(line)
+    return drawn
+
+
+def _center(place: Sequence[float]) -> tuple[float, float]:
+    """Returns the center of a box, or a point as it is."""
+    return (place[0] + place[-2]) / 2, (place[1] + place[-1]) / 2
+
+
 def _answers(example: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> str:
     rewards = [row.get("reward") for row in (old, new)]
     signs = ["" if reward is None else " ✓" if reward >= 0.5 else " ✗" for reward in rewards]
@@ -96,8 +130,7 @@ def _places(axis: Any, old: dict[str, Any], new: dict[str, Any], scale: float) -
     axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=TARGET, linewidth=1.5)
     for row, color in ((old, BEFORE), (new, AFTER)):
         if row["prediction"] is not None:
-            prediction = [scale * value for value in row["prediction"]]
-            x, y = (prediction[0] + prediction[-2]) / 2, (prediction[1] + prediction[-1]) / 2
+            x, y = _center([scale * value for value in row["prediction"]])
             axis.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.5, color=color)
 
 

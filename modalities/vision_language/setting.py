@@ -29,6 +29,7 @@ from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.models import bare
 from ..autoregressive.rendering import Renderer
+from .gallery import pictures
 from .images import images_of, split_at_markers, values_of, with_images
 from .processor import load_processor, placeholders
 
@@ -53,6 +54,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     """
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
+    pictures = staticmethod(pictures)
     reads: ClassVar[frozenset[str]] = AutoregressiveDistillation.reads | {"image", "images"}
     padding: ClassVar[dict[str, tuple[float, str]]] = dict.fromkeys(
         ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"), (0, "left")

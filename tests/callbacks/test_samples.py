@@ -51,6 +51,41 @@ def test_rows_say_what_was_done_and_how_the_teacher_finds_each_step(world, tmp_p
         assert row["completion"] in "".join(row["steps"])
 
 
+def test_the_teacher_says_what_it_makes_of_each_step(make_world, tmp_path):
+    world = make_world("text")
+    likelihood = []
+
+    class Watching(world.setting):
+        def training_step(self, batch, batch_idx):
+            teacher = self.streams.query("teacher", batch.trajectories).distribution
+            logits = teacher.head.project(teacher.hidden).double()
+            suppressed = teacher.head.suppressed
+            if suppressed is not None:
+                logits[..., suppressed] = -torch.inf
+            likelihood.append((batch.trajectories, logits.log_softmax(-1).detach()))
+            return super().training_step(batch, batch_idx)
+
+    module = world.module(setting=Watching)
+    world.fit(module, tmp_path, steps=1, callbacks=[Samples(count=2, console=False, likeliest=3)])
+    trajectories, log_probs = likelihood[0]
+    for i, row in enumerate(shown(tmp_path)):
+        steps = trajectories.mask[i].nonzero().squeeze(-1)
+        assert len(row["teacher_log_probs"]) == len(row["likeliest"]) == len(steps)
+        for t, said, best in zip(steps, row["teacher_log_probs"], row["likeliest"], strict=True):
+            here = log_probs[i, t]
+            assert said == pytest.approx(float(here[trajectories.actions[i, t]]), abs=1e-3)
+            assert [value for _, value in best] == pytest.approx(here.topk(3).values.tolist(), abs=1e-3)
+            assert [text for text, _ in best] == [module.tokenizer().decode([k]) for k in here.topk(3).indices]
+
+
+@pytest.mark.parametrize("samples", [{"likeliest": 0}, {"teacher": None}])
+def test_what_is_not_asked_for_is_not_written(make_world, tmp_path, samples):
+    world = make_world("text")
+    module = world.alone() if "teacher" in samples else world.module()
+    world.fit(module, tmp_path, steps=1, callbacks=[Samples(count=1, console=False, **samples)])
+    assert (shown(tmp_path)[0]["teacher_log_probs"], shown(tmp_path)[0]["likeliest"]) == (None, None)
+
+
 def test_what_each_policy_read_and_what_notes_say_is_kept_whole(tiny_student, tmp_path):
     teacher = Teacher(Live(), PromptView("{{ solution }}{{ right[0] }}" + "12" * 60 + "{{ prompt }}"))
     module = make_module(
@@ -155,6 +190,8 @@ def test_looking_changes_nothing_and_a_resumed_run_does_not_repeat_itself(tmp_pa
 def test_what_cannot_be_shown_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"every=0 and count=4 must be >= 1"):
         Samples(every=0)
+    with pytest.raises(ValueError, match=r"likeliest=-1 >= 0"):
+        Samples(likeliest=-1)
     with pytest.raises(ValueError, match=r"ForwardKL needs a teacher; name one"):
         Samples(signal=ForwardKL(), teacher=None)
     with pytest.raises(ValueError, match=r"Samples\.teacher: no 'expert' in model\.teachers, which has \['teacher'\]"):

@@ -1,0 +1,234 @@
+"""Page of a report: what a run or several have left in their folders, as one HTML file that needs no network.
+
+What models and rows say is escaped: by the template, as text; and by a policy in its head, under which no script but
+its own runs and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from .folder import ALARMS, SAMPLES
+from .picture import Picture
+from .printable import printable
+from .report_chart import Points, charts, short, svg
+
+MOST_SAMPLES, MOST_STEPS = 500, 2000
+"""Samples of a page, and steps of each that are colored."""
+SHADES, UNLIKELY = 8, 6.0
+"""Shades of a step, and the nats at which it has the darkest."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run as its report tells of it.
+
+    Attributes:
+        folder: its folder.
+        label: its name on the page.
+        config: of the run.
+        curves: as `read_curves` returns them.
+        scores: held-out accuracy ``before``, ``after``, and of each teacher by name; None where not measured.
+        measures: the same of what else validation measured, by name.
+    """
+
+    folder: Path
+    label: str
+    config: dict[str, Any]
+    curves: Mapping[str, Points]
+    scores: dict[str, float | None]
+    measures: dict[str, dict[str, float | None]]
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Content of ``run.json``; empty of a run before there was one."""
+        path = self.folder / "run.json"
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return told
+
+    @cached_property
+    def alarms(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / ALARMS)
+
+    @property
+    def is_watched(self) -> bool:
+        return "train/alarms" in self.curves
+
+    @property
+    def is_shipped(self) -> bool:
+        """Tells whether shipped files are among those that it was made of."""
+        return any(name.startswith("opd:") for name in self.provenance.get("files", ()))
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps that were done: those of the last samples, or of the log, which may end one earlier."""
+        logged = max((int(points[-1][0]) for points in self.curves.values()), default=0)
+        return max([logged, *(int(row["step"]) for row in read_lines(self.folder / SAMPLES)[-1:])])
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """Held-out prompts with what the student wrote before and after training, and each teacher before it."""
+        rows = read_lines(self.folder / SAMPLES)
+        student = [row for row in rows if row["who"] == "student"]
+        if not student:
+            return []
+        first, last = student[0]["step"], student[-1]["step"]
+        columns = {"before": [row for row in student if row["step"] == first]} if first == 0 else {}
+        if last > 0:
+            columns["after"] = [row for row in student if row["step"] == last]
+        for row in rows:
+            if row["who"] != "student" and row["step"] == 0:
+                columns.setdefault(row["who"], []).append(row)
+        pairs: dict[str, dict[str, Any]] = {}
+        for who, column in columns.items():
+            for row in column:
+                pairs.setdefault(row["prompt"], {})[who] = row
+        return [{"prompt": prompt, "by": by} for prompt, by in list(pairs.items())[:MOST_SAMPLES]]
+
+    @cached_property
+    def rollouts(self) -> dict[int, list[dict[str, Any]]]:
+        """Rollouts that `Samples` wrote down, by optimizer step, the first and the last ones where they are many."""
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in read_lines(self.folder / "rollouts.jsonl"):
+            by_step.setdefault(row["step"], []).append(row)
+        kept = dict(sorted(by_step.items()))
+        while sum(map(len, kept.values())) > MOST_SAMPLES and len(kept) > 2:
+            del kept[sorted(kept)[len(kept) // 2]]
+        return kept
+
+    @cached_property
+    def categories(self) -> list[tuple[str, list[float | None]]]:
+        """Last accuracy of each value of the columns in ``evaluation.by``, of validation and of a test."""
+        table: dict[str, list[float | None]] = {}
+        for place, stage in enumerate(("val", "test")):
+            for name, points in self.curves.items():
+                if match := re.fullmatch(rf"{stage}/accuracy/(.+)", name):
+                    table.setdefault(match[1], [None, None])[place] = points[-1][1]
+        return sorted(table.items())
+
+    def pictures(self) -> tuple[list[list[Picture]], str]:
+        """Asks the run's setting for pictures, a list for each row of the page, and why there are none."""
+        path = str((self.config.get("model") or {}).get("class_path") or "")
+        module, _, name = path.rpartition(".")
+        try:
+            return (getattr(import_module(module), name).pictures(self.folder), "") if module else ([], "")
+        except Exception as error:  # rows, pages or classes that were there when it ran: the rest is worth reading
+            return [], f"{type(error).__name__}: {error}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; one that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def verdict(run: Run) -> str:
+    """Says in a sentence or two whether training helped."""
+    before, after = run.scores["before"], run.scores["after"]
+    teachers = {name: value for name, value in run.scores.items() if name not in ("before", "after")}
+    if after is None:
+        return _verdict_of_another_metric(run)
+    points = run.curves["val/accuracy"]
+    sentence = f"After {run.steps} optimizer steps the student solves {after:.1%} of the held-out prompts"
+    if before is not None:
+        change = "no change" if round(after - before, 3) == 0 else f"{after - before:+.1%}".replace("%", " points")
+        sentence += f", before training it was {before:.1%} ({change})"
+    for name, value in teachers.items():
+        if value is None:
+            continue
+        sentence += f"; {name} has {value:.1%}"
+        if before is not None and before < min(after, value):
+            sentence += f", {(after - before) / (value - before):.0%} of the gap is closed"
+    step, best = max(points, key=lambda point: point[1])
+    if best - after > 0.02:
+        sentence += f". It was better after step {int(step)}: {best:.1%}"
+    return f"{sentence}."
+
+
+def _verdict_of_another_metric(run: Run) -> str:
+    for name in sorted(name for name in run.curves if re.fullmatch(r"val/(fid_\d+|retention/kl|length)", name)):
+        points = run.curves[name]
+        if len(points) > 1:
+            return (
+                f"No accuracy was measured; {name.removeprefix('val/')} went from {short(points[0][1])} to "
+                f"{short(points[-1][1])} in {run.steps} optimizer steps."
+            )
+    return "Nothing was scored after an optimizer step, so nobody knows whether training helped."
+
+
+def colored(row: dict[str, Any]) -> Markup:
+    """Colors the steps of a rollout by how unlikely the teacher found each, or by the signal where that is unknown.
+
+    The teacher's likeliest steps are in the attribute ``data-l``, for the pointer.
+    """
+    steps, signals = row.get("steps"), row.get("signals") or []
+    if not steps:
+        return escape(printable(row["completion"]))
+    log_probs, likeliest = row.get("teacher_log_probs"), row.get("likeliest")
+    pieces = []
+    for i, text in enumerate(steps[:MOST_STEPS]):
+        log_prob = log_probs[i] if log_probs else None
+        value = (
+            -log_prob if log_prob is not None else abs(signals[i] or 0.0) if i < len(signals) and not log_probs else 0.0
+        )
+        shade = min(SHADES - 1, round((SHADES - 1) * value / UNLIKELY))
+        lines = [] if log_prob is None else [["", log_prob]]
+        lines += (likeliest[i] or []) if likeliest else []
+        data = f' data-l="{escape(json.dumps(_shown(lines)))}"' if lines else ""
+        pieces.append(f"<i class=s{shade}{data}>{escape(printable(text))}</i>")
+    rest = "" if len(steps) <= MOST_STEPS else f" … {len(steps) - MOST_STEPS} more"
+    return Markup("".join(pieces) + rest)
+
+
+def _shown(lines: list[list[Any]]) -> list[list[Any]]:
+    return [[printable(text), _share(value)] for text, value in lines if value is not None]
+
+
+def _share(log_prob: float) -> str:
+    return f"{math.exp(log_prob):.1%}"
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Writes the page of one run, or of several on the same axes."""
+    source = files("opd_lightning")
+    script = (source / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+    )
+    main, rest = charts({run.label: run.curves for run in runs})
+    return environment.from_string((source / "report.jinja").read_text(encoding="utf-8")).render(
+        runs=runs,
+        verdict=verdict,
+        main=main,
+        rest=rest,
+        svg=svg,
+        short=short,
+        colored=colored,
+        shares=[_share(-UNLIKELY * k / (SHADES - 1)) for k in range(SHADES)],
+        style=Markup((source / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        digest=digest,
+    )

@@ -1,0 +1,210 @@
+"""The page of a run: what is on it, that it is one file, and that what models wrote stays text."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from opd_lightning.picture import Picture
+from opd_lightning.report import main, read_run, write_page
+from opd_lightning.report_chart import charts, interpolated, thinned, ticks
+from opd_lightning.report_page import verdict
+
+EVIL = '</script><script>document.title = "taken over"</script><img src="http://127.0.0.1:9/x.png">'
+BEST = [["7", -0.1], ["<b>8</b>", -2.5], ["9", -4.0], ["5", -5.0], [" ", -6.0]]
+
+
+def make_run(folder: Path, accuracy: float = 0.75, points: int = 11, rollouts: int = 2) -> Path:
+    """A run's folder as training leaves it, with a hostile model."""
+    logs = folder / "logs" / "version_0"
+    logs.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 7}), encoding="utf-8")
+    columns = (
+        "step",
+        "val/accuracy",
+        "val/teacher/accuracy",
+        "val/accuracy/hard",
+        "train/length",
+        "train/tokens_so_far",
+    )
+    with (logs / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*columns, "train/teacher/kl_student_teacher", "train/own"])
+        table.writerow([0, 0.25, 1.0, "", "", "", "", ""])
+        for step in range(1, points):
+            table.writerow([step, "", "", "", 8 + step % 3, 100 * step, 1 / step, step % 7])
+        table.writerow([points - 1, accuracy, "", 0.5, "", "", "", ""])
+    samples = [
+        {"step": step, "who": who, "prompt": f"1+1= {EVIL}", "completion": f"{text} {EVIL}", "reward": reward}
+        for step, who, text, reward in (
+            (0, "teacher", "two", 1.0),
+            (0, "student", "three", 0.0),
+            (points - 1, "student", "two", 1.0),
+        )
+    ]
+    write(folder / "samples.jsonl", samples)
+    shown = {"prompt": "3+4=", "completion": f"7{EVIL}", "reward": 1.0, "length": 2, "signal": 0.5, "source": "student"}
+    shown |= {"steps": ["7", EVIL], "signals": [0.1, 0.9], "teacher_log_probs": [-0.1, -9.0], "likeliest": [BEST, BEST]}
+    write(folder / "rollouts.jsonl", [{**shown, "step": step} for step in range(rollouts)])
+    write(folder / "alarms.jsonl", [{"step": 3, "message": f"train/length is 99: {EVIL}"}])
+    told = {"files": ["opd:text/quickstart.yaml"], "changes": [["model.rollout.horizon", "56", "7"]]}
+    told |= {"versions": {"torch": "2.13"}, "hardware": {"processor": "of a test"}}
+    (folder / "run.json").write_text(json.dumps(told), encoding="utf-8")
+    return folder
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut sho', encoding="utf-8")
+
+
+def test_a_run_is_told_on_one_page(tmp_path, capsys):
+    main([str(make_run(tmp_path / "mine"))])
+    path = tmp_path / "mine" / "report.html"
+    assert str(path) in capsys.readouterr().out
+    text = path.read_text(encoding="utf-8")
+    for part in (
+        "After 10 optimizer steps the student solves 75.0% of the held-out prompts, before training it was 25.0% "
+        "(+50.0 points); teacher has 100.0%, 67% of the gap is closed.",
+        "held-out accuracy by tokens generated",
+        "KL at the student&#39;s states",
+        "3 more metrics",
+        "<td>hard</td>",
+        "<code>model.rollout.horizon</code></td><td>56</td><td>7</td>",
+        "of a test",
+        "optimizer step 3",
+    ):
+        assert part in text, part
+
+
+def test_what_models_wrote_is_text(tmp_path):
+    text = write_page([make_run(tmp_path / EVIL.replace("/", "_"))]).read_text(encoding="utf-8")
+    assert "<script>document" not in text
+    assert "<img" not in text
+    assert "<b>8</b>" not in text
+    assert text.count("<script>") == 1
+    assert "default-src 'none'" in text
+
+
+def test_runs_are_compared_on_the_same_axes(tmp_path):
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", accuracy=0.2)
+    path = write_page([one, two])
+    assert path == one / "comparison.html"
+    text = path.read_text(encoding="utf-8")
+    assert "one: val/accuracy" in text
+    assert "two: val/accuracy" in text
+    assert "<b>two</b>: After 10 optimizer steps the student solves 20.0%" in text
+    main_charts, rest = charts({run.label: run.curves for run in (read_run(one, "one"), read_run(two, "two"))})
+    assert [series.color for series in main_charts[0].series] == [0, 0, 1, 1], "a color for each run"
+    assert [chart.title for chart in rest] == ["train/own", "train/tokens_so_far", "val/accuracy/hard"]
+
+
+def test_a_run_that_has_left_little_has_a_page(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    for name in ("samples.jsonl", "rollouts.jsonl", "alarms.jsonl", "run.json"):
+        (folder / name).unlink()
+    (folder / "logs" / "version_0" / "metrics.csv").write_text("step,train/length\n4,8.0\n", encoding="utf-8")
+    text = write_page([folder]).read_text(encoding="utf-8")
+    assert "nobody knows whether training helped" in text
+    assert text.count("None was written down") == 2
+    assert "Nobody watched for a collapse" in text
+
+
+def test_a_setting_that_cannot_draw_says_why(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    config = {"seed_everything": 7, "model": {"class_path": "opd_lightning.no_such.Setting"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert "Not drawn. ModuleNotFoundError" in write_page([folder]).read_text(encoding="utf-8")
+
+
+def test_thinned_curves_keep_ends_and_peaks():
+    points = [(float(x), 0.0) for x in range(20_000)]
+    points[7_777] = (7_777.0, 9.0)
+    kept = thinned(points)
+    assert len(kept) <= 500
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert points[7_777] in kept
+    assert kept == sorted(kept)
+    assert thinned(points[:500]) == points[:500]
+
+
+def test_axes_have_round_numbers():
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-3, 47) == [0, 10, 20, 30, 40]
+    assert interpolated([(10, 100.0), (20, 300.0)], 5) == 50
+    assert interpolated([(10, 100.0), (20, 300.0)], 15) == 200
+    assert interpolated([(10, 100.0), (20, 300.0)], 99) == 300
+
+
+def test_a_best_that_was_left_behind_is_told(tmp_path):
+    run = read_run(make_run(tmp_path / "mine", accuracy=0.1), "mine")
+    assert "It was better after step 0: 25.0%." in verdict(run)
+
+
+def test_a_picture_is_small_enough_for_a_page():
+    picture = Picture("screen", Image.effect_noise((1600, 900), 80))
+    assert picture.data_uri().startswith("data:image/jpeg;base64,")
+    assert len(picture.data_uri()) < 400_000
+    assert Picture("digit", Image.new("L", (8, 8))).data_uri().startswith("data:image/png;base64,")
+
+
+# -- with a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver():
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("Chromium or its driver is not installed: make browser")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.browser
+def test_it_opens_without_a_network_and_runs_nothing_of_a_models(driver, tmp_path):
+    address = write_page([make_run(tmp_path / "mine")]).resolve().as_uri()
+    driver.get(address)
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = {request["request"]["url"] for request in sent if request["documentURL"] == address}
+    assert {url for url in asked if not url.startswith("data:")} == {address}
+    assert driver.title == "mine"
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    # were something let through, the page's policy would stop it
+    script = "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
+    driver.execute_script(script)
+    assert driver.title == "mine"
+
+
+@pytest.mark.browser
+def test_pointing_at_a_step_shows_what_the_teacher_found_likeliest(driver, tmp_path):
+    from selenium.webdriver import ActionChains
+
+    driver.get(write_page([make_run(tmp_path / "mine")]).resolve().as_uri())
+    step = driver.find_element("css selector", "i[data-l]")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", step)
+    ActionChains(driver).move_to_element(step).perform()
+    lines = driver.find_elements("css selector", "#tip div")
+    assert [line.text.split() for line in lines] == [
+        ["7", "(written)", "90.5%"],
+        ["7", "90.5%"],
+        ["<b>8</b>", "8.2%"],
+        ["9", "1.8%"],
+        ["5", "0.7%"],
+        ["␣", "0.2%"],
+    ]
+    chart = driver.find_element("css selector", "svg[data-points]")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    ActionChains(driver).move_to_element(chart).perform()
+    assert "val/accuracy" in driver.find_element("id", "tip").text
