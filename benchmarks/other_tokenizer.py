@@ -2,7 +2,7 @@
 
     python benchmarks/other_tokenizer.py [teacher | texts | METHOD SEED | table]
 
-Without an argument everything that is not there yet, into runs/other_tokenizer; docs/elsewhere.md has the table.
+Without an argument everything that is not there yet, into runs/other_tokenizer, and then the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opd_lightning.report import read_curves
 
 RUNS = Path("runs/other_tokenizer")
 TEACHER, TEXTS = RUNS / "teacher", RUNS / "texts.jsonl"
-UPDATES, ROWS = 100, 6400
+UPDATES, ROWS = 60, 3840
 METHODS: dict[str, list[str]] = {
     "tokenizer_barrier": ["opd:methods/text/tokenizer_barrier.yaml"],
     "gold": ["opd:methods/text/gold.yaml"],
@@ -108,8 +108,9 @@ def distill(method: str, seed: int) -> None:
     overlays = [part for overlay in METHODS[method] for part in ("-c", overlay)]
     own = ["--model.rollout.behavior={dataset: 1.0, student: 0.0}"] if method == "sft" else []
     opd("fit", "-c", "opd:text/quickstart.yaml", *overlays, *own, f"--trainer.default_root_dir={folder}",
-        f"--trainer.max_steps={UPDATES}", f"--trainer.val_check_interval={UPDATES // 4}", f"--seed_everything={seed}",
-        f"--data.train={TEXTS}", "--data.train_options=null", f"--data.seed={seed}")  # fmt: skip
+        f"--trainer.max_steps={UPDATES}", f"--trainer.val_check_interval={UPDATES // 2}", f"--seed_everything={seed}",
+        "--model.evaluation.before=false",
+        f"--data.train={TEXTS}", "--data.train_options=null")  # fmt: skip
 
 
 def table() -> None:
