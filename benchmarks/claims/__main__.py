@@ -109,7 +109,9 @@ def section(place: int, claim: Any, runs: dict[str, dict[str, float]]) -> str:
     """Writes a claim's paragraphs: how it was measured, the numbers, the verdict, and what was tried."""
     title, source, method = statement(claim)
     numbers = numbers_of(runs)
-    keys = [name for name in numbers if name != CPU]
+    # what rules read comes first
+    ordered = dict.fromkeys([*(name for rule in claim.RULES for name in rule.names), *numbers])
+    keys = [name for name in ordered if name != CPU]
     lines = [f"## {place}. {title}", "", f"Source: {source}.", "", method, ""]
     seeds = " | ".join(f"seed {seed}" for seed in sorted(runs))
     lines += [f"| measured | {seeds} | mean |", "|---|" + "---|" * (len(runs) + 1)]

@@ -50,5 +50,6 @@ TRIED = (
     "With the defaults a lag of 16 leaves a trajectory a weight of at most 1/17 − 0.05, and rollouts are made again "
     "only every 200 updates: next to nothing is trained. Tried on seeds 0 and 1 before these settings were chosen: "
     "the defaults with rollouts made again every 20 updates, the same with `normalizer: weights` and ξ 0, and "
-    "freshness by the lag alone."
+    "freshness by the lag alone. What is thrown away where rollouts are made again, up to 16 generation batches each "
+    "time, was not counted."
 )
