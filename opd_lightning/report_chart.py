@@ -126,9 +126,9 @@ def _per_generated(curves: Mapping[str, Mapping[str, Points]], columns: list[str
         so_far = [name for name in run if re.fullmatch(r"train/\w+_so_far", name)]
         if so_far:
             units.add(so_far[0].removeprefix("train/").removesuffix("_so_far"))
-            counts = run[so_far[0]]
+            counts = thinned(run[so_far[0]])
             moved[label] = {
-                name: [(interpolated(counts, x), y) for x, y in run[name]]
+                name: [(interpolated(counts, x), y) for x, y in thinned(run[name])]
                 for name in columns
                 if name in run and (len(run[name]) > 1 or run[name][0][0] == 0)
             }
