@@ -69,6 +69,15 @@ def prepare() -> None:
     round_off(UNPACKED, RUNS / "rounded")
 
 
+def save(model: Any, source: Path, folder: Path) -> None:
+    """Writes a model with the source's tokenizer; the folder is there when it is complete."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(source).save_pretrained(part)
+    part.replace(folder)
+
+
 def prune(source: Path, folder: Path, kept: int) -> None:
     """Writes a copy with that many layers: from the 15th on, where leaving six out costs least (docs/recipes.md)."""
     if folder.exists():
@@ -79,8 +88,7 @@ def prune(source: Path, folder: Path, kept: int) -> None:
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
     model.config.num_hidden_layers = kept
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    save(model, source, folder)
 
 
 def narrow(source: Path, folder: Path) -> None:
@@ -108,8 +116,7 @@ def narrow(source: Path, folder: Path) -> None:
     config.hidden_size, config.intermediate_size, config.head_dim = half, half_mlp, config.head_dim
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    save(model, source, folder)
 
 
 def round_off(source: Path, folder: Path) -> None:
@@ -132,8 +139,7 @@ def round_off(source: Path, folder: Path) -> None:
             weights[f"model.layers.{name}.weight"] = module.weight.dequantize()
     model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     model.load_state_dict(weights)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    save(model, source, folder)
 
 
 def train(name: str, seed: int, extra: list[str]) -> dict[str, Any]:
@@ -204,10 +210,11 @@ def main() -> None:
     prepare()
     if options.prepare:
         return
+    names = [name for name in options.names or RECIPES if name != "recover 3 bits" or (RUNS / "rounded").exists()]
     # seed by seed, so that a table of all recipes is there early
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for seed in range(options.seeds):
-        for name in options.names or RECIPES:
+        for name in names:
             if str(seed) not in results.setdefault(name, {}):
                 results[name][str(seed)] = train(name, seed, options.extra)
                 RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -294,7 +294,7 @@ class Checkpoint(ModelCheckpoint):
             return super()._find_last_checkpoints(trainer)
         # Lightning lists the folder, and fails on a file that the run which writes there removes meanwhile
         last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        return {str(last)} if last.exists() else set()
+        return {str(last)} if last.exists() or last.is_symlink() else set()  # a link to nothing is told
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Returns the folder of its checkpoints."""

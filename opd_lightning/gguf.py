@@ -26,6 +26,8 @@ def located(path: str, file: str | None) -> tuple[str, str | None]:
     """
     if file is not None and not file.endswith(SUFFIX):
         raise ValueError(f"gguf_file={file}: the name of such a file ends with {SUFFIX}")
+    if path.lower().endswith(SUFFIX) and not path.endswith(SUFFIX) and Path(path).is_file():
+        raise ValueError(f"path: {path} is no GGUF file to transformers: rename it to end with {SUFFIX}")
     if not path.endswith(SUFFIX) or Path(path).is_dir():
         return path, file
     if file is not None:
@@ -45,10 +47,13 @@ def reading(file: str) -> Iterator[None]:
         raise ModuleNotFoundError(f"path: {file} is read with the package gguf: pip install 'opd-lightning[gguf]'")
     try:
         yield
-    except (OSError, ImportError):
-        raise
     except Exception as error:  # whichever the place where it breaks off brings
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # transformers takes metadata that is no text for a configuration that is no JSON
+        if isinstance(error, OSError | ImportError) and "valid JSON" not in message:
+            raise
+        if message.startswith("Cannot build a tokenizer"):
+            raise ValueError(f"path: {file} holds no tokenizer; set student.tokenizer") from error
         if message.startswith("Unrecognized configuration class"):
             raise
         raise ValueError(
@@ -64,6 +69,32 @@ def check_complete(file: str, missing: Iterable[str]) -> None:
     """
     if names := sorted(missing):
         raise ValueError(f"path: {file} lacks {len(names)} of the model's weights, such as {names[0]}")
+
+
+def check_read(file: str, path: str, model: nn.Module) -> None:
+    """Refuses a file of which transformers leaves something out, and would make another model.
+
+    Args:
+        file: its name, for messages.
+        path: where it is.
+        model: what was made of it.
+
+    Raises:
+        ValueError: it holds more weights than the model, or scales rotary positions and the model doesn't.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    surplus = sum(int(t.n_elements) for t in reader.tensors) - sum(p.numel() for p in model.parameters())
+    if surplus > 0:
+        names = {tensor.name for tensor in reader.tensors}
+        such = "; rope_freqs.weight, which scales rotary positions, is one" if "rope_freqs.weight" in names else ""
+        raise ValueError(f"path: {file} holds {surplus} numbers that transformers leaves out{such}")
+    scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
+    kind = None if scaling is None else scaling.contents()
+    rotary: Any = getattr(model.config, "rope_parameters", None) or {}
+    if kind not in (None, "none") and rotary.get("rope_type", "default") == "default":
+        raise ValueError(f"path: {file} scales rotary positions ({kind}), which transformers leaves out")
 
 
 def unpacked() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 
 from . import gguf
 from .finite import Finite
@@ -231,7 +232,10 @@ class Pretrained:
             raise ValueError(f"path: {self.packed} is a GGUF file, and only models of transformers are read from those")
         model, loading = self._read(model_class, dtype=dtype, output_loading_info=True, **shared, **gguf.unpacked())
         gguf.check_complete(self.packed, loading["missing_keys"])
+        gguf.check_read(self.packed, str(cached_file(self.found(), self.packed, revision=self.revision)), model)
         gguf.forget_packing(model)
+        # what an adapter will name as its base: the file, where transformers has the folder that it lies in
+        model.name_or_path = self.path if self.gguf_file is None else f"{self.path}/{self.gguf_file}"
         return model
 
     def _read(self, kind: Any, **settings: Any) -> Any:

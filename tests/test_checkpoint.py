@@ -222,6 +222,14 @@ def test_a_file_that_a_run_removes_meanwhile_stops_nobody_who_reads_its_last(mak
     lock.release()
 
 
+def test_a_last_one_that_links_to_nothing_is_told(make_world, tmp_path):
+    config = configuration(tmp_path, make_world("text"), PLAIN)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").symlink_to("gone.ckpt")
+    with pytest.raises(ValueError, match=r"there is no file or folder .*last\.ckpt"):
+        run(["fit", "-c", str(config), "--ckpt_path=last"])
+
+
 def test_the_newest_whole_one_is_found_beside_what_vanishes(tmp_path, monkeypatch):
     for name in ("step-1.ckpt", "step-2.ckpt"):
         torch.save({}, tmp_path / name)

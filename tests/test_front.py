@@ -68,8 +68,9 @@ def test_the_keys_are_those_that_the_parser_takes(monkeypatch):
     monkeypatch.setattr(OPDCLI, "_parse_ckpt_path", lambda self: setattr(self, "config", Namespace(subcommand=None)))
     monkeypatch.setattr(OPDCLI, "_set_seed", lambda self: None)
     monkeypatch.setattr(OPDCLI, "instantiate_classes", lambda self: None)
-    OPDCLI(["fit"])
     for command in RUNS:
+        OPDCLI([command])  # which builds the parser of this one alone
+        assert list(parsers)[-1] == command
         known = {action.dest.split(".")[0] for action in parsers[command]._actions}
         assert known - {"help", "config", "print_config"} == set(keys_of(command)), command
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -21,7 +24,13 @@ LAYERS, WIDTH, HEADS, INNER = 2, 32, 4, 64
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant\n"
 
 
-def save_gguf(path: Path, quantized: bool = False, template: str | None = TEMPLATE, without: str = " ") -> Path:
+def save_gguf(
+    path: Path,
+    quantized: bool = False,
+    template: str | None = TEMPLATE,
+    without: str = " ",
+    more: Callable[[Any], None] = lambda writer: None,
+) -> Path:
     """Writes a Llama with random weights, whose tokenizer has a token for each byte and one for `th`."""
     generator = torch.Generator().manual_seed(0)
 
@@ -66,6 +75,7 @@ def save_gguf(path: Path, quantized: bool = False, template: str | None = TEMPLA
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,6 +145,35 @@ def test_a_file_without_some_weights_is_refused(tmp_path):
     path = save_gguf(tmp_path / "part.gguf", without="blk.1.ffn_up")
     with pytest.raises(ValueError, match=r"part\.gguf lacks 1 of the model's weights, .*layers\.1\.mlp\.up_proj"):
         Pretrained(str(path)).load(AutoModelForCausalLM, trained=True)
+
+
+def scaled(writer: Any) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lambda w: w.add_tensor("rope_freqs.weight", numpy.ones(4, "f4")), "holds 4 numbers .* rope_freqs"),
+        (lambda w: w.add_tensor("blk.0.attn_q.bias", numpy.ones(WIDTH, "f4")), f"holds {WIDTH} numbers that transf"),
+        (scaled, r"scales rotary positions \(linear\), which transformers leaves out"),
+    ],
+)
+def test_a_file_of_which_something_is_left_out_is_refused(more, message, tmp_path):
+    """It would be another model, silently."""
+    path = save_gguf(tmp_path / "more.gguf", more=more)
+    with pytest.raises(ValueError, match=rf"path: more\.gguf {message}"):
+        Pretrained(str(path)).load(AutoModelForCausalLM, trained=True)
+
+
+def test_an_ending_in_capitals_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"TINY\.GGUF is no GGUF file to transformers: rename it to end with \.gguf"):
+        Pretrained(str(save_gguf(tmp_path / "TINY.GGUF")))
+
+
+def test_an_adapter_names_the_file_as_its_base(packed):
+    assert Pretrained(str(packed)).load(AutoModelForCausalLM, trained=True).name_or_path == str(packed)
 
 
 def test_settings_that_do_not_go_with_it_are_refused(packed):

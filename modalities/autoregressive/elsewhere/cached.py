@@ -10,9 +10,13 @@ from ....likeness import UNKNOWN, taught_by
 from ....printable import quoted
 from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
+from .handshake import same_weights
 from .identity import READ, differences, reading
 from .question import check_tokens, questions, scored, stated
 from .store import Store, read_about, read_head
+
+SERVED = 0.05
+"""Nats that what a server made of a known text may be from what it was; the default of ``Remote.tolerance``."""
 
 
 class Cached(Elsewhere):
@@ -75,6 +79,9 @@ class Cached(Elsewhere):
             "weights": self._own["weights"],
             "taught the student before": consistency,
         }
+
+    def same(self, now: str, before: str) -> bool:
+        return same_weights(now, before, SERVED)
 
     def _consistency(self, before: set[str]) -> str:
         """Says whether this teacher is among those that the student had before."""

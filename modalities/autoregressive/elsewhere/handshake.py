@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....likeness import UNKNOWN
 from ....printable import quoted
 from .connection import Refused
 from .dialect import Dialect
@@ -102,6 +103,20 @@ def _template(dialect: Dialect, setting: Any) -> str:
         return "the student's; the server's is not known"
     same = answered == list(setting.tokenizer()(own, add_special_tokens=False)["input_ids"])
     return "the student's, equal to the server's" if same else "the student's; the server's is another one"
+
+
+def same_weights(now: str, before: str, tolerance: float) -> bool:
+    """Tells whether two fingerprints may be of the same weights.
+
+    Those of weights that a server does not tell apart hold log-probs of a known text, which may be ``tolerance`` nats
+    apart; of one without them nothing is known.
+    """
+    if UNKNOWN in (now, before):
+        return now.startswith(UNKNOWN) and before.startswith(UNKNOWN)
+    if not now.startswith(UNKNOWN) or not before.startswith(UNKNOWN):
+        return now == before
+    one, other = ([float(x) for x in mark.split(":", 1)[1].split(",")] for mark in (now, before))
+    return len(one) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(one, other, strict=True))
 
 
 def check_known(now: Tensor, before: Tensor, tolerance: float, who: str) -> None:

@@ -44,6 +44,11 @@ def weights(setting: Any, name: str) -> str:
     return f"{fingerprint(policy.model)} ({type(origin).__name__}, {policy.path})"
 
 
+def mark_of(described: str) -> str:
+    """Returns the fingerprint of weights that were described."""
+    return described.partition(" ")[0]
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """Lists in words what differs."""
     return [f"{name} was {then.get(name)}, and is {now.get(name)}" for name in names if then.get(name) != now.get(name)]

@@ -18,7 +18,7 @@ from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
 from .connection import Connection
 from .dialect import DIALECTS, Opd
-from .handshake import check_known, handshake
+from .handshake import check_known, handshake, same_weights
 from .question import Answer, Question, check_tokens, questions, scored, stated
 from .store import read_head, write_whole
 
@@ -108,10 +108,7 @@ class Remote(Elsewhere):
         return self._weights.replace(UNKNOWN, f"{UNKNOWN}:{log_probs}", 1)
 
     def same(self, now: str, before: str) -> bool:
-        if not now.startswith(f"{UNKNOWN}:") or not before.startswith(f"{UNKNOWN}:"):
-            return now == before
-        one, other = ([float(x) for x in mark.split(":", 1)[1].split(",")] for mark in (now, before))
-        return len(one) == len(other) and all(abs(a - b) <= self.tolerance for a, b in zip(one, other, strict=True))
+        return same_weights(now, before, self.tolerance)
 
     def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
         check_known(self._dialect.ask(self._known, self.asks).log_probs, self._said, self.tolerance, self.url)

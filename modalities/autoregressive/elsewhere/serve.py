@@ -74,6 +74,9 @@ def serve_teacher(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_request_mib", type=int, default=16)
     parser.add_argument("--max_waiting", type=int, default=4096)
     options, rest = parser.parse_known_args(list(arguments))
+    for name in ("top_k", "batch_tokens", "max_request_mib", "max_waiting"):
+        if getattr(options, name) < (0 if name == "top_k" else 1):
+            raise ValueError(f"--{name}={getattr(options, name)} must be at least {0 if name == 'top_k' else 1}")
     check_reach(options.host)
     ServeCLI(options, rest)
 

@@ -16,6 +16,7 @@ import torch
 
 from opd_lightning.modalities.autoregressive import PromptView, Remote
 from opd_lightning.modalities.autoregressive.elsewhere.connection import Connection
+from opd_lightning.modalities.autoregressive.elsewhere.handshake import same_weights
 from opd_lightning.modalities.autoregressive.elsewhere.serve import check_reach
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
@@ -272,6 +273,22 @@ def test_a_run_goes_on_with_the_weights_that_it_had_though_the_server_says_nothi
     answering[0] = Imitation(saved(seed=9, hidden=48, rows=28))
     with pytest.raises(ValueError, match="the checkpoint was trained with the weights unknown:"):
         go_on()
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "same"),
+    [
+        ("unknown:-1.5000,-2.0000", "unknown:-1.4996,-2.0004", True),
+        ("unknown:-1.5000,-2.0000", "unknown:-1.5000,-2.1000", False),
+        ("unknown:-1.5000", "unknown:-1.5000,-2.1000", False),
+        ("unknown:-1.5000", "unknown", True),  # of a run that knew nothing yet
+        ("unknown:-1.5000", "0123abcd", False),
+        ("0123abcd", "0123abcd", True),
+    ],
+)
+def test_fingerprints_of_weights_that_a_server_does_not_tell_apart(now, before, same):
+    assert same_weights(now, before, 0.05) == same
+    assert same_weights(before, now, 0.05) == same
 
 
 def test_the_token_comes_from_the_environment(tiny_student, imitation, stand_in, monkeypatch):
