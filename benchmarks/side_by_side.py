@@ -68,7 +68,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def bare_trainer(updates: int, folder: str | Path, callback: Any, **settings: Any) -> Any:
+def bare_trainer(updates: int, folder: str | Path, *callbacks: Any, **settings: Any) -> Any:
     """Lightning's Trainer on a CPU, with nothing on that is not part of an optimizer step."""
     import lightning as L  # the peer's environment has none
 
@@ -77,7 +77,7 @@ def bare_trainer(updates: int, folder: str | Path, callback: Any, **settings: An
         accelerator="cpu",
         max_steps=updates,
         max_epochs=-1,
-        callbacks=[callback],
+        callbacks=list(callbacks),
         default_root_dir=folder,
         **dict.fromkeys(off, False),
         **settings,

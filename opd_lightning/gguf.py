@@ -93,7 +93,9 @@ def check_read(file: str, path: str, model: nn.Module) -> None:
     scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
     kind = None if scaling is None else scaling.contents()
     rotary: Any = getattr(model.config, "rope_parameters", None) or {}
-    if kind not in (None, "none") and rotary.get("rope_type", "default") == "default":
+    # of one kind, or by kinds of layers
+    kinds = {part.get("rope_type", "default") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if kind not in (None, "none") and kinds <= {"default"}:
         raise ValueError(f"path: {file} scales rotary positions ({kind}), which transformers leaves out")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from side_by_side import bare_trainer
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
@@ -130,17 +131,7 @@ def train(
     )
     L.seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=updates,
-            max_epochs=-1,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
+        trainer = bare_trainer(updates, folder, *callbacks)
         trainer.fit(module, datamodule=Prompts(seed))
     return module
 

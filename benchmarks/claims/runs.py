@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from side_by_side import bare_trainer
 from torch.utils.data import DataLoader
 
 from opd_lightning.evaluation_settings import Evaluation
@@ -116,21 +117,16 @@ def train(
     L.seed_everything(seed, verbose=False)
     curve = Curve()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=updates,
-            max_epochs=-1,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        trainer = bare_trainer(
+            updates,
+            folder,
+            *callbacks,
+            curve,
             log_every_n_steps=1,
             num_sanity_val_steps=0,
             val_check_interval=every or updates,
             check_val_every_n_epoch=None,
             gradient_clip_val=1.0,
-            callbacks=[*callbacks, curve],
         )
         trainer.fit(module, datamodule=Problems(sums(4000, seed=seed) if rows is None else rows, seed))
     return curve
