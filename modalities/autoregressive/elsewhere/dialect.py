@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
+from ....connection import Connection, Refused
 from ....distribution import IMPOSSIBLE
 from ....printable import quoted
-from .connection import Connection, Refused
 from .question import Answer, Question
 
 

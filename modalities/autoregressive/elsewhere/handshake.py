@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....connection import Refused
 from ....likeness import UNKNOWN
 from ....printable import quoted
-from .connection import Refused
 from .dialect import Dialect
 from .question import Question
 

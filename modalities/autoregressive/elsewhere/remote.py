@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ....connection import client_of
 from ....distribution import Distribution, Head
 from ....likeness import UNKNOWN
 from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
-from .connection import Connection
 from .dialect import DIALECTS, Opd
 from .handshake import check_known, handshake, same_weights
 from .question import Answer, Question, check_tokens, questions, scored, stated
@@ -39,7 +39,7 @@ class Remote(Elsewhere):
             `opd serve-teacher`.
         hidden: ask for hidden states, of which the exact loss over the vocabulary is computed; for ``opd`` alone.
         model: its name on the server. Default: the first that the server lists.
-        at_once: requests in flight. Default 32.
+        at_once: requests in flight, of all teachers that ask this server. Default 32.
         timeout: seconds that one answer may take. Default 120.
         deadline: seconds after which a run ends that gets no answer. Default 600.
         tolerance: nats that the same text may be apart when it is scored again. Default 0.05, ours.
@@ -73,17 +73,18 @@ class Remote(Elsewhere):
             )
         if dialect not in DIALECTS:
             raise ValueError(f"Remote.dialect is one of {', '.join(DIALECTS)}, not {dialect!r}")
-        self.url, self.asks, self.at_once, self.tolerance = url.rstrip("/"), top_k, at_once, tolerance
+        self.url, self.asks, self.tolerance = url.rstrip("/"), top_k, tolerance
         self.top_k = None if hidden else top_k
         self.keep = None if keep is None else Path(keep)
-        self._dialect = DIALECTS[dialect](Connection(self.url, token, timeout, deadline), model, hidden)
-        self._threads: ThreadPoolExecutor | None = None
+        self.client = client_of(self.url, token, timeout, deadline, at_once)
+        self._dialect = DIALECTS[dialect](self.client.connection, model, hidden)
         self._flying: dict[Question, Future[Answer]] = {}
         self._head: Head | None = None
 
     def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
         where = f"model.teachers.{teacher.name}"
         check_tokens(setting, teacher)
+        self._check_shared(where, setting)
         if teacher.own_template:
             raise ValueError(f"{where}.own_template: rows for a server are written with the student's template")
         self._dialect.vocabulary = setting.vocabulary
@@ -138,10 +139,7 @@ class Remote(Elsewhere):
         if question.media:
             raise ValueError(f"{self.url} is sent text alone, and the prompt shows images, which it would never see")
         if question not in self._flying:
-            if self._threads is None:
-                self._dialect.connection.closed.clear()
-                self._threads = ThreadPoolExecutor(self.at_once, thread_name_prefix="teacher")
-            self._flying[question] = self._threads.submit(self._answer, question)
+            self._flying[question] = self.client.submit(self._answer, question)
         return self._flying[question]
 
     def _answer(self, question: Question) -> Answer:
@@ -159,6 +157,16 @@ class Remote(Elsewhere):
         os.replace(partial, path)
         return answer
 
+    def _check_shared(self, where: str, setting: Any) -> None:
+        """Refuses another client for a server that a teacher asks already: each would send its ``at_once``."""
+        for name, other in setting.teachers.items():
+            origin = other.weights
+            if isinstance(origin, Remote) and origin.url == self.url and origin.client is not self.client:
+                raise ValueError(
+                    f"{where} and model.teachers.{name} ask {self.url}, with one connection for both: at_once, "
+                    "timeout, deadline and token have to be the same in both"
+                )
+
     def _check_kept(self, folder: Path) -> None:
         """Compares what was kept with who answers now, by a known text: some servers don't say what they serve."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +178,5 @@ class Remote(Elsewhere):
             write_whole(path, json.dumps(self._said.tolist()))
 
     def close(self) -> None:
-        if self._threads is not None:
-            self._dialect.connection.closed.set()
-            self._threads.shutdown(wait=False, cancel_futures=True)
-            self._threads, self._flying = None, {}
+        self.client.close()
+        self._flying = {}

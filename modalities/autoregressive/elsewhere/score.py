@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyarrow import parquet
 
 from ....audit import audit
 from ....cli import OPDCLI
+from ....note import memories, remember
 from ....printable import printable
 from ....rollout import RolloutLoader
 from ....rows import row_of
@@ -114,12 +116,43 @@ class Recorder:
         for name in module.teachers if self.hidden else ():  # not before: parts that are there need the head of theirs
             write_whole(self.folder / f"{name}.safetensors", packed_head(module.head(module.policies[name]))[0])
         write_whole(self.folder / ABOUT, json.dumps(about, indent=1))
-        # 3. part by part, then the rows that go with them
+        # 3. part by part, with what notes remember behind each, then the rows that go with them
+        self._remember(module, done)
         for number, trajectories in loader.first_epoch(done):
-            write_part(part(self.folder, number), self._columns(module, trajectories, loader))
+            columns = self._columns(module, trajectories, loader)
+            self._keep_memory(module, number)  # before its part: one without the other is made again
+            write_part(part(self.folder, number), columns)
         write_rows(self.folder, loader.dataset)
         write_whole(self.folder / ABOUT, json.dumps(about | {"complete": True}, indent=1))
         print(printable(f"{self.folder} holds {len(parts(self.folder))} parts; {len(done)} were there before"))
+
+    def _memory(self, number: int) -> Path:
+        return self.folder / f"memory-{number:05d}.pt"
+
+    def _remember(self, module: Any, done: set[int]) -> None:
+        """Restores what notes remembered behind the last part that is there.
+
+        Raises:
+            ValueError: nobody knows it.
+        """
+        if not done or not any(memories(module.notes).values()):
+            return
+        memory = self._memory(max(done))
+        if done != {*range(len(done))} or not memory.exists():
+            names = ", ".join(name for name, kept in memories(module.notes).items() if kept)
+            raise ValueError(
+                f"{self.folder}: model.notes.{names} remembers what came before, and what it remembered when part "
+                f"{max(done)} was written is not there ({memory.name}). Record into another folder"
+            )
+        remember(module.notes, torch.load(memory, weights_only=True))
+
+    def _keep_memory(self, module: Any, number: int) -> None:
+        """Writes down what notes remember behind a part; what they remembered two parts before goes."""
+        if any(memories(module.notes).values()):
+            partial = self._memory(number).with_suffix(".partial")
+            torch.save(memories(module.notes), partial)
+            os.replace(partial, self._memory(number))
+            self._memory(number - 2).unlink(missing_ok=True)
 
     def _about(self, module: Any, loader: RolloutLoader) -> dict[str, Any]:
         """Describes all that the answers depend on."""

@@ -14,6 +14,7 @@ from opd_lightning.modalities.autoregressive import Cached, PromptView
 from opd_lightning.modalities.autoregressive.elsewhere import score as module_of_score
 from opd_lightning.modalities.autoregressive.elsewhere.score import Recorder
 from opd_lightning.modalities.autoregressive.elsewhere.store import part, parts
+from opd_lightning.note import Note
 from opd_lightning.objective import HiddenMatch, LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
@@ -122,6 +123,50 @@ def test_what_was_killed_goes_on(tiny_student, tiny_teacher, tmp_path, monkeypat
     assert asked == [part(folder, 1), part(folder, 2)], "the first was there"
     assert all(part(folder, i).read_bytes() == part(whole, i).read_bytes() for i in range(3))
     assert rows_of(folder) == rows_of(whole)
+
+
+class Counted(Note):
+    """How many generation batches there were before this one."""
+
+    writes, remembers = ("batches",), ("before",)
+
+    def __init__(self):
+        self.before = 0
+
+    def __call__(self, module, trajectories):
+        self.before += 1
+        return trajectories.noted({"batches": [str(self.before)] * len(trajectories)})
+
+
+def test_what_was_killed_goes_on_with_what_its_notes_remember(tiny_student, tiny_teacher, tmp_path, monkeypatch):
+    def recorded(folder):
+        teachers = {"teacher": Teacher(Frozen(Pretrained(str(tiny_teacher))), PromptView("{{ batches }}?{{ prompt }}"))}
+        rollout = Rollout(**ACTING | {"batch_size": 8})
+        module = make_module(
+            tiny_student, teachers, lightning(), rollout=rollout, notes={"counted": Counted()}, load=False
+        )
+        return record(module, folder, tmp_path)
+
+    whole, killed, write = recorded(tmp_path / "whole"), tmp_path / "killed", module_of_score.write_part
+    for number in (0, 2):  # before a part, whose memory is there already
+
+        def interrupted(path, columns, number=number):
+            if path == part(killed, number):
+                raise KeyboardInterrupt
+            write(path, columns)
+
+        monkeypatch.setattr(module_of_score, "write_part", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recorded(killed)
+    monkeypatch.setattr(module_of_score, "write_part", write)
+    assert len(parts(killed)) == 2
+    recorded(killed)
+    assert all(part(killed, i).read_bytes() == part(whole, i).read_bytes() for i in range(3))
+    for memory in killed.glob("memory-*.pt"):
+        memory.unlink()
+    part(killed, 2).unlink()
+    with pytest.raises(ValueError, match=r"model\.notes\.counted remembers .*part 1 was written is not there"):
+        recorded(killed)
 
 
 def test_a_folder_of_something_else_is_refused_with_all_that_differs(

@@ -14,8 +14,8 @@ import urllib.request
 import pytest
 import torch
 
+from opd_lightning.connection import Connection
 from opd_lightning.modalities.autoregressive import PromptView, Remote
-from opd_lightning.modalities.autoregressive.elsewhere.connection import Connection
 from opd_lightning.modalities.autoregressive.elsewhere.handshake import same_weights
 from opd_lightning.modalities.autoregressive.elsewhere.serve import check_reach
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
@@ -94,6 +94,26 @@ def test_servers_of_others_teach_as_the_local_teacher(
     expected = trained(here(tiny_student, tiny_teacher, objective, VIEW), tmp_path / "here")
     module = there(tiny_student, stand_in(imitation).url, objective, VIEW, dialect=dialect, top_k=top_k)
     assert torch.allclose(trained(module, tmp_path / "there"), expected, atol=1e-5)
+
+
+def test_two_teachers_on_one_server_share_its_connection(tiny_student, imitation, stand_in, tmp_path):
+    server, settings = stand_in(imitation), {**QUICK, "at_once": 2}
+    views = {"teacher": None, "other": VIEW}
+
+    def both(**others):
+        origins = {name: Remote(server.url, **settings) for name in views} | {
+            name: Remote(server.url, **settings | change) for name, change in others.items()
+        }
+        teachers = {name: Teacher(origins[name], view) for name, view in views.items()}
+        terms = [Term(PolicyGradient(LogRatio()), teacher=name, coefficient=0.5, name=name) for name in views]
+        return make_module(tiny_student, teachers, Objective(terms))
+
+    module = both()
+    clients = {id(teacher.weights.client) for teacher in module.teachers.values()}
+    assert len(clients) == 1
+    fit(module, tmp_path)
+    with pytest.raises(ValueError, match=r"teachers\.\w+ and model\.teachers\.\w+ ask .* one connection for both"):
+        both(other={"at_once": 3})
 
 
 def test_answers_that_are_kept_are_asked_for_once(tiny_student, imitation, stand_in, saved, tmp_path):

@@ -1,0 +1,114 @@
+"""Requests to servers that are busy, slow, broken or hostile, and who shares them."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import time
+import traceback
+
+import pytest
+
+from opd_lightning.connection import Connection, Refused, client_of
+
+SECRET = "sk-very-secret-0123"
+
+
+def raw_server(*answers):
+    """A server that sends some bytes to each connection in turn, and closes it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        with listening:
+            for content in answers:
+                with listening.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(content)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def http(code, body=b"{}", *headers):
+    return b"\r\n".join([f"HTTP/1.1 {code}".encode(), *headers, b"Content-Length: %d" % len(body), b"", body])
+
+
+def connection(url, timeout=5.0, deadline=5.0):
+    return Connection(url, "A_TOKEN", timeout, deadline)
+
+
+def test_a_busy_server_says_when_to_come_again():
+    began = time.monotonic()
+    assert connection(raw_server(http("429 Busy", b"{}", b"Retry-After: 1"), http("200 OK"))).ask_json("/") == {}
+    assert time.monotonic() - began >= 1
+
+
+@pytest.mark.parametrize("answer", [b"rubbish\r\n\r\n", b"", http("529 Overloaded"), http("200 OK", b"{}")[:-1]])
+def test_what_passes_is_tried_again(answer):
+    assert connection(raw_server(answer, http("200 OK"))).ask_json("/") == {}
+
+
+def test_a_body_that_comes_drop_by_drop_ends_with_the_time_limit():
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        while True:
+            one = listening.accept()[0]
+            one.recv(65536)
+            one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            try:
+                while True:
+                    one.sendall(b"x")
+                    time.sleep(0.05)
+            except OSError:
+                continue
+
+    threading.Thread(target=drip, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no answer within 0\.5 s"):
+        connection(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3, 0.5).ask("/")
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("code", ["401 bad key " + SECRET, "500 " + SECRET])
+def test_a_token_that_is_repeated_is_in_no_message(monkeypatch, code):
+    monkeypatch.setenv("A_TOKEN", SECRET + "\n")
+    with pytest.raises((Refused, ConnectionError)) as caught:
+        connection(raw_server(*[http(code, f"no such key: {SECRET}".encode())] * 5), deadline=0.2).ask("/")
+    text = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in text
+    assert "no such key: ‹token›" in text
+
+
+def test_a_token_that_is_none_is_not_printed(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", f"{SECRET}\r\nX: y")
+    with pytest.raises(ValueError, match="A_TOKEN holds characters that no token has") as caught:
+        connection("http://127.0.0.1:9").ask("/")
+    assert SECRET not in str(caught.value)
+
+
+def test_one_client_for_all_who_ask_a_server():
+    limits = ("http://127.0.0.1:9", "A_TOKEN", 1.0, 1.0)
+    one, other = client_of(*limits, 2), client_of(*limits, 2)
+    assert one is other
+    assert client_of(*limits, 3) is not one
+    flying, most, lock = [0], [0], threading.Lock()
+
+    def call():
+        with lock:
+            flying[0] += 1
+            most[0] = max(most[0], flying[0])
+        time.sleep(0.02)
+        with lock:
+            flying[0] -= 1
+
+    for future in [client.submit(call) for client in (one, other) for _ in range(5)]:
+        future.result()
+    assert most[0] == 2, "together"
+    one.close()
+    assert other.submit(lambda: 1).result() == 1, "whoever asks again opens it anew"
+    other.close()
+    del one, other
+    gc.collect()
+    assert client_of(*limits, 2)._threads is None
