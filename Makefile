@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -55,6 +55,14 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, in build/site: every page of docs/, the catalog and all knobs; a dead link or anchor is an error
+docs: install .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/docs: pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # a file to a worker, so that what its tests share is made once; for one test: .venv/bin/pytest tests/test_x.py
 test: check

@@ -60,7 +60,7 @@ def _page(keys: list[str], named: str, kinds: Mapping[str, Any], values: Any, sa
             continue
         if key not in below and None not in below:
             _refuse(keys[: depth + 1], below, kind)
-        text = _documented(_holder(kind, values), key) if depth else text
+        text = documented(_holder(kind, values), key) if depth else text
         kind = below[key] if key in below else below[None]
         values = values.get("init_args", values).get(key) if isinstance(values, Mapping) else None
     return _explained(keys, kind, named, values, text)
@@ -95,7 +95,7 @@ def _holder(kind: Any, values: Any) -> Any:
     return None
 
 
-def _documented(cls: Any, key: str) -> str:
+def documented(cls: Any, key: str) -> str:
     """Finds the description of an argument in the docstring of a class, also where it is one of several at once."""
     if cls is None:
         return ""
@@ -157,20 +157,20 @@ def _indented(text: str, margin: str) -> list[str]:
 
 
 def _arguments(keys: list[str], cls: Any) -> str:
-    lines = [f"{dotted(keys)}: {cls.__name__}", *(f"  {line}" for line in _summary(cls).splitlines()), ""]
+    lines = [f"{dotted(keys)}: {cls.__name__}", *(f"  {line}" for line in summary_of(cls).splitlines()), ""]
     for parameter in get_signature_parameters(cls, "__init__" if inspect.isclass(cls) else None):
         kind, default = parameter.annotation, parameter.default
         line = parameter.name if kind is inspect.Parameter.empty else f"{parameter.name}: {name_of(kind)}"
-        lines.append(f"  {line}" if default is inspect.Parameter.empty else f"  {line} = {_default(default)}")
-        lines += _indented(_documented(cls, parameter.name), "      ")
+        lines.append(f"  {line}" if default is inspect.Parameter.empty else f"  {line} = {shown(default)}")
+        lines += _indented(documented(cls, parameter.name), "      ")
     return "\n".join(lines) + "\n"
 
 
-def _default(value: Any) -> str:
+def shown(value: Any) -> str:
     return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
-def _summary(cls: Any) -> str:
+def summary_of(cls: Any) -> str:
     return (inspect.getdoc(cls) or "").partition("\n\n")[0]
 
 
@@ -179,6 +179,6 @@ def _list_of(keys: list[str], base: type, choices: Mapping[str, str]) -> str:
     ours = packages()
     lines = [f"\nkinds of {base.__name__} (--{dotted(keys)}.help NAME says more):"]
     for name, path in sorted(choices.items(), key=lambda choice: (choice[1].partition(".")[0] not in ours, *choice)):
-        summary = _summary(import_object(path)).partition("\n")[0]
+        summary = summary_of(import_object(path)).partition("\n")[0]
         lines.append(f"  {name:<22} {summary}")
     return "\n".join(lines) + "\n"

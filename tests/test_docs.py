@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,29 @@ def test_add_a_callback(tmp_path):
     with pytest.raises(ValueError, match=r"Warmer .* and Curriculum .* turn the same knob"):
         toy.fit(module, tmp_path / "twice", twice)
     toy.assert_resumes(make, tmp_path)
+
+
+def test_first_steps(folder):
+    """Every command of the page, in its order and as it stands, but that runs are cut to two steps."""
+    commands = [shlex.split(line) for block in blocks("first_steps.md", "sh") for line in block.splitlines()]
+    assert len(commands) > 8
+    cut = ["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--model.rollout.batch_size=4"]
+    few = [*cut, "--data.train_options.count=64"]
+    for _, *arguments in commands:
+        steps = f"--trainer.max_steps={4 if '--ckpt_path=last' in arguments else 2}"
+        shorter = few if "opd:text/quickstart.yaml" in arguments else cut
+        execute([*arguments, *([steps, *shorter] if arguments[0] == "fit" else [])])
+    assert (folder / "runs" / "quickstart" / "comparison.html").exists()
+    (code,) = blocks("first_steps.md", "python")
+    exec(compile(code, "first_steps.md", "exec"), {"__name__": "example"})
+
+
+def test_errors_that_are_explained_are_raised():
+    """What a message says between its …, in strings of the code, wherever a line of the code ends."""
+    files = [path for name in ("opd_lightning", "modalities") for path in (DOCS.parent / name).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    messages = re.findall(r"^\| `([^`]+)` \|", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for words in filter(None, (part.strip(" .,:()") for part in message.split("…"))):
+            assert words in code, f"docs/errors.md: nothing says {words!r}"
