@@ -1,6 +1,7 @@
 """Callbacks: what changes while a run trains, and what is watched meanwhile."""
 
 from ..callback import DistillationCallback, Stateful
+from ..retention import Retention
 from .collapse_alarm import CollapseAlarm
 from .curriculum import Cosine, Curriculum, Linear, OnPlateau, Piecewise, Schedule, Stage, Staircase
 from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstSteps, LowCorrection, StopRule
@@ -8,7 +9,6 @@ from .freshness import Anchor, FreshnessControl
 from .hidden_similarity import HiddenSimilarity
 from .knobs import KnobCallback
 from .note_gaps import NoteGaps
-from .retention import Retention
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
 from .weight_average import WeightAverage

@@ -27,6 +27,8 @@ class Evaluation:
             ``()|`` for ``[]/`` in a value), and `test` prints the table.
         metrics: rewards that are measured of the same completions and never trained on, by the name under which their
             mean is logged (``val/<name>``).
+        retention: a source of prompts that have nothing to do with what is learned, as in `PromptData`: how much of the
+            student before training is left there, logged as ``val/retention/…`` (see `Retention`).
 
     Raises:
         ValueError: several greedy samples, which would be equal; a value out of range; more than two columns; a metric
@@ -43,6 +45,7 @@ class Evaluation:
     show: int = 3
     by: list[str] = field(default_factory=list)
     metrics: dict[str, Reward] = field(default_factory=dict)
+    retention: str | None = None
 
     __setattr__ = Finite.__setattr__
 
@@ -67,7 +70,7 @@ class Evaluation:
             provides: what the setting offers (`Setting.provides`).
 
         Raises:
-            ValueError: `by` without rewards; metrics where nobody writes texts.
+            ValueError: `by` without rewards; metrics and retention where nobody writes texts.
         """
         if self.by and not has_rewards:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
@@ -75,6 +78,8 @@ class Evaluation:
             raise ValueError(
                 "evaluation.metrics read completions that are texts, which this setting's students don't write"
             )
+        if self.retention and "categorical" not in provides:
+            raise ValueError("evaluation.retention needs a vocabulary, which this setting's students don't have")
 
     def applied_to(self, rollout: Rollout, horizon: int | None = None) -> Rollout:
         """Overlays a rollout's settings with these; ``horizon`` goes before that of the settings."""

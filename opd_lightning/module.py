@@ -40,6 +40,7 @@ from .policy import View
 from .pretrained import Pretrained
 from .ranks import Ranks
 from .reader import Reader
+from .retention import retained, with_reference
 from .reward import Reward
 from .rollout import EndOfRollouts, RolloutLoader, check_limit
 from .rollout_settings import Rollout
@@ -98,9 +99,10 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     ) -> None:
         super().__init__()
         check_methods(self)
-        self.objective, self.teachers, self.notes = objective, teachers or {}, notes or {}
+        self.objective, self.notes = objective, notes or {}
         self.rollout, self.reward, self.scoring = rollout or Rollout(), reward, scoring or Scoring()
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or LRSchedule()
+        self.teachers = with_reference(self.evaluation, teachers or {})
         # callbacks turn the horizon of rollouts, not that of evaluation
         self.evaluation.horizon = self.evaluation.horizon or self.rollout.horizon
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
@@ -164,15 +166,12 @@ class OnPolicyDistillation(Setting, L.LightningModule):
 
     def _check_served(self) -> None:
         """Checks that callbacks and setting serve the objective's needs, and that every teacher is used."""
-        callbacks, notes = followers(self.trainer), self.notes.values()
+        callbacks, notes = followers(self.trainer) + retained(self.evaluation, self.trainer), self.notes.values()
         sources = self.rollout.sources.union(*(c.sources for c in callbacks), *(note.sources for note in notes))
         provides = {*self.provides, *offered_by(self.notes)}.union(*(callback.provides for callback in callbacks))
-        if self.has_rewards:
-            provides.add("reward")
-        if self.rollout.group_size > 1:
-            provides.add("group")
-        if "dataset" not in sources:
-            provides.add("behavior")
+        offered = {"reward": self.has_rewards, "group": self.rollout.group_size > 1}
+        offered["behavior"] = "dataset" not in sources
+        provides |= {name for name, is_offered in offered.items() if is_offered}
         self.objective.check({*self.teachers}, provides, sources, aligned=aligned(self.teachers))
         distributions = frozenset[str]().union(*(callback.distributions for callback in callbacks))
         check_actors(self.teachers, sources | self.rollout.policies, distributions)
@@ -208,7 +207,8 @@ class OnPolicyDistillation(Setting, L.LightningModule):
             # a setting's checks are about the terms that people wrote
             self.objective = dataclasses.replace(self.objective, terms=[*self.objective.terms, *terms])
             self.parts = self.objective.modules()
-        return [EndOfRollouts(), GradientGuard(self.streams, self.on_nonfinite, self.metrics), Gauges()]
+        guard = GradientGuard(self.streams, self.on_nonfinite, self.metrics)
+        return [EndOfRollouts(), guard, Gauges(), *retained(self.evaluation, self.trainer)]
 
     def configure_optimizers(self) -> Any:
         reshard(self.student)  # the optimizer must hold slices; passes of the audit left weights gathered

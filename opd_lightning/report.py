@@ -21,12 +21,12 @@ from rich.table import Table
 
 from .folder import SAMPLES
 from .printable import cell, printable
-from .report_page import Run, page, read_lines
+from .report_page import RETAINED, Run, page, read_lines
 
 Curves = dict[str, list[tuple[int, float]]]
 
 # what is reported besides accuracy and metrics of the run's own, which are shares
-FORMATS = {"length": "{:.1f}", "retention/kl": "{:.3f}", "retention/perplexity": "{:.2f}"}
+FORMATS = {"length": "{:.1f}"} | {name: form.split()[0] for name, _, form in RETAINED}
 
 UNMEASURED = (
     "Nothing was scored after an optimizer step: let trainer.val_check_interval divide trainer.max_steps, or run "
@@ -83,7 +83,7 @@ def summarize(curves: Curves) -> dict[str, float | None]:
 def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float | None]]:
     """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
 
-    As `ends` does. Empty where a run has neither metrics nor the callback `Retention`.
+    As `ends` does. Empty where a run has neither metrics nor a measure of retention.
 
     Args:
         curves: as `read_curves` returns them.

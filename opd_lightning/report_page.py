@@ -31,6 +31,12 @@ MOST_SAMPLES, MOST_STEPS = 500, 2000
 """Samples of a page, and steps of each that are colored."""
 SHADES, UNLIKELY = 8, 6.0
 """Shades of a step, and the nats at which it has the darkest."""
+RETAINED = (
+    ("retention/accuracy", "accuracy", "{:.1%}"),
+    ("retention/perplexity", "perplexity", "{:.2f}"),
+    ("retention/kl", "KL to the model that is to be kept", "{:.3f} nats"),
+)
+"""Measures of retention: name, words, format."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def verdict(run: Run) -> str:
-    """Says in a sentence or two whether training helped."""
+    """Says in a few sentences whether training helped, and what it cost on prompts of another kind."""
+    return " ".join(filter(None, (_gain(run), _retention(run))))
+
+
+def _retention(run: Run) -> str:
+    """Says what became of the measures of retention; empty where none was measured after an optimizer step."""
+    parts = []
+    for name, what, form in RETAINED:
+        before, after = (run.measures.get(name, {}).get(column) for column in ("before", "after"))
+        if after is not None:
+            start = "" if before is None else f"from {form.format(before)} "
+            parts.append(f"{what} went {start}to {form.format(after)}")
+    return f"On prompts of another kind {', '.join(parts)}." if parts else ""
+
+
+def _gain(run: Run) -> str:
     before, after = run.scores["before"], run.scores["after"]
     teachers = {name: value for name, value in run.scores.items() if name not in ("before", "after")}
     if after is None:
@@ -165,7 +186,7 @@ def verdict(run: Run) -> str:
 
 
 def _verdict_of_another_metric(run: Run) -> str:
-    for name in sorted(name for name in run.curves if re.fullmatch(r"val/(fid_\d+|retention/kl|length)", name)):
+    for name in sorted(name for name in run.curves if re.fullmatch(r"val/(fid_\d+|length)", name)):
         points = run.curves[name]
         if len(points) > 1:
             return (

@@ -82,6 +82,22 @@ def test_a_run_is_told_on_one_page(tmp_path, capsys):
         assert part in text, part
 
 
+def test_the_verdict_says_what_was_kept(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    table = folder / "logs" / "version_1" / "metrics.csv"
+    table.parent.mkdir()
+    table.write_text(
+        "step,val/retention/kl,val/retention/accuracy,val/retention/perplexity\n0,0,0.8,\n10,0.25,0.775,13.5\n",
+        encoding="utf-8",
+    )
+    run = read_run(folder, "mine")
+    assert verdict(run).endswith(
+        "is closed. On prompts of another kind accuracy went from 80.0% to 77.5%, perplexity went to 13.50, KL to the "
+        "model that is to be kept went from 0.000 nats to 0.250 nats."
+    )
+    assert "<td>retention/kl</td>" in write_page([folder]).read_text(encoding="utf-8")
+
+
 def test_what_models_wrote_is_text(tmp_path):
     text = write_page([make_run(tmp_path / EVIL.replace("/", "_"))]).read_text(encoding="utf-8")
     assert "<script>document" not in text

@@ -117,6 +117,8 @@ def test_a_function_alone_is_a_reward(folder):
     inside = json.loads(words[-1])["model"]["init_args"]
     assert inside["reward"] == inside["evaluation"]["metrics"]["own"] == calling
     assert json.loads(understood([*fit, "-c", "pass.yaml"])[-1])["model"]["init_args"]["reward"] == calling
+    kept = json.loads(understood([*fit, "-c", "kept.yaml"])[-1])["model"]["init_args"]["evaluation"]
+    assert kept["retention"] == "opd:assets/facts/unrelated.jsonl"
 
 
 def test_a_function_that_is_not_there_is_named(folder, capsys):

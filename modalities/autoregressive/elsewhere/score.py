@@ -18,6 +18,7 @@ from ....audit import audit
 from ....cli import OPDCLI
 from ....note import memories, remember
 from ....printable import printable
+from ....retention import BEFORE
 from ....rollout import RolloutLoader
 from ....rows import row_of
 from ....teacher import Elsewhere
@@ -94,7 +95,8 @@ class Recorder:
         Raises:
             ValueError: no teachers; several ranks; the folder's parts depend on something else; the disk is too small.
         """
-        # 1. the run as it is before its first step
+        # 1. the run as it is before its first step, without the teacher of `evaluation.retention`
+        module.teachers.pop(BEFORE, None)
         loader = begun(module, data, trainer)
         if trainer.world_size > 1 or not module.teachers:
             raise ValueError(
