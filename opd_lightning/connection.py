@@ -79,13 +79,14 @@ class Connection:
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are such
                 reason = printable(getattr(error, "reason", error))
                 problem = f"{self.url}{path}: {self.without_token(reason)}"
-            if (left := end - time.monotonic()) <= 0:
+            # not all at once, where many wait for the same server
+            wait = max(wished, pause * random.uniform(0.5, 1.0))
+            if end - time.monotonic() <= wait:
                 raise ConnectionError(
                     f"no answer within {self.deadline:g} s and {tries} tries, of up to {self.timeout:g} s each: "
                     f"{problem}. Is the server still running? A resumed run goes on from its last checkpoint"
                 )
-            # not all at once, where many wait for the same server
-            if self.closed.wait(min(max(wished, pause * random.uniform(0.5, 1.0)), left)):
+            if self.closed.wait(wait):
                 raise ConnectionError(f"{self.url} was not asked again, since the run has ended")
             pause = min(2 * pause, LONGEST_PAUSE)
 

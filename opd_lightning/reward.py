@@ -24,10 +24,14 @@ class Reward(ABC):
     It returns a finite number, or a bool, or None where it abstains: such a row counts in no mean (`Scoring` has the
     details, and what becomes of rewards that fail). `columns` are canonical names; the data module refuses a data
     set that lacks one, before training. A method `prepare`, where there is one, comes before each call and is not
-    timed: for what takes long to start.
+    timed: for what takes long to start. A method `ahead(completions, examples)` learns of all that will be asked for
+    one by one, so that it can begin with them together; what `measured()` returns, a number by name, is logged as
+    ``train/judge/<name>`` (of the judge of a note ``train/feedback/<name>``).
     """
 
     columns: tuple[str, ...] = ()
+    timed: bool = True
+    """Whether `Scoring.timeout` holds; False where it has time limits of its own."""
 
     @abstractmethod
     def __call__(self, completion: str, example: Example) -> float | None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from .endpoint import BudgetSpent
 from .printable import printable, quoted
 from .rows import given, location_of
 from .time_limit import TooLate, within
@@ -76,6 +77,18 @@ class Scoring:
 
         return self._ask(number, reward, completion, example)
 
+    @staticmethod
+    def ahead(reward: Any, completions: Sequence[Any], examples: Sequence[Example]) -> None:
+        """Tells a reward what it is about to be asked for, if it wants to know."""
+        if hasattr(reward, "ahead"):
+            reward.ahead(completions, [given(example) for example in examples])
+
+    @staticmethod
+    def record(reward: Any, name: str, record: Callable[[str, float], None]) -> None:
+        """Records what a reward measured of its own work, if it does, as ``<name>/…``."""
+        for what, value in (reward.measured() if hasattr(reward, "measured") else {}).items():
+            record(f"{name}/{what}", value)
+
     def words(self, reward: Any, completion: Any, example: Example) -> str | None:
         """Returns what a reward says of a completion in words (`Reward.feedback`); None: nothing.
 
@@ -99,7 +112,9 @@ class Scoring:
             # outside of the time limit: a worker's start takes longer than its answers
             if hasattr(reward, "prepare"):
                 reward.prepare()
-            return within(self.timeout, call)
+            return within(self.timeout if getattr(reward, "timed", True) else None, call)
+        except BudgetSpent:
+            raise
         except _Unusable as answer:
             failure = f"answered {answer}"
         except TooLate:

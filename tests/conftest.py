@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests import worlds  # noqa: E402
+from tests.chatting import Chatting  # noqa: E402
 from tests.servers import real  # noqa: E402
 from tests.servers.real import RealServer  # noqa: E402
 from tests.tiny import ARCHITECTURES, chat_tokenizer, save_model  # noqa: E402
@@ -163,3 +164,17 @@ def llama(smollm2) -> Iterator[RealServer]:
     server = real.llama(smollm2)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def chatting() -> Iterator[Callable[..., Chatting]]:
+    """Chat endpoints, each of a function that answers."""
+    made: list[Chatting] = []
+
+    def make(answer: Callable[[dict[str, Any]], Any]) -> Chatting:
+        made.append(Chatting(answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.close()

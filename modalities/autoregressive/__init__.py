@@ -3,6 +3,7 @@
 from .checklist import Checklist
 from .elsewhere import Cached, OtherTokenizer, Remote
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
+from .judge import Judge
 from .notes import Feedback, Peers, Written
 from .setting import AutoregressiveDistillation
 from .spans import AgainstReference, Annotator, Span, Spans
@@ -18,6 +19,7 @@ __all__ = [
     "Feedback",
     "FirstOf",
     "Generate",
+    "Judge",
     "OtherTokenizer",
     "Peers",
     "PromptView",

@@ -112,15 +112,16 @@ class Feedback(Note):
 
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
         rewards = [1.0] * len(trajectories) if trajectories.reward is None else trajectories.reward.tolist()
-        texts = [
-            None
-            if self.of is not None and not value < self.of
-            else module.scoring.words(self.judge or module.reward, text, example | module.parsed(text, example))
-            for text, example, value in zip(
-                module.completions(trajectories), trajectories.examples, rewards, strict=True
-            )
-        ]
-        return trajectories.noted({"feedback": texts})
+        judge, texts = self.judge or module.reward, module.completions(trajectories)
+        asked = [i for i, value in enumerate(rewards) if self.of is None or value < self.of]
+        examples = {i: trajectories.examples[i] | module.parsed(texts[i], trajectories.examples[i]) for i in asked}
+        module.scoring.ahead(judge, [texts[i] for i in asked], [*examples.values()])
+        words: list[str | None] = [None] * len(texts)
+        for i in asked:
+            words[i] = module.scoring.words(judge, texts[i], examples[i])
+        if self.judge is not None:
+            module.scoring.record(judge, "feedback", module.record)
+        return trajectories.noted({"feedback": words})
 
 
 class Written(Note):

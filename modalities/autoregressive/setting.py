@@ -245,11 +245,16 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
 
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         samples: list[dict[str, Any]] = []
-        for text, example in zip(self.completions(trajectories), trajectories.examples, strict=True):
-            facts = self.parsed(text, example, trajectories.student_view)
-            samples.append({"prompt": transcript(example["prompt"]), "completion": text, **facts})
+        texts, examples = self.completions(trajectories), trajectories.examples
+        facts = [self.parsed(*pair, trajectories.student_view) for pair in zip(texts, examples, strict=True)]
+        rows = [example | own for example, own in zip(examples, facts, strict=True)]
+        self.scoring.ahead(self.reward, texts, rows)
+        for text, row, own in zip(texts, rows, facts, strict=True):
+            samples.append({"prompt": transcript(row["prompt"]), "completion": text, **own})
             if self.reward is not None:
-                samples[-1]["reward"] = self.reward_of(text, example | facts)
+                samples[-1]["reward"] = self.reward_of(text, row)
+        if self._trainer is not None and self.trainer.training:
+            self.scoring.record(self.reward, "judge", self.record)
         return None if self.reward is None else [row["reward"] for row in samples], samples
 
     def release(self) -> None:
