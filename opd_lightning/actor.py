@@ -46,10 +46,19 @@ class Actor:
 
     @blames_rows
     @torch.no_grad()
-    def act(self, who: str, examples: list[Example], seeds: list[int]) -> Trajectories:
+    def act(
+        self, who: str, examples: list[Example], seeds: list[int], begun: Trajectories | None = None
+    ) -> Trajectories:
         """Trajectories of one behavior policy; a teacher acts on what its view shows it.
 
         The observation is the student's in every case: that is what the loss conditions on.
+
+        Args:
+            who: acts.
+            examples: rows of the data set.
+            seeds: of the draws, one for each.
+            begun: trajectories to go on from, of the same examples: what their masks hold is kept and not trained.
+                Default: from recorded turns (``rollout.prefix_turns``), usually none.
         """
         student_examples = shown(self.student_view, examples)
         if who == "dataset":
@@ -58,11 +67,31 @@ class Actor:
         else:
             # the training dataloader acts outside of Lightning's hooks, but rollout and replay must agree in precision
             with self.precision(), phase(f"rollouts of {who}, {self.setting.unit}"):
-                acted = replace(self._act(who, examples, student_examples, seeds), examples=examples)
+                acted = replace(self._act(who, examples, student_examples, seeds, begun), examples=examples)
         seed = torch.tensor(seeds, device=acted.mask.device)
         return replace(acted, student_view=settings_of(self.student_view), sources=(who,), seed=seed)
 
-    def _act(self, who: str, examples: list[Example], seen: list[Example], seeds: list[int]) -> Trajectories:
+    def branch(
+        self, who: str, trajectories: Trajectories, rows: Tensor, steps: Tensor, horizon: int, seeds: list[int]
+    ) -> Trajectories:
+        """Continues visited states: trajectory ``rows[i]`` behind its first ``steps[i]`` steps, K of them.
+
+        Args:
+            who: acts.
+            trajectories: whose states they are.
+            rows, steps: ``[K]`` each; a state may come several times, with different seeds.
+            horizon: steps that are added at most.
+            seeds: of the draws, K.
+        """
+        begun = trajectories.to("cpu").select(rows).until(steps)
+        longer = replace(self.rollout, horizon=int(begun.extent.max()) + horizon)
+        acted = replace(self, rollout=longer).act(who, begun.examples, seeds, begun)
+        beyond = acted.mask & (torch.arange(acted.mask.shape[1]) >= (begun.extent + horizon)[:, None])
+        return replace(acted, mask=acted.mask & ~beyond, stopped=acted.stopped & ~beyond.any(1))
+
+    def _act(
+        self, who: str, examples: list[Example], seen: list[Example], seeds: list[int], begun: Trajectories | None
+    ) -> Trajectories:
         setting, student = self.setting, self.policies["student"]
         sample = setting.sample_held_out if self.held_out else setting.sample
         prompts = check_prompts(setting, setting.collate(seen, student), seen)
@@ -76,7 +105,12 @@ class Actor:
             assert blend is not None
             acted = setting.sample_blended(acting, blend, self.rollout, seeds)
         else:
-            acted = sample(first.policy, first.prompts, first.examples, self.rollout, seeds)
+            if begun is None and self.rollout.prefix_turns:
+                begun = setting.prefixes(student, examples, seen, self.rollout)
+            if begun is not None:
+                acted = setting.go_on(first, begun, self.rollout, seeds)
+            else:
+                acted = sample(first.policy, first.prompts, first.examples, self.rollout, seeds)
         acted = check_acted(setting, acted, first.examples)
         if {*acting} == {"student"}:
             return acted

@@ -53,7 +53,12 @@ def problem_with_chat(chat: Chat, column: str) -> str | None:
         if not isinstance(calls, list) or not all(map(_is_call, calls)):
             return f"{where}: tool_calls is no list of {{function: {{name: …, arguments: …}}}}: {quoted(calls)}"
         content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+        if (ids := message.get("ids")) is not None:
+            if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+                return f"{where}: ids is no list of token ids: {quoted(ids)}"
+            if not is_answer(message):
+                return f"{where} has ids, which only the assistant's messages may have: others are rendered"
+        if ids is None and not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return f"{where} has no content: it must be text or a list of parts"
     return None
 
@@ -88,6 +93,28 @@ def _is_written(text: str) -> bool:
 def _is_call(call: Any) -> bool:
     named = call.get("function") or call if isinstance(call, dict) else None
     return isinstance(named, dict) and isinstance(named.get("name"), str)
+
+
+def from_messages(rows: Dataset) -> Dataset:
+    """Cuts the column ``messages`` before the assistant's first: the prompt is what comes before it.
+
+    The rest is the column ``completion``. Rows with a column ``prompt`` stay as they are.
+
+    Raises:
+        ValueError: there is a column ``completion`` already.
+    """
+    if "messages" not in rows.column_names or "prompt" in rows.column_names:
+        return rows
+    if "completion" in rows.column_names:
+        raise ValueError("there are columns 'messages' and 'completion', and no 'prompt': map one with data.columns")
+    chats, kind = rows["messages"][:], rows.features["messages"]
+    starts = [next((i for i, m in enumerate(c) if is_answer(m)), None) if is_chat(c) else None for c in chats]
+    turns = {
+        "prompt": [chat if start is None else chat[:start] for chat, start in zip(chats, starts, strict=True)],
+        "completion": [None if start is None else chat[start:] for chat, start in zip(chats, starts, strict=True)],
+    }
+    columns = [Dataset.from_dict({name: turns[name]}, features=Features({name: kind})) for name in turns]
+    return concatenate_datasets([rows.remove_columns("messages"), *columns], axis=1)
 
 
 def without_answers(rows: Dataset, keep: bool) -> Dataset:

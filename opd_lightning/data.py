@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .chat import problem_with_form, without_answers
+from .chat import from_messages, problem_with_form, without_answers
 from .data_source import is_remote, read_source, same_rows
 from .progress import phase
 from .rows import LOCATION, STAND_IN, BadRows, row_of
@@ -106,6 +106,8 @@ class PromptData(LightningDataModule):
             it by the canonical name alone, the old one is gone. One column may serve two.
         on_bad_row: "refuse" raises at the first row that can't be used, "skip" leaves such rows out, counts
             them in `skipped` and warns once.
+            A column `messages` where there is no `prompt` is cut before the assistant's first message: prompt and
+            `completion`.
         last_answer: what becomes of the last message of a chat in `prompt` where it is the assistant's: "refuse" such
             rows, "drop" the message, or make it the column "completion", for `rollout.behavior.dataset`.
         validation_batch_size: prompts per batch of validation, test and predict.
@@ -271,7 +273,7 @@ class PromptData(LightningDataModule):
         with phase(f"reading {key}"):
             rows = read_source(self._sources[split], options, key, self.seed + _SEED_STRIDE[split], bad)
         bad.warn()
-        rows = rename(undecoded(rows), self.columns, key)
+        rows = from_messages(rename(undecoded(rows), self.columns, key))
         return rows if self.last_answer == "refuse" else without_answers(rows, keep=self.last_answer == "completion")
 
     # -- checking ---------------------------------------------------------------------------------------------------

@@ -90,4 +90,5 @@ class Evaluation:
             top_k=self.top_k,
             min_p=self.min_p,
             horizon=horizon or self.horizon or rollout.horizon,
+            prefix_turns=0,
         )

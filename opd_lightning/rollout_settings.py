@@ -41,6 +41,10 @@ class Rollout:
         members: in place of shares, how many trajectories of every group each policy makes, such as
             ``{student: 4, dataset: 1}`` (StableOPD, 2604.08527); group_size is then their sum.
         blend: how the behavior policy ``blend`` mixes its policies at every step; in settings that say so.
+        prefix_turns: recorded turns (of the column ``completion``) that rollouts go on from, with what was observed
+            behind them; they are read and not trained, and their steps count in ``horizon``. A row with fewer turns
+            leaves its last one to the policy, one without a recording begins at its prompt. Default 0. Evaluation
+            begins at prompts.
         max_prompt_length: student prompts beyond it are refused or skipped when the data is set up (never cut).
         max_staleness: how many generation batches are rolled out ahead, by a thread with a copy of the student, while
             it is trained. A generation batch that is trained after optimizer step n was sampled with the weights
@@ -64,14 +68,16 @@ class Rollout:
     behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     members: dict[str, int] | None = None
     blend: Blend | None = None
+    prefix_turns: int = 0
     max_prompt_length: int | None = None
     max_staleness: int = 0
 
     __setattr__ = Finite.__setattr__
 
     def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise ValueError(f"rollout.max_staleness must be >= 0, got {self.max_staleness}")
+        for name in ("max_staleness", "prefix_turns"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"rollout.{name} must be >= 0, got {getattr(self, name)}")
         for name in ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -117,6 +123,10 @@ class Rollout:
             raise ValueError(f"rollout.{key} names '{name}', which is no entry of model.teachers: {sorted(teachers)}")
         if self.blend is not None and BLEND not in provides:
             raise ValueError("rollout.blend: this setting has no loop in which several policies could act as one")
+        if self.prefix_turns and "turn" not in provides:
+            raise ValueError(f"rollout.prefix_turns={self.prefix_turns}: this setting records no turns to go on from")
+        if self.prefix_turns and self.blend is not None:
+            raise ValueError(f"rollout.prefix_turns={self.prefix_turns}: a blend can't go on from recorded turns")
 
     @property
     def policies(self) -> set[str]:

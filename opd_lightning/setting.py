@@ -42,7 +42,7 @@ class Setting(Portable):
     """Those without which no policy can act on an example."""
     provides: ClassVar[frozenset[str]] = frozenset()
     """What it offers to parts of the objective (`Part.needs`); ``reward``: `rewards` has rewards without a verifier;
-    ``blend``: `sample_blended`; ``layers``: `hidden_states`."""
+    ``blend``: `sample_blended`; ``layers``: `hidden_states`; ``turn``: `prefixes`, `go_on` and the channel ``turn``."""
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     """Columns that it reads where rows have them, besides those that its parts name."""
     unit: ClassVar[str] = "steps"
@@ -120,6 +120,27 @@ class Setting(Portable):
             rollout, seeds: as in `sample`.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot blend policies")
+
+    def prefixes(
+        self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout
+    ) -> Trajectories | None:
+        """Collects the recorded turns that rollouts go on from (``rollout.prefix_turns``); None: from none.
+
+        Args:
+            policy, examples, seen: as in `replay`.
+            rollout: says from how many.
+        """
+        return None
+
+    def go_on(self, acting: Acting, begun: Trajectories, rollout: Rollout, seeds: list[int]) -> Trajectories:
+        """Lets a policy go on from trajectories; for a setting whose ``provides`` names ``turn``.
+
+        Args:
+            acting: who, and what it acts on.
+            begun: their steps, up to the last one that the mask holds, are kept and not trained.
+            rollout, seeds: as in `sample`; the horizon counts what was begun, too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on from trajectories")
 
     def hidden_states(
         self, policy: Policy, trajectories: Trajectories, layers: Sequence[int], view: list[Example] | None = None
@@ -227,6 +248,8 @@ class Setting(Portable):
 
         if "dataset" in self.rollout.sources:
             need("completion", "rollout.behavior.dataset")
+        if self.rollout.prefix_turns:
+            need("completion", "rollout.prefix_turns")
         for column in getattr(self.reward, "columns", ()):
             need(column, "model.reward")
         for column in self.evaluation.by:

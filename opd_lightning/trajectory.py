@@ -88,6 +88,11 @@ class Trajectories:
         return self.mask.sum(1)
 
     @property
+    def extent(self) -> Tensor:
+        """Number ``[B]`` of steps up to and including the last trained one."""
+        return (self.mask * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).amax(1)
+
+    @property
     def abstained(self) -> Tensor | None:
         """Trajectories ``[B]`` (bool) whose reward abstains; None without rewards."""
         return None if self.reward is None else self.reward.isnan()
@@ -184,8 +189,43 @@ class Trajectories:
         """Yields micro-batches of ``size`` trajectories, each without the steps that only the others need."""
         for part in torch.arange(len(self)).split(size):
             piece = self.select(part)
-            # with holes in the mask the number of trained steps is not where the last one is
-            yield piece.truncate(max(1, int(piece.length.max())) if not _holes(piece.mask) else piece.mask.shape[1])
+            yield piece.truncate(max(1, int(piece.extent.max())))
+
+    def followed_by(self, later: Trajectories) -> Trajectories:
+        """Appends to each trajectory the steps of a later one, without a gap; its own are then visible, not trained.
+
+        Observation and what belongs to whole trajectories are those of ``later``. Channels that one of both lacks are
+        gone.
+
+        Args:
+            later: what was done behind the last step of each of these that its mask holds.
+        """
+        own, more = self.mask.shape[1], later.mask.shape[1]
+        steps = torch.arange(max(own, more))
+        held = torch.cat([steps[:own] < self.extent[:, None], steps[:more] < later.extent[:, None]], 1)
+        order = (~held).int().argsort(dim=1, stable=True)[:, : max(1, int(held.sum(1).max()))]
+
+        def join(first: Tensor, second: Tensor) -> Tensor:
+            both = torch.cat([first, second], 1)
+            index = order.view(*order.shape, *(1 for _ in both.shape[2:])).expand(*order.shape, *both.shape[2:])
+            return both.gather(1, index)
+
+        mask = join(torch.zeros_like(self.mask), later.mask)
+        return dataclasses.replace(
+            later,
+            actions=join(self.actions, later.actions),
+            mask=mask,
+            behavior_log_probs=join(self.behavior_log_probs, later.behavior_log_probs).masked_fill(~mask, 0.0),
+            channels={n: join(v, later.channels[n]) for n, v in self.channels.items() if n in later.channels},
+        )
+
+    def until(self, steps: Tensor) -> Trajectories:
+        """Cuts each trajectory behind its first ``steps [B]`` steps, all of which its mask then holds.
+
+        What is left is for others to go on from (`Actor.act`, ``begun``).
+        """
+        held = torch.arange(self.mask.shape[1]) < torch.minimum(steps, self.extent)[:, None]
+        return dataclasses.replace(self, mask=held, stopped=torch.zeros_like(self.stopped))
 
     def state_dict(self) -> dict[str, Any]:
         """Saves tensors, strings, lists and dicts only, so that a checkpoint loads with ``weights_only=True``."""
@@ -264,11 +304,6 @@ def _without(example: Example, note: dict[str, Any]) -> Example:
 
 def _at(items: list[Any] | None, index: Tensor) -> list[Any] | None:
     return None if items is None else [items[i] for i in index.tolist()]
-
-
-def _holes(mask: Tensor) -> bool:
-    """Tells whether some trajectory has an untrained step before a trained one."""
-    return bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
 def _widen(tensor: Tensor, width: int, value: float, side: str) -> Tensor:

@@ -151,7 +151,7 @@ def test_channels_of_any_shape_go_with_their_steps():
             row = part.row[steps.trajectory]
             said = steps.channel(name)
             assert said.shape == (len(steps), *values.shape[2:])
-            expected = row % 2 == 1 if name == "flag" else row + steps.position / 10
+            expected = row % 2 == 1 if name == "flag" else row + steps.column / 10
             assert torch.equal(said.flatten(1)[:, 0] if said.dim() > 1 else said, expected), name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...trajectory import Example
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data sets call them in a message
 _TAG = re.compile(r"([<\[◁][\w:]+[>\]▷])(\s*)$")  # with which a thought begins
+SHOWN = 200  # characters of a text in a message to people
 PLACEHOLDER = "TEXT"  # content of a message, to find what a template writes around it
 
 
@@ -76,9 +78,84 @@ def _parsed(column: str, value: Any) -> Any:
         raise ValueError(f"{column} is text, but no JSON: {error}") from error
 
 
+def sampled_ids(completion: str | Chat) -> list[list[int] | None]:
+    """Lists the token ids that the assistant's messages were sampled as, None for those that hold text alone."""
+    if isinstance(completion, str):
+        return [None]
+    return [message.get("ids") for message in completion if message["role"] == "assistant"]
+
+
+def with_contents(completion: Any, decode: Callable[[list[int]], str], stops: list[int]) -> Any:
+    """Writes as text the messages of a completion that hold ids alone."""
+    if not isinstance(completion, list):
+        return completion
+    return [
+        {**m, "content": decode([i for i in m["ids"] if i not in stops])}
+        if isinstance(m, dict) and m.get("ids") and m.get("content") is None and not m.get("tool_calls")
+        else m
+        for m in completion
+    ]
+
+
+def as_sampled(
+    given: list[int], new: list[int], end: int, stops: list[int], number: int, tokenizer: Any
+) -> tuple[list[int], int]:
+    """Puts the ids of a turn that were sampled in the place of those that the template writes, up to their end.
+
+    Args:
+        given: were sampled.
+        new: are written by the template, the turn's ``end`` of them and what follows.
+        end: behind the stop token of ``new``.
+        stops: ids that end a turn.
+        number: of the turn.
+        tokenizer: of both.
+
+    Raises:
+        ValueError: both are not the same text.
+    """
+    ended = given[-1] in stops
+    written, sampled = (tokenizer.decode(ids) for ids in (new[: end - 1], given[: len(given) - ended]))
+    if written != sampled:
+        raise ValueError(
+            f"the ids of turn {number} of the completion write {quoted(sampled, SHOWN)}, and there the chat template "
+            f"of {tokenizer.name_or_path} writes {quoted(written, SHOWN)}: the conversation would not hold what was "
+            "sampled"
+        )
+    return given + new[end if ended else end - 1 :], len(given)
+
+
+def parting(conversation: str, starts: list[str], messages: list[Message], opening: str) -> str:
+    """Describes where a rendered conversation parts from the messages: the turn, and both texts.
+
+    Args:
+        conversation: as the template writes all of it.
+        starts: the prompt of each of the assistant's turns.
+        messages: the assistant's, as the row has them.
+        opening: what the template begins each of them with.
+    """
+    for number, (start, message) in enumerate(zip(starts, messages, strict=True), 1):
+        if not conversation.startswith(start):
+            same = next(i for i, (a, b) in enumerate(zip(f"{conversation}\0", start, strict=False)) if a != b)
+            return (
+                f"before turn {number} it writes {quoted(conversation[same:], SHOWN)}, where "
+                f"{quoted(start[same:], SHOWN)} was read when that turn was written"
+            )
+        later = [other for other in starts[number:] if conversation.startswith(other)]
+        turn = conversation[len(start) : len(later[0]) if later else None]
+        if not holds(opening + turn, message):
+            return f"of turn {number} it writes {quoted(turn, SHOWN)}, and the row has {quoted(_given(message), SHOWN)}"
+    return "its turns are not the row's"
+
+
+def _given(message: Message) -> str:
+    """Writes a message with its thoughts, for messages to people."""
+    return "".join(str(message.get(name) or "") for name in _THOUGHTS) + shown_text(message)
+
+
 def plain(message: Message) -> Message:
     """Converts a message for templates: no null keys, calls with arguments instead of JSON; a null content is empty."""
     converted: Message = _without_nulls(message)
+    converted.pop("ids", None)
     if calls := converted.get("tool_calls"):
         converted["tool_calls"] = [_called(call) for call in calls]
     return {**converted, "content": converted.get("content", "")}

@@ -20,13 +20,17 @@ from ...rows import reason_of
 from ...trajectory import Example
 from .messages import (
     PLACEHOLDER,
+    as_sampled,
     holds,
     options_of,
+    parting,
     plain,
+    sampled_ids,
     saying_otherwise,
     shown_text,
     text_only,
     tools_of,
+    with_contents,
     without_opening,
 )
 from .models import tokenizer_of
@@ -118,7 +122,8 @@ class Renderer:
         The last of them is the token that ends the assistant's turn.
 
         Args:
-            example: its completion is text, or messages: the assistant's first and last, others between them.
+            example: its completion is text, or messages: the assistant's first and last, others between them. What a
+                message has as ``ids``, which a policy sampled, stands there as it is.
             stops: ids that end a turn.
 
         Raises:
@@ -127,7 +132,8 @@ class Renderer:
         ids: list[int] = []
         written: list[bool] = []
         before = self.prompt(example)
-        turns = self._turns(before, example)
+        example = {**example, "completion": with_contents(example["completion"], self.tokenizer.decode, stops)}
+        turns, sampled = self._turns(before, example), sampled_ids(example["completion"])
         for number, turn in enumerate(turns, 1):
             new = self.continuation(before, turn)
             end = next((i for i, token in enumerate(new, 1) if token in stops), None)
@@ -136,6 +142,8 @@ class Renderer:
                 end = len(new)
             elif end is None:
                 raise ValueError("the chat template ends a turn within the completion with none of the stop tokens")
+            if (given := sampled[number - 1]) is not None:
+                new, end = as_sampled(given, new, end, stops, number, self.tokenizer)
             ids, written = ids + new, written + [index < end for index in range(len(new))]
             before += turn
         return ids, written
@@ -230,7 +238,8 @@ class Renderer:
             return turns
         (first, *rest) = map(plain, answer)
         if rest or first.keys() != {"role", "content"} or not isinstance(first["content"], str):
-            raise ValueError("the chat template does not write the whole completion behind the prompt")
+            where = parting(conversation, starts, messages, opening)
+            raise ValueError(f"the chat template does not write the whole completion behind the prompt: {where}")
         # such as reasoning that the template leaves out of answers, or begins itself
         return [without_opening(first["content"], opening) + self._behind_answer(chat, example)]
 

@@ -42,12 +42,13 @@ from .messages import transcript
 from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
 from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
+from .turns import TakingTurns, counts_turns, problem_with_prefix, with_turns
 from .writing import write, write_blended
 
 PROBES, PROBE_TOKENS = 3, 12
 
 
-class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
+class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
 
     Args:
@@ -65,7 +66,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
             engine can't write.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers"})
+    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers", "turn"})
     reads: ClassVar[frozenset[str]] = COLUMNS
     unit: ClassVar[str] = "tokens"
 
@@ -176,12 +177,14 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        return write(self, Acting(policy, prompts, examples), rollout, seeds)
+        acted = write(self, Acting(policy, prompts, examples), rollout, seeds)
+        return with_turns(acted) if counts_turns(self, rollout) else acted
 
     def sample_blended(
         self, acting: dict[str, Acting], blend: Blend, rollout: Rollout, seeds: list[int]
     ) -> Trajectories:
-        return write_blended(self, acting, blend, rollout, seeds)
+        acted = write_blended(self, acting, blend, rollout, seeds)
+        return with_turns(acted) if counts_turns(self, rollout) else acted
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
@@ -198,7 +201,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
         for i, (ids, written) in enumerate(given):
             actions[i, : len(ids)] = torch.tensor(ids[:width])
             mask[i, : len(ids)] = torch.tensor(written[:width])
-        return Trajectories(
+        replayed = Trajectories(
             observation=self.collate(seen, policy),
             actions=actions,
             mask=mask,
@@ -206,6 +209,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
             stopped=torch.tensor([len(ids) <= horizon and ids[-1] in self.eos for ids, _ in given]),
             behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
+        return with_turns(replayed) if counts_turns(self, rollout) else replayed
 
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
@@ -345,7 +349,7 @@ class AutoregressiveDistillation(Foreseen, OnPolicyDistillation):
             return str(error)
 
     def _refusal(self, example: Example) -> str | None:
-        return problem_with_row(self, example)
+        return problem_with_row(self, example) or problem_with_prefix(self, example)
 
     def problem_with_view(self, name: str, example: Example) -> str | None:
         return problem_with_view(self, name, example)

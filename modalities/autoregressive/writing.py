@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ...blend import Blend
@@ -50,6 +52,25 @@ def write_blended(
     }
     written = module.engine.write_blended(writers, blend, rollout, seeds, module.eos, module.padding_id)
     return _completed(module, next(iter(writers.values())).prompts, written)
+
+
+def go_on(module: Writing, acting: Acting, begun: Trajectories, rollout: Rollout, seeds: list[int]) -> Trajectories:
+    """Lets one policy write behind what was begun; the horizon counts both."""
+    # 1. the policy writes behind its prompts and what is held
+    policy, prompts = acting.policy, prompts_of(module, acting, rollout)
+    held, left = begun.extent, rollout.horizon - begun.extent
+    behind = prompts.behind([row[:n].tolist() for row, n in zip(begun.actions, held, strict=True)])
+    with policy.active():
+        engine, shorter = engine_of(module, policy), replace(rollout, horizon=max(1, int(left.max())))
+        written = engine.write(policy, module.head(policy), behind, shorter, seeds, module.eos, module.padding_id)
+    later = _completed(module, prompts, written)
+    # 2. cut where the horizon of each row is, and joined
+    beyond = later.mask & (torch.arange(later.mask.shape[1]) >= left[:, None])
+    later = replace(later, mask=later.mask & ~beyond, stopped=later.stopped & ~beyond.any(1))
+    if (turn := begun.channels.get("turn")) is not None:
+        last = turn.gather(1, (held[:, None] - 1).clamp(min=0)).where(held[:, None] > 0, 0)
+        later.channels["turn"] = last.expand(later.mask.shape)
+    return begun.followed_by(later)
 
 
 def prompts_of(module: Writing, acting: Acting, rollout: Rollout) -> Prompts:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from ...finding import Finding
-from ...policy import Policy
+from ...policy import Acting, Policy
 from ...trajectory import Example, Trajectories
 from ..autoregressive import PromptView
 from ..vision_language import VisionLanguageDistillation
@@ -113,14 +113,17 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
     def sample_blended(self, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().sample_blended(*args, **kwargs), self.policies["student"])
 
+    def go_on(self, acting: Acting, *args: Any, **kwargs: Any) -> Trajectories:
+        return self._with_digits(super().go_on(acting, *args, **kwargs), self.reads_as(acting.policy))
+
     def replay(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
         return self._with_digits(super().replay(policy, *args, **kwargs), policy)
 
     def _with_digits(self, trajectories: Trajectories, reader: Policy) -> Trajectories:
         """Adds the channel ``digits``: how many digits of its number, from its own on, a token has before it."""
         tokenizer, digits = self.tokenizer(reader), torch.zeros(trajectories.mask.shape)
-        for i, (row, length) in enumerate(zip(trajectories.actions, trajectories.length, strict=True)):
-            digits[i, :length] = torch.tensor(digit_places(row[:length].tolist(), tokenizer.decode)).float()
+        for i, (row, own) in enumerate(zip(trajectories.actions, trajectories.mask, strict=True)):
+            digits[i, own] = torch.tensor(digit_places(row[own].tolist(), tokenizer.decode)).float()
         trajectories.channels["digits"] = digits
         return trajectories
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from ...chat import Chat
 from ...distribution import Categorical
 from ...finding import Finding
-from ...policy import Policy, evaluating
+from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
 from ...printable import quoted
 from ...rows import row_of
@@ -170,10 +170,12 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     # -- the methods of a setting that see images ---------------------------------------------------------------
 
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
-        for part in bare(policy.model).modules():
-            if hasattr(part, "rope_deltas"):
-                part.rope_deltas = None  # of an earlier batch; text-only prompts would take them over
+        _forget_places(policy)
         return super().sample(policy, *args, **kwargs)
+
+    def go_on(self, acting: Acting, *args: Any, **kwargs: Any) -> Trajectories:
+        _forget_places(acting.policy)
+        return super().go_on(acting, *args, **kwargs)
 
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
@@ -331,6 +333,13 @@ def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any
 def blanked(example: Example) -> Example:
     """Replaces every image by a gray one."""
     return with_images(example, [Image.new("RGB", image.size, (127, 127, 127)) for image in images_of(example)])
+
+
+def _forget_places(policy: Policy) -> None:
+    """Drops the places of an earlier batch's images, which prompts of text alone would take over."""
+    for part in bare(policy.model).modules():
+        if hasattr(part, "rope_deltas"):
+            part.rope_deltas = None
 
 
 def _same(one: Example, other: Example) -> bool:

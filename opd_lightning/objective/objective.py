@@ -196,7 +196,7 @@ class Objective:
                     value = term.measured(chunk, name).float()
                     for teacher in term.compared if name.startswith("teacher/") else {name.split("/")[0]} - {"student"}:
                         value = value.masked_fill(~chunk.knows(teacher), torch.nan)
-                    values[key][chunk.trajectory, chunk.position] = value
+                    values[key][chunk.trajectory, chunk.column] = value
                 # its logits must be freed before the next piece is opened
                 del chunk
             for key, value in values.items():

@@ -88,9 +88,15 @@ class Steps:
         return self.index // self.trajectories.mask.shape[1]
 
     @cached_property
-    def position(self) -> Tensor:
-        """Position t of each step in its trajectory, ``[N]``."""
+    def column(self) -> Tensor:
+        """Column of each step, ``[N]`` into T."""
         return self.index % self.trajectories.mask.shape[1]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Number ``[N]`` of trained steps before each step in its trajectory; observations don't count."""
+        trained = self.trajectories.mask
+        return (trained.cumsum(1) - trained.long()).flatten()[self.index]
 
     @cached_property
     def action(self) -> Tensor:
@@ -107,14 +113,14 @@ class Steps:
         return self.trajectories.channels[name].flatten(0, 1)[self.index]
 
     def uniform(self, purpose: str) -> Tensor:
-        """Draws ``[N]`` numbers from [0, 1) by trajectory, position and ``purpose``, which keeps draws of parts apart.
+        """Draws ``[N]`` numbers from [0, 1) by trajectory, column and ``purpose``, which keeps draws of parts apart.
 
         They are the same in every micro-batch, epoch and run on any number of ranks (`Trajectories.seed`).
         """
         # crc32, since Python's `hash` of a text is another one in each process
         seed = self.per_trajectory(self.trajectories.seed) + zlib.crc32(purpose.encode())
         # 24 bits are what float32 holds exactly, so that no draw is rounded up to 1
-        return (mixed(mixed(seed) + self.position) >> 40 & (2**24 - 1)).float() / 2**24
+        return (mixed(mixed(seed) + self.column) >> 40 & (2**24 - 1)).float() / 2**24
 
     def per_trajectory(self, values: Tensor) -> Tensor:
         """Repeats each trajectory's value ``[B]`` at its steps, ``[N]``."""

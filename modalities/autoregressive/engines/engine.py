@@ -59,6 +59,20 @@ class Prompts:
         grown = {name: torch.cat([tensor.cpu(), more[name]], 1) for name, tensor in self.tokens.items()}
         return replace(self, tokens=grown, written=self.written + tokens.shape[1])
 
+    def behind(self, tokens: Sequence[Sequence[int]]) -> Prompts:
+        """Appends to each prompt tokens of its own, and aligns all to the right; draws begin with their first one."""
+        attended = self.tokens["attention_mask"].cpu().bool()
+        lengths = [int(n) + len(more) for n, more in zip(attended.sum(1), tokens, strict=True)]
+        grown: dict[str, Tensor] = {}
+        for name, tensor in self.tokens.items():
+            grown[name] = torch.zeros(len(lengths), max(lengths), dtype=tensor.dtype)
+            for i, more in enumerate(tokens):
+                # text, and not padding, is all that other tensors tell of them
+                values = more if name == "input_ids" else [int(name == "attention_mask")] * len(more)
+                row = torch.cat([tensor[i].cpu()[attended[i]], torch.tensor(values, dtype=tensor.dtype)])
+                grown[name][i, len(grown[name][i]) - len(row) :] = row
+        return replace(self, tokens=grown)
+
     def inputs(self, rows: Sequence[int], device: Any) -> dict[str, Tensor]:
         """Collects model inputs of some trajectories on a device."""
         index = torch.tensor(rows)
