@@ -16,6 +16,7 @@ from rich.console import Console
 
 from .cli import OPDCLI
 from .cli_errors import Parser, sentence
+from .data import PromptData
 from .finding import Finding, as_json, show, summary
 from .forecast import memory_of
 from .foresight import Foresight, forecast
@@ -52,6 +53,17 @@ class PlanCLI(OPDCLI):
             Planned: always.
         """
         raise Planned(self.trainer, self.model)
+
+
+class LookCLI(OPDCLI):
+    """Command line of a run that is only looked at: bad rows are told, where the run will refuse the first."""
+
+    def before_fit(self) -> None:
+        super().before_fit()
+        (foresight,) = [callback for callback in self.trainer.callbacks if isinstance(callback, Foresight)]
+        foresight.data = self.datamodule
+        if isinstance(self.datamodule, PromptData):
+            self.datamodule.tell_bad_rows()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -102,17 +114,17 @@ def looked(arguments: Sequence[str], folder: Path, room: float | None) -> list[F
     """
     foresight = Foresight(folder / "check", room)
     try:
-        OPDCLI(arguments, [foresight])
+        LookCLI(arguments, [foresight])
     except Exception as error:
         text = sentence(error, Parser.sources)
         if isinstance(error, torch.OutOfMemoryError):
             advice = "lower what the line on memory names"
-            return [*foresight.findings, Finding("memory", "bad", f"out of memory: {error}", advice)]
+            return [*foresight.all(), Finding("memory", "bad", f"out of memory: {error}", advice)]
         if text is None:
             raise
         what = text.removeprefix("error: ").partition("\n  (--traceback")[0]
-        return [*foresight.findings, Finding("run", "bad", what, "nothing after this could be looked at")]
-    return foresight.findings
+        return [*foresight.all(), Finding("run", "bad", what, "nothing after this could be looked at")]
+    return foresight.all()
 
 
 def planned(arguments: Sequence[str], room: float | None) -> list[Finding]:

@@ -148,7 +148,8 @@ class PromptData(LightningDataModule):
             "test": test_options,
             "predict": predict_options,
         }
-        self.columns, self.on_bad_row, self.last_answer = columns or {}, on_bad_row, last_answer
+        self.columns, self.last_answer = columns or {}, last_answer
+        self.on_bad_row: Literal["refuse", "skip", "tell"] = on_bad_row
         self.validation_batch_size, self.seed = validation_batch_size, seed
         self._check_settings()
         self.train: Dataset | None = None
@@ -185,6 +186,16 @@ class PromptData(LightningDataModule):
     def skipped(self) -> Counter[str]:
         """Number of rows that were left out, by kind of reason, over all splits read so far."""
         return sum((bad.kinds for bad in self._skipped.values()), Counter())
+
+    def tell_bad_rows(self) -> None:
+        """Leaves bad rows that a run would refuse out, without a word, so that all of them can be told at once."""
+        if self.on_bad_row == "refuse":
+            self.on_bad_row = "tell"
+
+    @property
+    def refused(self) -> list[BadRows]:
+        """Bad rows that a run would refuse, where they were only to be told."""
+        return [bad for bad in self._skipped.values() if bad.policy == "tell" and bad.kinds]
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from datasets.config import HF_DATASETS_CACHE
 from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow.parquet import ParquetFile
 
-from .printable import printable
+from .printable import printable, quoted
 from .reward import encode_metadata, import_callable, import_reasoning_gym
 from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
 from .shipped import shipped
@@ -212,16 +212,18 @@ def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
                 if isinstance(row, Doubled):
                     raise ValueError(row.reason)
             except Exception as error:
-                bad(f"{file}, row {number}", f"invalid JSON: {_why_no_json(error)}", error)
+                bad(f"{file}, row {number}", f"invalid JSON: {_why_no_json(error, line)}", error)
             else:
                 yield number, row
 
 
-def _why_no_json(error: Exception) -> str:
+def _why_no_json(error: Exception, line: bytes) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        near = error.doc[max(error.pos - 12, 0) : error.pos + 8]
+        return f"{error.msg} at column {error.colno}, near {quoted(near)}; write one JSON object a line"
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 at byte {error.start + 1}"
+        what = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 at byte {error.start + 1}"
+        return f"{what}; save the file as UTF-8"
     return "nested too deeply" if isinstance(error, RecursionError) else reason_of(error)
 
 
@@ -314,7 +316,7 @@ def _from_reasoning_gym(task: str, options: dict[str, Any], key: str, bad: BadRo
 def _from_function(path: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
     function = import_callable(path, key)
     if "on_bad_row" in inspect.signature(function).parameters:
-        options = {"on_bad_row": bad.policy, **options}
+        options = {"on_bad_row": "skip" if bad.policy == "skip" else "refuse", **options}
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:

@@ -28,8 +28,13 @@ def of_rows(rows: Sequence[Example]) -> Tensor:
     Four bytes a row, so that a checkpoint stays small over millions of them; an edited row goes unnoticed once in 2³².
     Images count by what they hold, files of images by name, size and beginning, so that data may move.
     """
-    digests = b"".join(_digest(_plain(row), 4) for row in _raw(rows))
-    return torch.from_numpy(np.frombuffer(digests, np.int32).copy())
+    return torch.from_numpy(np.frombuffer(b"".join(digests(rows, 4)), np.int32).copy())
+
+
+def digests(rows: Sequence[Example], size: int, columns: Sequence[str] | None = None) -> Iterator[bytes]:
+    """Yields a digest of ``size`` bytes per row, of those of its columns that are named. Default: of all."""
+    for row in _raw(rows):
+        yield _digest(_plain(row if columns is None else {name: row.get(name) for name in columns}), size)
 
 
 def first_difference(mine: Tensor, theirs: Tensor) -> int | None:

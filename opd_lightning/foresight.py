@@ -5,6 +5,7 @@ Shape legend: B trajectories, T steps.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,11 +108,29 @@ def views(look: Look) -> Iterator[Finding]:
         if not known:
             advice = "its view or `where` names columns that are empty or have other values there"
             yield Finding("view", "bad", text, advice)
+        elif literal := _literal(name, look):
+            text = f"{text}, and that has {', '.join(f'{{ {column} }}' for column in literal)} in it, word for word"
+            yield Finding("view", "doubtful", text, f"columns are written with two braces: {{{{ {literal[0]} }}}}")
         elif same:
             text = f"{text}; in {same} it is what the student sees"
-            yield Finding("view", "doubtful", text, "does its template name the column that it is to show?")
+            yield Finding("view", "doubtful", text, _unnamed(name, teacher.view, look.rows[0]))
         else:
             yield Finding("view", "good", f"{text}, and it differs from what the student sees")
+
+
+def _literal(name: str, look: Look) -> list[str]:
+    """Lists columns of the first row that a teacher is shown something in, where that has them in single braces."""
+    teacher = look.module.teachers[name]
+    row, shown = next((row, view) for row in look.rows if (view := teacher.look(row)) is not None)
+    changed = " ".join(str(value) for column, value in shown.items() if value is not row.get(column))
+    return sorted(set(re.findall(r"\{\s*(\w+)\s*\}", changed)) & set(row))
+
+
+def _unnamed(name: str, view: Any, row: Example) -> str:
+    """Asks for the column that a teacher's view was to show, and names those of the first row that it does not."""
+    named = set(view.columns) if view is not None else set()
+    others = ", ".join(sorted(set(row) - named - {"prompt"})) or "none"
+    return f"does model.teachers.{name}.view name the column that it is to show? The rows also have: {others}"
 
 
 @check
@@ -167,6 +186,17 @@ def forecast(trainer: L.Trainer, module: OnPolicyDistillation, room: float | Non
         yield Finding("memory", "told", f"can't be computed for this model: {reason_of(error)}")
 
 
+def bad_rows(data: Any) -> Iterator[Finding]:
+    """Tells the rows that a run will refuse, each with its place; where there are many, the first, and how many."""
+    advice = "correct the row, or leave such rows out: data.on_bad_row: skip"
+    for bad in getattr(data, "refused", ()):
+        for text in bad.said:
+            yield Finding("bad row", "bad", text, advice)
+        if (more := bad.kinds.total() - len(bad.said)) > 0:
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in bad.kinds.most_common())
+            yield Finding("bad rows", "bad", f"{bad.key}: {more:,} more; in all {kinds}", advice)
+
+
 class Foresight(L.Callback):
     """Callback that checks a run before its first step, times two updates, and ends it.
 
@@ -177,9 +207,14 @@ class Foresight(L.Callback):
 
     def __init__(self, folder: Path, room: float | None = None) -> None:
         self.folder, self.room = folder, room
+        self.data: Any = None  # the run's data module, known before it reads anything
         self.findings: list[Finding] = []
         self.seconds: list[float] = []
         self._since = 0.0
+
+    def all(self) -> list[Finding]:
+        """Lists what was found, bad rows first."""
+        return [*bad_rows(self.data), *self.findings]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks; comes before the module's own hook, which compares rollouts with their replay."""

@@ -101,7 +101,8 @@ def _source(value: Any) -> tuple[Image.Image | str | io.BytesIO, str]:
         )
     path = os.path.expanduser(value)
     if not os.path.isfile(path):  # that of a pathlib.Path raises for a name that is too long
-        raise ValueError(f"there is no image file: {str(path)[:500]}")
+        where = "" if os.path.isabs(path) else f" (from {os.getcwd()})"
+        raise ValueError(f"there is no image file: {str(path)[:500]}{where}")
     return path, str(path)
 
 

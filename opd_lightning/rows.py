@@ -106,18 +106,31 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+SAID, SAID_OF_A_KIND = 10, 2
+"""Bad rows whose reasons are kept, of all and of one kind of reason; further ones are counted."""
+
+
 class BadRows:
     """Collector of rows that can't be used: the first raises, or all are counted.
 
     Args:
         key: the setting that holds their source, such as "data.train", for the messages.
-        policy: "refuse" or "skip".
+        policy: "refuse", "skip", or "tell": skipped without a warning, for who tells what a run will refuse.
+
+    Attributes:
+        kinds: how many there are, by kind of reason.
+        said: where the first ones are, with the reasons.
     """
 
     def __init__(self, key: str, policy: str) -> None:
         self.key, self.policy = key, policy
         self.kinds: Counter[str] = Counter()
-        self.first = ""
+        self.said: list[str] = []
+
+    @property
+    def first(self) -> str:
+        """Returns where the first is, and its reason; empty where there is none."""
+        return self.said[0] if self.said else ""
 
     def __call__(self, location: str, reason: str, cause: BaseException | None = None) -> None:
         """Refuses or counts a bad row.
@@ -129,8 +142,10 @@ class BadRows:
             raise ValueError(
                 f"{location}: {reason}. Correct the row, or leave such rows out: data.on_bad_row: skip"
             ) from cause
-        self.first = self.first or f"{location}: {reason}"
-        self.kinds[re.sub(r"\d+", "N", reason.split(": ")[0])] += 1
+        kind = re.sub(r"\d+", "N", reason.split(": ")[0])
+        if self.kinds[kind] < SAID_OF_A_KIND and len(self.said) < SAID:
+            self.said.append(f"{location}: {reason}")
+        self.kinds[kind] += 1
 
     @contextmanager
     def at(self, location: str) -> Iterator[None]:
@@ -141,7 +156,7 @@ class BadRows:
             self(location, reason_of(error), error)
 
     def warn(self) -> None:
-        if self.kinds:
+        if self.kinds and self.policy == "skip":
             kinds = ", ".join(f"{count} × {kind}" for kind, count in self.kinds.most_common())
             message = f"{self.key}: {self.kinds.total()} rows are skipped: {kinds}. The first is {self.first}"
             rank_zero_warn(printable(message))

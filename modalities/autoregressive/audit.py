@@ -18,6 +18,7 @@ from ...policy import Policy
 from ...pretrained import Pretrained
 from ...printable import printable, quoted
 from ...rollout_settings import Rollout
+from ...rows import reason_of
 from ...teacher import Elsewhere, Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
@@ -246,7 +247,10 @@ def problem_with_row(module: Audited, example: Example) -> str | None:
         return f"the prompt has {len(prompt)} tokens, rollout.max_prompt_length is {rollout.max_prompt_length}"
     room = context_length(student)
     if len(prompt) + rollout.horizon > room:
-        return f"the prompt's {len(prompt)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}"
+        return (
+            f"the prompt's {len(prompt)} tokens and rollout.horizon {rollout.horizon} exceed the context of {room}: "
+            "shorten it or lower the horizon"
+        )
     is_raw = renderer.is_raw(student_example["prompt"])
     if problem := problem_with_prompt(module, prompt, "student", is_raw):
         return problem
@@ -268,7 +272,10 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     if view is None:
         return None
     (row,) = module.shown([example]) if teacher.view is None else (view,)
-    ids = module.prompt_ids(row, module.reads_as(policy))
+    try:
+        ids = module.prompt_ids(row, module.reads_as(policy))
+    except Exception as error:  # of a row that the student can read
+        raise ValueError(f"model.teachers.{name} can't read what it is shown: {reason_of(error)}") from error
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"

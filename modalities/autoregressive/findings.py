@@ -9,10 +9,12 @@ from typing import Any, Protocol, cast
 import torch
 
 from ...finding import Finding
+from ...fingerprint import digests
 from ...policy import Policy
 from ...pretrained import Pretrained
 from ...printable import quoted
-from ...rows import row_of
+from ...progress import phase
+from ...rows import location_of, row_of
 from ...splits import rows_of
 from ...teacher import Frozen
 from ...trajectory import Example, Trajectories
@@ -27,6 +29,10 @@ SHOWN, TRIED, LOOKED_AT = 3, 8, 64
 """Rows that are written out, whose answers are given to the reward, and whose longest prompt memory is computed for."""
 PROMPT = 512
 """Tokens of a prompt that memory is computed for where no rows were read."""
+IMAGES = ("image", "images")
+"""Columns that may hold what a prompt asks about."""
+WIDTH = 16
+"""Bytes of a digest, so that two rows are not taken for one."""
 MARKED = 400
 """Characters of a rollout that are written out, with the id of each trained step."""
 
@@ -34,6 +40,7 @@ MARKED = 400
 class Found(Audited, Protocol):
     """Interface of a setting that is looked at."""
 
+    columns: Any
     reward: Any
     objective: Any
     pass_tokens: int | None
@@ -62,6 +69,7 @@ class Foreseen:
 def findings(module: Found, examples: list[Example], acted: Trajectories) -> Iterator[Finding]:
     """Looks at rows as each policy reads them, at what the reward makes of them, and at the learning rate."""
     yield lengths(module, examples)
+    yield from held_out(module)
     for number, example in enumerate(acted.examples[:SHOWN]):
         details = [*readings(module, example), ("it wrote, trained", _marked(module, acted, number))]
         yield Finding(f"row {number + 1}", "told", "as each policy reads it, and what the student wrote", "", details)
@@ -77,6 +85,28 @@ def lengths(module: Found, examples: list[Example]) -> Finding:
     middle = counted[len(counted) // 2]
     text = f"prompts of {counted[0]} to {counted[-1]} tokens (median {middle}) in the first {len(counted)} rows"
     return Finding("lengths", "good", f"{text}; at most {module.rollout.horizon} new ones")
+
+
+def held_out(module: Found) -> Iterator[Finding]:
+    """Compares what held-out rows ask with what training rows do: the prompt, with its images."""
+    train, held = (rows_of(module.trainer, split, "opd check") for split in ("train", "validation"))
+    if not train or not held:
+        return
+    columns = [*dict.fromkeys((*module.columns, *IMAGES))]
+    with phase("comparing held-out rows with those of training", len(train) + len(held)):
+        trained = {digest: i for i, digest in reversed([*enumerate(digests(train, WIDTH, columns))])}
+        seen = [(i, trained[digest]) for i, digest in enumerate(digests(held, WIDTH, columns)) if digest in trained]
+    if not seen:
+        yield Finding("held out", "good", f"none of {len(held):,} held-out rows asks what a training row does")
+        return
+    pairs = "; ".join(f"{location_of(row_of(held, i))} as {location_of(row_of(train, k))}" for i, k in seen[:SHOWN])
+    text = f"{len(seen):,} of {len(held):,} held-out rows ask what a training row does: {pairs}"
+    text += "; …" if len(seen) > SHOWN else ""
+    advice = (
+        "val/accuracy is measured there on what is trained: leave the doubles out, or name a file of others in "
+        "data.validation"
+    )
+    yield Finding("held out", "doubtful", text, advice)
 
 
 def _marked(module: Found, acted: Trajectories, row: int) -> str:
@@ -103,13 +133,18 @@ def rewarded(module: Found, examples: list[Example]) -> Iterator[Finding]:
     best = max(sorted(forms), key=lambda name: sum(score or 0.0 for score in scores[name]))
     right, gold = rows[0], _forms(module, rows[0]).get(best)
     own = scores[best][0]
-    # 2. an answer of another row, and nothing
-    other = next((f for row in rows[1:] if (f := _forms(module, row).get(best)) not in (None, gold)), None)
+    # 2. an answer of another row, the worst of them, since some may be right here, too; and nothing
+    others = {f for row in rows[1:] if (f := _forms(module, row).get(best)) not in (None, gold)}
+    other = min(sorted(others), key=lambda form: _score(module, form, right) or 0.0, default=None)
     wrong, empty = _score(module, other, right), _score(module, "", right)
-    tried = f"its own answer {quoted(gold)} {own}, another row's {quoted(other)} {wrong}, nothing {empty}"
+    where = f"{location_of(right)}: " if location_of(right) else ""
+    tried = f"{where}its own answer {quoted(gold)} {own}, another row's {quoted(other)} {wrong}, nothing {empty}"
     # 3. the verdict
     if own is None and wrong is None and empty is None:
         yield Finding("reward", "doubtful", f"it abstains: {tried}", "does it read the columns that the rows have?")
+    elif own is not None and empty is not None and empty < own and wrong is not None and own <= wrong:
+        advice = "is it right here, too, as places that overlap are? If not, the reward can't tell them apart"
+        yield Finding("reward", "doubtful", tried, advice)
     elif own is None or (wrong is not None and own <= wrong) or (empty is not None and own <= empty):
         advice = (
             "no form of the right answer is worth more than a wrong one: has it the form that the reward looks for, "
