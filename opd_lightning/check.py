@@ -58,10 +58,13 @@ class PlanCLI(OPDCLI):
 class LookCLI(OPDCLI):
     """Command line of a run that is only looked at: bad rows are told, where the run will refuse the first."""
 
+    def __init__(self, args: Sequence[str], foresight: Foresight) -> None:
+        self._foresight = foresight
+        super().__init__(args, [foresight])
+
     def before_fit(self) -> None:
         super().before_fit()
-        (foresight,) = [callback for callback in self.trainer.callbacks if isinstance(callback, Foresight)]
-        foresight.data = self.datamodule
+        self._foresight.data = self.datamodule
         if isinstance(self.datamodule, PromptData):
             self.datamodule.tell_bad_rows()
 
@@ -114,7 +117,7 @@ def looked(arguments: Sequence[str], folder: Path, room: float | None) -> list[F
     """
     foresight = Foresight(folder / "check", room)
     try:
-        LookCLI(arguments, [foresight])
+        LookCLI(arguments, foresight)
     except Exception as error:
         text = sentence(error, Parser.sources)
         if isinstance(error, torch.OutOfMemoryError):

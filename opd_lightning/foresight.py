@@ -121,8 +121,8 @@ def views(look: Look) -> Iterator[Finding]:
 def _literal(name: str, look: Look) -> list[str]:
     """Lists columns of the first row that a teacher is shown something in, where that has them in single braces."""
     teacher = look.module.teachers[name]
-    row, shown = next((row, view) for row in look.rows if (view := teacher.look(row)) is not None)
-    changed = " ".join(str(value) for column, value in shown.items() if value is not row.get(column))
+    row, view = next((row, view) for row in look.rows if (view := teacher.look(row)) is not None)
+    changed = " ".join(str(value) for column, value in view.items() if value is not row.get(column))
     return sorted(set(re.findall(r"\{\s*(\w+)\s*\}", changed)) & set(row))
 
 

@@ -95,13 +95,13 @@ def held_out(module: Found) -> Iterator[Finding]:
     columns = [*dict.fromkeys((*module.columns, *IMAGES))]
     with phase("comparing held-out rows with those of training", len(train) + len(held)):
         trained = {digest: i for i, digest in reversed([*enumerate(digests(train, WIDTH, columns))])}
-        seen = [(i, trained[digest]) for i, digest in enumerate(digests(held, WIDTH, columns)) if digest in trained]
-    if not seen:
+        doubles = [(i, trained[digest]) for i, digest in enumerate(digests(held, WIDTH, columns)) if digest in trained]
+    if not doubles:
         yield Finding("held out", "good", f"none of {len(held):,} held-out rows asks what a training row does")
         return
-    pairs = "; ".join(f"{location_of(row_of(held, i))} as {location_of(row_of(train, k))}" for i, k in seen[:SHOWN])
-    text = f"{len(seen):,} of {len(held):,} held-out rows ask what a training row does: {pairs}"
-    text += "; …" if len(seen) > SHOWN else ""
+    pairs = "; ".join(f"{location_of(row_of(held, i))} as {location_of(row_of(train, k))}" for i, k in doubles[:SHOWN])
+    text = f"{len(doubles):,} of {len(held):,} held-out rows ask what a training row does: {pairs}"
+    text += "; …" if len(doubles) > SHOWN else ""
     advice = (
         "val/accuracy is measured there on what is trained: leave the doubles out, or name a file of others in "
         "data.validation"
