@@ -26,12 +26,10 @@ _SEED_STRIDE = {"train": 0, "validation": 10**8, "test": 2 * 10**8, "predict": 3
 # A teacher's column may be empty in a row, which then has no view; these may not.
 _NEVER_EMPTY = ("prompt", "answer", "completion")
 # Columns of other trainers' data sets that hold inputs or targets
-_MEANINGFUL = frozenset(
-    (
-        "messages conversations conversation system system_prompt instruction tools functions documents "
-        "chat_template_kwargs chosen rejected image images video videos audio audios"
-    ).split()
-)
+_MEANINGFUL = frozenset([
+    "messages", "conversations", "conversation", "system", "system_prompt", "instruction", "tools", "functions",
+    "documents", "chat_template_kwargs", "chosen", "rejected", "image", "images", "video", "videos", "audio", "audios",
+])  # fmt: skip
 
 
 class Share(Sequence[Example]):
