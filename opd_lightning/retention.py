@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from .policy import Original
 from .printable import quoted
 from .progress import phase
 from .rollout_settings import derived_seed
-from .rows import LOCATION, BadRows
+from .rows import LOCATION, BadRows, reason_of
 from .teacher import Initial, Same, Teacher
 from .trajectory import Example, Trajectories
 
@@ -67,7 +68,8 @@ class Retention(DistillationCallback):
             if "categorical" not in pl_module.provides:
                 raise ValueError("Retention needs a vocabulary, which this setting lacks")
             key = "model.evaluation.retention" if self.reference == BEFORE else "Retention.data"
-            self.rows, columns = read_rows(self.data, key), getattr(pl_module.reward, "columns", ())
+            columns = getattr(pl_module.reward, "columns", ())
+            self.rows = read_rows(self.data, key, pl_module.refusal)
             self._is_scored = "completion" not in self.rows[0] and is_scored(self.rows, columns, key, pl_module)
 
     def measured(self, module: Any) -> dict[str, float]:
@@ -144,16 +146,17 @@ def retained(evaluation: Evaluation, trainer: Any) -> list[DistillationCallback]
     return [Retention(evaluation.retention, BEFORE)]
 
 
-def read_rows(source: str, key: str) -> list[Example]:
+def read_rows(source: str, key: str, refusal: Callable[[Example], str | None]) -> list[Example]:
     """Reads rows with a prompt, all or none of which have a completion.
 
     Args:
         source: as in `PromptData`.
         key: the setting that holds it, for the messages.
+        refusal: tells why no policy can act on a row; None: it can (`Setting.refusal`).
 
     Raises:
-        ValueError: the source can't be read, or a row lacks a prompt, or a completion that others have; the message
-            names the row.
+        ValueError: the source can't be read, or a row lacks a prompt, or a completion that others have, or can't be
+            acted on; the message names the row.
     """
     rows: list[dict[str, Any]] = list(read_source(source, {}, key, 0, BadRows(key, "refuse")))
     given = any(row.get("completion") for row in rows)
@@ -162,6 +165,10 @@ def read_rows(source: str, key: str) -> list[Example]:
         problem = problem_with_form(prompt) if prompt else "prompt is missing"
         if given and not row.get("completion"):
             problem = problem or "completion is missing, which other rows have"
+        try:
+            problem = problem or refusal(row)
+        except Exception as error:  # of a tokenizer, which may raise anything
+            problem = reason_of(error)
         if problem:
             raise ValueError(f"{key}: {place}: {problem}; it measures given completions, or what the student writes")
         if not given:

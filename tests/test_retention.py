@@ -181,3 +181,11 @@ def test_both_ways_in_at_once_are_refused(make_world, texts, tmp_path):
         world.module({BEFORE: Teacher(Initial())}, evaluation=Evaluation(retention=str(texts)))
     with pytest.raises(ValueError, match=r"evaluation\.retention needs a vocabulary"):
         toy.make_module(evaluation=Evaluation(retention=str(texts)))
+
+
+def test_a_row_that_the_student_cannot_read_is_named_at_the_start(make_world, tmp_path):
+    path, world = tmp_path / "others.jsonl", make_world("text")
+    path.write_text('{"prompt": "1+1="}\n{"prompt": "Über"}\n', encoding="utf-8")
+    module = world.module(evaluation=Evaluation(retention=str(path)))
+    with pytest.raises(ValueError, match=r"model.evaluation.retention: .*others.jsonl, row 2: "):
+        world.fit(module, tmp_path, steps=1)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hmac
-import ipaddress
-import json
-import os
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from ....cli import OPDCLI
 from ....likeness import fingerprint
 from ....model_card import known_as
 from ....printable import printable, quoted
+from ....serving import Busy, JSONHandler, JSONServer, check_reach
 from ....teacher import Frozen
 from ..engines.trial import check_causal, check_head
 from .question import Question
@@ -57,7 +50,10 @@ class ServeCLI(OPDCLI):
         options = self._options
         scorer, about = loaded(self.model, options.teacher, self.trainer.strategy.root_device, options)
         limits = options.max_request_mib * 2**20, options.max_waiting
-        serve(TeacherServer((options.host, options.port), scorer, about, *limits))
+        try:
+            TeacherServer((options.host, options.port), scorer, about, *limits).run(about["weights"])
+        finally:
+            scorer.close()
 
 
 def serve_teacher(arguments: Sequence[str]) -> None:
@@ -77,22 +73,8 @@ def serve_teacher(arguments: Sequence[str]) -> None:
     for name in ("top_k", "batch_tokens", "max_request_mib", "max_waiting"):
         if getattr(options, name) < (0 if name == "top_k" else 1):
             raise ValueError(f"--{name}={getattr(options, name)} must be at least {0 if name == 'top_k' else 1}")
-    check_reach(options.host)
+    check_reach(options.host, TOKEN)
     ServeCLI(options, rest)
-
-
-def check_reach(host: str) -> None:
-    """Refuses to let other machines in without a token.
-
-    Raises:
-        ValueError: the host is no loopback address, and there is no token.
-    """
-    address = ipaddress.ip_address(socket.getaddrinfo(host or "0.0.0.0", None)[0][4][0])
-    if not address.is_loopback and not os.environ.get(TOKEN):
-        raise ValueError(
-            f"--host={host} lets other machines ask: set the environment variable {TOKEN} to a token, here and there, "
-            "or listen on 127.0.0.1"
-        )
 
 
 def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, dict[str, Any]]:
@@ -124,26 +106,8 @@ def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, d
     return scorer, about
 
 
-def serve(server: TeacherServer) -> None:
-    """Answers until the process is told to end."""
-
-    def end(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-    host, port = server.server_address[:2]
-    print(printable(f"serving {server.about['weights']} at http://{host!s}:{port}"), flush=True)
-    try:
-        server.serve_forever(poll_interval=0.1)
-    except KeyboardInterrupt:
-        print("no more questions are taken", flush=True)
-    finally:
-        server.server_close()
-        server.scorer.close()
-
-
-class TeacherServer(ThreadingHTTPServer):
-    """HTTP server of one scorer; each request has a thread, which waits for its batch.
+class TeacherServer(JSONServer):
+    """HTTP server of one scorer; each request waits for its batch.
 
     Args:
         address: host and port; port 0: any that is free.
@@ -153,54 +117,49 @@ class TeacherServer(ThreadingHTTPServer):
         waiting: questions that may wait at once.
     """
 
-    daemon_threads = True
-
     def __init__(
         self, address: tuple[str, int], scorer: Scorer, about: dict[str, Any], limit: int, waiting: int
     ) -> None:
-        self.scorer, self.about, self.limit, self.token = scorer, about, limit, os.environ.get(TOKEN)
-        self.room = threading.BoundedSemaphore(waiting)
-        super().__init__(address, Handler)
+        self.scorer, self.about = scorer, about
+        super().__init__(address, Handler, TOKEN, limit, waiting)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JSONHandler):
     """One request: ``/about``, ``/head``, ``/tokenize`` or ``/score``."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds that a client may be silent within a request
     server: TeacherServer
 
     def do_GET(self) -> None:
         """Answers ``/about`` and ``/head``."""
-        if self._is_let_in():
+        if self.is_let_in():
             if self.path == "/about":
-                self._answer(200, self.server.about)
+                self.answer(200, self.server.about)
             elif self.path == "/head" and self.server.scorer.packed_head:
-                self._answer(200, self.server.scorer.packed_head)
+                self.answer(200, self.server.scorer.packed_head)
             else:
-                self._refuse(404, f"there is no {quoted(self.path)} here")
+                self.refuse(404, f"there is no {quoted(self.path)} here")
 
     def do_POST(self) -> None:
         """Answers ``/score`` and ``/tokenize``."""
-        if not self._is_let_in() or (body := self._body()) is None:
+        if not self.is_let_in() or (body := self.body()) is None:
             return
         paths: dict[str, Callable[[dict[str, Any]], dict[str, Any] | bytes]] = {
             "/score": self._score,
             "/tokenize": self._tokenize,
         }
         if self.path not in paths:
-            self._refuse(404, f"there is no {quoted(self.path)} here")
+            self.refuse(404, f"there is no {quoted(self.path)} here")
             return
         try:
-            self._answer(200, paths[self.path](body))
+            self.answer(200, paths[self.path](body))
         except Busy as error:
-            self._refuse(503, str(error))
+            self.refuse(503, str(error))
         except (ValueError, TypeError, KeyError) as error:
             code = 409 if isinstance(error, OtherWeights) else 400
-            self._refuse(code, f"it lacks {error}" if isinstance(error, KeyError) else str(error))
+            self.refuse(code, f"it lacks {error}" if isinstance(error, KeyError) else str(error))
         except Exception as error:  # of a model, which may raise anything
             sys.stderr.write(printable(f"{type(error).__name__}: {error}\n"))
-            self._refuse(500, f"the teacher ended in {type(error).__name__}")
+            self.refuse(500, f"the teacher ended in {type(error).__name__}")
 
     def _score(self, body: dict[str, Any]) -> bytes:
         weights = self.server.about["weights"]
@@ -223,51 +182,6 @@ class Handler(BaseHTTPRequestHandler):
                 body["messages"], tokenize=False, add_generation_prompt=True
             )
         return {"tokens": list(tokenizer(str(text), add_special_tokens=False)["input_ids"])}
-
-    def _is_let_in(self) -> bool:
-        """Compares the token, if there is one."""
-        token, given = self.server.token, self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            self.close_connection = True  # its body is not read
-            self._refuse(401, "this server wants a token")
-            return False
-        return True
-
-    def _body(self) -> dict[str, Any] | None:
-        """Reads a JSON object of bounded size; None where it was refused."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > self.server.limit:
-            self.close_connection = True
-            self._refuse(413 if length else 411, f"a request may have up to {self.server.limit} bytes, and says so")
-            return None
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            self._refuse(400, "a request is a JSON object")
-            return None
-        return body
-
-    def _refuse(self, code: int, text: str) -> None:
-        self._answer(code, {"error": {"message": text, "code": code}})
-
-    def _answer(self, code: int, content: dict[str, Any] | bytes) -> None:
-        packed = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/octet-stream" if packed is content else "application/json")
-        self.send_header("Content-Length", str(len(packed)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(packed)
-
-    def log_message(self, *args: Any) -> None:
-        """Says nothing of single requests."""
-
-
-class Busy(RuntimeError):
-    """A question beyond those that may wait."""
 
 
 class OtherWeights(ValueError):

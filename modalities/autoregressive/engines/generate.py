@@ -103,8 +103,12 @@ def generate(
     eos: list[int],
     pad: int,
     written: int = 0,
+    **hooks: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Samples tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped are padded."""
+    """Samples tokens ``[B, T']`` and their log-probs ``[B, T']``, T' ≤ horizon; rows that stopped are padded.
+
+    ``hooks``: further arguments of transformers' `generate`, such as a streamer.
+    """
     sampler = Sampler(head, rollout, seeds, written)
     config = GenerationConfig(
         max_new_tokens=rollout.horizon, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
@@ -116,6 +120,7 @@ def generate(
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
             synced_gpus=is_sharded(model),  # ranks whose rollouts have ended go on until those of all have
+            **hooks,
         )
         ids = as_forward(model, write)
     new = ids[:, prompts["input_ids"].shape[1] :]

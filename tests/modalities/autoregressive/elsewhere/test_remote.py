@@ -17,10 +17,10 @@ import torch
 from opd_lightning.connection import Connection
 from opd_lightning.modalities.autoregressive import PromptView, Remote
 from opd_lightning.modalities.autoregressive.elsewhere.handshake import same_weights
-from opd_lightning.modalities.autoregressive.elsewhere.serve import check_reach
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Pretrained
+from opd_lightning.serving import check_reach
 from opd_lightning.teacher import Frozen, Teacher
 from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served
 from tests.processes import FORKS
@@ -431,11 +431,11 @@ def test_the_server_bounds_requests_and_wants_its_token(config, tiny_teacher, mo
 
 def test_other_machines_are_not_let_in_without_a_token(monkeypatch):
     monkeypatch.delenv("OPD_TEACHER_TOKEN", raising=False)
-    check_reach("127.0.0.1")
+    check_reach("127.0.0.1", "OPD_TEACHER_TOKEN")
     with pytest.raises(ValueError, match="set the environment variable OPD_TEACHER_TOKEN"):
-        check_reach("0.0.0.0")
+        check_reach("0.0.0.0", "OPD_TEACHER_TOKEN")
     monkeypatch.setenv("OPD_TEACHER_TOKEN", "secret")
-    check_reach("0.0.0.0")
+    check_reach("0.0.0.0", "OPD_TEACHER_TOKEN")
 
 
 def test_a_model_whose_head_is_another_one_is_not_served(tiny_teacher, monkeypatch):
