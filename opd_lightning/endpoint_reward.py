@@ -56,8 +56,6 @@ class EndpointReward(Reward):
     """
 
     timed = False
-    schema: dict[str, Any]
-    """JSON schema of the answer."""
 
     def __init__(
         self,
@@ -81,6 +79,10 @@ class EndpointReward(Reward):
         self._ahead: dict[str, Future[Reply]] = {}
 
     @abstractmethod
+    def schema(self, example: Example) -> dict[str, Any]:
+        """Returns the JSON schema of the answer about a row."""
+
+    @abstractmethod
     def verdict(self, answer: str, example: Example) -> Verdict:
         """Reads an answer.
 
@@ -100,13 +102,8 @@ class EndpointReward(Reward):
         for pair in zip(completions, examples, strict=True):
             with suppress(ValueError):  # it comes again when this one is asked for, and is told with its row then
                 if (question := self.question(*pair)) is not None:
-                    self._submit(question)
-        futures = list(self._ahead.values())
-        with phase(f"answers of {self.endpoint.url}", len(futures)) as progress:
-            for future in futures:
-                if isinstance(error := future.exception(), BudgetSpent):
-                    raise error
-                progress.done += 1
+                    self._submit(question, pair[1])
+        await_all(self.endpoint, list(self._ahead.values()))
 
     def __call__(self, completion: str, example: Example) -> float | None:
         verdict = self._judge(completion, example)
@@ -121,14 +118,14 @@ class EndpointReward(Reward):
         tokens, money = self.endpoint.spent()
         return measured | {"tokens": float(tokens), "money": money}
 
-    def _submit(self, question: Chat) -> Future[Reply]:
+    def _submit(self, question: Chat, example: Example) -> Future[Reply]:
         key = json.dumps(question)
         if key not in self._ahead:
             self._ahead[key] = self.endpoint.ask(
                 question,
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
-                response_format=structured(type(self).__name__, self.schema) if self.structured else None,
+                response_format=response_format(type(self).__name__, self.schema(example)) if self.structured else None,
             )
         return self._ahead[key]
 
@@ -136,7 +133,7 @@ class EndpointReward(Reward):
         question = self.question(completion, example)
         if question is None:
             return None
-        reply = self._submit(question).result()
+        reply = self._submit(question, example).result()
         self._read += 1
         try:
             return self.verdict(reply.text, example)
@@ -151,7 +148,48 @@ class EndpointReward(Reward):
             return None
 
 
-def structured(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+def endpoint_for(own: Endpoint | None, module: Any, who: str) -> Endpoint:
+    """Returns the endpoint of a part: its own, or that of the run's reward.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    endpoint = own or getattr(module.reward, "endpoint", None)
+    if not isinstance(endpoint, Endpoint):
+        raise ValueError(f"{who}.endpoint is not set, and model.reward asks none that could be meant")
+    return endpoint
+
+
+def await_all(endpoint: Endpoint, futures: Sequence[Future[Reply]]) -> None:
+    """Waits until all is answered, or failed.
+
+    Raises:
+        BudgetSpent: at the first that the budget has no room for.
+    """
+    with phase(f"answers of {endpoint.url}", len(futures)) as progress:
+        for future in futures:
+            if isinstance(error := future.exception(), BudgetSpent):
+                raise error
+            progress.done += 1
+
+
+def replies_to(endpoint: Endpoint, futures: Sequence[Future[Reply]]) -> list[Reply]:
+    """Waits for all answers.
+
+    Raises:
+        BudgetSpent, ConnectionError, ValueError: one failed (`Endpoint.ask`).
+    """
+    await_all(endpoint, futures)
+    return [future.result() for future in futures]
+
+
+def object_schema(**properties: Any) -> dict[str, Any]:
+    """Writes the JSON schema of an object with these keys, all of them and no others."""
+    names = [*properties]
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def response_format(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """Writes a JSON schema as a ``response_format``."""
     return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
 

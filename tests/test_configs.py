@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opd_lightning.catalog import Method, read_all
 from opd_lightning.cli import OPDCLI, run, understood
 from opd_lightning.modalities.autoregressive.elsewhere.score import score
+from tests.chatting import Chatting
 from tests.families import family
 from tests.tiny import save_model
 
@@ -82,7 +85,21 @@ def other_tokenizer(setting: str, folder: Path) -> list[str]:
     return [f"--model.teachers.teacher.weights.pretrained.path={folder}", *FEW[setting]]
 
 
-PREPARED = {"Cached": recorded, "OtherTokenizer": other_tokenizer}
+def author(body: dict[str, Any]) -> str:
+    """What a model behind a chat endpoint says where rubrics are written and graded."""
+    form = json.dumps(body.get("response_format", ""))
+    if "criteria" in form:
+        return json.dumps({"criteria": [{"criterion": "It is right.", "weight": 1}] * 4})
+    return json.dumps({"met": [True, False, True, False]}) if "met" in form else "42"
+
+
+def behind_an_endpoint(setting: str, folder: Path) -> list[str]:
+    """Starts a chat endpoint; returns what a method that asks it is told."""
+    endpoint = "--model.reward.init_args.endpoint"
+    return [f"{endpoint}.url={Chatting(author).url}", f"{endpoint}.keep={folder}", *FEW[setting]]
+
+
+PREPARED = {"Cached": recorded, "OtherTokenizer": other_tokenizer, "Criteria": behind_an_endpoint}
 
 
 def train(method: Method, setting: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from .checklist import Checklist
 from .elsewhere import Cached, OtherTokenizer, Remote
+from .endpoint_texts import EndpointTexts
 from .engines import DecodeLoop, Generate, RolloutEngine, VllmServer
 from .judge import Judge
 from .notes import Feedback, Peers, Written
@@ -16,6 +17,7 @@ __all__ = [
     "Cached",
     "Checklist",
     "DecodeLoop",
+    "EndpointTexts",
     "Feedback",
     "FirstOf",
     "Generate",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from ...chat import Chat
 from ...endpoint import Endpoint
-from ...endpoint_reward import EndpointReward, Unreadable, Verdict, read_object
+from ...endpoint_reward import EndpointReward, Unreadable, Verdict, object_schema, read_object
 from ...policy import View
 from ...reward import Example
 from .messages import transcript
@@ -62,13 +62,10 @@ class Judge(EndpointReward):
         super().__init__(endpoint, view or PromptView(messages), unreadable, temperature, max_tokens, structured)
         self.rubric, self.best = rubric, best
         self.columns = tuple(column for column in self.columns if column not in ("task", "known", "grade_by"))
-        grade = {"type": "integer", "minimum": 0, "maximum": best}
-        self.schema = {
-            "type": "object",
-            "properties": {"feedback": {"type": "string"}, "grade": grade},
-            "required": ["feedback", "grade"],
-            "additionalProperties": False,
-        }
+
+    def schema(self, example: Example) -> dict[str, Any]:
+        grade = {"type": "integer", "minimum": 0, "maximum": self.best}
+        return object_schema(feedback={"type": "string"}, grade=grade)
 
     def question(self, completion: str, example: Example) -> Chat | None:
         task, answer = transcript(example["prompt"]), example.get("answer")

@@ -27,7 +27,7 @@ class RealServer:
     """
 
     def __init__(
-        self, command: list[str], url: str | None, environment: dict[str, str] | None = None, seconds: float = 300.0
+        self, command: list[str], url: str | None, environment: dict[str, str] | None = None, seconds: float = 1200.0
     ) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", encoding="utf-8", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(

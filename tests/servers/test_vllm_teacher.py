@@ -1,0 +1,102 @@
+"""A real vLLM server of SmolLM2 as a teacher, where `make servers` has installed it; numbers: docs/servers.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from opd_lightning.endpoint import Endpoint
+from opd_lightning.modalities.autoregressive import Judge, PromptView, Remote
+from opd_lightning.modalities.autoregressive.elsewhere.question import questions
+from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
+from opd_lightning.pretrained import Lora, Pretrained
+from opd_lightning.rollout_settings import Rollout
+from opd_lightning.teacher import Frozen, Teacher
+from tests.servers.real import RealServer, vllm
+from tests.tiny import Rows, act, make_module, make_trainer, teacher_forced
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TOLERANCE = 1e-3
+"""Nats between log-probs of two implementations, in float32."""
+SHOWN = PromptView(
+    "Answer with JSON alone.\n"
+    'What is 1 + 1?\n{"sum": 2}\nWhat is 3 + 4?\n{"sum": 7}\nWhat is 5 + 1?\n{"sum": 6}\n{{ prompt }}'
+)
+ROWS = [{"prompt": f"What is {i % 7} + {i % 5}?"} for i in range(80)]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_folder) -> Iterator[RealServer]:
+    running = vllm(smollm2_folder, "--max-model-len", "512")
+    yield running
+    running.stop()
+
+
+def student_of(folder, origin, objective, view=SHOWN, **settings):
+    return make_module(
+        Pretrained(str(folder), dtype="float32", lora=Lora(r=8)),
+        {"teacher": Teacher(origin, view)},
+        objective,
+        rollout=Rollout(batch_size=4, horizon=16, micro_batch_size=4),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        **settings,
+    )
+
+
+def test_log_probs_are_those_of_the_model_here(server, smollm2_folder):
+    objective = Objective([Term(PolicyGradient(LogRatio()))])
+    there = student_of(smollm2_folder, Remote(server.url, top_k=20), objective)
+    print(there.elsewhere["teacher"])
+    acted = act(there, ROWS[:8], horizon=24)
+    told = there.streams.query("teacher", acted).distribution
+    here = student_of(smollm2_folder, Frozen(Pretrained(str(smollm2_folder), dtype="float32")), objective)
+    views = here.streams.seen("teacher", acted.examples, acted.student_view)
+    expected = teacher_forced(here, "teacher", acted, views)
+    gap = (told.log_probs - expected)[acted.mask].abs()
+    print(f"{int(acted.mask.sum())} tokens, gap: mean {float(gap.mean()):.2e}, largest {float(gap.max()):.2e}")
+    assert float(gap.max()) < TOLERANCE
+    assert len(questions(here, acted, views)) == 8
+
+
+def test_told_of_more_the_loss_is_larger_up_to_the_exact_one(server, smollm2_folder, tmp_path):
+    """A divergence of coarser events is smaller, and the rest is one event."""
+    local, losses = Frozen(Pretrained(str(smollm2_folder), dtype="float32")), {}
+    supports = {"sampled": Support("sampled"), "top 20": Support("teacher", 20), "exact": None}
+    for name, support in supports.items():
+        origin = local if support is None else Remote(server.url, top_k=support.k or 0)
+        module = student_of(smollm2_folder, origin, Objective([Term(ReverseKL(support=support), name="kl")]))
+        trainer = make_trainer(tmp_path, 1)
+        trainer.fit(module, datamodule=Rows(ROWS))
+        losses[name] = float(trainer.callback_metrics["train/loss/kl"])
+    print(json.dumps(losses))
+    assert losses["sampled"] < losses["top 20"] < losses["exact"]
+    assert losses["top 20"] > 0.9 * losses["exact"]
+
+
+def test_a_student_with_an_adapter_learns_from_it(server, smollm2_folder, tmp_path):
+    losses = []
+
+    objective = Objective([Term(ReverseKL(support=Support("teacher", 20)), name="kl")])
+    module = student_of(smollm2_folder, Remote(server.url, top_k=20), objective)
+    record = module.on_train_batch_end
+
+    def recorded(*arguments):
+        record(*arguments)
+        losses.append(float(module.trainer.callback_metrics["train/loss/kl"]))
+
+    module.on_train_batch_end = recorded
+    make_trainer(tmp_path, 20).fit(module, datamodule=Rows(ROWS))
+    print("losses", [round(loss, 3) for loss in losses])
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_schema_holds_its_answers_to_the_form(server, tmp_path):
+    judge = Judge(Endpoint(server.url, keep=str(tmp_path), timeout=300.0), max_tokens=200, unreadable="stop")
+    grade = judge("Paris.", {"prompt": "What is the capital of France?", "answer": "Paris"})
+    print("grade", grade)
+    assert grade in [grade / 10 for grade in range(11)]
