@@ -89,7 +89,7 @@ def configuration(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict
         if (value := getattr(options, name)) is not None and value <= 0:
             raise ValueError(f"--{name} is {value}; it takes more than 0, or leave it out")
     rows = read_source(options.data, _train_options(rest), "--data", 0, BadRows("--data", "refuse"))
-    column = _prompt_column(rows, options.prompt)
+    column = prompt_column(rows, options.prompt)
     held_out = min(HELD_OUT, max(1, len(rows) // 10))
     if len(rows) < 2:
         raise ValueError(f"--data: {options.data} has {len(rows)} row; one to train on and one to hold out are needed")
@@ -143,7 +143,7 @@ def _train_options(rest: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _prompt_column(rows: Dataset, named: str | None) -> str:
+def prompt_column(rows: Dataset, named: str | None) -> str:
     """Finds the column that holds prompts."""
     columns = [name for name in rows.column_names if name != LOCATION]
     column = named or next((name for name in PROMPTS if name in columns), None)
