@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names, for whoever checks types
     from .callback import DistillationCallback
     from .data import PromptData
     from .distribution import Categorical, Gaussian, Head
+    from .environment import Environment, Turn
     from .evaluation_settings import Evaluation
     from .module import OnPolicyDistillation
     from .note import Note
@@ -49,6 +50,7 @@ _NAMES = {
     "callback": "DistillationCallback",
     "data": "PromptData",
     "distribution": "Categorical Gaussian Head",
+    "environment": "Environment Turn",
     "evaluation_settings": "Evaluation",
     "module": "OnPolicyDistillation",
     "note": "Note",

@@ -51,6 +51,11 @@ class Metrics:
         self.record("length", batch.length)
         self.record("stopped", batch.stopped.float())
         self.record("staleness", (step - batch.weights_version).float())
+        if (turn := batch.channels.get("turn")) is not None:
+            self.record("turns", (turn * batch.mask).amax(1) + 1)
+            self.record("observed", batch.extent - batch.length)
+        for name in {"read", "failures"} & batch.channels.keys():  # of each turn, at its last step
+            self.record(name, batch.channels[name].sum(1))
 
     def recorded(self, ranks: Ranks) -> dict[str, float]:
         """Means over all ranks, by name; every rank must ask."""

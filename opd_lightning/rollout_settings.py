@@ -11,6 +11,8 @@ import numpy as np
 from .blend import BLEND, Blend
 from .finite import Finite
 
+COUNTS = ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length", "turns", "observation_length")
+
 
 @dataclass
 class Rollout:
@@ -41,6 +43,10 @@ class Rollout:
         members: in place of shares, how many trajectories of every group each policy makes, such as
             ``{student: 4, dataset: 1}`` (StableOPD, 2604.08527); group_size is then their sum.
         blend: how the behavior policy ``blend`` mixes its policies at every step; in settings that say so.
+        turns: turns of an episode at most, where there is an environment; then 8 by default. What was observed counts
+            in ``horizon``, as what was written does.
+        turn_timeout: seconds that the environment may take for one turn. Default 10.
+        observation_length: characters of a text that it answers; what is longer is cut, with a remark. Default 2,000.
         prefix_turns: recorded turns (of the column ``completion``) that rollouts go on from, with what was observed
             behind them; they are read and not trained, and their steps count in ``horizon``. A row with fewer turns
             leaves its last one to the policy, one without a recording begins at its prompt. Default 0. Evaluation
@@ -68,6 +74,9 @@ class Rollout:
     behavior: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
     members: dict[str, int] | None = None
     blend: Blend | None = None
+    turns: int | None = None
+    turn_timeout: float = 10.0
+    observation_length: int = 2000
     prefix_turns: int = 0
     max_prompt_length: int | None = None
     max_staleness: int = 0
@@ -78,10 +87,12 @@ class Rollout:
         for name in ("max_staleness", "prefix_turns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"rollout.{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("batch_size", "group_size", "micro_batch_size", "epochs", "max_prompt_length"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be >= 1, got {value}")
+        if not self.turn_timeout > 0:
+            raise ValueError(f"rollout.turn_timeout must be > 0, got {self.turn_timeout}")
         check_sampling("rollout", self)
         shares = self.behavior.values()
         if not self.behavior or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
@@ -125,6 +136,8 @@ class Rollout:
             raise ValueError("rollout.blend: this setting has no loop in which several policies could act as one")
         if self.prefix_turns and "turn" not in provides:
             raise ValueError(f"rollout.prefix_turns={self.prefix_turns}: this setting records no turns to go on from")
+        if self.turns is not None and "turn" not in provides:
+            raise ValueError(f"rollout.turns={self.turns}: in this setting a rollout is one turn")
         if self.prefix_turns and self.blend is not None:
             raise ValueError(f"rollout.prefix_turns={self.prefix_turns}: a blend can't go on from recorded turns")
 

@@ -227,6 +227,21 @@ def test_add_a_note_as_the_page_says(folder):
     follow("add_a_note.md", folder, "my_package.py", "compiled.yaml", *SMALL)
 
 
+def test_add_an_environment():
+    code, defined = example("add_an_environment.md")
+    assert len(code.splitlines()) < 40
+    environment = defined["AnotherTry"]()
+    state = environment.reset({"answer": "46"}, 0)
+    wrong = environment.step(state, "12+34=45 #45")
+    assert (wrong.observation, wrong.done, wrong.reward) == ("?", False, None)
+    right = environment.step(wrong.state, "#46")
+    assert (right.done, right.reward) == (True, 0.5)
+
+
+def test_add_an_environment_as_the_page_says(folder):
+    follow("add_an_environment.md", folder, "my_package.py", "tries.yaml", *SMALL)
+
+
 def test_add_a_setting_as_the_page_says(folder):
     (folder / "places.jsonl").write_text('{"prompt": "-3"}\n' * 32, encoding="utf-8")
     follow("add_a_setting.md", folder, "my_package.py", "walks.yaml")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from opd_lightning import Environment, Turn
 from tests.processes import finish, last, start
 from tests.worlds import World
 
@@ -20,6 +21,20 @@ STEPS = 14
 
 def is_even(completion: str, example: dict) -> float:
     return float(len(completion) % 2 == 0)
+
+
+class Slow(Environment):
+    """Takes its time, so that a run is mostly killed in the middle of an episode."""
+
+    rewards = True
+
+    def reset(self, row: dict, seed: int) -> dict:
+        return {"turn": 0, "last": 1 + seed % 4}
+
+    def step(self, state: dict, text: str) -> Turn:
+        time.sleep(0.003)
+        turn = state["turn"] + 1
+        return Turn(f"+{len(text)}=", {**state, "turn": turn}, turn >= state["last"], float(turn))
 
 
 def written(prompt: str, **settings: object) -> dict:
@@ -36,6 +51,13 @@ AHEAD = {**PLAIN, "rollout": {**PLAIN["rollout"], "max_staleness": 2}}
 EPOCHS = {"rollout": {**EMA["rollout"], "epochs": 3}, "teacher": "frozen", "accumulate": 2}
 # and a weight that was settled when the batch was rolled out
 SETTLED = {**EPOCHS, "weights": ["TopEntropy"]}
+# rollouts of several turns, some of which are pending at every other checkpoint
+EPISODES = {
+    **EMA,
+    "teacher": "frozen",
+    "rollout": {**EMA["rollout"], "horizon": 40, "turns": 4},
+    "model": {"environment": {"class_path": "tests.test_resume.Slow"}},
+}
 # and a memory of what was written about rollouts, which later ones are written with
 PLAYBOOK = {
     **EMA,
@@ -134,6 +156,7 @@ def unbroken(tmp_path_factory):
         ("text", "epochs", EPOCHS, 0.5),
         ("text", "settled", SETTLED, 0.5),
         ("text", "playbook", PLAYBOOK, 0.5),
+        ("text", "episodes", EPISODES, 1.5),
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),

@@ -77,13 +77,13 @@ class Renderer:
                 if there:
                     raise ValueError(f"the row has {name}, which nothing shows: {self._why_raw()}")
             return str(prompt)
-        chat = self._chat(prompt)
+        chat = self.messages(prompt)
         if is_answer(chat[-1]):
             raise ValueError(
                 "the prompt's last message is the assistant's: the answer would be read, and a second one asked for. "
                 "data.last_answer: drop leaves it out, completion makes it the column completion"
             )
-        text = self._render(chat, example, to_be_continued=True)
+        text = self.render(chat, example, to_be_continued=True)
         self._check_written(text, chat, example)
         return text
 
@@ -110,7 +110,7 @@ class Renderer:
         prompt = example["prompt"]
         if self.is_raw(prompt):
             return None
-        texts = [shown_text(message) for message in self._chat(prompt)]
+        texts = [shown_text(message) for message in self.messages(prompt)]
         ends = [token for token, i in self.tokenizer.get_added_vocab().items() if i in stops]
         return next((end for end in ends if any(end in text for text in texts)), None)
 
@@ -176,8 +176,8 @@ class Renderer:
         """Returns the white space that the chat template writes between the prompt and an answer, usually none."""
         if self.is_raw(example["prompt"]):
             return ""
-        prompt, chat = self.prompt(example), self._chat(example["prompt"])
-        answered = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example)
+        prompt, chat = self.prompt(example), self.messages(example["prompt"])
+        answered = self.render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example)
         between = answered.rpartition(PLACEHOLDER)[0].removeprefix(prompt)
         return between if between.isspace() else ""
 
@@ -221,10 +221,10 @@ class Renderer:
         if not places or places[0] != 0 or places[-1] != len(answer) - 1:
             raise ValueError("the completion's first and last message must be the assistant's")
         # 2. the conversation, cut at the prompts of all turns
-        chat = self._chat(example["prompt"])
-        conversation = self._render(chat + answer, example)
+        chat = self.messages(example["prompt"])
+        conversation = self.render(chat + answer, example)
         self._check_written(conversation, chat + answer, example, given=len(chat))
-        later = [self._render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
+        later = [self.render(chat + answer[:i], example, to_be_continued=True) for i in places[1:]]
         starts = [prompt if conversation.startswith(prompt) else self._asked(prompt, chat, example), *later]
         turns = [
             conversation[len(start) : len(stop)]
@@ -248,19 +248,19 @@ class Renderer:
 
         They differ for Mistral's templates, which write the system message in the last message alone.
         """
-        head = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example).rpartition(PLACEHOLDER)[0]
+        head = self.render([*chat, {"role": "assistant", "content": PLACEHOLDER}], example).rpartition(PLACEHOLDER)[0]
         tail = prompt[len(prompt.rstrip()) :]
         before, end, space = head.rpartition(prompt.split()[-1]) if prompt.strip() else ("", "", head)
         return before + end + tail if end and not space.strip() and space.startswith(tail) else prompt
 
     def _opening(self, prompt: str, chat: Chat, example: Example) -> str:
         """Returns the beginning of an answer that the template writes at the end of the prompt."""
-        asked = self._render(chat, example)
+        asked = self.render(chat, example)
         return prompt[len(asked) :] if prompt.startswith(asked) else ""
 
     def _behind_answer(self, chat: Chat, example: Example, *then: Message) -> str:
         """Returns the template's text behind an answer, up to the content of the message that follows, if any."""
-        conversation = self._render([*chat, {"role": "assistant", "content": PLACEHOLDER}, *then], example)
+        conversation = self.render([*chat, {"role": "assistant", "content": PLACEHOLDER}, *then], example)
         behind = conversation.rpartition(PLACEHOLDER)[2]
         return behind.partition(then[0]["content"])[0] if then else behind
 
@@ -296,7 +296,8 @@ class Renderer:
                 whose = f"{model} has no chat template that" if has_none else f"the chat template of {model}"
                 raise ValueError(f"{key}: {whose} reads {'' if has_none else 'no '}{name!r}")
 
-    def _render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
+    def render(self, chat: Chat, example: Example, to_be_continued: bool = False) -> str:
+        """Renders a chat as text, with the options and tools of a row."""
         # 1. what the template is given, and has to read
         options = {**self.options, **self._own_options(example)}
         if tools := tools_of(example):
@@ -342,7 +343,7 @@ class Renderer:
                 continue
             try:
                 changed = [*chat[:index], saying_otherwise(message), *chat[index + 1 :]]
-                lost = self._render(changed, example, to_be_continued=given is None) == text
+                lost = self.render(changed, example, to_be_continued=given is None) == text
             except Exception:  # what they refuse they read
                 lost = False
             if lost:
@@ -367,7 +368,8 @@ class Renderer:
             template = " ".join(template.values())
         return template is not None and re.search(rf"\b{re.escape(name)}\b", template) is not None
 
-    def _chat(self, prompt: str | Chat) -> Chat:
+    def messages(self, prompt: str | Chat) -> Chat:
+        """Returns the messages of a prompt."""
         if isinstance(prompt, str):
             return [{"role": "user", "content": prompt}]
         if self.processor.chat_template is None:

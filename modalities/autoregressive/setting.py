@@ -17,6 +17,7 @@ from ...adapters import SWITCHED
 from ...blend import Blend
 from ...chat import problem_with_form
 from ...distribution import Categorical, Head
+from ...environment import Environment
 from ...module import OnPolicyDistillation
 from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
@@ -42,8 +43,8 @@ from .messages import transcript
 from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
 from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
-from .turns import TakingTurns, counts_turns, problem_with_prefix, with_turns
-from .writing import write, write_blended
+from .turns import TakingTurns, check_environment, environment_rewards, last_turn, problem_with_prefix, with_turns
+from .writing import write_blended
 
 PROBES, PROBE_TOKENS = 3, 12
 
@@ -59,6 +60,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
             images are always one pass. A prefix that rows share is read once, in a pass of its own.
         chat_template_kwargs: passed to the chat template, such as ``{enable_thinking: false}`` or tools; the columns
             ``chat_template_kwargs`` and ``tools`` of a row go before them.
+        environment: answers to the turns that policies write, ``rollout.turns`` of them at most.
         **kwargs: as in `OnPolicyDistillation`.
 
     Raises:
@@ -75,8 +77,10 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
         engine: RolloutEngine | None = None,
         pass_tokens: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
+        self.environment = environment  # before the constructor's checks, which read it
         if pass_tokens is not None and pass_tokens < 1:
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)
@@ -85,7 +89,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
             raise ValueError(
                 f"model.engine={type(self.engine).__name__} writes by one policy: rollout.blend needs DecodeLoop"
             )
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.chat_template_kwargs = {**(environment.options if environment else {}), **(chat_template_kwargs or {})}
         self._heads: dict[str, nn.Module] = {}
         self.trials: dict[str, Trial] = {}
 
@@ -177,14 +181,12 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
         rollout: Rollout,
         seeds: list[int],
     ) -> Trajectories:
-        acted = write(self, Acting(policy, prompts, examples), rollout, seeds)
-        return with_turns(acted) if counts_turns(self, rollout) else acted
+        return self.act_in_turns(Acting(policy, prompts, examples), rollout, seeds)
 
     def sample_blended(
         self, acting: dict[str, Acting], blend: Blend, rollout: Rollout, seeds: list[int]
     ) -> Trajectories:
-        acted = write_blended(self, acting, blend, rollout, seeds)
-        return with_turns(acted) if counts_turns(self, rollout) else acted
+        return with_turns(self, rollout, write_blended(self, acting, blend, rollout, seeds))
 
     def replay(
         self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout, seeds: list[int]
@@ -209,7 +211,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
             stopped=torch.tensor([len(ids) <= horizon and ids[-1] in self.eos for ids, _ in given]),
             behavior_log_probs=torch.full(mask.shape, float("nan")),
         )
-        return with_turns(replayed) if counts_turns(self, rollout) else replayed
+        return with_turns(self, rollout, replayed)
 
     def distribution(
         self, policy: Policy, trajectories: Trajectories, view: list[Example] | None = None
@@ -249,7 +251,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
 
     def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
         samples: list[dict[str, Any]] = []
-        texts, examples = self.completions(trajectories), trajectories.examples
+        texts, examples = self.completions(last_turn(trajectories)), trajectories.examples
         facts = [self.parsed(*pair, trajectories.student_view) for pair in zip(texts, examples, strict=True)]
         rows = [example | own for example, own in zip(examples, facts, strict=True)]
         self.scoring.ahead(self.reward, texts, rows)
@@ -259,10 +261,13 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
                 samples[-1]["reward"] = self.reward_of(text, row)
         if self._trainer is not None and self.trainer.training:
             self.scoring.record(self.reward, "judge", self.record)
-        return None if self.reward is None else [row["reward"] for row in samples], samples
+        of_turns = environment_rewards(self, trajectories)
+        return of_turns if self.reward is None else [row["reward"] for row in samples], samples
 
     def release(self) -> None:
         self.engine.close()
+        if self.environment is not None:
+            self.environment.close()
 
     def completions(self, trajectories: Trajectories) -> list[str]:
         """Decodes the completions."""
@@ -340,6 +345,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
         super().prepare_for_rows()
         check_horizon(self)
         self.renderer(self.policies["student"]).check_options("model.chat_template_kwargs")
+        check_environment(self)
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()

@@ -8,30 +8,74 @@ Shape legend: B trajectories, T steps.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
+from ...environment import Environment, Episode
 from ...objective import Objective
 from ...policy import Acting, Policy
-from ...rollout_settings import Rollout
+from ...rollout_settings import Rollout, derived_seed
+from ...sharding import mesh_of
 from ...trajectory import Example, Trajectories
 from .audit import given_ids
-from .writing import Writing, go_on
+from .engines import Prompts
+from .engines.engine import until_stop
+from .observing import between, check_observations
+from .rendering import Renderer
+from .writing import Writing, engine_of, go_on, prompts_of, write
 
-TURN = "turn"
-"""Channel with the turn of each step; part of ``needs`` of what reads it."""
+TURN, OF_TURNS = "turn", ("reward", "read", "failures")
+"""Channels: the turn of each step, which parts ask for by this name in ``needs``; and, in an environment, at the last
+step of each turn its reward, the tokens that were read for it, and whether the environment failed (0 elsewhere)."""
+TURNS = 8
 
 
 class Turning(Writing, Protocol):
     """Interface of a setting whose rollouts may have several turns."""
 
     objective: Objective
+    environment: Environment | None
+    _trainer: Any
 
 
 class TakingTurns:
     """Mixin of a setting whose policies go on behind what was written and observed before."""
+
+    environment: Environment | None
+
+    @property
+    def has_rewards(self) -> bool:
+        """True where there is a verifier, or an environment with rewards."""
+        own = self.environment is not None and self.environment.rewards
+        return own or super().has_rewards  # type: ignore[misc]
+
+    def required_columns(self) -> dict[str, str]:
+        """Lists the required columns, the environment's among them."""
+        needed: dict[str, str] = super().required_columns()  # type: ignore[misc]
+        for column in self.environment.columns if self.environment is not None else ():
+            needed[column] = f"{needed[column]}, model.environment" if column in needed else "model.environment"
+        return needed
+
+    def check(self) -> None:
+        """Refuses settings of turns that mean nothing together.
+
+        Raises:
+            ValueError: turns without an environment; an environment beside recorded turns or a blend.
+        """
+        super().check()  # type: ignore[misc]
+        rollout = cast(Turning, self).rollout
+        if self.environment is None and rollout.turns is not None:
+            raise ValueError(f"rollout.turns={rollout.turns}, and nothing answers to a turn: set model.environment")
+        if self.environment is not None and rollout.prefix_turns:
+            raise ValueError(
+                f"rollout.prefix_turns={rollout.prefix_turns} goes on from recorded turns, of which model.environment "
+                "knows nothing; leave one of both out"
+            )
+        if self.environment is not None and rollout.blend is not None:
+            raise ValueError("rollout.blend: policies that act as one write one turn; leave out model.environment")
 
     def prefixes(self, policy: Policy, examples: list[Example], seen: list[Example], rollout: Rollout) -> Trajectories:
         """Collects recorded turns (`Setting.prefixes`)."""
@@ -41,17 +85,173 @@ class TakingTurns:
         """Writes behind what was begun (`Setting.go_on`)."""
         return go_on(cast(Turning, self), acting, begun, rollout, seeds)
 
+    def act_in_turns(self, acting: Acting, rollout: Rollout, seeds: list[int]) -> Trajectories:
+        """Writes a turn, or as many as an environment has."""
+        module = cast(Turning, self)
+        if module.environment is not None:
+            return converse(module, module.environment, acting, rollout, seeds)
+        return with_turns(module, rollout, write(module, acting, rollout, seeds))
 
-def counts_turns(module: Turning, rollout: Rollout) -> bool:
-    """Tells whether trajectories have the channel ``turn``; those of one generation batch all have, or none has."""
-    return bool(rollout.prefix_turns) or any(TURN in part.needs for t in module.objective.terms for part in t.parts())
+
+def with_turns(module: Turning, rollout: Rollout, trajectories: Trajectories) -> Trajectories:
+    """Adds the channels of turns where the run has them; trajectories of one generation batch all have, or none has."""
+    asked = any(TURN in part.needs for term in module.objective.terms for part in term.parts())
+    if module.environment is None and not rollout.prefix_turns and not asked:
+        return trajectories
+    # nobody knows what an environment would have said of them
+    unknown = {name: torch.full(trajectories.mask.shape, torch.nan) for name in OF_TURNS if module.environment}
+    return replace(trajectories, channels={**trajectories.channels, **unknown, TURN: turn_of(trajectories.mask)})
 
 
-def with_turns(trajectories: Trajectories) -> Trajectories:
-    """Adds the channel ``turn``: a turn ends where steps that are trained are followed by others."""
-    written = trajectories.mask.long()
-    ends = torch.nn.functional.pad((written[:, :-1] - written[:, 1:]).clamp(min=0), (1, 0))
-    return replace(trajectories, channels={**trajectories.channels, TURN: ends.cumsum(1)})
+def turn_of(written: Tensor) -> Tensor:
+    """Counts the turns ``[B, T]`` before each step: one ends where ``written`` steps are followed by others."""
+    ends = written[:, :-1].long() - written[:, 1:].long()
+    return torch.nn.functional.pad(ends.clamp(min=0), (1, 0)).cumsum(1)
+
+
+def check_environment(module: Turning) -> None:
+    """Refuses an environment that the models of this run can't act in, once they are loaded.
+
+    Raises:
+        ValueError: as in `check_observations`; under fsdp2, where every rank must make equally many passes.
+    """
+    if module.environment is None:
+        return
+    if mesh_of(module._trainer) is not None:
+        raise ValueError(
+            "model.environment: under trainer.strategy=fsdp2 every rank must make equally many forward passes, and "
+            "episodes differ in their turns; take ddp"
+        )
+    check_observations(module.renderer(module.policies["student"]), module.environment.role, module.eos)
+
+
+@dataclass
+class Line:
+    """One trajectory that is written and observed in turns: values of its steps so far, by what they become."""
+
+    ids: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    channels: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (TURN, *OF_TURNS)})
+    stopped: bool = False
+
+    def add(self, ids: list[int], turn: int, log_probs: list[float] | None = None) -> None:
+        """Adds steps: written ones, with their log-probs, or observed ones."""
+        self.ids += ids
+        self.own += [log_probs is not None] * len(ids)
+        self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
+        for name, values in self.channels.items():
+            values += [turn if name == TURN else 0] * len(ids)
+
+    def written(self, turn: int, stops: list[int]) -> list[int]:
+        """Lists the ids that were written in a turn, without the one that ended it."""
+        steps = zip(self.ids, self.own, self.channels[TURN], strict=True)
+        return [i for i, own, of in steps if own and of == turn and i not in stops]
+
+
+def converse(
+    module: Turning, environment: Environment, acting: Acting, rollout: Rollout, seeds: list[int]
+) -> Trajectories:
+    """Lets one policy act in an environment, turn after turn; a turn reads nothing that was read before.
+
+    A trajectory ends when the environment says so (it has stopped then), when its turn is cut by the horizon, or when
+    turns or horizon leave no room for another one.
+    """
+    # 1. episodes begin
+    policy, examples, prompts = acting.policy, acting.examples, prompts_of(module, acting, rollout)
+    renderer, most = module.renderer(module.reads_as(policy)), rollout.turns or TURNS
+    episodes, lines = [Episode(environment, row, rollout) for row in examples], [Line() for _ in examples]
+    live, before = list(range(len(lines))), [0] * len(lines)
+    fresh: list[list[int]] = [[] for _ in lines]
+    with policy.active():
+        engine = engine_of(module, policy)
+        conversation = engine.begin(policy, module.head(policy), prompts, module.eos, module.padding_id)
+        for turn in range(most):
+            # 2. a turn is written, each row up to its own horizon
+            left = [rollout.horizon - len(lines[row].ids) for row in live]
+            draws = [derived_seed(seeds[row], turn) if turn else seeds[row] for row in live]
+            written = conversation.write(live, fresh, replace(rollout, horizon=max(left)), draws)
+            ended = _add(lines, live, left, written, turn, module.eos)
+            for row in live:
+                lines[row].channels["read"][-1] = conversation.read[row] - before[row]
+                before[row] = conversation.read[row]
+            # 3. the environment answers those that ended theirs
+            live, fresh = [], []
+            for row in ended:
+                ids = _answered(module, renderer, episodes[row], lines[row], examples[row], turn, environment.role)
+                if turn + 1 < most and ids is not None and len(lines[row].ids) + len(ids) < rollout.horizon:
+                    lines[row].add(ids, turn + 1)
+                    live.append(row)
+                    fresh.append(ids)
+            if not live:
+                break
+    return _joined(module, prompts, examples, lines)
+
+
+def _answered(
+    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, turn: int, role: str
+) -> list[int] | None:
+    """Has the environment answer to a turn; returns the ids of its observation, None where the episode is over."""
+    answer = episode.step(renderer.tokenizer.decode(line.written(turn, module.eos)))
+    ids, line.stopped = None, episode.over
+    if not episode.over:
+        try:
+            ids = between(renderer, module.asked(example), answer.observation, role, module.eos)
+        except Exception as error:  # of what was observed, which may be anything
+            episode.end(error)
+    line.channels["reward"][-1], line.channels["failures"][-1] = answer.reward or 0.0, float(episode.failed)
+    return ids
+
+
+def _add(
+    lines: list[Line], rows: list[int], left: list[int], written: tuple[Tensor, Tensor], turn: int, eos: list[int]
+) -> list[int]:
+    """Adds what was written to the lines of rows, ``left`` tokens at most; returns the rows that ended their turn."""
+    tokens, log_probs = (tensor.cpu() for tensor in written)
+    own, stops = until_stop(tokens, eos)
+    ended = []
+    for place, (row, room) in enumerate(zip(rows, left, strict=True)):
+        kept = own[place].nonzero().squeeze(1)[:room]
+        lines[row].add(tokens[place, kept].tolist(), turn, log_probs[place, kept].tolist())
+        if bool(stops[place]) and int(own[place].sum()) <= room:
+            ended.append(row)
+    return ended
+
+
+def _joined(module: Turning, prompts: Prompts, examples: list[Example], lines: list[Line]) -> Trajectories:
+    """Joins lines to trajectories."""
+    width = max(len(line.ids) for line in lines)
+
+    def padded(values: list[list[Any]], missing: float, kind: torch.dtype) -> Tensor:
+        return torch.tensor([row + [missing] * (width - len(row)) for row in values]).to(kind)
+
+    return Trajectories(
+        observation=prompts.tokens,
+        actions=padded([line.ids for line in lines], module.padding_id, torch.long),
+        mask=padded([line.own for line in lines], 0, torch.bool),
+        examples=[*examples],
+        stopped=torch.tensor([line.stopped for line in lines]),
+        behavior_log_probs=padded([line.log_probs for line in lines], 0.0, torch.float32),
+        channels={
+            name: padded([line.channels[name] for line in lines], 0, torch.long if name == TURN else torch.float32)
+            for name in (TURN, *OF_TURNS)
+        },
+    )
+
+
+def last_turn(trajectories: Trajectories) -> Trajectories:
+    """Masks all but the last turn of each trajectory that has the channel ``turn``, which is its answer."""
+    if (turn := trajectories.channels.get(TURN)) is None:
+        return trajectories
+    last = turn.masked_fill(~trajectories.mask, -1).amax(1, keepdim=True)
+    return replace(trajectories, mask=trajectories.mask & (turn == last))
+
+
+def environment_rewards(module: Turning, trajectories: Trajectories) -> list[float | None] | None:
+    """Sums the rewards of an environment's turns ``[B]``; None where nobody knows them; None alone if it has none."""
+    if module.environment is None or not module.environment.rewards:
+        return None
+    return [None if total != total else total for total in trajectories.channels["reward"].sum(1).tolist()]
 
 
 def prefixes(
@@ -66,8 +266,8 @@ def prefixes(
         actions[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(written)
     held = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
     stopped = torch.zeros(len(rows), dtype=torch.bool)
-    known = with_turns(Trajectories({}, actions, mask, examples, stopped, torch.zeros(mask.shape)))
-    return replace(known, mask=held)
+    nobody = torch.zeros(mask.shape)
+    return Trajectories({}, actions, held, examples, stopped, nobody, channels={TURN: turn_of(mask)})
 
 
 def problem_with_prefix(module: Turning, example: Example) -> str | None:

@@ -50,6 +50,14 @@ class RowCache(Cache):
         """Returns the mask ``[n, columns]`` for a forward pass of the next column; None where there is no padding."""
         return self._attended[: self.rows, self.first : self.column + 1] if self._padded else None
 
+    def attended(self, place: int) -> Tensor:
+        """Returns the columns ``[L]`` that were read of a row."""
+        return self._attended[place, : self.column].nonzero().squeeze(1)
+
+    def rows_of(self) -> list[_Rows]:
+        """Returns the layers, whose keys and values begin with the rows that are left."""
+        return self._parts
+
     def advance(self) -> None:
         """Moves to the next column."""
         self.column += 1

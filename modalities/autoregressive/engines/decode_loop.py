@@ -6,15 +6,16 @@ L = P + T columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ....blend import Blend
 from ....distribution import IMPOSSIBLE, Head
@@ -26,10 +27,10 @@ from ..passes import pass_limits
 from ..prefix import read_prompts
 from .cache import RowCache
 from .draw import draw, uniforms
-from .engine import Prompts, RolloutEngine, Writer
+from .engine import Conversation, Prompts, Rereading, RolloutEngine, Writer, until_stop
 from .generate import Generate
 from .layers import PackedDecoder, packed_linear
-from .trial import shares_prefixes
+from .trial import problem_with_shared_prefix, shares_prefixes
 
 
 class DecodeLoop(RolloutEngine):
@@ -62,6 +63,11 @@ class DecodeLoop(RolloutEngine):
             voice = Voice(replace(policy, active=nullcontext), head, prompts, rollout.horizon, self.packed)
             return _write([voice], lambda logits: logits[0], prompts.written, rollout, seeds, eos, pad)
 
+    def begin(self, policy: Policy, head: Head, prompts: Prompts, eos: list[int], pad: int) -> Conversation:
+        if self.refusal(policy) is not None or problem_with_shared_prefix(policy, head) is not None:
+            return Rereading(self, policy, head, prompts, eos, pad)
+        return Remembering(policy, head, prompts, eos, pad, self.packed)
+
     def write_blended(
         self, writers: dict[str, Writer], blend: Blend, rollout: Rollout, seeds: list[int], eos: list[int], pad: int
     ) -> tuple[Tensor, Tensor]:
@@ -87,12 +93,15 @@ class Voice:
         prompts: as it reads them.
         horizon: tokens to be written at most.
         packed: as in `DecodeLoop`.
+        share: keep prompts that rows share once, where that is possible.
 
     Attributes:
         logits: ``[n, V]`` of the tokens behind the prompts.
     """
 
-    def __init__(self, policy: Policy, head: Head, prompts: Prompts, horizon: int, packed: bool) -> None:
+    def __init__(
+        self, policy: Policy, head: Head, prompts: Prompts, horizon: int, packed: bool, share: bool = True
+    ) -> None:
         model, self._active = bare(policy.model), policy.active
         self._device = device = next(model.parameters()).device
         with self._active():
@@ -115,11 +124,15 @@ class Voice:
             row = torch.tensor(prompt_of, device=device)
             packed = packed and PackedDecoder.refusal(model) is None
             self._body = PackedDecoder(model, len(row)) if packed else partial(own_forward, model)
-            # the model's own forward pass can't read prompts that rows share
-            self._cache = RowCache(read, row, attended, horizon, share=packed and len(attended) < len(row))
             self._project = projection(head, hidden, len(row))
-            self.logits = self._project(hidden)[row]
-            self._position = position[..., -1:].expand(*position.shape[:-2], len(attended), 1)[..., row, :] + 1
+            # the model's own forward pass can't read prompts that rows share
+            share = share and packed and len(attended) < len(row)
+            self._begin(RowCache(read, row, attended, horizon, share), row, hidden, position)
+
+    def _begin(self, cache: RowCache, row: Tensor, hidden: Tensor, position: Tensor) -> None:
+        """Begins to write behind U texts: hidden states of their last tokens, and the positions of all."""
+        self._cache, self.logits = cache, self._project(hidden)[row]
+        self._position = position[..., -1:].expand(*position.shape[:-2], len(hidden), 1)[..., row, :] + 1
 
     def keep(self, order: Tensor) -> None:
         """Moves row ``order[i]`` to row i; the others are dropped."""
@@ -132,6 +145,124 @@ class Voice:
         with self._active():
             self.logits = self._project(self._body(tokens.to(self._device), self._position + step, self._cache))
         self._cache.advance()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Row that is not written at the moment: keys and values of all that was read of it, ``[G, L, S]`` per layer."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    position: Tensor  # of the next token, with as many axes as the model has
+
+
+class KeepingVoice(Voice):
+    """Voice that keeps what was read of rows that leave, so that they can go on.
+
+    Args:
+        policy, head, prompts, horizon, packed: as in `Voice`.
+
+    Attributes:
+        count: ``[B]`` tokens that were read of each row.
+    """
+
+    def __init__(self, policy: Policy, head: Head, prompts: Prompts, horizon: int, packed: bool) -> None:
+        super().__init__(policy, head, prompts, horizon, packed, share=False)
+        self._model = bare(policy.model)
+        self._rows, self._reads = list(range(len(prompts.examples))), 0
+        self._kept: dict[int, Kept] = {}
+        self.count = [0] * len(self._rows)
+        for row in prompts.distinct[0]:
+            self.count[row] = int(prompts.length[row])
+
+    def keep(self, order: Tensor) -> None:
+        staying = order.tolist()
+        self._leave(place for place in range(len(self._rows)) if place not in staying)
+        self._rows = [self._rows[place] for place in staying]
+        super().keep(order)
+
+    def read(self, tokens: Tensor, step: int) -> None:
+        super().read(tokens, step)
+        self._reads += 1
+        for row in self._rows:
+            self.count[row] += 1
+
+    def end_turn(self) -> None:
+        """Keeps all rows that are left."""
+        self._leave(range(len(self._rows)))
+        self._rows = []
+
+    def _leave(self, places: Iterable[int]) -> None:
+        cache = self._cache
+        for place in places:
+            attended = cache.attended(place)
+            layers = [(layer.keys[place][:, attended], layer.values[place][:, attended]) for layer in cache.rows_of()]
+            self._kept[self._rows[place]] = Kept(layers, self._position[..., place, :] + self._reads)
+
+    def go_on(self, rows: list[int], tokens: list[list[int]], horizon: int) -> None:
+        """Reads new tokens behind what was kept of rows, in one pass, and begins to write them again."""
+        # 1. keys and values, aligned to the right
+        kept, count, device = [self._kept.pop(row) for row in rows], len(rows), self._device
+        lengths, widths = [one.layers[0][0].shape[1] for one in kept], [len(more) for more in tokens]
+        past, width = max(lengths), max(widths)
+        layers: list[Any] = []
+        for number, pair in enumerate(kept[0].layers):
+            layer, states = DynamicLayer(), []
+            for part, first in enumerate(pair):
+                states.append(first.new_zeros(count, first.shape[0], past, first.shape[2]))
+                for i, one in enumerate(kept):
+                    states[-1][i, :, past - lengths[i] :] = one.layers[number][part]
+            layer.keys, layer.values = states
+            layer.dtype, layer.device, layer.is_initialized = states[0].dtype, device, True
+            layers.append(layer)
+        # 2. the new tokens behind them, aligned to the right, too
+        ids = torch.zeros(count, width, dtype=torch.long)
+        attended = torch.zeros(count, past + width, dtype=torch.bool)
+        for i, more in enumerate(tokens):
+            ids[i, width - widths[i] :] = torch.tensor(more)
+            attended[i, past - lengths[i] : past] = attended[i, past + width - widths[i] :] = True
+            self.count[rows[i]] += widths[i]
+        offset = (torch.arange(width) - width + torch.tensor(widths)[:, None]).clamp(min=0).to(device)
+        position = torch.stack([one.position for one in kept], -2) + offset
+        # 3. one pass
+        ids, attended, read = ids.to(device), attended.to(device), Cache(layers=layers)
+        inputs = {"attention_mask": attended.long(), "position_ids": position, str(cache_name(self._model)): read}
+        with self._active():
+            hidden = self._model.base_model(input_ids=ids, use_cache=True, **inputs)[0][:, -1]
+            row = torch.arange(count, device=device)
+            self._begin(RowCache(read, row, attended, horizon), row, hidden, position)
+        self._rows, self._reads = list(rows), 0
+
+
+class Remembering(Conversation):
+    """Conversation in which every token is read once: keys and values of all turns are kept."""
+
+    def __init__(self, policy: Policy, head: Head, prompts: Prompts, eos: list[int], pad: int, packed: bool) -> None:
+        self._policy, self._head, self._prompts = replace(policy, active=nullcontext), head, prompts
+        self._eos, self._pad, self._packed = eos, pad, packed
+        self._voice: KeepingVoice | None = None
+        self._last: dict[int, int] = {}
+
+    @property
+    def read(self) -> list[int]:  # type: ignore[override]
+        assert self._voice is not None
+        return self._voice.count
+
+    def write(
+        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), evaluating(bare(self._policy.model)):
+            if self._voice is None:
+                self._voice = KeepingVoice(self._policy, self._head, self._prompts, rollout.horizon, self._packed)
+            else:
+                # the last token of a turn was drawn and not read
+                behind = [[self._last[row], *more] for row, more in zip(rows, tokens, strict=True)]
+                self._voice.go_on(rows, behind, rollout.horizon)
+            written = _write([self._voice], lambda logits: logits[0], 0, rollout, seeds, self._eos, self._pad)
+            self._voice.end_turn()
+        own, _ = until_stop(written[0], self._eos)
+        for row, ids, kept in zip(rows, written[0], own, strict=True):
+            self._last[row] = int(ids[kept][-1])
+        return written
 
 
 def _write(

@@ -109,6 +109,57 @@ class Writer:
     stops: list[int]
 
 
+class Conversation(ABC):
+    """Rows that are written turn after turn, and what of them a policy has read.
+
+    Attributes:
+        read: ``[B]`` tokens that were read of each row so far; those of a prompt that several begin with, once.
+    """
+
+    read: list[int]
+
+    @abstractmethod
+    def write(
+        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Goes on with some rows behind ``tokens`` of each, which none has read, until a stop token or the horizon.
+
+        Args:
+            rows: of the B, all of them at first; each one ended with a stop token before.
+            tokens: none at first.
+            rollout: its horizon is that of this turn.
+            seeds: of this turn's draws, one for each of the rows.
+
+        Returns:
+            New tokens ``[n, T']`` and their log-probs, as of `RolloutEngine.write`.
+        """
+
+
+class Rereading(Conversation):
+    """Conversation by an engine that begins anew at each turn: everything before is read again."""
+
+    def __init__(
+        self, engine: RolloutEngine, policy: Policy, head: Head, prompts: Prompts, eos: list[int], pad: int
+    ) -> None:
+        self._engine, self._policy, self._head, self._prompts = engine, policy, head, prompts
+        self._eos, self._pad = eos, pad
+        self._texts: list[list[int]] = [[] for _ in prompts.examples]
+        self.read = [0] * len(self._texts)
+
+    def write(
+        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        for row, more in zip(rows, tokens, strict=True):
+            self._texts[row] += more
+        prompts = self._prompts.only(rows).behind([self._texts[row] for row in rows])
+        written = self._engine.write(self._policy, self._head, prompts, rollout, seeds, self._eos, self._pad)
+        own, _ = until_stop(written[0], self._eos)
+        for row, ids, kept, before in zip(rows, written[0], own, prompts.length.tolist(), strict=True):
+            self._texts[row] += ids[kept].tolist()
+            self.read[row] += before + int(kept.sum()) - 1
+        return written
+
+
 class RolloutEngine(Finite, ABC):
     """Engine that writes completions. A backend is a subclass with `write`; its settings are its arguments."""
 
@@ -147,6 +198,13 @@ class RolloutEngine(Finite, ABC):
             New tokens ``[B, T']``, and their log-probs ``[B, T']`` in the plain mixed distribution.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot blend policies")
+
+    def begin(self, policy: Policy, head: Head, prompts: Prompts, eos: list[int], pad: int) -> Conversation:
+        """Begins rollouts of several turns by ``policy``, already active; arguments as in `write`.
+
+        Default: each turn reads again what came before, which a server may have kept.
+        """
+        return Rereading(self, policy, head, prompts, eos, pad)
 
     def close(self) -> None:
         """Releases resources outside of this process; `write` may be called again afterwards."""

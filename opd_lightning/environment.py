@@ -1,0 +1,214 @@
+"""Environments: what answers to each turn of a policy, and what becomes of answers that fail, hang or are too long.
+
+An environment reads text and writes text. How texts become steps, a setting decides.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from .chat import Chat, is_chat
+from .finite import Finite
+from .printable import printable, quoted
+from .rollout_settings import Rollout
+from .rows import given, location_of
+from .scoring import as_number
+from .time_limit import TooLate, within
+from .trajectory import Example
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Answer of an environment to a turn of a policy.
+
+    Attributes:
+        observation: what the policy reads next: text, or messages ``{role, content}``.
+        state: of the episode from here on, in plain values: text, numbers, lists and dicts.
+        done: whether the episode is over; then nobody reads the observation.
+        reward: of this turn; None: none.
+    """
+
+    observation: str | Chat = ""
+    state: Any = None
+    done: bool = False
+    reward: float | None = None
+
+
+class Environment(Finite, ABC):
+    """Environment in which policies act for several turns: what it knows of an episode is its state, and nothing else.
+
+    So an episode can be begun anew from its row and seed at any time, as a resumed run does. What it raises, what takes
+    longer than ``rollout.turn_timeout`` and what is longer than ``rollout.observation_length`` costs its trajectory a
+    message, and never the run.
+    """
+
+    columns: tuple[str, ...] = ()
+    """Columns that it reads."""
+    rewards: ClassVar[bool] = False
+    """Whether its turns have rewards: their sum is the trajectory's, where ``model.reward`` is not set."""
+    role: str = "user"
+    """Role of observations that are text, where prompts are chats."""
+    options: Mapping[str, Any] = {}
+    """Options that prompts are rendered with."""
+    _warned = False
+
+    def reset(self, row: Example, seed: int) -> Any:
+        """Begins an episode, whose first observation is the row's prompt; returns its state (default: None).
+
+        Args:
+            row: as the policy reads it.
+            seed: of the row, the same for all rollouts of it.
+        """
+        return None
+
+    @abstractmethod
+    def step(self, state: Any, text: str) -> Turn | str:
+        """Answers to what a policy wrote in a turn; text alone is an observation, and the state stays.
+
+        Args:
+            state: of the episode, a copy.
+            text: without the token that ended the turn.
+        """
+
+    def close(self) -> None:
+        """Releases resources outside of this process; `step` may be called again afterwards."""
+
+
+class Episode:
+    """Way of one trajectory through an environment.
+
+    Args:
+        environment: answers.
+        row: whose episode it is.
+        rollout: has the limits.
+
+    Attributes:
+        over: whether it has ended.
+        failed: whether the environment did not answer the last turn.
+    """
+
+    def __init__(self, environment: Environment, row: Example, rollout: Rollout) -> None:
+        self._environment, self._row, self._rollout = environment, row, rollout
+        self._state: Any = None
+        self.over = self.failed = False
+        self._broken = self._try(lambda: environment.reset(given(row), seed_of(row)))
+
+    def step(self, text: str) -> Turn:
+        """Answers to a turn; where the environment fails, by what went wrong."""
+        if self._broken is not None:  # it never began
+            self.over = self.failed = True
+            return Turn(self._broken, done=True)
+        turn: Any = None
+
+        def call() -> Any:
+            nonlocal turn
+            turn = checked(self._environment.step(deepcopy(self._state), text), self._state)
+            return turn.state
+
+        failure = self._try(call)
+        self.failed = failure is not None
+        if failure is not None:
+            return Turn(failure)
+        self.over = turn.done
+        return replace(turn, observation=cut(turn.observation, self._rollout.observation_length))
+
+    def _try(self, call: Callable[[], Any]) -> str | None:
+        """Takes over the state that a call returns; returns what the policy is told where there is none."""
+        try:
+            self._state = deepcopy(limited(self._rollout.turn_timeout, call))
+            return None
+        except TooLate:
+            reason = f"no answer within {self._rollout.turn_timeout:g} s"
+        except (Exception, SystemExit) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self.warn(reason)
+        return cut(f"error: {reason}", self._rollout.observation_length)
+
+    def end(self, error: Exception) -> None:
+        """Ends the episode where its observation can't be read."""
+        self.over = self.failed = True
+        self.warn(f"{type(error).__name__}: {error}")
+
+    def warn(self, reason: str) -> None:
+        """Warns of the first failure of the environment."""
+        if not self._environment._warned:
+            place = location_of(self._row)
+            rank_zero_warn(
+                f"model.environment: {type(self._environment).__name__} failed{f' at {place}' if place else ''}: "
+                f"{printable(reason)}. The policy reads that as the observation, here and later, or the episode ends; "
+                "the run goes on, and train/failures counts them"
+            )
+        self._environment._warned = True
+
+
+def seed_of(row: Example) -> int:
+    """Derives the seed of a row's episodes from its prompt."""
+    return zlib.crc32(json.dumps(row.get("prompt"), sort_keys=True, default=str).encode())
+
+
+def checked(turn: Any, state: Any) -> Turn:
+    """Checks what `Environment.step` returned; ``state``: of text alone.
+
+    Raises:
+        TypeError: it is neither a turn nor text, or its observation is neither text nor messages.
+        ValueError: its reward is no finite number.
+    """
+    if isinstance(turn, str):
+        return Turn(turn, state)
+    if not isinstance(turn, Turn):
+        raise TypeError(f"step returned {quoted(turn)}, which is neither a Turn nor text")
+    chat: Any = turn.observation
+    texts = [message.get("content") for message in chat] if is_chat(chat) else [chat]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"the observation {quoted(turn.observation)} is neither text nor messages of text")
+    reward = None if turn.reward is None else as_number(turn.reward)
+    if turn.reward is not None and reward is None:
+        raise ValueError(f"the reward {quoted(turn.reward)} is no finite number")
+    return replace(turn, reward=reward)
+
+
+def cut(observation: str | Chat, length: int) -> Any:
+    """Cuts the texts of an observation behind ``length`` characters, and says how many are left out."""
+    if not isinstance(observation, str):
+        return [{**message, "content": cut(message["content"], length)} for message in observation or ()]
+    beyond = len(observation) - length
+    return observation if beyond <= 0 else f"{observation[:length]}… [{beyond} more characters]"
+
+
+def limited(seconds: float, call: Callable[[], Any]) -> Any:
+    """Returns a call's result within a time limit.
+
+    A call that is late is interrupted in the main thread; in another one it is left to itself, in a thread of its own.
+
+    Raises:
+        TooLate: it is late.
+        Exception: what the call raised.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return within(seconds, call)
+    results: list[Any] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="environment", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TooLate
+    return results[0]

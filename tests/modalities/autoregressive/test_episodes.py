@@ -1,0 +1,263 @@
+"""Rollouts of several turns: what is trained, what is read, and that each token is read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from opd_lightning import Rollout
+from opd_lightning.environment import Environment, Turn, seed_of
+from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
+from opd_lightning.modalities.autoregressive.engines.decode_loop import Remembering
+from opd_lightning.modalities.autoregressive.engines.engine import Rereading
+from opd_lightning.modalities.autoregressive.observing import between, check_observations
+from opd_lightning.objective import Objective, PolicyGradient, Term
+from opd_lightning.objective.advantage import GroupRelative
+from tests.modalities.autoregressive.test_rendering import FORGETFUL, QWEN3, R1, renderer, stops
+from tests.modalities.autoregressive.test_turns import close_to_replay
+from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, fit, make_module, make_rows, no_teacher, save_model
+
+ENDS = 24  # ids that end a turn beside the stop token, so that random models write short turns
+
+
+class Echo(Environment):
+    """Says back how long the turn was; ends at a turn of the seed's choice, with a reward for every turn."""
+
+    rewards = True
+
+    def __init__(self, most: int = 100, failing: bool = False) -> None:
+        self.most, self.failing = most, failing
+
+    def reset(self, row: Any, seed: int) -> Any:
+        return {"turn": 0, "last": min(self.most, 2 + seed % 3)}
+
+    def step(self, state: Any, text: str) -> Turn:
+        turn = state["turn"] + 1
+        if self.failing and turn == 1:
+            raise RuntimeError("broken")
+        return Turn("1+" * (turn % 3) + f"{len(text)}=", state | {"turn": turn}, turn >= state["last"], float(turn))
+
+
+class Endless(Echo):
+    def reset(self, row: Any, seed: int) -> Any:
+        return {"turn": 0, "last": 10**9}
+
+
+def acting(folder: Any, environment: Environment | None = None, ends: int = 0, **settings: Any) -> Any:
+    rollout = Rollout(batch_size=4, **{"horizon": 120, **settings.pop("rollout", {})})
+    module = make_module(folder, {}, no_teacher(), environment=environment or Echo(), rollout=rollout, **settings)
+    if ends:
+        module.eos = [*module.eos, *range(10, 10 + ends)]
+    return module
+
+
+def check(module: Any, acted: Any) -> None:
+    """Every turn is trained up to its stop token, observations are those of the environment, and masked."""
+    environment, student = module.environment, module.policies["student"]
+    made = module.renderer(student)
+    for i, row in enumerate(acted.examples):
+        ids, mask, turn = (
+            values[i, : int(acted.extent[i])].tolist() for values in (acted.actions, acted.mask, acted.channels["turn"])
+        )
+        state, place = environment.reset(row, seed_of(row)), 0
+        rewards = []
+        for number in range(turn[-1] + 1):
+            own = [t for t, m, n in zip(ids, mask, turn, strict=True) if m and n == number]
+            assert not any(t in module.eos for t in own[:-1])
+            assert mask[place : place + len(own)] == [True] * len(own)
+            place += len(own)
+            if own[-1] not in module.eos:
+                break
+            answer = environment.step(state, made.tokenizer.decode(own[:-1], skip_special_tokens=False))
+            state = answer.state
+            rewards.append(answer.reward)
+            if number < turn[-1]:
+                expected = between(made, module.asked(row), answer.observation, "user", module.eos)
+                assert ids[place : place + len(expected)] == expected
+                assert mask[place : place + len(expected)] == [False] * len(expected)
+                assert set(turn[place : place + len(expected)]) == {number + 1}
+                place += len(expected)
+            else:
+                assert bool(acted.stopped[i]) == answer.done
+        assert place == len(ids)
+        assert float(acted.channels["reward"][i].sum()) == sum(rewards)
+    close_to_replay(module, acted)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Any:
+    return save_model(tmp_path_factory.mktemp("chat"), tokenizer=chat_tokenizer())
+
+
+@pytest.mark.parametrize("engine", [DecodeLoop(), DecodeLoop(packed=False), Generate()], ids=["packed", "own", "slow"])
+def test_turns_are_trained_and_observations_are_not(engine, chat):
+    module = acting(chat, ends=ENDS, engine=engine, rollout={"horizon": 200})
+    acted = act(module, [*make_rows(6), *make_rows(2)], horizon=200)
+    assert int(acted.channels["turn"].max()) >= 2
+    check(module, acted)
+
+
+@pytest.mark.parametrize("name", ["text", "gemma3", "vision_language", "gui_grounding"])
+def test_every_setting_acts_in_turns(name, make_world):
+    world = make_world(name)
+    module = world.alone(environment=Echo(), rollout=Rollout(horizon=120))
+    module.eos = [*module.eos, *[i for i in range(module.vocabulary) if i not in module.suppressed()][3::4]]
+    acted = act(module, world.make_rows(5), horizon=60)
+    assert int(acted.channels["turn"].max()) >= 1
+    check(module, acted)
+
+
+def test_keeping_what_was_read_changes_nothing_of_what_is_written(chat):
+    rows = [*make_rows(5), *make_rows(3)]
+    kept = act(acting(chat, ends=ENDS), rows, seed=3)
+    again = act(acting(chat, ends=ENDS, engine=Generate()), rows, seed=3)
+    alone = [act(acting(chat, ends=ENDS), [row], seed=3 + 1000 * i) for i, row in enumerate(rows)]
+    assert torch.equal(kept.actions, again.actions)
+    assert torch.equal(kept.mask, again.mask)
+    torch.testing.assert_close(kept.behavior_log_probs, again.behavior_log_probs, atol=1e-4, rtol=0)
+    for i, one in enumerate(alone):
+        extent = int(kept.extent[i])
+        assert one.actions[0].tolist()[:extent] == kept.actions[i].tolist()[:extent]
+        assert int(one.extent) == extent
+    assert float(again.channels["read"].sum()) > 1.5 * float(kept.channels["read"].sum()), "Generate reads all again"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_token_is_read_once_over_eight_turns(packed, chat, monkeypatch):
+    module = acting(chat, Endless(), ends=60, engine=DecodeLoop(packed=packed), rollout={"horizon": 230})
+    read: list[int] = []
+    embedding = module.policies["student"].model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    (prompt,) = [len(module.prompt_ids(row, module.policies["student"])) for row in make_rows(1)]
+    act(module, make_rows(1))  # in which a trial of the model is made
+    read.clear()
+    acted = act(module, make_rows(1), horizon=230, seed=1)
+    assert int(acted.channels["turn"].max()) == 7, "eight turns, and no more"
+    assert not acted.stopped.any()
+    expected = prompt + int(acted.extent) - 1  # nobody reads the last one
+    assert int(acted.channels["read"].sum()) == expected
+    assert sum(read) == expected
+
+
+def test_turns_and_horizon_end_an_episode(chat):
+    module = acting(chat, Endless(), ends=60)
+    acted = act(module, make_rows(4), turns=3, horizon=200)
+    assert int(acted.channels["turn"].max()) == 2
+    acted = act(module, make_rows(4), horizon=17)
+    assert acted.mask.shape[1] <= 17
+    assert not acted.stopped.any()
+    assert bool(acted.mask.gather(1, acted.extent[:, None] - 1).all())
+
+
+def test_the_environments_rewards_are_the_trajectorys(chat, tmp_path):
+    objective = Objective([Term(PolicyGradient(GroupRelative()), teacher=None)])
+    module = make_module(
+        chat, {}, objective, environment=Echo(), rollout=Rollout(batch_size=2, group_size=2, horizon=60)
+    )
+    module.eos = [*module.eos, *range(10, 40)]
+    rewards: list[Any] = []
+    judged = type(module.actor).judged
+
+    def watch(self: Any, trajectories: Any) -> Any:
+        rewards.append((value := judged(self, trajectories)).reward)
+        torch.testing.assert_close(value.reward, value.channels["reward"].sum(1))
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(module.actor), "judged", watch)
+        trainer = fit(module, tmp_path, steps=2)
+    assert len(rewards) >= 2
+    logged = trainer.logged_metrics
+    assert logged["train/turns"] >= 1
+    assert {"train/read", "train/observed", "train/failures"} <= logged.keys()
+
+
+class Last:
+    """A verifier that sees the answer alone: what was written in the last turn."""
+
+    columns = ()
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, completion: str, example: Any) -> float:
+        self.texts.append(completion)
+        return 0.5
+
+
+def test_a_verifier_reads_the_last_turn_and_goes_before_the_environment(chat):
+    verifier = Last()
+    module = acting(chat, ends=ENDS, reward=verifier)
+    acted = act(module, make_rows(4))
+    scores, samples = module.rewards(acted)
+    assert scores == [0.5] * 4
+    for i, text in enumerate(verifier.texts):
+        own = acted.mask[i] & (acted.channels["turn"][i] == acted.channels["turn"][i][acted.mask[i]].max())
+        assert text == module.written_as(acted.actions[i][own].tolist())
+        assert samples[i]["completion"] == text
+
+
+def test_given_completions_beside_an_environment_abstain(chat, tmp_path):
+    rollout = Rollout(batch_size=4, horizon=60, behavior={"student": 0.5, "dataset": 0.5})
+    module = make_module(chat, {}, no_teacher(), environment=Echo(), rollout=rollout)
+    fit(module, tmp_path, steps=3)
+    assert module.rewards(act(module, make_rows(2), who="dataset"))[0] == [None, None]
+
+
+def test_an_environment_that_fails_costs_a_message(chat, tmp_path, recwarn):
+    module = acting(chat, Echo(failing=True), ends=ENDS)
+    acted = act(module, make_rows(4))
+    assert "error: RuntimeError: broken" in module.tokenizer().decode(acted.actions[0])
+    assert bool((acted.channels["failures"].sum(1) > 0).any())
+    fit(module, tmp_path, steps=1)
+
+
+def test_rollouts_ahead_act_in_turns(chat, tmp_path):
+    settings = {"environment": Echo(), "rollout": Rollout(batch_size=2, horizon=60, max_staleness=1)}
+    fit(make_module(chat, {}, no_teacher(), **settings), tmp_path, steps=3)
+
+
+def test_engines_say_whether_they_remember(chat, student):
+    module = acting(chat)
+    policy = module.policies["student"]
+    prompts: Any = type("P", (), {"examples": []})
+    assert isinstance(DecodeLoop().begin(policy, module.head(policy), prompts, [], 0), Remembering)
+    assert isinstance(Generate().begin(policy, module.head(policy), prompts, [], 0), Rereading)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"environment": None, "rollout": Rollout(turns=2)}, r"rollout\.turns=2, and nothing answers to a turn"),
+        ({"rollout": Rollout(prefix_turns=2)}, r"rollout\.prefix_turns=2 goes on from recorded turns, of which model"),
+    ],
+)
+def test_what_means_nothing_together_is_refused(settings, message, chat):
+    with pytest.raises(ValueError, match=message):
+        make_module(chat, {}, no_teacher(), load=False, **{"environment": Echo(), **settings})
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "message"),
+    [
+        (QWEN3, "user", r"leaves out or rewrites what an earlier turn wrote.* Turn 1 wrote '<think>.*template writes"),
+        (FORGETFUL, "user", "leaves out or rewrites what an earlier turn wrote"),
+        (R1, "user", "leaves out or rewrites what an earlier turn wrote"),
+        (CHAT_TEMPLATE.replace("{{ m.content }}", "{{ '' if m.role == 'tool' else m.content }}"), "tool", "nothing of"),
+    ],
+)
+def test_templates_that_do_not_keep_a_conversation_are_refused(template, role, message):
+    made = renderer(template)
+    with pytest.raises(ValueError, match=rf"(?s)model\.environment: .*{message}"):
+        check_observations(made, role, stops(made, "<|im_end|>"))
+
+
+def test_templates_that_keep_it_are_not(chat):
+    for template, options in ((CHAT_TEMPLATE, {}), (QWEN3, {"enable_thinking": False})):
+        made = renderer(template, options=options)
+        check_observations(made, "user", stops(made, "<|im_end|>"))
