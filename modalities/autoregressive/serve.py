@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from ...cli_errors import Parser
 from ...export import load_module, student_alone
 from ...printable import printable, quoted
+from ...rows import reason_of
 from ...serving import Busy, JSONHandler, JSONServer, check_reach
 from ...trajectory import Example
 from . import protocol
@@ -140,9 +141,9 @@ class StudentServer(JSONServer):
         for prompt in request.prompts:
             try:
                 acting = self._acting(prompt, request.is_chat)
-            except ValueError as error:
+            except Exception as error:  # of a template or a tokenizer, which may raise anything
                 param = "messages" if request.is_chat else "prompt"
-                raise protocol.BadRequest(str(error), param) from error
+                raise protocol.BadRequest(reason_of(error), param) from error
             length = acting.prompts["input_ids"].shape[1]
             if length + (request.max_tokens or 1) > self.context:
                 text = f"{length} tokens of the prompt and {request.max_tokens or 1} of the completion are more than "
@@ -152,7 +153,7 @@ class StudentServer(JSONServer):
 
     def _acting(self, prompt: Any, is_chat: bool) -> Acting:
         if is_chat:
-            return acting_on(self.module, self.policy, {"prompt": prompt})
+            return acting_on(self.module, self.policy, self.policy, {"prompt": prompt})
         if isinstance(prompt, str):
             example: Example = {"prompt": prompt}
             ids = replace(self.module.renderer(self.policy), raw=True).prompt_ids(example)

@@ -18,6 +18,7 @@ from transformers.generation import BaseStreamer
 
 from ...policy import Acting, Policy
 from ...rollout_settings import Rollout
+from ...rows import reason_of
 from ...trajectory import Example
 from .audit import stop_ids
 from .engines.generate import generate
@@ -188,10 +189,13 @@ def _decoder(module: Writing, ends: frozenset[int]) -> Callable[[list[int]], str
     return lambda ids: module.written_as([i for i in ids if i not in ends])
 
 
-def acting_on(module: Any, policy: Policy, example: Example) -> Acting:
-    """Prepares a row as a policy reads it.
+def acting_on(module: Any, policy: Policy, reader: Policy, example: Example) -> Acting:
+    """Prepares a row as a policy reads it; ``reader``: whose template and tokenizer write its prompt.
 
     Raises:
-        ValueError: the policy can't read it, with the reason.
+        ValueError: it can't be read, with the reason.
     """
-    return Acting(policy, module.collate([example], module.reads_as(policy)), [example])
+    try:
+        return Acting(policy, module.collate([example], reader), [example])
+    except Exception as error:  # of a template or a tokenizer, which may raise anything
+        raise ValueError(reason_of(error)) from error

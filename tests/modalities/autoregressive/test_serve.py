@@ -203,6 +203,8 @@ def test_errors_are_those_of_the_client(client):
         client.chat.completions.create(model="gpt", messages=CHAT)
     with pytest.raises(openai.BadRequestError, match=r"999 is no token id"):
         client.completions.create(model="my-run", prompt=[999])
+    with pytest.raises(openai.BadRequestError, match=r"Missing \[UNK\] token"):
+        client.chat.completions.create(model="my-run", messages=[{"role": "user", "content": "é"}])
     with pytest.raises(openai.BadRequestError, match=r"more than the context of 256"):
         client.completions.create(model="my-run", prompt="1" * 300)
 
