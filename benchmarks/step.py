@@ -66,7 +66,7 @@ def prepare(case: dict[str, Any]) -> None:
     if case["vocabulary"] is not None:
         write_models(models_of(case)["student"].parent, case["vocabulary"])
     elif not SMOLLM2_FOLDER.exists():
-        from opd_lightning.modalities.text.fetch import fetch, unpack
+        from opd_lightning.fetch import fetch, unpack
 
         unpack(fetch("smollm2", SMOLLM2_FOLDER.parent), SMOLLM2_FOLDER)
 

@@ -23,6 +23,8 @@ def main() -> None:
     except (ConfigError, FileNotFoundError) as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         sys.exit(2)
+    # bars of libraries that have no switch for them, such as that of transformers over a GGUF file's weights
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # its missing CPU kernel concerns nobody who has not asked for quantization
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -227,7 +227,17 @@ class Checkpoint(ModelCheckpoint):
         # too, and do not end an evaluation at all
         launcher: Any = trainer.strategy.launcher
         forward = (lambda _: None) if launcher is None else launcher.kill
-        self._ending = Ending(forward, waits=trainer.state.fn == TrainerFn.FITTING)
+        trains = trainer.state.fn == TrainerFn.FITTING
+
+        def left() -> str:
+            there = (
+                trainer.ckpt_path is not None or "://" in self.last_model_path or Path(self.last_model_path).is_file()
+            )
+            return (
+                "at the last checkpoint" if there else "before there is a checkpoint: nothing was trained that is kept"
+            )
+
+        self._ending = Ending(forward, waits=trains, left=left if trains else None)
         self._ending.listen()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

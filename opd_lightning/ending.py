@@ -27,11 +27,17 @@ class Ending:
     Args:
         forward: tells the ranks that this process started.
         waits: whether there is an optimizer step to wait for; else the first signal ends the run at once.
+        left: where a run that is ended at once can go on from, in words; None: training is not what ends.
     """
 
-    def __init__(self, forward: Callable[[int], None] = lambda _: None, waits: bool = True) -> None:
+    def __init__(
+        self,
+        forward: Callable[[int], None] = lambda _: None,
+        waits: bool = True,
+        left: Callable[[], str] | None = None,
+    ) -> None:
         self.number: int | None = None
-        self._forward, self._waits = forward, waits
+        self._forward, self._waits, self._left = forward, waits, left
         self._over = threading.Event()
         self._longest, self._since = 0.0, time.monotonic()
 
@@ -67,7 +73,7 @@ class Ending:
             _say(f"{name}: ends after this optimizer step ({self._patience:.0f} s at most); once more ends at once")
             threading.Thread(target=self._insist, daemon=True).start()
             return
-        _say(f"{name}: ends at once, at the last checkpoint")
+        _say(f"{name}: ends at once" + (f", {self._left()}" if self._left else ""))
         # for what can't be interrupted
         threading.Thread(target=self._force, daemon=True).start()
         _leave(number)

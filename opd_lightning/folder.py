@@ -12,8 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
 try:
     import fcntl
 except ImportError:  # on Windows processes are told by their numbers alone
@@ -101,6 +99,8 @@ class RunLock:
 
     def _is_silent(self, owner: dict[str, Any]) -> bool:
         """Waits for a sign of life of a run on another machine; True if there is none."""
+        from lightning.pytorch.utilities import rank_zero_info  # reports read this file's names, and wait for no import
+
         rank_zero_info(
             f"{self.path} is of process {owner.get('process')} on {owner.get('machine')}; waiting for "
             f"{SILENCE:.0f} s to see whether it lives"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -33,6 +34,31 @@ def located(path: str, file: str | None) -> tuple[str, str | None]:
     if file is not None:
         raise ValueError(f"gguf_file={file}: path is {path}, a GGUF file itself; leave one out")
     return str(Path(path).parent), Path(path).name
+
+
+def check_header(path: Path) -> None:
+    """Refuses a file whose header claims more than it holds; libraries would look for it.
+
+    Raises:
+        ValueError: it is no GGUF file, or claims more tensors or keys than its size has room for.
+    """
+    with path.open("rb") as opened:
+        header = opened.read(24)
+    if len(header) < 24 or header[:4] != b"GGUF":
+        raise ValueError(
+            f"path: {path} is no GGUF file: it begins with {header[:4]!r}, not with b'GGUF'; fetch it again"
+        )
+    # the version tells the order of bytes: its lower half is 0 in the other one
+    order = "<" if struct.unpack_from("<H", header, 4)[0] else ">"
+    size = path.stat().st_size
+    for what, count, least in zip(
+        ("tensors", "keys"), struct.unpack_from(f"{order}QQ", header, 8), (24, 13), strict=True
+    ):
+        if count * least > size:
+            raise ValueError(
+                f"path: {path} claims {count:,} {what}, more than its {size:,} bytes have room for: it is "
+                "damaged; fetch it again"
+            )
 
 
 @contextmanager

@@ -174,10 +174,13 @@ class Pretrained:
 
         Raises:
             FileNotFoundError: it can be nothing but a folder or a GGUF file, and there is none.
+            ValueError: the GGUF file there is damaged, as its header shows.
         """
         path, file = gguf.located(shipped(self.path), self.gguf_file)
         if file is not None and (Path(path).is_dir() or self.gguf_file is None) and not Path(path, file).is_file():
             raise FileNotFoundError(f"path: there is no file {Path(path, file)}")
+        if file is not None and Path(path, file).is_file():
+            gguf.check_header(Path(path, file))
         names_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
         if names_a_folder and not Path(path).is_dir():
             raise FileNotFoundError(f"path: there is no folder {path}; give a folder that holds a model, or a hub name")

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from .printable import printable
 
 SILENCE = 8.0
@@ -39,7 +37,7 @@ class Phase:
         text = f"… {self.what}: "
         if self.total:
             text += f"{self.done:,} of {self.total:,}, "
-        text += f"{duration(seconds)} so far"
+        text += f"{clock(seconds)} so far"
         if self.total and self.done:
             text += f", about {duration(seconds / self.done * (self.total - self.done))} still"
         return text
@@ -98,15 +96,22 @@ class Narrator:
                 self._say(phases[-1].line(now))
 
 
-@rank_zero_only
 def _print(text: str) -> None:
-    sys.stderr.write(printable(f"{text}\n"))
-    sys.stderr.flush()
+    """Prints a line on rank 0, as Lightning counts ranks once it is there: commands without it wait for no import."""
+    lightning = sys.modules.get("lightning.pytorch.utilities")
+    if lightning is None or getattr(lightning.rank_zero_only, "rank", 0) == 0:
+        sys.stderr.write(printable(f"{text}\n"))
+        sys.stderr.flush()
 
 
 NARRATOR = Narrator()
 """That of this process."""
 phase, advance = NARRATOR.phase, NARRATOR.advance
+
+
+def clock(seconds: float) -> str:
+    """Formats a time that goes on, so that no two lines are alike: 45 s, 12 min 05 s."""
+    return duration(seconds) if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
 
 
 def duration(seconds: float) -> str:

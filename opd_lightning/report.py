@@ -42,7 +42,8 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no run of `opd fit`: there is no {path}")
+        why = "a run writes it when its training begins" if run.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{run} holds no run of `opd fit` that began: there is no {path} ({why})")
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return config
 
@@ -51,18 +52,22 @@ def read_curves(run: Path) -> Curves:
     """Reads every logged metric as (optimizer step, value), over all of the run's log versions in order.
 
     Raises:
-        FileNotFoundError: the run has no metrics.csv.
+        FileNotFoundError: nothing was measured: the run has no metrics.csv, or none with a row.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     tables = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    if not tables:
-        raise FileNotFoundError(f"{run}: no logs/version_*/metrics.csv; the report reads what CSVLogger writes there")
     for table in tables:
         with table.open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and name not in ("step", "epoch"):
                         curves[name][int(row["step"])] = float(value)
+    if not curves:
+        table_is = f"{tables[-1]} is empty" if tables else "there is no logs/version_*/metrics.csv"
+        raise FileNotFoundError(
+            f"{run}: nothing was measured: {table_is}. Either the run ended before its first step (opd fit -c "
+            f"{run / 'config.yaml'} begins it again), or its logger is not CSVLogger, whose table the report reads"
+        )
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
@@ -128,7 +133,7 @@ def draw(curves: Curves, path: Path) -> None:
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
         "rollout length": [name for name in ("train/length", "val/length") if name in curves],
     }
-    panels = {title: names for title, names in panels.items() if names}
+    panels = {title: names for title, names in panels.items() if names} or {"everything logged": [*curves][:9]}
     figure = new_figure(13, 3.6)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):

@@ -60,7 +60,7 @@ class StepProgress(ProgressBar):
         self._since = time.monotonic()
         if not self.is_on:
             return
-        self._open.enter_context(NARRATOR.phase("training"))
+        self._open.enter_context(NARRATOR.phase("training, optimizer steps"))
         if sys.stdout.isatty():
             columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left")
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}", markup=False))

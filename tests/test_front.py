@@ -44,7 +44,9 @@ def test_a_command_that_is_registered_has_a_help_of_its_own(capsys, command):
 
 @pytest.mark.parametrize("command", ["gallery", "report", "table"])
 def test_a_folder_without_a_run_is_named(command, tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no run of `opd fit`: there is no .*config\.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{tmp_path} holds no run of `opd fit` that began: there is no .*config\.yaml"
+    ):
         execute([command, str(tmp_path)])
 
 

@@ -130,9 +130,18 @@ def test_what_is_no_such_model_is_refused(tmp_path, packed):
     cut, text = tmp_path / "cut.gguf", tmp_path / "text.gguf"
     cut.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
     text.write_text("hello", encoding="utf-8")
-    for path in (cut, text):
-        with pytest.raises(ValueError, match=f"path: {path.name} can't be read as a GGUF file .*is it whole"):
-            Pretrained(str(path)).load(AutoModelForCausalLM, trained=True)
+    with pytest.raises(ValueError, match=r"path: cut\.gguf can't be read as a GGUF file .*is it whole"):
+        Pretrained(str(cut)).load(AutoModelForCausalLM, trained=True)
+    with pytest.raises(ValueError, match=r"text\.gguf is no GGUF file: it begins with b'hell'"):
+        Pretrained(str(text)).load(AutoModelForCausalLM, trained=True)
+    for place, what in ((8, "tensors"), (16, "keys")):
+        header = bytearray(packed.read_bytes())
+        header[place : place + 8] = (2**62).to_bytes(8, "little")
+        cut.write_bytes(header)
+        with pytest.raises(
+            ValueError, match=f"claims 4,611,686,018,427,387,904 {what}, more than its .* it is damaged"
+        ):
+            Pretrained(str(cut)).load(AutoModelForCausalLM, trained=True)
     for spec in ({"path": str(tmp_path / "none.gguf")}, {"path": str(tmp_path), "gguf_file": "none.gguf"}):
         with pytest.raises(FileNotFoundError, match=r"path: there is no file .*none\.gguf"):
             Pretrained(**spec).load(AutoModelForCausalLM, trained=True)

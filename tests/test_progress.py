@@ -60,6 +60,8 @@ def test_lines_of_phases():
     assert phase.line(112.0) == "… rollouts: 12 s so far"
     phase.total, phase.done = 512, 128
     assert phase.line(112.0) == "… rollouts: 128 of 512, 12 s so far, about 36 s still"
+    assert phase.line(220.0) == "… rollouts: 128 of 512, 2 min 00 s so far, about 6 min still"
+    assert phase.line(228.0).startswith("… rollouts: 128 of 512, 2 min 08 s so far")
     assert [duration(s) for s in (45, 700, 9e3, 3e5)] == ["45 s", "12 min", "2.5 h", "3.5 days"]
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from opd_lightning.report import measures, read_curves, report
+from opd_lightning.report import draw, measures, read_curves, report
 
 
 @pytest.fixture
@@ -100,6 +100,16 @@ def test_lengths_alone_are_no_measures():
     assert measures({"val/length": [(0, 1.0), (5, 2.0)]}, {}) == {}
 
 
-def test_a_folder_without_metrics_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no logs/version_\*/metrics.csv"):
+@pytest.mark.parametrize("table", [None, "", "step,train/length\n"])
+def test_a_run_that_ended_before_its_first_step_says_so(tmp_path, table):
+    if table is not None:
+        (tmp_path / "logs" / "version_0").mkdir(parents=True)
+        (tmp_path / "logs" / "version_0" / "metrics.csv").write_text(table, encoding="utf-8")
+    what = r"there is no logs/version_\*/metrics.csv" if table is None else "metrics.csv is empty"
+    with pytest.raises(FileNotFoundError, match=rf"{what}. Either the run ended before its first step \(opd fit -c"):
         read_curves(tmp_path)
+
+
+def test_a_run_that_logged_nothing_of_the_panels_is_drawn(tmp_path):
+    draw({"train/loss/Mine": [(1, 0.5), (2, 0.25)]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

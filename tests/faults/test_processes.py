@@ -78,7 +78,7 @@ def test_a_run_that_hangs_ends_all_the_same(how, signals, text, tmp_path):
         process.terminate()
         time.sleep(0.2)
     assert process.end() == 128 + signal.SIGTERM
-    assert "SIGTERM: ends at once, at the last checkpoint" in process.output
+    assert "SIGTERM: ends at once, before there is a checkpoint" in process.output
 
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lasts(text, tmp_path):

