@@ -1,5 +1,6 @@
 """What settings whose students write tokens share: rollout engines, replay, views and the audit."""
 
+from .calculator import Calculator
 from .checklist import Checklist
 from .elsewhere import Cached, OtherTokenizer, Remote
 from .endpoint_texts import EndpointTexts
@@ -8,6 +9,7 @@ from .judge import Judge
 from .notes import Feedback, Peers, Written
 from .setting import AutoregressiveDistillation
 from .spans import AgainstReference, Annotator, Span, Spans
+from .tools import Tools
 from .view import FirstOf, PromptView, TemplateOptions
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Annotator",
     "AutoregressiveDistillation",
     "Cached",
+    "Calculator",
     "Checklist",
     "DecodeLoop",
     "EndpointTexts",
@@ -30,6 +33,7 @@ __all__ = [
     "Span",
     "Spans",
     "TemplateOptions",
+    "Tools",
     "VllmServer",
     "Written",
 ]

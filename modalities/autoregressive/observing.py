@@ -17,16 +17,16 @@ def between(renderer: Renderer, example: Example, observation: str | Chat, role:
     Args:
         renderer: of the policy that reads it.
         example: whose prompt the conversation begins with.
-        observation: text, or messages.
+        observation: text, or messages, whose texts follow one another where prompts are no chats.
         role: of text.
         stops: ids that end a turn.
 
     Raises:
-        ValueError: the chat template ends a turn with none of the stop tokens, or messages where prompts are text.
+        ValueError: the chat template ends a turn with none of the stop tokens.
     """
     if renderer.is_raw(example["prompt"]):
         if not isinstance(observation, str):
-            raise ValueError(f"the observation is a chat, and prompts are text: {quoted(observation)}")
+            observation = "\n".join(message["content"] for message in observation)
         return renderer.continuation(renderer.prompt(example), observation)
     mark = PLACEHOLDER
     while mark in str(observation):

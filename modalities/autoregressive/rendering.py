@@ -290,7 +290,7 @@ class Renderer:
         for name in self.options:
             if name in _OURS:
                 raise ValueError(f"{key}: {name} is set by the setting itself")
-            if not self._reads(name):
+            if not self.reads(name):
                 model = self.tokenizer.name_or_path
                 has_none = self.processor.chat_template is None
                 whose = f"{model} has no chat template that" if has_none else f"the chat template of {model}"
@@ -304,7 +304,7 @@ class Renderer:
             options["tools"] = tools
         given = {name: any(message.get(name) for message in chat) for name in ("tool_calls", "function_call")}
         for name, there in {"tools": tools, **given}.items():
-            if there and not self._reads(name):
+            if there and not self.reads(name):
                 raise ValueError(
                     f"the row has {name}, which the chat template of {self.tokenizer.name_or_path} does not write"
                 )
@@ -357,12 +357,13 @@ class Renderer:
     def _own_options(self, example: Example) -> dict[str, Any]:
         options = options_of(example)
         for name in options:
-            if name in _OURS or not self._reads(name):
+            if name in _OURS or not self.reads(name):
                 why = "is set by the setting itself" if name in _OURS else "is read by no part of the chat template"
                 raise ValueError(f"chat_template_kwargs of the row: {name} {why}")
         return options
 
-    def _reads(self, name: str) -> bool:
+    def reads(self, name: str) -> bool:
+        """Tells whether the chat template reads an option or a key of messages."""
         template: Any = self.processor.chat_template
         if isinstance(template, dict):  # several by name, of which the one for tools is taken where there are any
             template = " ".join(template.values())

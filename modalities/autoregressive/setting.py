@@ -43,7 +43,15 @@ from .messages import transcript
 from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
 from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
-from .turns import TakingTurns, check_environment, environment_rewards, last_turn, problem_with_prefix, with_turns
+from .turns import (
+    TakingTurns,
+    check_environment,
+    conversations,
+    environment_rewards,
+    last_turn,
+    problem_with_prefix,
+    with_turns,
+)
 from .writing import write_blended
 
 PROBES, PROBE_TOKENS = 3, 12
@@ -259,6 +267,8 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
             samples.append({"prompt": transcript(row["prompt"]), "completion": text, **own})
             if self.reward is not None:
                 samples[-1]["reward"] = self.reward_of(text, row)
+        for sample, conversation in zip(samples, conversations(self, trajectories), strict=False):
+            sample["conversation"] = conversation
         if self._trainer is not None and self.trainer.training:
             self.scoring.record(self.reward, "judge", self.record)
         of_turns = environment_rewards(self, trajectories)
@@ -344,8 +354,8 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
         """
         super().prepare_for_rows()
         check_horizon(self)
-        self.renderer(self.policies["student"]).check_options("model.chat_template_kwargs")
         check_environment(self)
+        self.renderer(self.policies["student"]).check_options("model.chat_template_kwargs")
 
     def refusal(self, example: Example) -> str | None:
         self.configure_model()

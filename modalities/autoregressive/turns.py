@@ -25,6 +25,7 @@ from .engines import Prompts
 from .engines.engine import until_stop
 from .observing import between, check_observations
 from .rendering import Renderer
+from .tools import Tools
 from .writing import Writing, engine_of, go_on, prompts_of, write
 
 TURN, OF_TURNS = "turn", ("reward", "read", "failures")
@@ -122,7 +123,21 @@ def check_environment(module: Turning) -> None:
             "model.environment: under trainer.strategy=fsdp2 every rank must make equally many forward passes, and "
             "episodes differ in their turns; take ddp"
         )
-    check_observations(module.renderer(module.policies["student"]), module.environment.role, module.eos)
+    renderer = module.renderer(module.policies["student"])
+    for option in module.environment.options if renderer.processor.chat_template is None else ():
+        raise ValueError(
+            f"model.environment: {renderer.tokenizer.name_or_path} has no chat template that would tell policies of "
+            f"{option}: describe them in prompts, and leave them out there (for Tools: describe: false)"
+        )
+    for option in module.environment.options:
+        if not renderer.reads(option):
+            raise ValueError(
+                f"model.environment: the chat template of {renderer.tokenizer.name_or_path} reads no {option!r}, so no "
+                f"policy would be told of them: describe them in prompts (for Tools: describe: false)"
+            )
+    if isinstance(module.environment, Tools):
+        module.environment.adopt(renderer)
+    check_observations(renderer, module.environment.role, module.eos)
 
 
 @dataclass
@@ -245,6 +260,14 @@ def last_turn(trajectories: Trajectories) -> Trajectories:
         return trajectories
     last = turn.masked_fill(~trajectories.mask, -1).amax(1, keepdim=True)
     return replace(trajectories, mask=trajectories.mask & (turn == last))
+
+
+def conversations(module: Turning, trajectories: Trajectories) -> list[str]:
+    """Decodes all turns and observations of each trajectory, for people; empty where there is no environment."""
+    if module.environment is None:
+        return []
+    rows = zip(trajectories.actions, trajectories.extent.tolist(), strict=True)
+    return [str(module.tokenizer().decode(row[:extent])) for row, extent in rows]
 
 
 def environment_rewards(module: Turning, trajectories: Trajectories) -> list[float | None] | None:

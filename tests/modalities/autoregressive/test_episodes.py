@@ -197,6 +197,7 @@ def test_a_verifier_reads_the_last_turn_and_goes_before_the_environment(chat):
         own = acted.mask[i] & (acted.channels["turn"][i] == acted.channels["turn"][i][acted.mask[i]].max())
         assert text == module.written_as(acted.actions[i][own].tolist())
         assert samples[i]["completion"] == text
+        assert samples[i]["conversation"] == module.tokenizer().decode(acted.actions[i][: int(acted.extent[i])])
 
 
 def test_given_completions_beside_an_environment_abstain(chat, tmp_path):
