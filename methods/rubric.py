@@ -78,6 +78,11 @@ class Rubric(Note):
     def check(self, module: Any) -> None:
         endpoint_for(self.endpoint, module, "Rubric")
 
+    def close(self) -> None:
+        """Waits for no answer any more."""
+        if self.endpoint is not None:
+            self.endpoint.close()
+
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
         # 1. a question about each group
         endpoint, texts = endpoint_for(self.endpoint, module, "Rubric"), module.completions(trajectories)

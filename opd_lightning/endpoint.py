@@ -136,11 +136,8 @@ class Endpoint:
         self._flying: dict[str, Future[Reply]] = {}
         self._name: str | None = self.model
         self._is_told = self._is_warned = False
-
-    @property
-    def client(self) -> Client:
-        """Who sends the requests, shared with others that ask this server."""
-        return client_of(self._base, self.key, self.timeout, self.deadline, self.at_once)
+        # 3. who sends the requests, shared with others that ask this server
+        self.client: Client = client_of(self._base, self.key, self.timeout, self.deadline, self.at_once)
 
     def spent(self) -> tuple[int, float]:
         """Sums up tokens and money of all answers in the folder, those of other ranks and earlier runs included."""

@@ -118,6 +118,10 @@ class EndpointReward(Reward):
         tokens, money = self.endpoint.spent()
         return measured | {"tokens": float(tokens), "money": money}
 
+    def close(self) -> None:
+        """Waits for no answer any more."""
+        self.endpoint.close()
+
     def _submit(self, question: Chat, example: Example) -> Future[Reply]:
         key = json.dumps(question)
         if key not in self._ahead:

@@ -56,6 +56,11 @@ class EndpointTexts(Note):
     def check(self, module: Any) -> None:
         endpoint_for(self.endpoint, module, "EndpointTexts")
 
+    def close(self) -> None:
+        """Waits for no answer any more."""
+        if self.endpoint is not None:
+            self.endpoint.close()
+
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
         # 1. what is asked: of rows that show the same once
         endpoint, questions = endpoint_for(self.endpoint, module, "EndpointTexts"), dict[str, Chat]()

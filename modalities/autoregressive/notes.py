@@ -110,6 +110,12 @@ class Feedback(Note):
                 "method feedback(completion, example), or CallableReward with `words`"
             )
 
+    def close(self) -> None:
+        """Gives back what its judge holds."""
+        judge: Any = self.judge
+        if hasattr(judge, "close"):
+            judge.close()
+
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
         rewards = [1.0] * len(trajectories) if trajectories.reward is None else trajectories.reward.tolist()
         judge, texts = self.judge or module.reward, module.completions(trajectories)

@@ -276,8 +276,15 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
 
     def release(self) -> None:
         self.engine.close()
-        if self.environment is not None:
-            self.environment.close()
+        parts: tuple[Any, ...] = (
+            self.environment,
+            self.reward,
+            *self.evaluation.metrics.values(),
+            *self.notes.values(),
+        )
+        for part in parts:
+            if hasattr(part, "close"):
+                part.close()
 
     def completions(self, trajectories: Trajectories) -> list[str]:
         """Decodes the completions."""

@@ -73,7 +73,10 @@ def ask(
     chats = [[*before, *messages_of(row[column])] for row in rows]
     # 2. its answers
     settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
-    replies = replies_to(endpoint, [endpoint.ask(chat, d, **settings) for chat in chats for d in range(draws)])
+    try:
+        replies = replies_to(endpoint, [endpoint.ask(chat, d, **settings) for chat in chats for d in range(draws)])
+    finally:
+        endpoint.close()
     # 3. rows of those that are whole
     lines = list[str]()
     for row, reply in zip(_repeated(rows, draws), replies, strict=True):

@@ -153,7 +153,6 @@ def test_it_trains_and_counts_what_cannot_be_read(tiny_student, chatting, tmp_pa
 def test_notes_end_with_the_budget(tiny_student, chatting, tmp_path):
     module = module_of(tiny_student, chatting(scripted), tmp_path)
     module.reward.endpoint.budget.tokens = 42 * 2
-    module.reward.endpoint.at_once = 1
     with pytest.raises(BudgetSpent):
         fit(module, tmp_path)
 

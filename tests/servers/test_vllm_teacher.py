@@ -64,11 +64,14 @@ def test_log_probs_are_those_of_the_model_here(server, smollm2_folder):
 
 def test_told_of_more_the_loss_is_larger_up_to_the_exact_one(server, smollm2_folder, tmp_path):
     """A divergence of coarser events is smaller, and the rest is one event."""
-    local, losses = Frozen(Pretrained(str(smollm2_folder), dtype="float32")), {}
-    supports = {"sampled": Support("sampled"), "top 20": Support("teacher", 20), "exact": None}
-    for name, support in supports.items():
-        origin = local if support is None else Remote(server.url, top_k=support.k or 0)
-        module = student_of(smollm2_folder, origin, Objective([Term(ReverseKL(support=support), name="kl")]))
+    local, losses = Frozen(Pretrained(str(smollm2_folder), dtype="float32")), dict[str, float]()
+    told = {
+        "sampled": (Remote(server.url), ReverseKL(support=Support("sampled"))),
+        "top 20": (Remote(server.url, top_k=20), ReverseKL(support=Support("teacher", 20))),
+        "exact": (local, ReverseKL()),
+    }
+    for name, (origin, signal) in told.items():
+        module = student_of(smollm2_folder, origin, Objective([Term(signal, name="kl")]))
         trainer = make_trainer(tmp_path, 1)
         trainer.fit(module, datamodule=Rows(ROWS))
         losses[name] = float(trainer.callback_metrics["train/loss/kl"])

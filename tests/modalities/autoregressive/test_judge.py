@@ -14,6 +14,7 @@ from opd_lightning.cli import run
 from opd_lightning.endpoint import Budget, BudgetSpent, Endpoint
 from opd_lightning.endpoint_reward import Unreadable
 from opd_lightning.modalities.autoregressive import Feedback, Judge, PromptView
+from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, Term
 from opd_lightning.scoring import RewardError, Scoring
 from tests.chatting import graded
 from tests.tiny import act, make_module, make_rows, no_teacher
@@ -162,6 +163,21 @@ def test_the_end_of_a_budget_is_no_abstention(chatting, judge):
     for call in (lambda: abstaining(one, "5", ROW), lambda: abstaining.ahead(one, ["5"], [ROW])):
         with pytest.raises(BudgetSpent, match="a resumed run asks for none of them again"):
             call()
+
+
+def test_a_run_that_ends_waits_for_no_answer(tiny_student, chatting, judge, tmp_path):
+    """Threads would keep the process alive until the deadline."""
+    one = judge(chatting(lambda body: (500, "broken")), {"deadline": 600.0})
+    about = judge(chatting(graded), {"deadline": 600.0, "keep": str(tmp_path / "other")})
+    objective = Objective([Term(PolicyGradient(GroupRelative()), teacher=None)])
+    notes = {"feedback": Feedback(of=None, judge=about)}
+    module = make_module(tiny_student, None, objective, reward=one, notes=notes)
+    one.endpoint.ask([{"role": "user", "content": "?"}])
+    about("4", ROW)
+    assert one.endpoint.client._threads is not None
+    assert about.endpoint.client._threads is not None
+    module.release()
+    assert one.endpoint.client._threads is about.endpoint.client._threads is None
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
