@@ -1,6 +1,6 @@
 """Known benchmarks on local files, before and after: ``python benchmarks/known.py BEFORE AFTER``, with OPD_DATA set.
 
-EleutherAI's lm-evaluation-harness does the measuring (``pip install 'opd-lightning[known]'``): its own tasks for GSM8K
+EleutherAI's lm-evaluation-harness does the measuring (``pip install 'opd-lightning[eval]'``): its own tasks for GSM8K
 and BIG-Bench Hard, whose rows come from files instead of the hub, and a task for SVAMP in the manner of its GSM8K.
 Arguments are folders of transformers, such as `opd export` writes, or names on the hub. Prompts are plain text, as in
 the tasks, unless ``--chat`` is given. Results are kept in runs/known, and what is there is not measured again.

@@ -8,6 +8,7 @@ from .early_stop import AdaptiveWindow, ChangePoint, EarlyStopRollout, FirstStep
 from .freshness import Anchor, FreshnessControl
 from .hidden_similarity import HiddenSimilarity
 from .knobs import KnobCallback
+from .lm_eval import LMEval
 from .note_gaps import NoteGaps
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
@@ -29,6 +30,7 @@ __all__ = [
     "FreshnessControl",
     "HiddenSimilarity",
     "KnobCallback",
+    "LMEval",
     "Linear",
     "LowCorrection",
     "Never",

@@ -28,6 +28,9 @@ Curves = dict[str, list[tuple[int, float]]]
 # what is reported besides accuracy and metrics of the run's own, which are shares
 FORMATS = {"length": "{:.1f}"} | {name: form.split()[0] for name, _, form in RETAINED}
 
+HARNESS = "val/lm_eval/"
+"""Beginning of metrics of lm-evaluation-harness, which need not be shares."""
+
 UNMEASURED = (
     "Nothing was scored after an optimizer step: let trainer.val_check_interval divide trainer.max_steps, or run "
     "`opd validate -c {config} --ckpt_path=last` now and this report again."
@@ -88,18 +91,19 @@ def summarize(curves: Curves) -> dict[str, float | None]:
 def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float | None]]:
     """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
 
-    As `ends` does. Empty where a run has neither metrics nor a measure of retention.
+    As `ends` does. Empty where a run has neither metrics, nor a measure of retention or of lm-evaluation-harness.
 
     Args:
         curves: as `read_curves` returns them.
         metrics: names of the run's ``model.evaluation.metrics``.
     """
-    if not metrics and "val/retention/kl" not in curves:
+    harness = [name.removeprefix("val/") for name in curves if name.startswith(HARNESS)]
+    if not metrics and not harness and "val/retention/kl" not in curves:
         return {}
     teachers = [name.split("/")[1] for name in curves if re.fullmatch("val/[^/]+/length", name)]
     divergences = [name.removeprefix("val/") for name in curves if re.fullmatch("val/[^/]+/kl_teacher_student", name)]
     table = {}
-    for measure in (*metrics, *FORMATS, *divergences):
+    for measure in (*metrics, *harness, *FORMATS, *divergences):
         if points := curves.get(f"val/{measure}"):
             table[measure] = ends(points)
             known = [name for name in teachers if f"val/{name}/{measure}" in curves]
@@ -156,7 +160,8 @@ def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
     for heading in ("", *columns):
         table.add_column(cell(heading), justify="right" if heading else "left")
     for name, row in measured.items():
-        form = "{:.3f}" if name.endswith("/kl_teacher_student") else FORMATS.get(name, "{:.1%}")
+        plain = name.endswith("/kl_teacher_student") or f"val/{name}".startswith(HARNESS)
+        form = "{:.3f}" if plain else FORMATS.get(name, "{:.1%}")
         table.add_row(cell(name), *(_written(row.get(column), form) for column in columns))
     return table
 

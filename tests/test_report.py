@@ -73,6 +73,15 @@ def test_report_has_a_table_of_what_else_was_measured(run_folder, capsys):
         assert text in printed
 
 
+def test_scores_of_the_harness_are_in_the_table(run_folder, capsys):
+    (run_folder / "logs" / "version_2").mkdir()
+    (run_folder / "logs" / "version_2" / "metrics.csv").write_text(
+        "step,val/lm_eval/closed/acc\n0,0.25\n10,0.375\n", encoding="utf-8"
+    )
+    assert report(run_folder)["measures"]["lm_eval/closed/acc"] == {"before": 0.25, "after": 0.375}
+    assert "0.375" in capsys.readouterr().out
+
+
 def test_what_was_measured_before_training_is_no_measure_of_training(run_folder, capsys):
     (run_folder / "logs" / "version_1" / "metrics.csv").unlink()
     (run_folder / "logs" / "version_0" / "metrics.csv").write_text(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -38,9 +37,9 @@ from .audit import (
 from .engines import DecodeLoop, RolloutEngine
 from .engines.trial import Trial
 from .findings import Foreseen
-from .generation import make_savable
+from .generation import Generating
 from .messages import transcript
-from .models import bare, depth, head_at, known_ids, listed, output_embeddings, tokenizer_of
+from .models import bare, depth, head_at, known_ids, output_embeddings, tokenizer_of
 from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
 from .turns import (
@@ -57,7 +56,7 @@ from .writing import write_blended
 PROBES, PROBE_TOKENS = 3, 12
 
 
-class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
+class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
 
     Args:
@@ -317,20 +316,6 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, OnPolicyDistillation):
         with evaluating(policy.model), policy.active():
             logits = bare(policy.model)(input_ids=ids.to(device)).logits[..., : self.vocabulary]
         return logits.float().log_softmax(-1).flatten(0, 1).cpu()
-
-    def save_student(self, model: nn.Module, folder: Path) -> None:
-        """Writes the student with its suppressed ids and stop ids as settings of `generate`.
-
-        Suppressed are padding of the head and placeholders."""
-        settings = bare(model).generation_config
-        rows = bare(model).get_output_embeddings().weight.shape[0]
-        impossible = sorted({*range(self.vocabulary, rows), *self.suppressed()})
-        if impossible:
-            settings.suppress_tokens = impossible
-        if not {*self.eos} <= {*listed(settings.eos_token_id)}:
-            settings.eos_token_id = self.eos
-        make_savable(settings)
-        super().save_student(model, folder)
 
     # -- checks -------------------------------------------------------------------------------------------------
 
