@@ -32,6 +32,7 @@ from .weight import (
     Outcome,
     PassRate,
     TopEntropy,
+    Turns,
     Weight,
     Window,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "Term",
     "TopEntropy",
     "TotalVariation",
+    "Turns",
     "Weight",
     "Window",
     "availability",

@@ -18,6 +18,7 @@ ADVICE = {
     "behavior": "dataset completions have no behavior log-probs: give the term `source: student`",
     "categorical": "only distributions over a vocabulary have it",
     "layers": "only settings whose policies show their hidden states have it",
+    "turn": "only settings whose policies write have turns",
 }
 """What provides a need, for the message where nothing does."""
 

@@ -72,6 +72,42 @@ class Window(Weight):
         return inside.float()
 
 
+class Turns(Weight):
+    """Weight 1 for the turns start ≤ k < stop of each trajectory, and of its turns for the ``last``, 0 elsewhere.
+
+    How many turns rollouts *have* is `Rollout.turns`. ``Turns(last=1)`` trains the answer alone,
+    behind what was done for it.
+
+    Args:
+        start: turns left out at the beginning. Default 0.
+        stop: first turn left out at the end. Default: none.
+        last: how many turns count, from the trajectory's end. Default: all.
+
+    Raises:
+        ValueError: an empty range of turns.
+    """
+
+    scope = "data"
+    needs = frozenset({"turn"})
+
+    def __init__(self, start: int = 0, stop: int | None = None, last: int | None = None) -> None:
+        if start < 0 or (stop is not None and stop <= start) or (last is not None and last < 1):
+            raise ValueError(
+                f"Turns: need 0 <= start < stop and last >= 1, got start={start}, stop={stop} and last={last}"
+            )
+        self.start, self.stop, self.last = start, stop, last
+
+    def __call__(self, steps: Steps) -> Tensor:
+        turn = steps.channel("turn")
+        inside = turn >= self.start
+        if self.stop is not None:
+            inside &= turn < self.stop
+        if self.last is not None:
+            turns = steps.trajectories.channels["turn"].masked_fill(~steps.trajectories.mask, 0).amax(1) + 1
+            inside &= turn >= steps.per_trajectory(turns) - self.last
+        return inside.float()
+
+
 class Entropy(Weight):
     """Soft factor exp(−β·H) that trusts certain states more (β > 0) or less (β < 0).
 

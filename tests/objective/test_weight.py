@@ -28,6 +28,7 @@ from opd_lightning.objective import (
     Steps,
     Term,
     TopEntropy,
+    Turns,
     Weight,
     Window,
 )
@@ -42,6 +43,7 @@ MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
 SHAPE = (3, 5)
 ROW = torch.tensor([0] * 3 + [1] * 5 + [2] * 3)
 POSITION = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2])
+TURN = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1])
 N = 11
 
 
@@ -50,6 +52,9 @@ def world():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (Policy.random(generator, SHAPE, V) for _ in range(2))
     trajectories = batch(MASK, V, reward=torch.tensor([1.0, 0.25, -2.0]), group_mean=torch.tensor([1.0, 0.25, 0.5]))
+    turn = torch.full(SHAPE, 9)
+    turn[trajectories.mask] = TURN
+    trajectories.channels["turn"] = turn
     return student, teacher, trajectories
 
 
@@ -87,6 +92,9 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
         (Window(start=9), torch.zeros(N)),
         (Window(last=2), last_two(mask)),
         (Window(start=2, last=1), last_two(mask, 1) * (POSITION >= 2)),
+        (Turns(start=1), (TURN >= 1).double()),
+        (Turns(stop=1), (TURN < 1).double()),
+        (Turns(last=1), torch.tensor([1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1]).double()),
         (Entropy(), (-theirs).exp()),
         (Entropy("student", beta=-0.5), (0.5 * ours).exp()),
         (TopEntropy(0.3), share_of_highest(ours, 0.3)),
@@ -104,7 +112,7 @@ def weights(student: Policy, teacher: Policy, mask: Tensor) -> list[tuple[Weight
 
 @pytest.mark.parametrize("normalizer", ["steps", "weights"])
 @pytest.mark.parametrize("chunk_steps", [1, 4, None])
-@pytest.mark.parametrize("which", range(19))
+@pytest.mark.parametrize("which", range(22))
 def test_value_and_gradient_of_each_weight(world, which, chunk_steps, normalizer):
     student, teacher, trajectories = world
     mask = trajectories.mask

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from opd_lightning import Rollout
+from opd_lightning.callbacks import Curriculum, Staircase
 from opd_lightning.environment import Environment, Turn, seed_of
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
 from opd_lightning.modalities.autoregressive.engines.decode_loop import Remembering
 from opd_lightning.modalities.autoregressive.engines.engine import Rereading
 from opd_lightning.modalities.autoregressive.observing import between, check_observations
-from opd_lightning.objective import Objective, PolicyGradient, Term
+from opd_lightning.objective import CrossEntropy, Objective, PolicyGradient, Term, Turns
 from opd_lightning.objective.advantage import GroupRelative
 from tests.modalities.autoregressive.test_rendering import FORGETFUL, QWEN3, R1, renderer, stops
 from tests.modalities.autoregressive.test_turns import close_to_replay
@@ -172,6 +173,26 @@ def test_the_environments_rewards_are_the_trajectorys(chat, tmp_path):
     logged = trainer.logged_metrics
     assert logged["train/turns"] >= 1
     assert {"train/read", "train/observed", "train/failures"} <= logged.keys()
+
+
+def test_depth_grows_over_training_and_turns_are_weighed(chat, tmp_path):
+    depth = Curriculum(schedules={"rollout.turns": Staircase(1, 3, every=1)})
+    objective = Objective([Term(CrossEntropy(), teacher=None, weights=[Turns(last=1)], normalizer="on")])
+    rollout = Rollout(batch_size=4, horizon=200, turns=1)
+    module = make_module(chat, {}, objective, environment=Endless(), rollout=rollout)
+    module.eos = [*module.eos, *range(10, 70)]
+    seen: list[int] = []
+    sample = type(module).sample
+
+    def watch(self: Any, *arguments: Any) -> Any:
+        acted = sample(self, *arguments)
+        seen.append(int(acted.channels["turn"][acted.mask].max()) + 1)
+        return acted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(module), "sample", watch)
+        fit(module, tmp_path, steps=3, callbacks=[depth])
+    assert seen[-3:] == [1, 2, 3]
 
 
 class Last:
