@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from ..callback import DistillationCallback
-from ..distribution.chunk import CategoricalChunk
 from ..module import OnPolicyDistillation
-from ..objective import CrossEntropy, OpenSteps, ReverseKL, Signal
+from ..objective import CrossEntropy, ReverseKL, Signal
 from ..optimizer_step import OptimizerStep
 from ..printable import cell, in_markdown
+from ..teacher_reading import TeacherReading
 from ..trajectory import Trajectories
 
 WHOLE = 1_000_000
@@ -103,7 +101,7 @@ class Samples(DistillationCallback):
         self._publish(module.trainer, rows)
 
     def _rows(self, module: OnPolicyDistillation, shown: Trajectories) -> list[Row]:
-        reading = _Reading(self.signal, self.likeliest if self.distributions else 0)
+        reading = TeacherReading(self.signal, self.likeliest if self.distributions else 0)
         values = module.per_step(shown, reading, self.teacher)
         read, spelled = module.actor.checked_rewards(shown)[1], module.decode_steps(shown)
         log_probs, likeliest = reading.of(module, shown)
@@ -155,66 +153,6 @@ class Samples(DistillationCallback):
     @staticmethod
     def _path(trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "rollouts.jsonl"
-
-
-class _Reading:
-    """Signal that keeps, of each step that it reads, what the teacher makes of the action and of others.
-
-    Args:
-        signal: whose values it returns.
-        count: of the likeliest steps; 0: nothing is kept.
-    """
-
-    def __init__(self, signal: Signal, count: int) -> None:
-        self.signal, self.count = signal, count
-        self.taken: list[Tensor] = []
-        self.best: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, steps: OpenSteps) -> Tensor:
-        if self.count and isinstance(steps.teacher, CategoricalChunk):
-            known, unknown = steps.teacher.known()[0], ~steps.knows(steps.stream or "")
-            values, ids = known.topk(min(self.count, known.shape[-1]))
-            taken = known.gather(-1, steps.action[:, None]).squeeze(-1)
-            self.taken.append(taken.masked_fill(unknown, torch.nan).cpu())
-            self.best.append((values.masked_fill(unknown[:, None], torch.nan).cpu(), ids.cpu()))
-        return self.signal(steps)
-
-    def of(self, module: OnPolicyDistillation, shown: Trajectories) -> tuple[list[Any] | None, list[Any] | None]:
-        """Spreads what was kept over trajectories.
-
-        Returns:
-            Log-probs of the actions, a list for each trajectory, and for each of its steps ``[text, log-prob]`` of the
-            likeliest; None where the teacher does not tell. None for both where nothing was kept, and for the likeliest
-            where steps can't be read.
-        """
-        if not self.taken:
-            return None, None
-        # chunks are read in the order of the trained steps
-        lengths = shown.mask.sum(1).tolist()
-        taken = torch.cat(self.taken).split(lengths)
-        values, ids = (torch.cat(pieces) for pieces in zip(*self.best, strict=True))
-        texts = []
-        for column in ids.T:
-            actions = shown.actions.clone()
-            actions[shown.mask] = column.to(actions)
-            texts.append(module.decode_steps(dataclasses.replace(shown, actions=actions)))
-        log_probs = [[_plain(value) for value in row.tolist()] for row in taken]
-        spelled = [text for text in texts if text is not None]
-        if not spelled:  # steps that can't be read
-            return log_probs, None
-        likeliest = [
-            [
-                None if row[0] != row[0] else [[spelled[k][i][t], _plain(value)] for k, value in enumerate(row)]
-                for t, row in enumerate(rows.tolist())
-            ]
-            for i, rows in enumerate(values.split(lengths))
-        ]
-        return log_probs, likeliest
-
-
-def _plain(value: float) -> float | None:
-    """Rounds to what is looked at; None for NaN, which is no JSON."""
-    return None if value != value else round(value, 4)
 
 
 @rank_zero_only

@@ -21,6 +21,7 @@ from .objective import Objective
 from .printable import cell, printable
 from .progress import phase
 from .ranks import Ranks
+from .reader import Reader
 from .rollout_settings import derived_seed
 from .rows import STAND_IN, blames_rows, identified, row_of
 from .scoring import Scoring
@@ -28,11 +29,13 @@ from .setting import Setting
 from .splits import rows_of
 from .streams import Streams
 from .teacher import Elsewhere, Frozen
+from .teacher_reading import TeacherReading
 from .trajectory import Example, Trajectories
 
 # Lightning prints names of metrics as rich's markup, and `/` divides them
 _IN_NAMES = str.maketrans("[]/", "()|")
 EVALUATION_DRAWS = 2**32  # keeps evaluation's seeds apart from the rollouts'
+LIKELIEST = 3  # of a teacher's steps, which are written down beside each shown one
 BATCH_SIZE = 64  # of rows before training, where the data module has no own
 
 
@@ -119,7 +122,9 @@ class Evaluator:
         self._update_metrics(counted.examples, rows)
         # 3. what is written down, and KLs to teachers
         if batch_idx == 0:
-            self._show(stage, who, rows[: self.settings.show * samples : samples])
+            excerpt = rows[: self.settings.show * samples : samples]
+            readings = self._readings(trajectories, excerpt) if who == "student" else [{}] * len(excerpt)
+            self._show(stage, who, [row | reading for row, reading in zip(excerpt, readings, strict=True)])
         if who == "student":
             if not counts.all():
                 # stand-ins stay as rows without steps: a rank that left its pass out would keep the others waiting
@@ -127,6 +132,26 @@ class Evaluator:
                 reward = None if reward is None else torch.zeros(len(counts)).masked_scatter(counts, reward)
             self._compare(trajectories, reward, inspect=batch_idx == 0)
         self.setting.measure(stage, who, examples, batch_idx)
+
+    def _readings(self, trajectories: Trajectories, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Notes of the rows that are shown what a teacher makes of each step; empty dicts where none tells.
+
+        Every rank asks, also one whose rows are stand-ins: a pass is collective where weights are shards.
+        """
+        names = [n for n in self.streams.teachers if n in self.objective.teachers() & self.streams.policies.keys()]
+        count = min(self.settings.show * self.settings.samples, len(trajectories))
+        if not names or not count or "categorical" not in self.setting.provides:
+            return [{}] * len(rows)
+        excerpt = trajectories.to("cpu").select(torch.arange(0, count, self.settings.samples))
+        reading = TeacherReading(lambda steps: torch.zeros(len(steps.action), device=steps.action.device), LIKELIEST)
+        Reader(self.streams, self.objective, self.trainer, len(excerpt)).per_step(excerpt, reading, names[0])
+        steps, (log_probs, likeliest) = self.setting.decode_steps(excerpt), reading.of(self.setting, excerpt)
+        if steps is None or log_probs is None:
+            return [{}] * len(rows)
+        return [
+            {"steps": steps[i], "teacher_log_probs": log_probs[i], "likeliest": likeliest and likeliest[i]}
+            for i in range(len(rows))
+        ]
 
     def _update_by_column(self, examples: list[Example], reward: torch.Tensor) -> None:
         columns = self.settings.by

@@ -18,6 +18,8 @@ MOST = 500
 """Points of a curve that are drawn."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 240, 52, 10, 8, 34
 COLORS, DASHES = 8, 4
+READABLE = 8
+"""Curves of a chart that are told apart at a glance."""
 
 GROUPS: tuple[tuple[str, str, str], ...] = (
     ("held-out accuracy", r"val/([^/]+/)?(accuracy|pass@\d+)", "share"),
@@ -91,7 +93,8 @@ def charts(curves: Mapping[str, Mapping[str, Points]]) -> tuple[list[Chart], lis
         curves: points by metric, by name of the run.
 
     Returns:
-        The charts of `GROUPS`, and one for each metric that is in none of them.
+        The charts of `GROUPS` that show something. Those behind the first that have more than `READABLE` curves, or one
+        value alone, come second, with one for each metric that is in none of them.
     """
     names = list(dict.fromkeys(name for run in curves.values() for name in run))
     main, grouped = [], set()
@@ -102,8 +105,13 @@ def charts(curves: Mapping[str, Mapping[str, Points]]) -> tuple[list[Chart], lis
             main.append(Chart(title, _series(curves, columns), axis=axis))
         if title == GROUPS[0][0] and columns and (chart := _per_generated(curves, columns)):
             main.append(chart)
+    dull = [chart for chart in main[1:] if len(chart.series) > READABLE or _is_constant(chart)]
     rest = [Chart(name, _series(curves, [name])) for name in sorted(set(names) - grouped)]
-    return main, rest
+    return [chart for chart in main if chart not in dull], [*dull, *rest]
+
+
+def _is_constant(chart: Chart) -> bool:
+    return len({y for one in chart.series for _, y in one.points}) == 1
 
 
 def _series(curves: Mapping[str, Mapping[str, Points]], columns: list[str]) -> list[Series]:

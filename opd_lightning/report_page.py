@@ -105,6 +105,11 @@ class Run:
                 pairs.setdefault(row["prompt"], {})[who] = row
         return [{"prompt": prompt, "by": by} for prompt, by in list(pairs.items())[:MOST_SAMPLES]]
 
+    @property
+    def is_colored(self) -> bool:
+        """Tells whether what a teacher made of samples was written down."""
+        return any("steps" in row for sample in self.samples for row in sample["by"].values())
+
     @cached_property
     def rollouts(self) -> dict[int, list[dict[str, Any]]]:
         """Rollouts that `Samples` wrote down, by optimizer step, the first and the last ones where they are many."""
@@ -134,6 +139,19 @@ class Run:
             return (getattr(import_module(module), name).pictures(self.folder), "") if module else ([], "")
         except Exception as error:  # rows, pages or classes that were there when it ran: the rest is worth reading
             return [], f"{type(error).__name__}: {error}"
+
+
+def side_by_side(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Lists samples for the page: of several runs all that was written to a prompt stands beside each other."""
+    if len(runs) == 1:
+        return runs[0].samples
+    prompts: dict[str, dict[str, Any]] = {}
+    for who in dict.fromkeys(who for run in runs for sample in run.samples for who in sample["by"]):
+        for run in runs:
+            for sample in run.samples:
+                if who in sample["by"]:
+                    prompts.setdefault(sample["prompt"], {})[f"{run.label}, {who}"] = sample["by"][who]
+    return [{"prompt": prompt, "by": by} for prompt, by in prompts.items()]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -248,6 +266,7 @@ def page(runs: Sequence[Run]) -> str:
         svg=svg,
         short=short,
         colored=colored,
+        samples=side_by_side(runs),
         shares=[_share(-UNLIKELY * k / (SHADES - 1)) for k in range(SHADES)],
         style=Markup((source / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -18,7 +18,7 @@ from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import EMA, Frozen, Teacher
 from tests.callbacks import toy
-from tests.tiny import LongerIsBetter, Rows, act, log_softmax, make_trainer
+from tests.tiny import LongerIsBetter, Rows, act, log_softmax, make_trainer, teacher_forced
 
 
 @pytest.fixture
@@ -158,6 +158,26 @@ def test_samples_are_kept(world, held_out, tmp_path):
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in held_out[:2]] * 2, "one of each prompt's three"
     assert rows[0].keys() >= {"step", "stage", "who", "prompt", "completion", "reward"}
     assert (rows[0]["step"], rows[0]["stage"], rows[0]["who"]) == (0, "val", "student")
+
+
+def test_samples_hold_what_the_teacher_made_of_each_step(world, held_out, tmp_path):
+    module = world.module(reward=IsEven(), evaluation=Evaluation(show=2, horizon=6, before=False))
+    rows = [row for row in held_out if row["solution"]]
+    validate(module, tmp_path, rows)
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 2
+    acted = act(module, rows, temperature=0.0, horizon=6)
+    expected = teacher_forced(module, "teacher", acted)
+    for i, row in enumerate(kept):
+        count = int(acted.mask[i].sum())
+        assert row["teacher_log_probs"] == pytest.approx(expected[i][acted.mask[i]].tolist(), abs=1e-3)
+        assert len(row["steps"]) == len(row["likeliest"]) == count
+        assert "".join(row["steps"]).startswith(row["completion"])
+        for step, log_prob, lines in zip(row["steps"], row["teacher_log_probs"], row["likeliest"], strict=True):
+            assert len(lines) == 3
+            assert lines[0][1] >= log_prob - 1e-4
+            if lines[0][0] == step:
+                assert lines[0][1] == pytest.approx(log_prob, abs=1e-3)
 
 
 # -- before training ----------------------------------------------------------------------------------------------

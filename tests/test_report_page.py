@@ -107,6 +107,22 @@ def test_what_models_wrote_is_text(tmp_path):
     assert "default-src 'none'" in text
 
 
+def test_samples_are_colored_by_the_teacher(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    assert write_page([folder]).read_text(encoding="utf-8").count("The redder a step") == 1, "of the rollouts alone"
+    told = {"steps": ["two", EVIL], "teacher_log_probs": [-0.1, None], "likeliest": [BEST, None]}
+    samples = [
+        {"step": step, "who": "student", "prompt": "1+1=", "completion": "two", "reward": 1.0, **told}
+        for step in (0, 10)
+    ]
+    write(folder / "samples.jsonl", samples)
+    text = write_page([folder]).read_text(encoding="utf-8")
+    assert text.count("The redder a step") == 2
+    samples = text[text.index("<h2 id=samples>") : text.index("<h2 id=rollouts>")]
+    assert samples.count("<i class=s0 data-l=") == 2, "before and after"
+    assert "&lt;/script&gt;" in samples
+
+
 def test_runs_are_compared_on_the_same_axes(tmp_path):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", accuracy=0.2)
     path = write_page([one, two])
@@ -115,6 +131,8 @@ def test_runs_are_compared_on_the_same_axes(tmp_path):
     assert "one: val/accuracy" in text
     assert "two: val/accuracy" in text
     assert "<b>two</b>: After 10 optimizer steps the student solves 20.0%" in text
+    for who in ("one, before", "two, before", "one, after", "two, teacher"):
+        assert text.count(f"<div class=who>{who} ") == 1, "what was written to a prompt stands beside each other"
     main_charts, rest = charts({run.label: run.curves for run in (read_run(one, "one"), read_run(two, "two"))})
     assert [series.color for series in main_charts[0].series] == [0, 0, 1, 1], "a color for each run"
     assert [chart.title for chart in rest] == ["train/own", "train/tokens_so_far", "val/accuracy/hard"]
@@ -136,6 +154,20 @@ def test_a_setting_that_cannot_draw_says_why(tmp_path):
     config = {"seed_everything": 7, "model": {"class_path": "opd_lightning.no_such.Setting"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert "Not drawn. ModuleNotFoundError" in write_page([folder]).read_text(encoding="utf-8")
+
+
+def test_what_shows_nothing_comes_last():
+    shares = {f"time/{name}_share": [(1, 0.1), (2, 0.2)] for name in "abcdefgh"}
+    run = {
+        "val/accuracy": [(0, 0.0), (2, 0.0)],
+        "train/alarms": [(1, 0.0), (2, 0.0)],
+        "train/reward": [(1, 0.0), (2, 1.0)],
+    }
+    main_charts, rest = charts({"one": run | shares})
+    assert [chart.title for chart in main_charts] == ["held-out accuracy", "share of the time", "reward in training"]
+    main_charts, rest = charts({"one": run | shares, "two": run | shares})
+    assert [chart.title for chart in main_charts] == ["held-out accuracy", "reward in training"]
+    assert [chart.title for chart in rest] == ["share of the time", "alarms"], "16 curves, and one value"
 
 
 def test_thinned_curves_keep_ends_and_peaks():

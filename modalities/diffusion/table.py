@@ -1,6 +1,6 @@
 """Reports on few-step runs: ``opd table runs/demo-diffusion`` prints Frechet distances by number of steps.
 
-It also draws ``curves.png`` and ``grid.png`` and writes ``result.json``.
+It also draws ``table.png`` and ``grid.png`` and writes ``table.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def closed(before: float, after: float, aim: float) -> float:
 
 
 def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, Any]:
-    """Prints the table, draws the pictures, writes ``result.json``; returns what it holds.
+    """Prints the table, draws the pictures, writes ``table.json``; returns what it holds.
 
     Raises:
         ValueError: the run sampled no frozen teacher (``evaluation.before``).
@@ -58,7 +58,7 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
         table.add_row(name, *(f"{values[count]:.2f}" for count in teacher))
     console = Console()
     console.print(table)
-    # 2. the numbers of ``result.json``
+    # 2. the numbers of ``table.json``
     most, after = max(teacher), rows["student after"]
     result: dict[str, Any] = {
         "before": round(teacher[steps], 4),
@@ -72,10 +72,10 @@ def report(run: Path, steps: int = 4, since: float | None = None) -> dict[str, A
         result["wall_s"] = round(time.time() - since, 1)
     result["seed"] = config["seed_everything"]
     # 3. files
-    draw(curves, run / "curves.png")
+    draw(curves, run / "table.png")
     grid(run, steps, most, run / "grid.png")
-    (run / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(cell(f"{run / 'curves.png'}  {run / 'grid.png'}  {run / 'result.json'}"))
+    (run / "table.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(cell(f"{run / 'table.png'}  {run / 'grid.png'}  {run / 'table.json'}"))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from typing import Any
@@ -66,6 +67,8 @@ def test_what_lasts_is_told_once_with_advice(wrong, advice, tmp_path):
     (message,) = heard
     assert message.startswith("optimizer step 6:")
     assert re.search(advice, message)
+    (kept,) = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert f"optimizer step {kept['step']}: {kept['message']}" == message, "what the report shows is what was said"
     off = CollapseAlarm(entropy=None, length=None, truncated=None, repetition=None, first_step_kl=None, overlap=None)
     assert not play(tmp_path / "off", off, dict.fromkeys(range(4, 9), wrong))[0]
 
@@ -80,6 +83,9 @@ def test_a_dip_is_not_told_and_a_relapse_is_told_again(tmp_path):
     assert not play(tmp_path / "dip", CollapseAlarm(), {4: low, 5: low, 7: low, 8: low})[0]
     heard, _ = play(tmp_path / "again", CollapseAlarm(patience=1), {4: low, 5: low, 7: low, 8: low})
     assert [message.split(":")[0] for message in heard] == ["optimizer step 4", "optimizer step 7"]
+    lines = (tmp_path / "again" / "alarms.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 7]
+    assert not (tmp_path / "dip" / "alarms.jsonl").exists()
 
 
 def test_a_loss_that_is_not_finite_is_told_at_once(tmp_path):

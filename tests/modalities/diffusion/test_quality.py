@@ -15,7 +15,8 @@ from opd_lightning.modalities.diffusion import Brightness, ClipScore, DigitFeatu
 from opd_lightning.modalities.diffusion.images import contact_sheet
 from opd_lightning.modalities.diffusion.quality import compare, precision_and_recall
 from opd_lightning.modalities.diffusion.quickstart import digits
-from opd_lightning.modalities.diffusion.table import by_steps, closed, report
+from opd_lightning.modalities.diffusion.table import by_steps, closed, pictures, report
+from opd_lightning.report import report as report_of_any_run
 from tests.tiny import Rows, fit, make_trainer
 from tests.tiny_diffusion import make_rows, tokenizer
 
@@ -92,12 +93,30 @@ def test_every_number_of_steps_is_measured_before_and_after_and_drawn(make, tmp_
     }
     (tmp_path / "config.yaml").write_text("seed_everything: 3\n", encoding="utf-8")
     found = report(tmp_path, steps=1)
-    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == found
+    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == found
     assert (found["seed"], set(found["steps"])) == (3, {"teacher", "student before", "student after"})
     assert (
         Image.open(tmp_path / "grid.png").width == Image.open(tmp_path / "grids" / "student_step-2_steps-1.png").width
     )
-    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "table.png").exists()
+    # the report of any run has files of other names, and shows the sheets
+    report_of_any_run(tmp_path)
+    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == found
+    assert {"result.json", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
+    titles = [[picture.title for picture in line] for line in pictures(tmp_path)]
+    assert titles == [
+        [
+            f"teacher, {count} denoising steps",
+            f"student, {count} denoising steps, after 0 optimizer steps",
+            f"student, {count} denoising steps, after 2 optimizer steps",
+        ]
+        for count in (1, 2)
+    ]
+
+
+def test_a_run_without_sheets_has_no_pictures(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no sheets of samples"):
+        pictures(tmp_path)
 
 
 def test_the_samples_of_a_number_of_steps_are_those_of_a_rollout(make, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from opd_lightning.cli import run
-from opd_lightning.modalities.vision_language.gallery import gallery, read
+from opd_lightning.modalities.vision_language.gallery import gallery, pictures, read
+from opd_lightning.modalities.vision_language.images import images_of
 from tests.tiny_vlm import save_vlm
 
 SCREENS = "opd:assets/gui_screens"
@@ -60,3 +61,23 @@ def test_the_picture_is_drawn(finished):
         assert image.width > 500
         colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
     assert (31, 119, 180) in colors, "the target's rectangle"
+
+
+def test_pictures_of_a_report_have_clicks_and_the_target_in_their_own_pixels(finished):
+    module, rows, before, after = read(finished)
+    drawn = pictures(finished)
+    assert len(drawn) == len(after) == 3
+    for (student, *teachers), row, old, new in zip(drawn, rows, before, after, strict=False):
+        assert student.title == "student sees"
+        assert student.words[0] == row["prompt"]
+        assert f"before: {old['completion']}" in student.words[1]
+        assert f"after: {new['completion']}" in student.words[2]
+        scale = student.size[0] / images_of(dict(row))[0].width
+        assert student.target == pytest.approx([scale * value for value in row["box"]])
+        assert (student.after is None) == (new["prediction"] is None)
+        if new["prediction"] is not None:
+            x, y = new["prediction"][0] + new["prediction"][-2], new["prediction"][1] + new["prediction"][-1]
+            assert student.after == pytest.approx((scale * x / 2, scale * y / 2))
+        looks = [name for name, teacher in module.teachers.items() if teacher.view is not None]
+        assert [picture.title for picture in teachers] == [f"{name} sees" for name in looks]
+        assert all(picture.target is None for picture in teachers)
