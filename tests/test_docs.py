@@ -133,6 +133,9 @@ def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
     pages = {path.name for path in DOCS.glob("*.md")} - {"README.md"}
     index = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text(encoding="utf-8")))
     assert index == pages, "docs/README.md lists every page"
+    site = set(re.findall(r"^ +- (\w+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    made = {"index.md", "catalog.md", "commands.md", "changelog.md", "contributing.md"}
+    assert site - made == pages, "mkdocs.yml, nav: every page has its place on the site"
     for page in (*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
