@@ -37,6 +37,10 @@ class Whole(dict[str, Any]):
     """Mapping by name that replaces an earlier one as a whole: names that it lacks were removed."""
 
 
+SECRETIVE = ("key", "token", "url")
+"""Last keys of settings whose values no message repeats."""
+
+
 @dataclass
 class Source:
     """Source of settings: one file, or one argument of the command line.
@@ -59,7 +63,9 @@ class Source:
         """Returns the place where it sets a key, for messages; None: it does not."""
         if self.keys:
             asked, set_here = ([key for key in which if key != "init_args"] for which in (keys, self.keys))
-            return f"what the command line says: {self.name}" if asked[: len(set_here)] == set_here else None
+            # a value that is refused there may be the secret itself, in place of where it is
+            name = self.name.partition("=")[0] if self.keys[-1] in SECRETIVE else self.name
+            return f"what the command line says: {name}" if asked[: len(set_here)] == set_here else None
         return f"{self.name}, line {self.lines[keys]}" if keys in self.lines else None
 
 

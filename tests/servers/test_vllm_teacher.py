@@ -77,7 +77,6 @@ def test_told_of_more_the_loss_is_larger_up_to_the_exact_one(server, smollm2_fol
         losses[name] = float(trainer.callback_metrics["train/loss/kl"])
     print(json.dumps(losses))
     assert losses["sampled"] < losses["top 20"] < losses["exact"]
-    assert losses["top 20"] > 0.9 * losses["exact"]
 
 
 def test_a_student_with_an_adapter_learns_from_it(server, smollm2_folder, tmp_path):

@@ -17,6 +17,7 @@ from opd_lightning.modalities.autoregressive import Feedback, Judge, PromptView
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, Term
 from opd_lightning.scoring import RewardError, Scoring
 from tests.chatting import graded
+from tests.processes import start
 from tests.tiny import act, make_module, make_rows, no_teacher
 
 ROW = {"prompt": "2+2=", "answer": "4"}
@@ -255,3 +256,14 @@ def test_it_takes_the_place_of_the_rules_of_visd_as_the_overlay_says(chatting, t
     places = [f"{endpoint}.keep={tmp_path / 'asked'}", f"--trainer.default_root_dir={tmp_path}"]
     run(["fit", *files, *options, *small, *places])
     assert server.bodies
+
+
+@pytest.mark.parametrize("setting", [f"key={SECRET}", f"url=http://me:{SECRET}@host"])
+def test_a_key_in_the_wrong_place_is_not_repeated(setting):
+    endpoint = "--model.reward.init_args.endpoint"
+    ended = start(
+        Path("opd:text/quickstart.yaml"), "--model.reward=Judge", f"{endpoint}.url=http://host", f"{endpoint}.{setting}"
+    )
+    assert ended.end() == 1
+    assert f"what the command line says: {endpoint}.{setting.partition('=')[0]}\n" in ended.output
+    assert SECRET not in ended.output
