@@ -1,4 +1,7 @@
-"""`opd check`: what can be known of a run before its first step, line by line, with what to do about it."""
+"""`opd check`: what can be known of a run before its first step, line by line, with what to do about it.
+
+Libraries are loaded by the look itself (`opd_lightning/look.py`), so that help does not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from .cli import OPDCLI
-from .cli_errors import Parser, sentence
-from .data import PromptData
-from .finding import Finding, as_json, show, summary
-from .forecast import memory_of
-from .foresight import Foresight, forecast
+from .finding import as_json, show, summary
 from .front import front
-from .quiet import hush
 
 APART = (
     "--trainer.logger=false",
@@ -39,39 +35,13 @@ APART = (
 """What is set otherwise than in the run: one device, no validation, and nothing is written where the run will be."""
 
 
-class Planned(Exception):
-    """Signal that a run is built, which is all that was asked for; its trainer and module."""
-
-
-class PlanCLI(OPDCLI):
-    """Command line that builds a run and stops before anything is loaded."""
-
-    def before_fit(self) -> None:
-        """Stops.
-
-        Raises:
-            Planned: always.
-        """
-        raise Planned(self.trainer, self.model)
-
-
-class LookCLI(OPDCLI):
-    """Command line of a run that is only looked at: bad rows are told, where the run will refuse the first."""
-
-    def __init__(self, args: Sequence[str], foresight: Foresight) -> None:
-        self._foresight = foresight
-        super().__init__(args, [foresight])
-
-    def before_fit(self) -> None:
-        super().before_fit()
-        self._foresight.data = self.datamodule
-        if isinstance(self.datamodule, PromptData):
-            self.datamodule.tell_bad_rows()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Checks what can be known before the first step, and says what to do: -c FILE, as `opd fit` has it."""
     options, rest = parser().parse_known_args(arguments)
+    from .forecast import memory_of
+    from .look import looked, planned
+    from .quiet import hush
+
     room = None if options.device_memory is None else memory_of(options.device_memory)
     sources = front(["fit", *rest])
     hush()
@@ -105,39 +75,6 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--device-memory", metavar="SIZE", help="compute memory for a GPU of this size, such as 24GB")
     built.add_argument("--plan", action="store_true", help="compute memory from the models' configurations alone")
     return built
-
-
-def looked(arguments: Sequence[str], folder: Path, room: float | None) -> list[Finding]:
-    """Builds a run, lets `Foresight` look at it, and adds memory and what ended it.
-
-    Args:
-        arguments: of `opd fit`.
-        folder: of the run, for pictures.
-        room: bytes of the GPU that memory is computed for; None: the device that is there.
-    """
-    foresight = Foresight(folder / "check", room)
-    try:
-        LookCLI(arguments, foresight)
-    except Exception as error:
-        text = sentence(error, Parser.sources)
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = "lower what the line on memory names"
-            return [*foresight.all(), Finding("memory", "bad", f"out of memory: {error}", advice)]
-        if text is None:
-            raise
-        what = text.removeprefix("error: ").partition("\n  (--traceback")[0]
-        return [*foresight.all(), Finding("run", "bad", what, "nothing after this could be looked at")]
-    return foresight.all()
-
-
-def planned(arguments: Sequence[str], room: float | None) -> list[Finding]:
-    """Computes memory of a run whose models are not loaded."""
-    try:
-        PlanCLI(["fit", *arguments, "--trainer.accelerator=auto"])
-    except Planned as signal:
-        trainer, module = signal.args
-        return list(forecast(trainer, module, room))
-    return []
 
 
 def _last(sources: Sequence[Any], key: str) -> str | None:

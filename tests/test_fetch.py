@@ -68,7 +68,9 @@ def test_a_download_says_how_far_it_is(tmp_path):
     assert at.line(at.began + 4).startswith("… downloading: 2 of 3, 4 s so far")
 
 
-@pytest.mark.parametrize("arguments", [["fetch", "--help"], ["fetch", "smolm2"], ["report", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments", [["fetch", "--help"], ["fetch", "smolm2"], ["report", "nowhere"], ["check", "--help"]]
+)
 def test_answers_that_need_no_library_wait_for_none(arguments):
     code = f"import sys; from opd_lightning.__main__ import execute; execute({arguments!r})"
     told = "import atexit, sys; atexit.register(lambda: print('heavy' if 'torch' in sys.modules else 'light'))"
