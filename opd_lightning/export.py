@@ -27,6 +27,7 @@ from .module import OnPolicyDistillation
 from .objective import Objective
 from .pretrained import quantized_as
 from .printable import printable
+from .statement import folder_of, metrics_of, statement_of
 
 EXACT = 1e-4
 """Tolerance for sums in another order, in units of the spread."""
@@ -95,7 +96,8 @@ def write(
         rounded = not isinstance(model, PeftModel) and tolerance(model) > TOLERANCE[torch.float32]
         live = Live(outputs, untrained, max(rough, tolerance(model)), rounded)
         comparison = _compare(module, partial, live)
-        card = model_card(config, state["global_step"], module.library, state.get("changes", ()))
+        statement = statement_of(folder_of(checkpoint), state["global_step"], metrics_of(config))
+        card = model_card(config, statement, module.library, module.hub_task, state.get("changes", ()))
         (partial / "README.md").write_text(card, encoding="utf-8")
         if teachers := state.get("teachers"):
             (partial / TAUGHT_BY).write_text(json.dumps({"teachers": teachers}, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The model card: base, objective and settings of a student.
+"""The model card: what was measured of a student, its base, objective and settings.
 
 Only what is known to be harmless is printed: numbers, names of shipped classes, and a few words of fixed meaning. A
 configuration may hold keys, addresses and folders of the machine anywhere else.
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
+
+from .statement import Statement
 
 SHOWN = {
     "seed_everything": True,
@@ -22,13 +25,20 @@ WORDS = {"dtype", "name", "normalizer", "on_nonfinite", "precision", "quantizati
 PLAIN = {"None", "True", "False", "nothing"}
 
 
-def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequence[dict[str, Any]] = ()) -> str:
+def model_card(
+    config: dict[str, Any],
+    statement: Statement,
+    library: str,
+    task: str,
+    changes: Sequence[dict[str, Any]] = (),
+) -> str:
     """Writes the model card, with the settings that may be published.
 
     Args:
         config: of the run.
-        steps: optimizer steps that were done.
+        statement: what was measured of the student.
         library: that loads the student.
+        task: the hub's word for what it does.
         changes: settings that resumed runs changed, as in a checkpoint.
     """
     model = config["model"]["init_args"]
@@ -38,11 +48,18 @@ def model_card(config: dict[str, Any], steps: int, library: str, changes: Sequen
     lines += [_teacher(name, teacher) for name, teacher in teachers.items()]
     acts = ", ".join(f"{name} {share:g}" for name, share in (rollout.get("behavior") or {"student": 1}).items())
     lines.append(f"* who acts: {acts}; horizon {rollout.get('horizon', 'as by default')}")
-    head = yaml.safe_dump({"library_name": library, "tags": ["on-policy-distillation"], "base_model": base})
+    results: Any = statement.results(task)
+    head = ModelCardData(
+        library_name=library,
+        pipeline_tag=task,
+        tags=["on-policy-distillation"],
+        base_model=base,
+        **({"model_name": f"student of {base}", "eval_results": results} if results else {}),
+    )
     settings = yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
     return (
-        f"---\n{head}---\n\n# Student of an on-policy distillation\n\n"
-        f"Trained with opd-lightning for {steps} optimizer steps from `{base}`.\n\n"
+        f"---\n{head.to_yaml()}\n---\n\n# Student of an on-policy distillation\n\n"
+        f"Trained with opd-lightning for {statement.steps} optimizer steps from `{base}`.\n\n{statement.markdown()}\n"
         "## Objective\n\n" + "\n".join(lines) + "\n\n"
         "## Configuration\n\nWithout data, texts and paths; the run's own `config.yaml` has all of it.\n\n"
         f"```yaml\n{settings}```\n{_changed(changes)}"

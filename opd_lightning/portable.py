@@ -19,6 +19,8 @@ class Portable:
     model_class: ClassVar[Any]
     library: ClassVar[str] = "transformers"
     """Name of the library in the model card, which loads exported students."""
+    hub_task: ClassVar[str] = "text-generation"
+    """The hub's word for what they do, in the model card."""
     exported_with: ClassVar[tuple[str, ...]] = ()
     """Arguments of the setting that its student needs to be built and written; plain values, no classes."""
     _student_spec: Pretrained

@@ -160,10 +160,14 @@ def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
     for heading in ("", *columns):
         table.add_column(cell(heading), justify="right" if heading else "left")
     for name, row in measured.items():
-        plain = name.endswith("/kl_teacher_student") or f"val/{name}".startswith(HARNESS)
-        form = "{:.3f}" if plain else FORMATS.get(name, "{:.1%}")
-        table.add_row(cell(name), *(_written(row.get(column), form) for column in columns))
+        table.add_row(cell(name), *(_written(row.get(column), form_of(name)) for column in columns))
     return table
+
+
+def form_of(measure: str) -> str:
+    """Returns the format of a measure's values, by its name without ``val/``: most are shares."""
+    plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith(HARNESS)
+    return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}")
 
 
 def _written(value: float | None, form: str = "{:.1%}") -> str:

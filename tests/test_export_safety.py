@@ -19,6 +19,7 @@ import yaml
 from opd_lightning import export
 from opd_lightning.checkpoint import AtomicIO
 from opd_lightning.model_card import known_as, model_card
+from opd_lightning.statement import Statement
 from tests.exported import exportable
 
 NAMED = {"class_path": "stranger.Thing", "init_args": {"function": "stranger.thing"}}
@@ -193,7 +194,7 @@ def test_a_card_is_made_of_what_may_be_shown(tmp_path):
             },
         },
     }
-    card = model_card(config, 7, "transformers")
+    card = model_card(config, Statement(7, 0, []), "transformers", "text-generation")
     for hidden in (SECRET, "alice", "4711", "python:rows", str(tmp_path)):
         assert hidden not in card
     for shown in (
@@ -210,8 +211,8 @@ def test_a_card_is_made_of_what_may_be_shown(tmp_path):
         "dtype: bfloat16",
     ):
         assert shown in card
-    head = yaml.safe_load(card.split("---")[1])
-    assert head == {"library_name": "transformers", "tags": ["on-policy-distillation"], "base_model": "student"}
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": "student"}
+    assert yaml.safe_load(card.split("---")[1]) == {**head, "tags": ["on-policy-distillation"]}
 
 
 @pytest.mark.parametrize(

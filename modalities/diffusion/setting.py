@@ -70,6 +70,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     model_class: ClassVar[Any] = Transformer
     library: ClassVar[str] = "diffusers"
+    hub_task: ClassVar[str] = "text-to-image"
     headline: ClassVar[str] = "fid"
     provides: ClassVar[frozenset[str]] = frozenset({"latents"})
     reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image", REFERENCE})

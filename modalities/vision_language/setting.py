@@ -54,6 +54,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     """
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
+    hub_task: ClassVar[str] = "image-text-to-text"
     pictures = staticmethod(pictures)
     reads: ClassVar[frozenset[str]] = AutoregressiveDistillation.reads | {"image", "images"}
     padding: ClassVar[dict[str, tuple[float, str]]] = dict.fromkeys(
