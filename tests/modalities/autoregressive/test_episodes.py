@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opd_lightning import Rollout
 from opd_lightning.callbacks import Curriculum, Staircase
@@ -16,8 +18,9 @@ from opd_lightning.modalities.autoregressive.engines.engine import Rereading
 from opd_lightning.modalities.autoregressive.observing import between, check_observations
 from opd_lightning.objective import CrossEntropy, Objective, PolicyGradient, Term, Turns
 from opd_lightning.objective.advantage import GroupRelative
-from tests.modalities.autoregressive.test_rendering import FORGETFUL, QWEN3, R1, renderer, stops
+from tests.modalities.autoregressive.test_rendering import CHATML, FORGETFUL, MISTRAL3, QWEN3, R1, renderer, stops
 from tests.modalities.autoregressive.test_turns import close_to_replay
+from tests.objective.reference import examples
 from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, fit, make_module, make_rows, no_teacher, save_model
 
 ENDS = 24  # ids that end a turn beside the stop token, so that random models write short turns
@@ -98,6 +101,27 @@ def test_turns_are_trained_and_observations_are_not(engine, chat):
     acted = act(module, [*make_rows(6), *make_rows(2)], horizon=200)
     assert int(acted.channels["turn"].max()) >= 2
     check(module, acted)
+
+
+THINKS_NOT = QWEN3.replace("enable_thinking is defined and not enable_thinking", "true")
+
+
+@pytest.fixture(
+    scope="module", params=[CHAT_TEMPLATE, MISTRAL3, CHATML, THINKS_NOT], ids=["tiny", "mistral", "chatml", "qwen"]
+)
+def talker(request, tmp_path_factory) -> Any:
+    folder = save_model(tmp_path_factory.mktemp("talker"), tokenizer=chat_tokenizer(request.param))
+    return acting(folder, ends=ENDS, chat_template_kwargs={"tools": []} if request.param == CHATML else None)
+
+
+@examples(8)
+@given(questions=st.lists(st.text("abc 42,?", min_size=1).filter(str.strip), min_size=1, max_size=5), data=st.data())
+def test_whatever_is_asked_no_observation_prompt_or_padding_is_trained(talker, questions, data):
+    settings = {"seed": data.draw(st.integers(0, 99)), "temperature": data.draw(st.sampled_from([0.7, 1.0]))}
+    acted = act(
+        talker, [{"prompt": question} for question in questions], horizon=data.draw(st.integers(5, 150)), **settings
+    )
+    check(talker, acted)
 
 
 @pytest.mark.parametrize("name", ["text", "gemma3", "vision_language", "gui_grounding"])
