@@ -31,7 +31,7 @@ from .writing import Writing, engine_of, go_on, prompts_of, write
 TURN, OF_TURNS = "turn", ("reward", "read", "failures")
 """Channels: the turn of each step, which parts ask for by this name in ``needs``; and, in an environment, at the last
 step of each turn its reward, the tokens that were read for it, and whether the environment failed (0 elsewhere)."""
-TURNS = 8
+TURNS, WRITTEN = 8, "written"
 
 
 class Turning(Writing, Protocol):
@@ -64,17 +64,12 @@ class TakingTurns:
         """Refuses settings of turns that mean nothing together.
 
         Raises:
-            ValueError: turns without an environment; an environment beside recorded turns or a blend.
+            ValueError: turns without an environment; an environment beside a blend.
         """
         super().check()  # type: ignore[misc]
         rollout = cast(Turning, self).rollout
         if self.environment is None and rollout.turns is not None:
             raise ValueError(f"rollout.turns={rollout.turns}, and nothing answers to a turn: set model.environment")
-        if self.environment is not None and rollout.prefix_turns:
-            raise ValueError(
-                f"rollout.prefix_turns={rollout.prefix_turns} goes on from recorded turns, of which model.environment "
-                "knows nothing; leave one of both out"
-            )
         if self.environment is not None and rollout.blend is not None:
             raise ValueError("rollout.blend: policies that act as one write one turn; leave out model.environment")
 
@@ -83,8 +78,11 @@ class TakingTurns:
         return prefixes(cast(Turning, self), policy, examples, seen, rollout)
 
     def go_on(self, acting: Acting, begun: Trajectories, rollout: Rollout, seeds: list[int]) -> Trajectories:
-        """Writes behind what was begun (`Setting.go_on`)."""
-        return go_on(cast(Turning, self), acting, begun, rollout, seeds)
+        """Writes behind what was begun (`Setting.go_on`): a turn, or those of an environment behind recorded ones."""
+        module = cast(Turning, self)
+        if module.environment is not None and WRITTEN in begun.channels:
+            return converse(module, module.environment, acting, rollout, seeds, begun)
+        return go_on(module, acting, begun, rollout, seeds)
 
     def act_in_turns(self, acting: Acting, rollout: Rollout, seeds: list[int]) -> Trajectories:
         """Writes a turn, or as many as an environment has."""
@@ -148,66 +146,94 @@ class Line:
     own: list[bool] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     channels: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (TURN, *OF_TURNS)})
+    turn: int = 0
     stopped: bool = False
 
-    def add(self, ids: list[int], turn: int, log_probs: list[float] | None = None) -> None:
-        """Adds steps: written ones, with their log-probs, or observed ones."""
+    def hold(self, begun: Trajectories, row: int) -> list[list[int]]:
+        """Begins with the steps that a row of others holds, which are not trained; returns the ids of its turns."""
+        length = int(begun.extent[row])
+        ids, turns = begun.actions[row, :length].tolist(), begun.channels[TURN][row, :length].tolist()
+        self.add(ids)
+        self.channels[TURN], self.turn = turns, turns[-1] if turns else 0
+        steps = list(zip(ids, begun.channels[WRITTEN][row].tolist(), turns, strict=False))
+        return [[i for i, written, of in steps if written and of == number] for number in range(self.turn)]
+
+    def add(self, ids: list[int], log_probs: list[float] | None = None) -> None:
+        """Adds steps of the turn: written ones, with their log-probs, or observed ones."""
         self.ids += ids
         self.own += [log_probs is not None] * len(ids)
         self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
         for name, values in self.channels.items():
-            values += [turn if name == TURN else 0] * len(ids)
+            values += [self.turn if name == TURN else 0] * len(ids)
 
-    def written(self, turn: int, stops: list[int]) -> list[int]:
-        """Lists the ids that were written in a turn, without the one that ended it."""
+    def written(self) -> list[int]:
+        """Lists the ids that were written in the turn."""
         steps = zip(self.ids, self.own, self.channels[TURN], strict=True)
-        return [i for i, own, of in steps if own and of == turn and i not in stops]
+        return [i for i, own, of in steps if own and of == self.turn]
 
 
 def converse(
-    module: Turning, environment: Environment, acting: Acting, rollout: Rollout, seeds: list[int]
+    module: Turning,
+    environment: Environment,
+    acting: Acting,
+    rollout: Rollout,
+    seeds: list[int],
+    begun: Trajectories | None = None,
 ) -> Trajectories:
     """Lets one policy act in an environment, turn after turn; a turn reads nothing that was read before.
 
     A trajectory ends when the environment says so (it has stopped then), when its turn is cut by the horizon, or when
     turns or horizon leave no room for another one.
+
+    Args:
+        module, environment, acting, rollout, seeds: as elsewhere.
+        begun: recorded turns to go on from (`prefixes`); the environment answers to them first, and what it says is not
+            read: what was recorded is.
     """
     # 1. episodes begin
     policy, examples, prompts = acting.policy, acting.examples, prompts_of(module, acting, rollout)
     renderer, most = module.renderer(module.reads_as(policy)), rollout.turns or TURNS
     episodes, lines = [Episode(environment, row, rollout) for row in examples], [Line() for _ in examples]
+    for row, (episode, line) in enumerate(zip(episodes, lines, strict=True)):
+        for recorded in line.hold(begun, row) if begun is not None else ():
+            episode.step(_text(renderer, recorded, module.eos))
     live, before = list(range(len(lines))), [0] * len(lines)
     fresh: list[list[int]] = [[] for _ in lines]
     with policy.active():
-        engine = engine_of(module, policy)
-        conversation = engine.begin(policy, module.head(policy), prompts, module.eos, module.padding_id)
-        for turn in range(most):
+        engine, behind = engine_of(module, policy), prompts.behind([line.ids for line in lines])
+        conversation = engine.begin(policy, module.head(policy), behind, module.eos, module.padding_id)
+        while live:
             # 2. a turn is written, each row up to its own horizon
             left = [rollout.horizon - len(lines[row].ids) for row in live]
-            draws = [derived_seed(seeds[row], turn) if turn else seeds[row] for row in live]
+            draws = [derived_seed(seeds[row], lines[row].turn) if lines[row].turn else seeds[row] for row in live]
             written = conversation.write(live, fresh, replace(rollout, horizon=max(left)), draws)
-            ended = _add(lines, live, left, written, turn, module.eos)
+            ended = _add(lines, live, left, written, module.eos)
             for row in live:
                 lines[row].channels["read"][-1] = conversation.read[row] - before[row]
                 before[row] = conversation.read[row]
             # 3. the environment answers those that ended theirs
             live, fresh = [], []
             for row in ended:
-                ids = _answered(module, renderer, episodes[row], lines[row], examples[row], turn, environment.role)
-                if turn + 1 < most and ids is not None and len(lines[row].ids) + len(ids) < rollout.horizon:
-                    lines[row].add(ids, turn + 1)
+                line = lines[row]
+                ids = _answered(module, renderer, episodes[row], line, examples[row], environment.role)
+                line.turn += 1
+                if line.turn < most and ids is not None and len(line.ids) + len(ids) < rollout.horizon:
+                    line.add(ids)
                     live.append(row)
                     fresh.append(ids)
-            if not live:
-                break
     return _joined(module, prompts, examples, lines)
 
 
+def _text(renderer: Renderer, ids: list[int], stops: list[int]) -> str:
+    """Decodes a turn, special tokens included, but for the one that ended it."""
+    return str(renderer.tokenizer.decode([i for i in ids if i not in stops]))
+
+
 def _answered(
-    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, turn: int, role: str
+    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, role: str
 ) -> list[int] | None:
     """Has the environment answer to a turn; returns the ids of its observation, None where the episode is over."""
-    answer = episode.step(renderer.tokenizer.decode(line.written(turn, module.eos)))
+    answer = episode.step(_text(renderer, line.written(), module.eos))
     ids, line.stopped = None, episode.over
     if not episode.over:
         try:
@@ -219,7 +245,7 @@ def _answered(
 
 
 def _add(
-    lines: list[Line], rows: list[int], left: list[int], written: tuple[Tensor, Tensor], turn: int, eos: list[int]
+    lines: list[Line], rows: list[int], left: list[int], written: tuple[Tensor, Tensor], eos: list[int]
 ) -> list[int]:
     """Adds what was written to the lines of rows, ``left`` tokens at most; returns the rows that ended their turn."""
     tokens, log_probs = (tensor.cpu() for tensor in written)
@@ -227,7 +253,7 @@ def _add(
     ended = []
     for place, (row, room) in enumerate(zip(rows, left, strict=True)):
         kept = own[place].nonzero().squeeze(1)[:room]
-        lines[row].add(tokens[place, kept].tolist(), turn, log_probs[place, kept].tolist())
+        lines[row].add(tokens[place, kept].tolist(), log_probs[place, kept].tolist())
         if bool(stops[place]) and int(own[place].sum()) <= room:
             ended.append(row)
     return ended
@@ -290,7 +316,8 @@ def prefixes(
     held = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
     stopped = torch.zeros(len(rows), dtype=torch.bool)
     nobody = torch.zeros(mask.shape)
-    return Trajectories({}, actions, held, examples, stopped, nobody, channels={TURN: turn_of(mask)})
+    channels = {TURN: turn_of(mask), WRITTEN: mask}
+    return Trajectories({}, actions, held, examples, stopped, nobody, channels=channels)
 
 
 def problem_with_prefix(module: Turning, example: Example) -> str | None:

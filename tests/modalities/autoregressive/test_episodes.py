@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_lightning import Rollout
+from opd_lightning.blend import Blend
 from opd_lightning.callbacks import Curriculum, Staircase
 from opd_lightning.environment import Environment, Turn, seed_of
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
@@ -18,6 +19,8 @@ from opd_lightning.modalities.autoregressive.engines.engine import Rereading
 from opd_lightning.modalities.autoregressive.observing import between, check_observations
 from opd_lightning.objective import CrossEntropy, Objective, PolicyGradient, Term, Turns
 from opd_lightning.objective.advantage import GroupRelative
+from opd_lightning.pretrained import Pretrained
+from opd_lightning.teacher import Frozen, Teacher
 from tests.modalities.autoregressive.test_rendering import CHATML, FORGETFUL, MISTRAL3, QWEN3, R1, renderer, stops
 from tests.modalities.autoregressive.test_turns import close_to_replay
 from tests.objective.reference import examples
@@ -166,6 +169,33 @@ def test_each_token_is_read_once_over_eight_turns(packed, chat, monkeypatch):
     assert sum(read) == expected
 
 
+def test_episodes_go_on_from_recorded_turns(chat):
+    """The environment is where the recorded turns led, and what it says is read from there on."""
+    environment = Endless()
+    module = acting(chat, environment, ends=40)
+    recorded = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "recorded"}]
+    row = {"prompt": "1+2=", "completion": [*recorded, {"role": "assistant", "content": "xyz"}]}
+    acted = act(module, [row, row], prefix_turns=1, horizon=200, turns=4)
+    student = module.policies["student"]
+    ids, written = module.renderer(student).completion(row, [module.eos[0]])
+    begin = written.index(False)
+    begin += written[begin:].index(True)
+    for i in range(2):
+        assert acted.actions[i, :begin].tolist() == ids[:begin]
+        assert not acted.mask[i, :begin].any()
+        turn, mask = acted.channels["turn"][i], acted.mask[i]
+        assert int(turn[begin]) == 1
+        assert int(turn[mask].max()) == 3, "recorded turns count"
+        own = acted.actions[i][mask & (turn == 1)].tolist()
+        state = environment.step(environment.reset(row, 0), "abc").state
+        answer = environment.step(state, module.tokenizer().decode(own[:-1]))
+        expected = between(module.renderer(student), row, answer.observation, "user", module.eos)
+        place = begin + len(own)
+        assert acted.actions[i, place : place + len(expected)].tolist() == expected
+        assert float(acted.channels["reward"][i].sum()) == 2 + 3 + 4, "what was recorded has none"
+    close_to_replay(module, acted)
+
+
 def test_turns_and_horizon_end_an_episode(chat):
     module = acting(chat, Endless(), ends=60)
     acted = act(module, make_rows(4), turns=3, horizon=200)
@@ -280,12 +310,16 @@ def test_engines_say_whether_they_remember(chat, student):
     ("settings", "message"),
     [
         ({"environment": None, "rollout": Rollout(turns=2)}, r"rollout\.turns=2, and nothing answers to a turn"),
-        ({"rollout": Rollout(prefix_turns=2)}, r"rollout\.prefix_turns=2 goes on from recorded turns, of which model"),
+        (
+            {"rollout": Rollout(blend=Blend({"teacher": 0.5}), behavior={"blend": 1.0}), "teachers": 1},
+            r"rollout\.blend: policies that act as one write one turn",
+        ),
     ],
 )
 def test_what_means_nothing_together_is_refused(settings, message, chat):
+    teachers = {"teacher": Teacher(Frozen(Pretrained(str(chat))))} if settings.pop("teachers", 0) else {}
     with pytest.raises(ValueError, match=message):
-        make_module(chat, {}, no_teacher(), load=False, **{"environment": Echo(), **settings})
+        make_module(chat, teachers, no_teacher(), load=False, **{"environment": Echo(), **settings})
 
 
 @pytest.mark.parametrize(
