@@ -13,7 +13,9 @@ import pytest
 from opd_lightning.catalog import MISSING, main, read_all, read_unbuilt, shipped_configs, table, updated
 
 ROOT = Path(__file__).parent.parent
-SYSTEMS = 117  # published up to June 2026, as far as they were found
+# published up to June 2026, as far as they were found; but for what is no method: the Distillation Loss Statement of
+# `opd export`
+SYSTEMS = 116
 NEW = """\
 # Newest: what was thought of
 #   this morning.
