@@ -24,12 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
         # the fewest and the most digits of a problem, and the optimizer steps
         "stages": [(3, 8, 600), (8, 16, 250), (24, 26, 300), (26, 26, 100), (26, 26, 150)],
         "schedules": ["constant", "constant", "linear", "linear", "linear"],
+        "slips": 0.03,
         "hinted": {},
     },
     "student": {
-        "sizes": {"hidden_size": 40, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 10},
-        "stages": [(3, 8, 500), (8, 16, 200), (24, 26, 200), (26, 26, 100)],
+        "sizes": {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 12},
+        "stages": [(3, 8, 500), (8, 16, 200), (24, 26, 250), (26, 26, 150)],
         "schedules": ["constant", "constant", "constant", "linear"],
+        # it has never seen a slip undone: that is what the teacher has to teach
+        "slips": 0.0,
         # what is shown in some of its prompts, so that it can be its own teacher
         "hinted": {"hint": 0.2, "solution": 0.2, "answer": 0.1},
     },
@@ -76,6 +79,7 @@ def make(role: str) -> None:
             "data.train_options.fewest": fewest,
             "data.train_options.most": most,
             "data.train_options.seed": number,
+            "data.train_options.slips": model["slips"],
             "data.train_options.hinted": model["hinted"],
         }
         if not (run / "export").exists():

@@ -159,14 +159,21 @@ def line(arm: Arm, results: list[dict[str, Any]]) -> str:
 def write(rows: dict[str, Arm], seeds: int) -> None:
     """Keeps all results, and puts their table into the page, between its two comments."""
     results = known()
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    replace(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
     lines = []
     for arm in rows.values():
         if runs := [run for seed, run in sorted(results.get(arm.name, {}).items()) if int(seed) < seeds]:
             lines.append(line(arm, runs))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]), encoding="utf-8")
+    replace(PAGE, "\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]))
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file that is whole at any moment: several of these may run side by side."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def test_the_simple_mode_goes_by_the_lag_alone(tmp_path):
 
 def test_freshness_falls_with_the_lag_and_with_the_students_drift(tmp_path):
     def weights(name: str, rate: float, **settings: float) -> torch.Tensor:
-        control = FreshnessControl(threshold=0, anchor=0, **settings)
+        control = FreshnessControl(threshold=0, anchor=0, refresh_below=0, **settings)
         return run(tmp_path / name, control, optimizer=lambda p: torch.optim.SGD(p, lr=rate))[1].weights[-1]
 
     still, slow, fast = (weights(str(rate), rate) for rate in (0.0, 0.01, 0.1))
@@ -251,7 +251,7 @@ def test_it_works_on_text(make_world, tmp_path):
     ("make", "message"),
     [
         (lambda: FreshnessControl(anchor=-1), r"anchor=-1 must be >= 0"),
-        (lambda: FreshnessControl(threshold=1), r"threshold=1 and refresh_below=0\.05 must be in \[0, 1\)"),
+        (lambda: FreshnessControl(threshold=1), r"threshold=1 and refresh_below=0\.1 must be in \[0, 1\)"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(make, message):
