@@ -107,6 +107,15 @@ CHECKS: dict[str, tuple[Run, int, int]] = {
     "full, recomputed": (replace(SMALL, checkpointing=True), 32, 128),
     "full, longer, recomputed": (replace(SMALL, checkpointing=True), 32, 512),
     "full, longer, recomputed, bf16": (replace(SMALL, checkpointing=True, mixed=True), 32, 512),
+    # written down before any of them was run, when the formula was done
+    "unseen 1": (Run("0.6B", True, None, rows=4, micro=4, checkpointing=False, cpu=True), 64, 48),
+    "unseen 2": (Run("0.6B", True, "student", teacher_bits=32, rows=4, micro=2, cpu=True), 16, 96),
+    "unseen 3": (replace(SMALL, student="teacher", teacher="student"), 64, 96),
+    "unseen 4": (replace(SMALL, student="teacher", teacher="student", rows=4, micro=4, checkpointing=True), 128, 384),
+    "unseen 5": (replace(SMALL, micro=2), 48, 200),
+    "unseen 6": (replace(SMALL, rows=16, micro=16, mixed=True), 16, 64),
+    "unseen 7": (replace(SMALL, rows=2, micro=1, checkpointing=True), 700, 60),
+    "unseen 8": (replace(SMALL, teacher="student", rows=12, micro=4), 96, 160),
 }
 
 

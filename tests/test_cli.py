@@ -34,7 +34,7 @@ def test_shipped_configurations_are_found_by_name():
     with pytest.raises(FileNotFoundError, match=r"nothing of that name is shipped; did you mean opd:text/quickstart"):
         shipped("opd:text/quickstrat.yaml")
     with pytest.raises(FileNotFoundError, match=r"is shipped; did you mean opd:methods/text/opsd\.yaml\?$"):
-        shipped("opd:methods/text/opds.yaml")
+        shipped("opd:methods/text/opsdd.yaml")
     with pytest.raises(FileNotFoundError, match=r"did you mean opd:methods/gui_grounding/gui_sd\.yaml\?"):
         shipped("opd:methods/gui_sd.yaml")
     with pytest.raises(

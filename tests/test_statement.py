@@ -56,7 +56,7 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run, tmp_path):
 
 def test_without_a_log_nothing_was_measured(run, tmp_path):
     write(run / "checkpoints" / "last.ckpt", tmp_path / "with")
-    assert "| the task, held-out prompts | accuracy | 25.0%" in (tmp_path / "with" / "README.md").read_text("utf-8")
+    assert "| the task, held-out prompts | accuracy | 25.0%" in (tmp_path / "with" / "README.md").read_text(encoding="utf-8")
     (run / "logs" / "version_0" / "metrics.csv").unlink()
     write(run, tmp_path / "without")
     card = ModelCard.load(tmp_path / "without" / "README.md")
@@ -70,7 +70,7 @@ def test_metrics_of_the_run_are_in_it_unless_their_names_could_be_anything(run):
     names = [one.name for one in measured]
     assert "in_form" in names
     assert len(names) == 5
-    text = (run / "logs" / "version_0" / "metrics.csv").read_text("utf-8")
+    text = (run / "logs" / "version_0" / "metrics.csv").read_text(encoding="utf-8")
     (run / "logs" / "version_0" / "metrics.csv").write_text(text.replace("closed", "/home/alice"), encoding="utf-8")
     assert "alice" not in statement_of(run, 3, []).markdown()
 

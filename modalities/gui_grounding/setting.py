@@ -121,7 +121,7 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     def _with_digits(self, trajectories: Trajectories, reader: Policy) -> Trajectories:
         """Adds the channel ``digits``: how many digits of its number, from its own on, a token has before it."""
-        tokenizer, digits = self.tokenizer(reader), torch.zeros(trajectories.mask.shape)
+        tokenizer, digits = self.tokenizer(reader), torch.zeros(trajectories.mask.shape, dtype=torch.float32)
         for i, (row, own) in enumerate(zip(trajectories.actions, trajectories.mask, strict=True)):
             digits[i, own] = torch.tensor(digit_places(row[own].tolist(), tokenizer.decode)).float()
         trajectories.channels["digits"] = digits

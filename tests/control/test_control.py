@@ -114,13 +114,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, unbroken):
 
 
 def test_what_the_glossary_says_of_logs_is_logged(unbroken):
-    """But for what a vocabulary alone has, a policy gradient, notes, given texts, teachers elsewhere, and `test`."""
+    """But for what a vocabulary alone has, a policy gradient, notes, given texts, teachers elsewhere, turns, and `test`."""
     words = (HERE.parents[1] / "docs" / "words.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`((?:train|val|knob|time)/[^`]*)`", words))
     assert len(names) > 15
     logged = metrics(unbroken)[0].keys()
     absent = {"train/loss/PolicyGradient", "train/<name>/privileged_gap", "train/<teacher>/too_long", "val/retention/…"}
     absent |= {"train/<name>/kl_sampled", "train/<name>/note_gap/<note>"}
+    absent |= {"train/turns", "train/observed", "train/failures"}
     for name in names - absent:
         pattern = re.sub(r"<\w+>", r"[^/]+", name).replace("…", ".+")
         assert any(re.fullmatch(pattern, column) for column in logged), f"docs/words.md: no run logs {name}"

@@ -54,7 +54,8 @@ class World:
         reward = changes.pop("reward", REWARD)
         mean, std = group_statistics(reward, GROUP)
         facts = {"group": GROUP, "reward": reward, "group_mean": mean, "group_std": std}
-        facts["channels"] = {"spans": (torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 3 == 0).float()}
+        spans = (torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 3 == 0).float()
+        facts["channels"] = {"spans": spans, "turn": torch.arange(SHAPE[1]).expand(SHAPE) // 2}
         self.trajectories = replace(batch(MASK, V, seed), seed=torch.arange(SHAPE[0]), **facts | changes)
         if not stale:
             self.trajectories.behavior_log_probs = self.log_prob(self.student).detach()

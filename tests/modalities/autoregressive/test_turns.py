@@ -97,7 +97,7 @@ def test_a_column_messages_is_prompt_and_completion(tmp_path):
     answers = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}]
     last = {"role": "assistant", "content": "b", "ids": [3, 4]}
     rows = [{"messages": [system, *rest, *answers, last]}, {"messages": [system, *rest]}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = PromptData(train=str(path))
     data.setup("fit")
     assert data.train is not None
@@ -164,7 +164,7 @@ def test_the_run_is_refused_with_row_and_turn(tmp_path):
     path = tmp_path / "recorded.jsonl"
     plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     thinking = [plain[0], {"role": "assistant", "content": "<think>b</think>c"}, plain[0], plain[1]]
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (plain, thinking)))
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (plain, thinking)), encoding="utf-8")
     module = make_module(folder, {}, no_teacher(), rollout=Rollout(batch_size=1, behavior={"dataset": 1.0}))
     with pytest.raises(ValueError, match=r"recorded.jsonl, row 2: the chat template does not .*: of turn 1 it writes"):
         fit_data(module, tmp_path, path)
