@@ -56,7 +56,8 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run, tmp_path):
 
 def test_without_a_log_nothing_was_measured(run, tmp_path):
     write(run / "checkpoints" / "last.ckpt", tmp_path / "with")
-    assert "| the task, held-out prompts | accuracy | 25.0%" in (tmp_path / "with" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "with" / "README.md").read_text(encoding="utf-8")
+    assert "| the task, held-out prompts | accuracy | 25.0%" in card
     (run / "logs" / "version_0" / "metrics.csv").unlink()
     write(run, tmp_path / "without")
     card = ModelCard.load(tmp_path / "without" / "README.md")

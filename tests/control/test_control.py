@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, unbroken):
 
 
 def test_what_the_glossary_says_of_logs_is_logged(unbroken):
-    """But for what a vocabulary alone has, a policy gradient, notes, given texts, teachers elsewhere, turns, and `test`."""
+    """But for what a vocabulary alone has, a policy gradient, notes, turns, given texts, teachers elsewhere, `test`."""
     words = (HERE.parents[1] / "docs" / "words.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`((?:train|val|knob|time)/[^`]*)`", words))
     assert len(names) > 15
