@@ -114,7 +114,7 @@ CHECKS: dict[str, tuple[Run, int, int]] = {
     "unseen 4": (replace(SMALL, student="teacher", teacher="student", rows=4, micro=4, checkpointing=True), 128, 384),
     "unseen 5": (replace(SMALL, micro=2), 48, 200),
     "unseen 6": (replace(SMALL, rows=16, micro=16, mixed=True), 16, 64),
-    "unseen 7": (replace(SMALL, rows=2, micro=1, checkpointing=True), 700, 60),
+    "unseen 7": (replace(SMALL, rows=2, micro=1, checkpointing=True), 500, 60),
     "unseen 8": (replace(SMALL, teacher="student", rows=12, micro=4), 96, 160),
 }
 
