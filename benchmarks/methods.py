@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from opd_lightning.catalog import read_all, shipped_configs
+from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.report import read_curves
 
 RUNS, PAGE = Path("runs/methods/long"), Path("docs/methods.md")
@@ -159,21 +160,14 @@ def line(arm: Arm, results: list[dict[str, Any]]) -> str:
 def write(rows: dict[str, Arm], seeds: int) -> None:
     """Keeps all results, and puts their table into the page, between its two comments."""
     results = known()
-    replace(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
     lines = []
     for arm in rows.values():
         if runs := [run for seed, run in sorted(results.get(arm.name, {}).items()) if int(seed) < seeds]:
             lines.append(line(arm, runs))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    replace(PAGE, "\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at any moment: several of these may run side by side."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(PAGE, "\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]))
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.report import report
 
 RUNS, UNPACKED = Path("runs/recipes"), Path("models/smollm2/unpacked")
@@ -195,7 +196,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+    write_whole(PAGE, f"{before}{START}\n{table}\n{END}{after}")
 
 
 def main() -> None:
@@ -217,7 +218,7 @@ def main() -> None:
         for name in names:
             if str(seed) not in results.setdefault(name, {}):
                 results[name][str(seed)] = train(name, seed, options.extra)
-                RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
                 write({name: list(results.get(name, {}).values()) for name in RECIPES})
 
 

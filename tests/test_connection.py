@@ -11,23 +11,9 @@ import traceback
 import pytest
 
 from opd_lightning.connection import Connection, Refused, client_of
+from tests.raw import raw_server
 
 SECRET = "sk-very-secret-0123"
-
-
-def raw_server(*answers):
-    """A server that sends some bytes to each connection in turn, and closes it."""
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def answer():
-        with listening:
-            for content in answers:
-                with listening.accept()[0] as connection:
-                    connection.recv(65536)
-                    connection.sendall(content)
-
-    threading.Thread(target=answer, daemon=True).start()
-    return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def http(code, body=b"{}", *headers):

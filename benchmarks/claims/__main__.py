@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
+
 from .verdict import short, spread, verdict
 
 SEEDS = (0, 1, 2)
@@ -50,7 +52,7 @@ def known() -> Results:
 
 
 def keep(results: Results) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def load(name: str) -> ModuleType:
@@ -135,7 +137,7 @@ def write() -> None:
     parts = ["\n".join(table), *(section(*claim) for claim in done)]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text(before + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after, encoding="utf-8")
+    write_whole(PAGE, before + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
 
 
 def main() -> None:

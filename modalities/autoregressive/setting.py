@@ -216,7 +216,7 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
             mask=mask,
             examples=examples,
             stopped=torch.tensor([len(ids) <= horizon and ids[-1] in self.eos for ids, _ in given]),
-            behavior_log_probs=torch.full(mask.shape, float("nan")),
+            behavior_log_probs=torch.full(mask.shape, torch.nan, dtype=torch.float32),
         )
         return with_turns(self, rollout, replayed)
 

@@ -111,7 +111,7 @@ class Spans(Note):
 
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
         assert trajectories.reward is not None
-        channel, labels = torch.zeros(trajectories.mask.shape), []
+        channel, labels = torch.zeros(trajectories.mask.shape, dtype=torch.float32), []
         texts, rewards = module.completions(trajectories), trajectories.reward.tolist()
         for i, (text, row, reward) in enumerate(zip(texts, trajectories.examples, rewards, strict=True)):
             spans = [] if reward != reward else self.annotator(text, row, reward >= self.threshold)

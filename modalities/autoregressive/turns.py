@@ -98,7 +98,8 @@ def with_turns(module: Turning, rollout: Rollout, trajectories: Trajectories) ->
     if module.environment is None and not rollout.prefix_turns and not asked:
         return trajectories
     # nobody knows what an environment would have said of them
-    unknown = {name: torch.full(trajectories.mask.shape, torch.nan) for name in OF_TURNS if module.environment}
+    shape, names = trajectories.mask.shape, OF_TURNS if module.environment else ()
+    unknown = {name: torch.full(shape, torch.nan, dtype=torch.float32) for name in names}
     return replace(trajectories, channels={**trajectories.channels, **unknown, TURN: turn_of(trajectories.mask)})
 
 
@@ -315,7 +316,7 @@ def prefixes(
         actions[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(written)
     held = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
     stopped = torch.zeros(len(rows), dtype=torch.bool)
-    nobody = torch.zeros(mask.shape)
+    nobody = torch.zeros(mask.shape, dtype=torch.float32)
     channels = {TURN: turn_of(mask), WRITTEN: mask}
     return Trajectories({}, actions, held, examples, stopped, nobody, channels=channels)
 

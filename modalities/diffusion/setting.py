@@ -238,7 +238,7 @@ class DiffusionDistillation(OnPolicyDistillation):
 
     def _log_probs(self, sampler: Sampler, policy: Policy, acted: Trajectories, count: Count) -> Tensor:
         """Computes log-probs ``[B, T]`` of the steps that were taken."""
-        log_probs = torch.zeros(acted.mask.shape)
+        log_probs = torch.zeros(acted.mask.shape, dtype=torch.float32)
         index = acted.mask.flatten().nonzero().squeeze(-1)
         transition = self._distribution(sampler, policy, acted, acted.examples, count).at(index).chunk(slice(None))
         log_probs.view(-1)[index] = transition.log_prob(acted.actions.flatten(0, 1)[index]).float()

@@ -48,7 +48,7 @@ def trajectories_of(
         mask=trained,
         examples=examples,
         stopped=torch.ones(len(examples), dtype=torch.bool),
-        behavior_log_probs=torch.full(trained.shape, float("nan")),
+        behavior_log_probs=torch.full(trained.shape, torch.nan, dtype=torch.float32),
         # float64, in which `flow.euler` steps
         channels={"sigma": sigma.double(), "toward": toward.double()},
     )

@@ -136,7 +136,7 @@ class OtherTokenizer(Elsewhere):
         acted = batch.behavior_log_probs.cpu()
         log_probs = torch.where(acted.isnan(), -math.log(setting.vocabulary), acted)
         place, paired = torch.zeros(acted.shape, dtype=torch.long), torch.zeros(acted.shape, dtype=torch.bool)
-        rest = torch.zeros(*acted.shape, 2)
+        rest = torch.zeros(*acted.shape, 2, dtype=torch.float32)
         for number, (row, answer) in enumerate(zip(rows, told, strict=True)):
             if self.pairs == "position":
                 length = min(last[number], len(row.ids))
@@ -229,7 +229,7 @@ def _answered(prompts: dict[str, Tensor], rows: Sequence[Rewritten], batch: Traj
     width = max(1, *(len(row.ids) for row in rows))
     actions = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows])
     mask = torch.tensor([[place < len(row.ids) for place in range(width)] for row in rows])
-    device, unknown = batch.mask.device, torch.full(mask.shape, torch.nan)
+    device, unknown = batch.mask.device, torch.full(mask.shape, torch.nan, dtype=torch.float32)
     answered = Trajectories(prompts, actions.to(device), mask.to(device), batch.examples, batch.stopped, unknown)
     return replace(answered, student_view=batch.student_view)
 

@@ -160,5 +160,5 @@ def as_trajectories(asked: list[Question], padding: int) -> Trajectories:
         mask=mask,
         examples=[{"prompt": ""} for _ in asked],
         stopped=torch.zeros(len(asked), dtype=torch.bool),
-        behavior_log_probs=torch.full(mask.shape, torch.nan),
+        behavior_log_probs=torch.full(mask.shape, torch.nan, dtype=torch.float32),
     )

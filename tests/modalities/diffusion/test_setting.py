@@ -163,6 +163,19 @@ def test_samplers_end_at_an_image_and_train_what_they_say(make, sampler):
         assert rolled.mask.sum(1).tolist() == [3] * 6, "the last step has no density"
 
 
+def test_log_probs_of_transitions_are_not_rounded_in_half_precision(make):
+    """Under bf16-true new tensors are of that type unless they say otherwise; log-probs stay float32."""
+    module = make("stable_diffusion_3", sampler=SDE(0.7))
+    sampler, rolled = module.sampler, on_policy(module, 4, horizon=3)
+    arguments = sampler, module.policies["student"], rolled, lambda rows: None
+    expected = module._log_probs(*arguments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert module._log_probs(*arguments).dtype == expected.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_stochastic_transition_has_the_mean_and_deviation_that_it_was_drawn_with(make):
     """Replaying the stored states gives the sampled means, and the noise that is left over is standard normal's."""
     module = make("stable_diffusion_3", sampler=SDE(0.7))

@@ -146,6 +146,20 @@ def test_equal_tokenizers_teach_as_the_plain_teacher_does_bit_for_bit(folder, na
     assert torch.equal(*students)
 
 
+def test_pairs_are_not_rounded_in_half_precision(folder):
+    """Under bf16-true new tensors are of that type unless they say otherwise; log-probs stay float32."""
+    module = module_of(folder(NAMES[0]), folder(NAMES[1], seed=2))
+    batch = wrote(module)
+    expected = told(module, batch)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        own = told(module, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(own.log_probs, expected.log_probs)
+    assert torch.equal(own.rest, expected.rest)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_tokenizers_give_the_plain_log_probs(folder, name):
     module = module_of(folder(name), folder(name, seed=2))

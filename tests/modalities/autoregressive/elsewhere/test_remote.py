@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -24,6 +23,7 @@ from opd_lightning.serving import check_reach
 from opd_lightning.teacher import Frozen, Teacher
 from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served
 from tests.processes import FORKS
+from tests.raw import raw_server
 from tests.tiny import Rows, act, fit, make_module, make_rows, make_trainer
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
@@ -320,21 +320,6 @@ def test_the_token_comes_from_the_environment(tiny_student, imitation, stand_in,
     refusing = stand_in(lambda path, body: (401, {"error": "who are you?"}))
     with pytest.raises(ValueError, match="set the environment variable MY_TOKEN"):
         there(tiny_student, refusing.url, token="MY_TOKEN")
-
-
-def raw_server(*answers):
-    """A server that sends some bytes to each connection in turn, and closes it."""
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def answer():
-        with listening:
-            for content in answers:
-                with listening.accept()[0] as connection:
-                    connection.recv(65536)
-                    connection.sendall(content)
-
-    threading.Thread(target=answer, daemon=True).start()
-    return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again():
