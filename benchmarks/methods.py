@@ -111,8 +111,9 @@ def known() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def train(arm: Arm, seed: int, extra: list[str]) -> None:
-    """Makes a run unless its result is there; one that raises has an ``error``."""
-    if str(seed) in known().get(arm.name, {}):
+    """Makes a run unless its result is there; one that raises has an ``error``, and is made again the next time."""
+    result = known().get(arm.name, {}).get(str(seed), {"error": "not made yet"})
+    if "error" not in result:
         return
     folder = RUNS / arm.name / str(seed)
     path = folder / "result.json"

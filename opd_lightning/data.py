@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from .chat import from_messages, problem_with_form, without_answers
 from .data_source import is_remote, read_source, same_rows
+from .note import refuse_taken
 from .progress import phase
 from .rows import LOCATION, STAND_IN, BadRows, row_of
 from .table import undecoded
@@ -294,6 +295,8 @@ class PromptData(LightningDataModule):
                         else f"; it has {', '.join(examples.column_names)}. data.columns maps a column to another name"
                     )
                 )
+        if split == "train":
+            refuse_taken(getattr(module, "notes", {}), examples.column_names, "data.train")
         if module is not None and split != "validation":
             say_unread(f"data.{split}", examples.column_names, {*needed, *getattr(module, "reads", ())})
         if module is not None:

@@ -6,7 +6,7 @@ A note is written into the row of its trajectory, as one more column: whoever re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .callback import Stateful
@@ -102,6 +102,17 @@ def stand_ins(notes: Mapping[str, Note], example: Example) -> Example:
     return {column: value for column, value in columns.items() if column not in example}
 
 
+def refuse_taken(notes: Mapping[str, Note], columns: Collection[str], where: str) -> None:
+    """Raises ValueError where a note writes a column that the rows have already."""
+    for name, note in notes.items():
+        for column in note.writes:
+            if column in columns:
+                raise ValueError(
+                    f"model.notes.{name} writes the column {column!r}, which {where} has already; "
+                    f"`data.columns: {{given_{column}: {column}}}` gives that another name"
+                )
+
+
 def offered_by(notes: Mapping[str, Note]) -> set[str]:
     """Collects the columns and channels that notes fill, for the needs of parts."""
     return written_by(notes).union(*(note.channels for note in notes.values()))
@@ -117,8 +128,7 @@ def write(notes: Mapping[str, Note], before_reward: bool, module: Any, trajector
     for name, note in notes.items():
         if note.before_reward is not before_reward:
             continue
-        if taken := [column for column in note.writes if column in trajectories.examples[0]]:
-            raise ValueError(f"model.notes.{name} writes the column {taken[0]!r}, which the data set has already")
+        refuse_taken({name: note}, trajectories.examples[0], "the data set")
         noted = note(module, trajectories)
         _check_written(f"model.notes.{name}: {type(note).__name__}", note, noted)
         trajectories = noted

@@ -390,6 +390,19 @@ def test_a_missing_column_names_who_needs_it(tmp_path: Path) -> None:
         data.setup("fit")
 
 
+@pytest.mark.parametrize("column", ["answer", "right"])
+def test_a_column_that_a_note_writes_is_refused(tmp_path: Path, column: str) -> None:
+    data = attach(PromptData(train=write(tmp_path / "a.jsonl", rows())))
+    data.trainer.lightning_module.notes = {"hints": SimpleNamespace(writes=(column,))}  # type: ignore[union-attr, assignment]
+    if column not in rows()[0]:
+        data.setup("fit")
+        return
+    with pytest.raises(
+        ValueError, match=r"notes.hints writes the column 'answer', .*columns: \{given_answer: answer\}"
+    ):
+        data.setup("fit")
+
+
 def test_a_column_that_was_renamed_says_its_new_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "1+1"}])
     data = attach(PromptData(train=path, columns={"prompt": "question"}), {"question": "model.teachers.wise"})

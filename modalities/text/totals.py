@@ -15,7 +15,7 @@ from string import ascii_lowercase
 
 ALPHABET = ascii_lowercase + "0123456789= !#?"
 MODULUS = 100
-COLUMNS = ("answer", "solution", "completion", "hint", "wrong", "feedback")
+COLUMNS = ("answer", "solution", "completion", "hint", "wrong_answer", "correction")
 TWO = 1 / 4
 """Of the steps of a worked text, the share that adds two digits."""
 NOTICED = 2 / 3
@@ -53,8 +53,8 @@ def problems(
             after a `#`: `"00a6b1=07 07c1=08 #08"`;
         completion: the same on a way of its own, with slips and what undoes them;
         hint: each letter with the total after it, `"a06b07c08"`, true on every way;
-        wrong: a wrong answer, after a slip;
-        feedback: the step that had the slip, as it should have been, `"06b1=07"`;
+        wrong_answer: one, not this, after a slip;
+        correction: the step that had the slip, as it should have been, `"06b1=07"`;
         other_prompt: the prompt of another row, without what is shown; empty where there is no other.
     Raises ValueError for numbers of digits and columns that there are not, and for shares outside of [0, 1].
     """
@@ -132,8 +132,8 @@ def _row(items: str, other: str, slips: float, hinted: dict[str, float], draw: r
         "solution": worked(items, draw),
         "completion": worked(items, draw, slips),
         "hint": "".join(f"{letter}{after:02d}" for letter, after in zip(items[::2], totals, strict=True)),
-        "wrong": f"{(total + draw.randrange(1, MODULUS)) % MODULUS:02d}",
-        "feedback": f"{before:02d}{items[2 * slip : 2 * slip + 2]}={totals[slip]:02d}",
+        "wrong_answer": f"{(total + draw.randrange(1, MODULUS)) % MODULUS:02d}",
+        "correction": f"{before:02d}{items[2 * slip : 2 * slip + 2]}={totals[slip]:02d}",
         "other_prompt": other,
     }
     column = draw.choices([*hinted, ""], [*hinted.values(), 1 - sum(hinted.values())])[0]

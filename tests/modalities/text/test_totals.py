@@ -59,8 +59,8 @@ def test_every_row_is_right(held_out):
         for column in ("solution", "completion"):
             replayed(items, row[column])
             assert row[column].endswith(f"#{row['answer']}")
-        assert row["wrong"] != row["answer"]
-        assert len(row["wrong"]) == 2
+        assert row["wrong_answer"] != row["answer"]
+        assert len(row["wrong_answer"]) == 2
         assert row["other_prompt"] in {row["prompt"] for row in rows}
     assert all(set("".join(row.values())) <= set(ALPHABET) for row in rows)
 
@@ -70,7 +70,7 @@ def test_the_hint_and_the_feedback_are_true_on_every_way():
         totals = dict(re.findall(r"([a-z])(\d\d)", row["hint"]))
         for _, _, added, after in STEP.findall(row["solution"]) + STEP.findall(row["completion"]):
             assert totals[added[-2]] == after
-        _, before, added, after = STEP.fullmatch(row["feedback"]).groups()
+        _, before, added, after = STEP.fullmatch(row["correction"]).groups()
         assert totals[added[0]] == after
         assert added in asked(row)
         assert (int(before) + int(added[1])) % 100 == int(after)
@@ -124,13 +124,13 @@ def test_the_verifier_takes_right_answers_and_no_wrong_ones():
     (row,) = problems(1, slips=0.1, seed=4)
     verifier = ExactMatch(after="#")
     assert verifier(row["completion"], row) == 1
-    assert verifier(f"{row['solution'][:-2]}{row['wrong']}", row) == 0
+    assert verifier(f"{row['solution'][:-2]}{row['wrong_answer']}", row) == 0
     assert verifier(row["solution"].partition("#")[0], row) == 0
 
 
 def test_every_character_has_a_token():
     tokenizer = character_tokenizer(ALPHABET)
-    (row,) = problems(1, slips=0.2, hinted={"feedback": 1.0})
+    (row,) = problems(1, slips=0.2, hinted={"correction": 1.0})
     for text in row.values():
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
