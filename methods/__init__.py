@@ -14,6 +14,7 @@ from . import (
     rubric,
     selection,
     signal,
+    stepwise,
     view,
     weight,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "rubric",
     "selection",
     "signal",
+    "stepwise",
     "view",
     "weight",
 ]
