@@ -122,6 +122,7 @@ bench: install .venv-trl/installed
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/fits.py
 	$(BIN)/python benchmarks/fits.py --check
+	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/tables.py
 
 methods: install

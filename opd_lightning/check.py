@@ -21,18 +21,15 @@ from .front import front
 
 APART = (
     "--trainer.logger=false",
-    "--trainer.limit_val_batches=0",
     "--trainer.enable_progress_bar=false",
-    "--trainer.log_every_n_steps=1",
     "--trainer.devices=1",
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--checkpoint.save_last=false",
     "--checkpoint.save_top_k=0",
-    "--model.evaluation.before=false",
     "--ckpt_path=null",
 )
-"""What is set otherwise than in the run: one device, no validation, and nothing is written where the run will be."""
+"""What is set otherwise than in the run: one device, and nothing is written where the run will be."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         description=main.__doc__,
         allow_abbrev=False,
         epilog="Exit code 0: green, 1: red, 2: the configuration can't be meant. Every other argument is one of `opd "
-        "fit`. Models are loaded, and two updates are made, timed and thrown away.",
+        "fit`. Models are loaded, and a few updates are made, timed and thrown away.",
     )
     built.add_argument("--json", action="store_true", help="print the findings for programs")
     built.add_argument("--device-memory", metavar="SIZE", help="compute memory for a GPU of this size, such as 24GB")

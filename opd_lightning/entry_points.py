@@ -1,7 +1,8 @@
 """Finds what packages add to `opd` by entry points in their ``pyproject.toml``: sub-commands and parts.
 
 In the group ``opd_lightning.commands``, ``hello = "my_package.tool:main"`` registers `opd hello`: a function of the
-arguments that follow, whose docstring's first line is its help. In the group ``opd_lightning.parts``,
+arguments that follow, whose docstring's first line is its help; more of it is read from its file, too
+(`command_help.py`). In the group ``opd_lightning.parts``,
 ``mine = "my_package.parts"`` names a module whose classes have short names in configurations. A list of all commands
 imports none of them.
 """
@@ -56,14 +57,19 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
     return function
 
 
-def summary(entry: EntryPoint) -> str:
-    """Reads the first line of a function's docstring from its file; empty where there is none."""
-    top, *inner = entry.module.split(".")
+def file_of(module: str) -> Path | None:
+    """Finds the file of a module without importing it; None: there is none."""
+    top, *inner = module.split(".")
     spec = find_spec(top)
     if spec is None or spec.origin is None:
-        return ""
+        return None
     path = Path(spec.origin).parent.joinpath(*inner) if inner else Path(spec.origin)
-    file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def summary(entry: EntryPoint) -> str:
+    """Reads the first line of a function's docstring from its file; empty where there is none."""
+    file = file_of(entry.module)
     for node in ast.parse(file.read_text(encoding="utf-8")).body if file else ():
         if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
             text = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")

@@ -237,19 +237,24 @@ class Evaluator:
             table.add_row(cell(row), *("" if v is None else f"{100 * v:.1f}" for v in (*cells, accuracy[row,])))
         return table
 
+    @property
+    def scored_before(self) -> list[str]:
+        """Names the teachers that are scored before training: all of this process but the student as it is."""
+        return [
+            name
+            for name, teacher in self.streams.teachers.items()
+            if not isinstance(teacher.weights, Elsewhere)
+            and (teacher.view is not None or isinstance(teacher.weights, Frozen))
+        ]
+
     def before_training(self) -> None:
         """Scores the student, and once the teachers that are not just the student again."""
         # 1. rows, and who is measured on them
-        trainer, teachers = self.trainer, self.streams.teachers
+        trainer, teachers, asked = self.trainer, self.streams.teachers, self.scored_before
         examples = rows_of(trainer, "validation", "model.evaluation.before")
         if examples is None:
             return
         size = getattr(trainer.datamodule, "validation_batch_size", BATCH_SIZE)
-        asked = [
-            n
-            for n, t in teachers.items()
-            if not isinstance(t.weights, Elsewhere) and (t.view is not None or isinstance(t.weights, Frozen))
-        ]
         rank_zero_info(f"Evaluating before training ({len(examples)} held-out prompts)")
         # 2. a validation of each
         values: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Foresight: what is found out about a run before its first step, and in two updates that nobody keeps.
+"""Foresight: what is found out about a run before its first step, and in a few updates that nobody keeps.
 
 Shape legend: B trajectories, T steps.
 """
@@ -6,7 +6,6 @@ Shape legend: B trajectories, T steps.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ from .module import OnPolicyDistillation
 from .note import written_by
 from .objective import ReverseKL
 from .optimizer_step import MicroBatch
-from .progress import duration
+from .pace import Pace
 from .rollout_settings import derived_seed
 from .rows import reason_of, row_of
 from .splits import rows_of
 from .trajectory import Example, Trajectories
 
-ROWS, LOOKED_AT, UPDATES = 4, 64, 2
-"""Rows that are acted on, rows that views and boxes are looked at of, and updates that are timed."""
+ROWS, LOOKED_AT = 4, 64
+"""Rows that are acted on, and rows that views and boxes are looked at of."""
 CHECK_DRAWS = 2**34  # keeps the seeds apart from those of rollouts, evaluation and agreement
 FAR_APART = 3.0
 """Nats of KL(student‖teacher) at the first step above which the student hardly samples what the teacher wants."""
@@ -198,7 +197,7 @@ def bad_rows(data: Any) -> Iterator[Finding]:
 
 
 class Foresight(L.Callback):
-    """Callback that checks a run before its first step, times two updates, and ends it.
+    """Callback that checks a run before its first step, times updates and a validation, and ends it.
 
     Args:
         folder: where pictures go.
@@ -209,12 +208,16 @@ class Foresight(L.Callback):
         self.folder, self.room = folder, room
         self.data: Any = None  # the run's data module, known before it reads anything
         self.findings: list[Finding] = []
-        self.seconds: list[float] = []
-        self._since = 0.0
+        self.pace: Pace | None = None
+        self._before = False
 
     def all(self) -> list[Finding]:
         """Lists what was found, bad rows first."""
         return [*bad_rows(self.data), *self.findings]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OnPolicyDistillation)
+        self._before, pl_module.evaluation.before = pl_module.evaluation.before, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks; comes before the module's own hook, which compares rollouts with their replay."""
@@ -226,47 +229,41 @@ class Foresight(L.Callback):
         for finder in CHECKS:
             self.findings += finder(Look(pl_module, trainer, examples, acted, self.folder))
         self.findings += forecast(trainer, pl_module, self.room)
+        self.pace = Pace(trainer, pl_module, self._before)
+        trainer.limit_val_batches = 0  # not earlier: Lightning checks and counts validations until here
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0 and trainer.global_step == 0:
+        if batch_idx == 0 and trainer.global_step == 0 and self.pace is not None:
             text = "what is sampled has the log-probs of its replay, alone, beside others and in training mode"
             self.findings.append(Finding("agreement", "good", text))
-            self._since = time.perf_counter()
+            self.pace.begin()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
     ) -> None:
-        if not batch.is_last:
-            return
-        now = time.perf_counter()
-        self.seconds.append(now - self._since)
-        self._since = now
-        trainer.should_stop = len(self.seconds) >= UPDATES
+        if batch.is_last and self.pace is not None:
+            trainer.should_stop = self.pace.update()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, OnPolicyDistillation)
-        self.findings += list(speed(trainer, pl_module, self.seconds))
+        if self.pace is not None and self.pace.seconds:
+            self.findings += list(speed(pl_module, self.pace))
 
 
-def speed(trainer: L.Trainer, module: OnPolicyDistillation, seconds: list[float]) -> Iterator[Finding]:
-    """Judges the updates that were timed: their time, and how many rollouts the horizon cut.
-
-    Args:
-        seconds: of each update; the first one warms up.
-    """
-    if not seconds:
-        return
-    metrics = module.metrics.logged
+def speed(module: OnPolicyDistillation, pace: Pace) -> Iterator[Finding]:
+    """Tells how long the run will take, and how many rollouts the horizon cut."""
+    metrics = module.metrics.logged | module.metrics.of_step(module.ranks)  # with what was not logged yet
     rate, share = metrics.get("speed/rollout_steps_per_s"), metrics.get("time/rollout_share")
-    acting = "" if rate is None or share is None else f", {share:.0%} of it rollouts of {rate:,.0f} {module.unit}/s"
-    text = f"{seconds[-1]:.2g} s an update{acting}"
-    if trainer.max_steps > 0:
-        text += f"; {duration(seconds[-1] * trainer.max_steps)} to max_steps {trainer.max_steps:,}, without validations"
-    yield Finding("time", "told", text)
+    acting = (
+        ""
+        if rate is None or share is None
+        else f"; {share:.0%} of an update are rollouts, of {rate:,.0f} {module.unit}/s"
+    )
+    yield Finding("time", "told", f"{pace.said()}{acting}")
     stopped, length = metrics.get("train/stopped"), metrics.get("train/length", 0.0)
     if stopped is not None:
         horizon, unit = module.rollout.horizon, module.unit

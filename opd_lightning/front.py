@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from .command_help import help_of
 from .config_file import ConfigError, Source, did_you_mean, said
-from .entry_points import commands
+from .entry_points import COMMANDS, commands, registered
 from .shipped import PREFIX, shipped
 
 RUNS = {
@@ -110,6 +111,8 @@ def front(arguments: Sequence[str]) -> list[Source]:
         if command not in known:
             near = did_you_mean(command, known)
             raise ConfigError(f"there is no command {command!r}{near}; there are {', '.join(known)}")
+        if {"-h", "--help"} & set(arguments) and (text := help_of(registered(COMMANDS)[command])) is not None:
+            _exit_with(text)
         return []
     if {"-h", "--help"} & set(arguments):
         _exit_with(page(command))

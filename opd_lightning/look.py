@@ -1,4 +1,4 @@
-"""Looks at a run: it is built, checked and trained for two updates, or built alone, and what was found is told."""
+"""Looks at a run: it is built, checked and trained for a few updates, or built alone, and what was found is told."""
 
 from __future__ import annotations
 

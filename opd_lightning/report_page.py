@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -99,11 +100,11 @@ class Run:
         for row in rows:
             if row["who"] != "student" and row["step"] == 0:
                 columns.setdefault(row["who"], []).append(row)
-        pairs: dict[str, dict[str, Any]] = {}
+        pairs: dict[tuple[str, int], dict[str, Any]] = {}
         for who, column in columns.items():
-            for row in column:
-                pairs.setdefault(row["prompt"], {})[who] = row
-        return [{"prompt": prompt, "by": by} for prompt, by in list(pairs.items())[:MOST_SAMPLES]]
+            for key, row in numbered(column):
+                pairs.setdefault(key, {})[who] = row
+        return [{"prompt": prompt, "by": by} for (prompt, _), by in list(pairs.items())[:MOST_SAMPLES]]
 
     @property
     def is_colored(self) -> bool:
@@ -145,13 +146,21 @@ def side_by_side(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Lists samples for the page: of several runs all that was written to a prompt stands beside each other."""
     if len(runs) == 1:
         return runs[0].samples
-    prompts: dict[str, dict[str, Any]] = {}
+    prompts: dict[tuple[str, int], dict[str, Any]] = {}
     for who in dict.fromkeys(who for run in runs for sample in run.samples for who in sample["by"]):
         for run in runs:
-            for sample in run.samples:
+            for key, sample in numbered(run.samples):
                 if who in sample["by"]:
-                    prompts.setdefault(sample["prompt"], {})[f"{run.label}, {who}"] = sample["by"][who]
-    return [{"prompt": prompt, "by": by} for prompt, by in prompts.items()]
+                    prompts.setdefault(key, {})[f"{run.label}, {who}"] = sample["by"][who]
+    return [{"prompt": prompt, "by": by} for (prompt, _), by in prompts.items()]
+
+
+def numbered(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """Yields rows by prompt and by how often it came before: the same question may be asked about many images."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        yield (row["prompt"], seen[row["prompt"]]), row
+        seen[row["prompt"]] += 1
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from opd_lightning import pace
 from opd_lightning.check import main
 from opd_lightning.finding import Finding, as_json, show, summary
 from opd_lightning.forecast import memory, memory_of
@@ -135,7 +136,8 @@ def test_memory_is_planned_without_models(mine, capsys):
     assert len(found["memory"]["advice"].split("; ")) == 3
 
 
-def test_every_setting_can_be_looked_at(every_world, tmp_path):
+def test_every_setting_can_be_looked_at(every_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "TIMED", 0.0)
     module = every_world.module()
     foresight = Foresight(tmp_path / "check")
     trainer = every_world.fit(module, tmp_path, steps=5, callbacks=[foresight], log_every_n_steps=1)

@@ -11,8 +11,9 @@ from jsonargparse import Namespace
 
 from opd_lightning.__main__ import execute
 from opd_lightning.cli import OPDCLI, understood
+from opd_lightning.command_help import help_of
 from opd_lightning.config_file import ConfigError
-from opd_lightning.entry_points import commands
+from opd_lightning.entry_points import COMMANDS, commands, file_of, registered
 from opd_lightning.front import RUNS, front, keys_of
 
 
@@ -40,6 +41,23 @@ def test_a_command_that_is_registered_has_a_help_of_its_own(capsys, command):
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(f"usage: opd {command} ")
     assert commands()[command].split()[-1] in text
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_help_that_imports_nothing_names_what_the_parser_of_a_command_takes(command):
+    """Help is read from the command's file; the few that compute it give it themselves."""
+    entry = registered(COMMANDS)[command]
+    page, file = help_of(entry), file_of(entry.module)
+    assert (page is None) == (command in ("ask", "fetch", "new"))
+    flags = set(re.findall(r'add_argument\(\s*"(--\w+)"', file.read_text(encoding="utf-8")))
+    assert page is None or all(flag in page for flag in flags)
+
+
+def test_help_says_defaults(capsys):
+    text = answer(capsys, "serve", "--help")
+    assert "default: 127.0.0.1)" in text
+    assert "OPD_SERVE_TOKEN" in text, "a constant of the module"
+    assert "(default: true)" in answer(capsys, "export", "-h")
 
 
 @pytest.mark.parametrize("command", ["gallery", "report", "table"])
@@ -96,7 +114,7 @@ def test_what_is_wrong_at_the_top_is_said_at_once(arguments, message):
 def test_none_of_it_imports_a_library():
     script = (
         "import sys\nfrom opd_lightning.front import front\n"
-        "for arguments in (['-h'], ['--version'], ['report', 'x'], ['no-command'], "
+        "for arguments in (['-h'], ['--version'], ['report', 'x'], ['no-command'], ['export', '-h'], ['serve', '-h'], "
         "['fit', '--help'], ['fit', '-c', 'nope.yaml'], ['fit', '--x=1']):\n"
         "    try:\n        front(arguments)\n    except (SystemExit, ValueError):\n        pass\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'diffusers', 'peft'} & set(sys.modules)))\n"
@@ -137,7 +155,7 @@ def test_every_key_has_a_help(capsys, arguments, texts):
     assert all(text in found.out for text in texts), found.out
 
 
-def help_of(capsys, key: str) -> list[str]:
+def names_in_help(capsys, key: str) -> list[str]:
     """The names that a key's help lists."""
     with pytest.raises(SystemExit):
         understood(["fit", f"--{key}.help"])
@@ -145,12 +163,12 @@ def help_of(capsys, key: str) -> list[str]:
 
 
 def test_help_lists_the_callbacks_of_this_package_before_the_libraries(capsys):
-    names = help_of(capsys, "trainer.callbacks")
+    names = names_in_help(capsys, "trainer.callbacks")
     assert {"CollapseAlarm", "Curriculum", "TeacherSync"} <= set(names[: names.index("EarlyStopping")])
 
 
 def test_help_lists_no_name_twice(capsys):
-    names = help_of(capsys, "model.optimizer")
+    names = names_in_help(capsys, "model.optimizer")
     assert len(names) == len(set(names))
     assert {"torch.optim.AdamW", "bitsandbytes.optim.AdamW", "Adamax"} <= set(names), "two have the name AdamW"
 

@@ -123,6 +123,23 @@ def test_samples_are_colored_by_the_teacher(tmp_path):
     assert "&lt;/script&gt;" in samples
 
 
+def test_the_same_question_about_several_images_has_a_sample_each(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    samples = [
+        {"step": step, "who": who, "prompt": "Which digit?", "completion": f"{who} {step} {i}", "reward": 1.0}
+        for step, who in ((0, "teacher"), (0, "student"), (10, "student"))
+        for i in range(3)
+    ]
+    write(folder / "samples.jsonl", samples)
+    shown = read_run(folder, "mine").samples
+    assert [{who: row["completion"][-1] for who, row in sample["by"].items()} for sample in shown] == [
+        dict.fromkeys(("before", "after", "teacher"), str(i)) for i in range(3)
+    ]
+    other = shutil.copytree(folder, tmp_path / "other")
+    text = write_page([folder, other]).read_text(encoding="utf-8")
+    assert text.count("<div class=prompt>Which digit?") == 3
+
+
 def test_runs_are_compared_on_the_same_axes(tmp_path):
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", accuracy=0.2)
     path = write_page([one, two])
@@ -233,6 +250,22 @@ def test_it_opens_without_a_network_and_runs_nothing_of_a_models(driver, tmp_pat
     script = "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
     driver.execute_script(script)
     assert driver.title == "mine"
+
+
+@pytest.mark.browser
+def test_nothing_is_wider_than_a_phone(driver, tmp_path):
+    folder = make_run(tmp_path / "mine")
+    word = "a1b2c3" * 40
+    rows = [{"step": 10, "who": "student", "prompt": word, "completion": word, "reward": 1.0}]
+    write(folder / "samples.jsonl", rows)
+    write(folder / "alarms.jsonl", [{"step": 3, "message": word}])
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        driver.get(write_page([folder]).resolve().as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 390
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.browser

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--data", required=True, help="prompts: .jsonl, .json, .parquet, a folder, or a name of the hub")
     built.add_argument("--out", type=Path, default=Path("runs/distill"), help="the run's folder; default: runs/distill")
     built.add_argument("--lora", type=int, nargs="?", const=32, metavar="RANK", help="train adapters; default rank: 32")
-    built.add_argument("--prompt", metavar="COLUMN", help=f"of the rows; default: the first of {', '.join(PROMPTS)}")
+    built.add_argument("--prompt", metavar="COLUMN", help="of the rows; default: prompt, or another that looks like it")
     built.add_argument("--reward", help="measures held-out accuracy: MathVerify, ExactMatch, or my_module.my_function")
     built.add_argument("--steps", type=int, default=100, help="optimizer steps; default: 100")
     built.add_argument("--batch", type=int, help=f"prompts an optimizer step; default: {BATCH}, or all rows if fewer")

@@ -18,7 +18,7 @@ from .question import Question
 from .remote import TOKEN
 from .scorer import Scorer, Wish
 
-HELP = f"""usage: opd serve-teacher [--teacher NAME] [--host HOST] [--port PORT] [--top_k K] -c FILE [--key=value …]
+HELP = """usage: opd serve-teacher [--teacher NAME] [--host HOST] [--port PORT] [--top_k K] -c FILE [--key=value …]
 
 Answer for a teacher of a configuration: how likely it finds given token ids, with weights.dialect: opd of Remote.
 
@@ -26,7 +26,7 @@ Files and keys are those of `opd fit`; nothing is trained, and the student is no
 
   --teacher NAME        the entry of model.teachers, a Frozen one (default: teacher)
   --host, --port        where to listen (default: 127.0.0.1, 8200). Other machines are let in where the environment
-                        variable {TOKEN} holds a token, which every request then has to name
+                        variable OPD_TEACHER_TOKEN holds a token, which every request then has to name
   --top_k K             the most ids that are told of a step (default: 100)
   --batch_tokens N      tokens of a batch, padding included (default: 8192)
   --max_request_mib N   the largest request (default: 16)
