@@ -48,7 +48,7 @@ def meanings(command: str) -> dict[str, str]:
 
 def overview() -> str:
     """Formats the help of `opd`: all commands."""
-    lines = "\n".join(f"  {name:<12}{what}" for name, what in (RUNS | commands()).items())
+    lines = "\n".join(f"  {name:<14}{what}" for name, what in (RUNS | commands()).items())
     return (
         f"usage: opd COMMAND …\n\nOn-policy distillation.\n\n{lines}\n\n"
         "  -h, --help  this; `opd COMMAND --help` says more\n"

@@ -25,12 +25,18 @@ class Gauges(L.Callback):
         self.trained = 0
         self._module: Any = None
         self._steps, self._since, self._backward, self._update = 0, 0.0, 0.0, 0.0
+        self._apart: tuple[dict[str, float], dict[str, int]] = {}, {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._module = pl_module
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps, self._since = 0, time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:  # after the evaluation before training, which is no part of a step
+            self.on_train_start(trainer, pl_module)
+            self._module.metrics.stopwatch.read()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         self._backward = time.perf_counter()
@@ -61,10 +67,15 @@ class Gauges(L.Callback):
             self._steps, self._since = 0, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._update = time.perf_counter()
+        stopwatch = self._module.metrics.stopwatch
+        self._update, self._apart = time.perf_counter(), (dict(stopwatch.seconds), dict(stopwatch.steps))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since += time.perf_counter() - self._update
+        """Takes validation out of the time of steps and of their phases: teachers are asked there, too."""
+        stopwatch, spent = self._module.metrics.stopwatch, time.perf_counter() - self._update
+        stopwatch.seconds, stopwatch.steps = self._apart
+        stopwatch.since += spent
+        self._since += spent
 
     def state_dict(self) -> dict[str, Any]:
         """Saves the actions of all ranks; every rank asks."""

@@ -132,6 +132,12 @@ class Run:
                     table.setdefault(match[1], [None, None])[place] = points[-1][1]
         return sorted(table.items())
 
+    @property
+    def stages(self) -> list[tuple[int, str]]:
+        """Lists the places in `categories` that have values, with their names."""
+        names = enumerate(("validation", "test"))
+        return [(at, name) for at, name in names if any(values[at] is not None for _, values in self.categories)]
+
     def pictures(self) -> tuple[list[list[Picture]], str]:
         """Asks the run's setting for pictures, a list for each row of the page, and why there are none."""
         path = str((self.config.get("model") or {}).get("class_path") or "")
@@ -157,10 +163,10 @@ def side_by_side(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def numbered(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Yields rows by prompt and by how often it came before: the same question may be asked about many images."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in rows:
-        yield (row["prompt"], seen[row["prompt"]]), row
-        seen[row["prompt"]] += 1
+        yield (row["prompt"], counts[row["prompt"]]), row
+        counts[row["prompt"]] += 1
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

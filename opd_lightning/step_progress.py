@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from .metrics import is_logged
 from .printable import printable
@@ -46,6 +47,7 @@ class StepProgress(ProgressBar):
         self._open, self._evaluation, self._phase = ExitStack(), ExitStack(), Phase("evaluating")
         self._first = self._told = 0
         self._since = 0.0
+        self._training = Phase("training")
 
     def disable(self) -> None:
         self.is_on = False
@@ -60,12 +62,15 @@ class StepProgress(ProgressBar):
         self._since = time.monotonic()
         if not self.is_on:
             return
-        self._open.enter_context(NARRATOR.phase("training, optimizer steps"))
+        self._training = self._open.enter_context(NARRATOR.phase("training, optimizer steps"))
         if sys.stdout.isatty():
-            columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left")
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+            self._bar = bar()
             self._bar.start()
             self._bar.add_task("", total=steps_of(trainer), completed=self._first)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self._first:  # what is evaluated before training does not make steps slower
+            self._since = self._training.began = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -102,7 +107,8 @@ class StepProgress(ProgressBar):
         text = line(trainer, module) if is_logged(trainer, step) else ""
         if self._bar is not None:
             (task,) = self._bar.task_ids
-            self._bar.update(task, completed=step, description=text or self._bar.tasks[0].description)
+            shown = text.partition(" · ")[2]  # the bar itself has the step
+            self._bar.update(task, completed=step, description=shown or self._bar.tasks[0].description)
         elif text:
             NARRATOR.heard()
             sys.stdout.write(printable(f"{text}{self._left(trainer)}\n"))
@@ -162,6 +168,14 @@ class StepProgress(ProgressBar):
 
     def _end(self) -> None:
         self._evaluation.close()
+
+
+def bar() -> Progress:
+    """Makes a bar with step, time and what is left of it; a logged step is told in the room that a terminal leaves."""
+    columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TimeElapsedColumn(), TextColumn("left")
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    text = TextColumn("{task.description}", markup=False, table_column=rest)
+    return Progress(*columns, TimeRemainingColumn(), text, expand=True)
 
 
 def steps_of(trainer: L.Trainer) -> int | None:

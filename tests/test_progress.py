@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opd_lightning import progress
 from opd_lightning.cli import OPDCLI
 from opd_lightning.progress import Narrator, Phase, duration
 from opd_lightning.quiet import ADVERTISED, says_something
 from opd_lightning.rollout_settings import Rollout
+from opd_lightning.step_progress import bar
 from tests.tiny import LongerIsBetter
 
 MINIMAL = """
@@ -116,3 +119,13 @@ def test_another_bar_takes_its_place(tmp_path, capsys, monkeypatch, given):
     Path("mine.yaml").write_text(MINIMAL, encoding="utf-8")
     OPDCLI(["fit", "-c", "mine.yaml", "--trainer.max_steps=1", "--trainer.limit_val_batches=0", *given])
     assert "next: opd report" not in capsys.readouterr().out
+
+
+def test_the_bar_keeps_steps_and_time_on_a_narrow_terminal():
+    shown, console = bar(), Console(width=80, file=io.StringIO())
+    shown.add_task("ReverseKL 0.2036 · " * 20, total=10_000, completed=1_234)
+    console.print(shown.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert "1234/10000" in line
+    assert "left" in line
+    assert "ReverseKL 0.2036" in line
