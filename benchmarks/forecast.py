@@ -19,21 +19,22 @@ from typing import Any
 import torch
 from side_by_side import FOLDER, record
 
+TEXT = ["-c", "opd:text/quickstart.yaml", "--data.train_options.count=4000"]
 CASES: dict[str, list[str]] = {
-    "text": ["-c", "opd:text/quickstart.yaml"],
+    "text": TEXT,
     "images": ["-c", "opd:vision_language/quickstart.yaml"],
     "screens": ["-c", "opd:gui_grounding/quickstart.yaml"],
     "diffusion": ["-c", "opd:diffusion/quickstart.yaml"],
     "LoRA": [
-        *("-c", "opd:text/quickstart.yaml", "--model.student.lora={r: 16, alpha: 32}", "--trainer.max_steps=80"),
+        *(*TEXT, "--model.student.lora={r: 16, alpha: 32}", "--trainer.max_steps=80"),
         *("--model.rollout.batch_size=32", "--data.validation_options.count=128"),
     ],
     "several updates a rollout": [
-        *("-c", "opd:text/quickstart.yaml", "--trainer.max_steps=120", "--model.rollout.batch_size=16"),
+        *(*TEXT, "--trainer.max_steps=120", "--model.rollout.batch_size=16"),
         *("--model.rollout.group_size=4", "--model.rollout.micro_batch_size=16", "--model.rollout.epochs=2"),
     ],
     "own teacher, shown the solution": [
-        *("-c", "opd:text/quickstart.yaml", "-c", "opd:methods/text/opsd.yaml", "--trainer.max_steps=60"),
+        *(*TEXT, "-c", "opd:methods/text/opsd.yaml", "--trainer.max_steps=60"),
     ],
     "long": ["-c", "opd:text/long.yaml"],
 }
@@ -98,11 +99,11 @@ def main() -> None:
     time.perf_counter = time.process_time  # before anything imports it
     torch.set_num_threads(1)
     path = FOLDER / "forecast.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
     for case in args.cases or CASES:
         arguments = [*CASES[case], *(shorter(args.steps) if args.steps else ())]
         found = {"forecast": forecast(arguments), "run": run(arguments, f"runs/forecast/{case}")}
         computed, taken = found["forecast"]["updates"] + found["forecast"]["validations"], found["run"]["all"]
+        results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
         results[case] = found | {"computed": computed, "taken": taken, "steps": args.steps}
         print(f"{case}: {computed:.1f} s computed, {taken:.1f} s taken", flush=True)
         record("forecast", {}, results)

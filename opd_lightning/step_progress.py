@@ -107,8 +107,8 @@ class StepProgress(ProgressBar):
         text = line(trainer, module) if is_logged(trainer, step) else ""
         if self._bar is not None:
             (task,) = self._bar.task_ids
-            shown = text.partition(" · ")[2]  # the bar itself has the step
-            self._bar.update(task, completed=step, description=shown or self._bar.tasks[0].description)
+            rest = text.partition(" · ")[2]  # the bar itself has the step
+            self._bar.update(task, completed=step, description=rest or self._bar.tasks[0].description)
         elif text:
             NARRATOR.heard()
             sys.stdout.write(printable(f"{text}{self._left(trainer)}\n"))
