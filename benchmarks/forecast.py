@@ -22,7 +22,7 @@ from side_by_side import FOLDER, record
 TEXT = ["-c", "opd:text/quickstart.yaml", "--data.train_options.count=4000"]
 CASES: dict[str, list[str]] = {
     "text": TEXT,
-    "images": ["-c", "opd:vision_language/quickstart.yaml"],
+    "images": ["-c", "opd:vision_language/quickstart.yaml", "--data.train_options.count=500"],
     "screens": ["-c", "opd:gui_grounding/quickstart.yaml"],
     "diffusion": ["-c", "opd:diffusion/quickstart.yaml"],
     "LoRA": [
