@@ -24,6 +24,8 @@ LONGEST_PAUSE = 30.0
 SHORTEST_SECRET = 8
 """Characters of a token that is hidden where a server repeats it; shorter ones (``EMPTY``) are words, no secrets."""
 PIECE = 1 << 16
+LARGEST = 1 << 30
+"""Bytes of an answer in JSON, above which it is none that was asked for; the memory for it is the run's."""
 
 T = TypeVar("T")
 
@@ -55,26 +57,31 @@ class Connection:
     deadline: float
     closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
-    def ask(self, path: str, body: Any = None) -> bytes:
+    def ask(self, path: str, body: Any = None, largest: int | None = None) -> bytes:
         """Sends a request (GET without a body) until it is answered.
 
         What passes (no connection, no answer in time, too many requests, a failure inside) is tried again, with pauses
         that double from half a second to half a minute, or as long as the server says (``Retry-After``).
 
+        Args:
+            path: behind the URL.
+            body: of the request, as JSON.
+            largest: bytes of an answer. Default: no limit.
+
         Raises:
-            Refused: an answer that would be the same the next time.
+            Refused: an answer that would be the same the next time, or a larger one.
             ConnectionError: none until the deadline.
         """
         end, pause, tries = time.monotonic() + self.deadline, 0.5, 0
         while True:
             tries, wished = tries + 1, 0.0
             try:
-                return self._once(path, body, max(0.001, min(self.timeout, end - time.monotonic())))
+                return self._once(path, body, max(0.001, min(self.timeout, end - time.monotonic())), largest)
             except urllib.error.HTTPError as error:
                 problem = f"{self.url}{path} answered {error.code}: {self.without_token(printable(_text(error)))}"
                 if error.code not in PASSING:
                     # not from the error, whose own text is the server's
-                    raise Refused(problem + self._advice(error.code), error.code) from None
+                    raise Refused(problem + self._advice(error), error.code) from None
                 wished = _seconds(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are such
                 reason = printable(getattr(error, "reason", error))
@@ -96,7 +103,7 @@ class Connection:
         Raises:
             ValueError: it is something else.
         """
-        answer = self.ask(path, body)
+        answer = self.ask(path, body, LARGEST)
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
@@ -108,7 +115,7 @@ class Connection:
         secret = os.environ.get(self.token, "").strip()
         return text.replace(secret, "‹token›") if len(secret) >= SHORTEST_SECRET else text
 
-    def _once(self, path: str, body: Any, timeout: float) -> bytes:
+    def _once(self, path: str, body: Any, timeout: float, largest: int | None) -> bytes:
         # 1. the request
         headers = {"Content-Type": "application/json"}
         if secret := os.environ.get(self.token, "").strip():
@@ -118,19 +125,28 @@ class Connection:
         data = None if body is None else json.dumps(body).encode()
         opener = urllib.request.build_opener(_NowhereElse)
         # 2. the answer, piece by piece: the library's time-out begins anew with each that arrives
-        end, pieces = time.monotonic() + timeout, list[bytes]()
+        end, pieces, size = time.monotonic() + timeout, list[bytes](), 0
         with opener.open(urllib.request.Request(self.url + path, data, headers), timeout=timeout) as answer:
             while piece := answer.read1(PIECE):
                 pieces.append(piece)
+                size += len(piece)
                 if time.monotonic() > end:
                     raise TimeoutError(f"the answer was not whole after {timeout:g} s")
-            packed, length = b"".join(pieces), answer.headers.get("Content-Length")
-        if length is not None and len(packed) < int(length):
-            raise http.client.IncompleteRead(packed, int(length) - len(packed))
-        return packed
+                if largest is not None and size > largest:
+                    raise Refused(f"{self.url}{path} answered more than {largest:,} bytes", answer.status)
+            length = answer.headers.get("Content-Length", "")
+        if length.isdecimal() and size < int(length):
+            raise http.client.IncompleteRead(b"", int(length) - size)
+        return b"".join(pieces)
 
-    def _advice(self, code: int) -> str:
-        return f"; set the environment variable {self.token}" if code in (401, 403) else ""
+    def _advice(self, error: urllib.error.HTTPError) -> str:
+        """Says what helps, where the code tells."""
+        if error.code in (401, 403):
+            return f"; set the environment variable {self.token}"
+        if 300 <= error.code < 400:
+            place = self.without_token(printable(error.headers.get("Location", "elsewhere")))
+            return f"; it redirects to {place}, which is not followed: if that is right, it is the url"
+        return ""
 
 
 class Client:

@@ -24,6 +24,8 @@ from .printable import printable, quoted
 KEY = "OPD_CHAT_KEY"
 RUBBISH = 3
 """Answers in a row that are no chat completion, after which no more are asked for."""
+MOST = 1 << 31
+"""Tokens of one answer, above which a server counts something else."""
 WARN_AT = 0.9
 """Share of the budget at which a run is told that it nears its end."""
 
@@ -260,9 +262,10 @@ def read_completion(answer: Any) -> Reply:
         raise ValueError(f"it has no choices with a message: {quoted(answer, 200)}") from None
     if not isinstance(text, str | None):
         raise ValueError(f"its message is no text: {quoted(text, 200)}")
+    text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character can't be kept
     usage = answer.get("usage")
     read, written = (usage.get(f"{of}_tokens") if isinstance(usage, dict) else None for of in ("prompt", "completion"))
     is_cut = choice.get("finish_reason") == "length"
-    if type(read) is int and type(written) is int and min(read, written) >= 0:
-        return Reply(text or "", is_cut, read, written)
-    return Reply(text or "", is_cut, counted=False)
+    if type(read) is int and type(written) is int and 0 <= min(read, written) <= max(read, written) < MOST:
+        return Reply(text, is_cut, read, written)
+    return Reply(text, is_cut, counted=False)

@@ -30,9 +30,39 @@ def test_a_busy_server_says_when_to_come_again():
     assert time.monotonic() - began >= 1
 
 
-@pytest.mark.parametrize("answer", [b"rubbish\r\n\r\n", b"", http("529 Overloaded"), http("200 OK", b"{}")[:-1]])
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"rubbish\r\n\r\n",
+        b"",
+        http("529 Overloaded"),
+        http("200 OK", b"{}")[:-1],
+        CHUNKED + b"2\r\n{",
+        CHUNKED + b"2\r\n{}\r\n",
+        CHUNKED + b"many\r\n{}\r\n0\r\n\r\n",
+    ],
+)
 def test_what_passes_is_tried_again(answer):
     assert connection(raw_server(answer, http("200 OK"))).ask_json("/") == {}
+
+
+def test_a_length_that_is_none_is_not_compared():
+    assert connection(raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}")).ask_json("/") == {}
+
+
+def test_an_answer_without_an_end_fills_no_memory(monkeypatch):
+    monkeypatch.setattr("opd_lightning.connection.LARGEST", 99)
+    assert connection(raw_server(http("200 OK", b"{}".rjust(99)))).ask_json("/") == {}
+    with pytest.raises(Refused, match="answered more than 99 bytes"):
+        connection(raw_server(http("200 OK", b"{}".rjust(100)))).ask_json("/")
+
+
+def test_a_redirect_is_named_and_not_followed():
+    with pytest.raises(Refused, match=r"answered 307: .*redirects to http://elsewhere/v1, which is not followed"):
+        connection(raw_server(http("307 Temporary", b"", b"Location: http://elsewhere/v1"))).ask("/")
 
 
 def test_a_body_that_comes_drop_by_drop_ends_with_the_time_limit():

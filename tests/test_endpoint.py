@@ -94,6 +94,19 @@ def test_a_budget_needs_a_server_that_counts(chatting, endpoint):
         endpoint(server, budget=Budget(tokens=100)).ask(ASKED, draw=1).result()
 
 
+@pytest.mark.parametrize("tokens", [-1, 1.0, True, 10**30, None])
+def test_tokens_that_are_no_count_are_not_counted(chatting, endpoint, tokens):
+    usage = {"prompt_tokens": tokens, "completion_tokens": 3}
+    server = chatting(lambda body: (200, completion("4", usage=usage)))
+    assert endpoint(server).ask(ASKED).result().counted is False
+    assert endpoint(server).spent() == (0, 0.0)
+
+
+def test_half_a_character_is_none(chatting, endpoint):
+    text = endpoint(chatting(lambda body: "\ud800 four \ud83d\ude42")).ask(ASKED).result().text
+    assert text == "\ufffd four \U0001f642"
+
+
 @pytest.mark.parametrize(
     "rubbish", [b"<html>busy</html>", {"choices": []}, {"choices": [{"message": {"content": 7}}]}, [], b"[" * 100_000]
 )

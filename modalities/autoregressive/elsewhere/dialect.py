@@ -6,7 +6,7 @@ Shape legend: n trained steps of one trajectory, k ids told of each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from safetensors.torch import load
 
 from ....connection import Connection, Refused
 from ....distribution import IMPOSSIBLE
+from ....distribution.scored import ABOVE
 from ....printable import quoted
 from .question import Answer, Question
+
+NEVER = -9999.0
+"""Log-prob of a token without probability, as vLLM writes it in JSON, which knows no infinity."""
 
 
 class Dialect(ABC):
@@ -193,7 +197,7 @@ def collected(question: Question, rows: list[dict[int, float]], top_k: int, who:
     """Makes an answer of log-probs by id at each trained step.
 
     Raises:
-        ValueError: the action's is missing, or fewer than ``top_k`` are there.
+        ValueError: the action's is missing or none, or fewer than ``top_k`` are there.
     """
     own, ids, values = [], [], []
     for step, row in zip(question.trained, rows, strict=True):
@@ -209,6 +213,21 @@ def collected(question: Question, rows: list[dict[int, float]], top_k: int, who:
             )
         ids.append(best)
         values.append([row[token] for token in best])
+    check_possible(own, who)
     if not top_k:
         return Answer(torch.tensor(own))
     return Answer(torch.tensor(own), torch.tensor(ids), torch.tensor(values).clamp(min=IMPOSSIBLE))
+
+
+def check_possible(log_probs: Sequence[float], who: str) -> None:
+    """Refuses what can't be the log-prob of a token that was written.
+
+    Raises:
+        ValueError: it is no number, above 0, or that of an impossible token.
+    """
+    if wrong := [value for value in log_probs if not NEVER < value <= ABOVE]:
+        raise ValueError(
+            f"{who} told {len(wrong)} of {len(log_probs)} log-probs of what the student wrote that can be none, such "
+            f"as {wrong[0]:.4g}: they are numbers up to 0, and that of a token which a server masks (-inf, or "
+            f"{NEVER:g} of vLLM) would decide the whole update"
+        )

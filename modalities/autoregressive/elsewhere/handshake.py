@@ -66,8 +66,10 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
     try:
         told = torch.stack([dialect.ask(question, top_k).log_probs.double() for _ in range(TIMES)])
     except Refused as error:
-        cap = f" Does it cap top_k={top_k}? Lower weights.top_k, or raise the server's limit (vLLM: --max-logprobs)"
-        raise ValueError(f"{error}.{cap if top_k else ''}") from error
+        cap = f". Does it cap top_k={top_k}? Lower weights.top_k, or raise the server's limit (vLLM: --max-logprobs)"
+        raise ValueError(f"{error}{cap if top_k and error.code in (400, 422) else ''}") from error
+    if not bool(told[0].any()):
+        raise ValueError(f"{who} finds every token of {quoted(ids)} certain (0 nats), as no model does")
     apart = float((told.amax(0) - told.amin(0)).max())
     if not apart <= tolerance:
         raise ValueError(

@@ -125,14 +125,14 @@ class Remote(Elsewhere):
         futures = [None if question is None else self._submit(question) for question in asked]
         try:
             told = [None if future is None else future.result() for future in futures]
+            for question in asked:
+                if question is not None:
+                    self._flying.pop(question, None)
+            if self._head is None:
+                return scored(told, batch, setting.vocabulary, self.asks, self.url)
+            return stated(told, batch, self._head)
         except ValueError as error:
             raise ValueError(f"model.teachers.{teacher.name}: {error}") from error
-        for question in asked:
-            if question is not None:
-                self._flying.pop(question, None)
-        if self._head is None:
-            return scored(told, batch, setting.vocabulary, self.asks, self.url)
-        return stated(told, batch, self._head)
 
     def _submit(self, question: Question) -> Future[Answer]:
         """Sends a question, unless it is on its way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import threading
 import time
@@ -172,6 +173,38 @@ def changed(imitation, path, change):
 def test_an_answer_that_lacks_something_is_an_error_and_not_a_zero(tiny_student, imitation, stand_in, change, words):
     server = stand_in(changed(imitation, "/v1/completions", change))
     with pytest.raises(ValueError, match=rf"model\.teachers\.teacher: .*{words}"):
+        there(tiny_student, server.url)
+
+
+def told(value):
+    """An answer with another log-prob of each token, made of its own."""
+
+    def change(code, answer):
+        for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+            for one in entry.values():
+                one["logprob"] = value(one["logprob"])
+        return code, answer
+
+    return change
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -9999.0, 0.5, True])
+def test_what_can_be_no_log_prob_is_an_error(tiny_student, imitation, stand_in, value):
+    change = [lambda code, answer: (code, answer)]
+    server = stand_in(changed(imitation, "/v1/completions", lambda *answer: change[0](*answer)))
+    module = there(tiny_student, server.url)
+    rolled = act(module, make_rows(2))
+    change[0] = told(lambda own: value)
+    words = r"model\.teachers\.teacher: .* of what the student wrote that can be none"
+    with pytest.raises(ValueError, match=words):
+        module.streams.query("teacher", rolled)
+    with pytest.raises(ValueError, match=words):
+        there(tiny_student, server.url)
+
+
+def test_a_server_that_finds_everything_certain_is_refused(tiny_student, imitation, stand_in):
+    server = stand_in(changed(imitation, "/v1/completions", told(lambda own: 0.0)))
+    with pytest.raises(ValueError, match=r"finds every token of .* certain \(0 nats\)"):
         there(tiny_student, server.url)
 
 
