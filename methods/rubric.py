@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from ..endpoint import Endpoint
@@ -25,6 +26,8 @@ from ..trajectory import Trajectories
 HEAVIEST = 10
 """Largest weight of a criterion; ours, since the scale of ROPD's was not found."""
 EPSILON = 1e-8
+WORD = re.compile(r"\w")
+"""A criterion without one says nothing; small models copy the … that stands for it in the prompt."""
 
 
 class Rubric(Note):
@@ -127,7 +130,7 @@ class Rubric(Note):
         for one in criteria:
             if not isinstance(one, dict) or set(one) != {"criterion", "weight"}:
                 raise Unreadable("a criterion is no object of criterion and weight")
-            if not isinstance(one["criterion"], str) or not one["criterion"].strip():
+            if not isinstance(one["criterion"], str) or not WORD.search(one["criterion"]):
                 raise Unreadable("a criterion says nothing")
             if type(one["weight"]) is not int or not 1 <= one["weight"] <= HEAVIEST:
                 raise Unreadable(f"the weight {one['weight']!r} is no whole number from 1 to {HEAVIEST}")

@@ -81,6 +81,7 @@ def changed(**change):
         changed(weight=True),
         changed(weight=1.5),
         changed(criterion=" "),
+        changed(criterion="…"),
         changed(more=1),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.cli import run
+from opd_lightning.connection import client_of
 from opd_lightning.endpoint import Endpoint
 from opd_lightning.modalities.autoregressive import Judge
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, Term
@@ -68,24 +69,25 @@ def test_after_ropd_trains_as_its_overlay_says(llama, tmp_path):
     readable = 1 - float(sum(value for _, value in curves["train/rubric/unreadable"])) / 2
     assert kinds["Criteria"] <= 2 * 2 * 3 * readable
     assert readable == 0 or kinds["Criteria"] > 0
-    assert curves["train/criteria/tokens"][-1][1] == sum(one["tokens"] for one in asked)
+    assert curves["train/judge/tokens"][-1][1] == sum(one["tokens"] for one in asked)
 
 
 class KilledAfter(L.Callback):
-    """Ends a server's process behind a step, as the out-of-memory killer does."""
+    """Ends a server's process behind a step, as the out-of-memory killer does; from then on 5 s are waited for it."""
 
     def __init__(self, server: RealServer, step: int) -> None:
         self.server, self.step = server, step
 
-    def on_train_batch_end(self, trainer, *_) -> None:
+    def on_train_batch_end(self, trainer, module, *_) -> None:
         if trainer.global_step == self.step:
             self.server.process.kill()
             self.server.process.wait()
+            module.reward.endpoint.client = client_of(f"{self.server.url}/v1", "NO_KEY", 5.0, 5.0, 4)
 
 
 def test_a_judge_dies_in_the_middle_and_the_run_goes_on_with_what_it_had(smollm2, tiny_student, tmp_path):
-    def module_of(server, deadline):
-        endpoint = Endpoint(server.url, keep=str(tmp_path / "asked"), timeout=600.0, deadline=deadline, at_once=4)
+    def module_of(server):
+        endpoint = Endpoint(server.url, keep=str(tmp_path / "asked"), timeout=600.0, deadline=1200.0, at_once=4)
         return make_module(
             tiny_student,
             None,
@@ -103,8 +105,8 @@ def test_a_judge_dies_in_the_middle_and_the_run_goes_on_with_what_it_had(smollm2
     # 1. it dies behind the first step
     server = llama(smollm2)
     try:
-        with pytest.raises(RewardError, match=r"no answer within 120 s and \d+ tries") as caught:
-            trained(module_of(server, 120.0), KilledAfter(server, 1))
+        with pytest.raises(RewardError, match=r"no answer within 5 s and \d+ tries") as caught:
+            trained(module_of(server), KilledAfter(server, 1))
     finally:
         server.stop()
     print(caught.value)
@@ -112,7 +114,7 @@ def test_a_judge_dies_in_the_middle_and_the_run_goes_on_with_what_it_had(smollm2
     # 2. another one is started, and only what was never answered is asked for
     server = llama(smollm2)
     try:
-        module = module_of(server, 1200.0)
+        module = module_of(server)
         trainer = trained(module, ckpt_path=tmp_path / "saved" / "last.ckpt", weights_only=True)
     finally:
         server.stop()

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ....connection import Refused
 from ....likeness import UNKNOWN
+from ....policy import evaluating
 from ....printable import quoted
 from .dialect import Dialect
-from .question import Question
+from .question import Question, answers
+from .scorer import as_trajectories
 
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -77,7 +80,21 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
             f"weights.tolerance={tolerance:g}. Does it compute in half precision, or batch what others ask?"
         )
     facts["scored five times"] = f"{apart:.1e} nats apart"
+    # 4. beside the student, which finds it as likely where it is the same model
+    if isinstance(setting.policies["student"].processor, PreTrainedTokenizerBase):
+        own = float(_by_student(setting, question).mean())
+        facts["log-prob of that text"] = f"{float(told[0].mean()):.3f} nats a token, the student's {own:.3f}"
     return facts, question, told[0]
+
+
+@torch.no_grad()
+def _by_student(setting: Any, question: Question) -> Tensor:
+    """Computes the student's log-probs ``[n]`` of an answer, as a teacher here would be asked for its own."""
+    student = setting.policies["student"]
+    batch = as_trajectories([question], setting.padding_id).to(next(student.model.parameters()).device)
+    with evaluating(student.model):
+        (answer,) = answers(setting.distribution(student, batch), batch, setting.objective.chunk_size)
+    return answer.log_probs
 
 
 def _texts(setting: Any) -> dict[str, list[int]]:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ....connection import client_of
@@ -149,7 +151,8 @@ class Remote(Elsewhere):
         content = repr((self._weights, self.asks, self._dialect.hidden, self._dialect.vocabulary, question))
         path = self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
         if path.exists():
-            return Answer(**load_file(path))
+            with suppress(SafetensorError, TypeError):  # broken on the disk: it is asked for again
+                return Answer(**load_file(path))
         answer = self._dialect.ask(question, self.asks)
         self.keep.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}-{id(answer)}")

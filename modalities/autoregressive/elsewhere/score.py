@@ -178,6 +178,8 @@ class Recorder:
         told = module.teachers[name].weights.top_k
         if told is not None and self.top_k > told:
             raise ValueError(f"--top_k={self.top_k}: model.teachers.{name} itself tells {told} of the likeliest ids")
+        if self.top_k > module.vocabulary:
+            raise ValueError(f"--top_k={self.top_k}: there are {module.vocabulary} ids")
         own = {**reading(module, module.teachers[name]), "weights": weights(module, name), "top_k": self.top_k}
         if not self.hidden:
             return own
@@ -230,6 +232,7 @@ def begun(module: Any, data: L.LightningDataModule, trainer: L.Trainer) -> Rollo
     trainer.strategy.setup_environment()
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]  # as a fit sets it
     data.prepare_data()
     data.setup("fit")
     module.configure_model()

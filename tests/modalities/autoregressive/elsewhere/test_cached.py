@@ -7,20 +7,21 @@ import shutil
 
 import pytest
 import torch
+from pyarrow import parquet
 
 from opd_lightning.blend import Blend
 from opd_lightning.callbacks import HiddenSimilarity
 from opd_lightning.modalities.autoregressive import Cached, PromptView
 from opd_lightning.modalities.autoregressive.elsewhere import score as module_of_score
 from opd_lightning.modalities.autoregressive.elsewhere.score import Recorder
-from opd_lightning.modalities.autoregressive.elsewhere.store import part, parts
+from opd_lightning.modalities.autoregressive.elsewhere.store import part, parts, write_part
 from opd_lightning.note import Note
 from opd_lightning.objective import HiddenMatch, LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
 from tests.test_elsewhere import Oracle
-from tests.tiny import Rows, chat_tokenizer, fit, make_module, make_rows, make_trainer
+from tests.tiny import Rows, act, chat_tokenizer, fit, make_module, make_rows, make_trainer
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
 ROWS = 24
@@ -73,6 +74,23 @@ def test_lightning_opd_is_the_online_run_bit_for_bit_in_its_first_epoch(tiny_stu
     there = trained(offline(tiny_student, folder), tmp_path / "offline", rows_of(folder))
     assert equal(here, there)
     assert not equal(here, make_module(tiny_student, tiny_teacher).student.parameters())
+
+
+def test_a_stale_log_prob_changes_its_own_token_alone(tiny_student, folder, tmp_path):
+    """The test idea of Lightning OPD's sheet."""
+    stale = shutil.copytree(folder, tmp_path / "stale")
+    (recorded,) = parts(stale)
+    columns = parquet.read_table(recorded).to_pydict()
+    columns["teacher.log_probs"][0][2] -= 1.0
+    write_part(recorded, columns)
+    (row,) = [row for row in rows_of(folder) if row["completion_ids"] == columns["teacher.actions"][0]][:1]
+    told = []
+    for path in (folder, stale):
+        module = offline(tiny_student, path, load=True)
+        batch = act(module, [row], "dataset")
+        told.append(module.streams.query("teacher", batch).distribution.log_probs[batch.mask])
+    assert torch.equal((told[0] - told[1]).nonzero().flatten(), torch.tensor([2]))
+    assert float(told[0][2] - told[1][2]) == pytest.approx(1.0)
 
 
 def test_a_view_and_given_completions_and_parts(tiny_student, tiny_teacher, tmp_path):
@@ -265,6 +283,12 @@ def test_more_ids_than_a_teacher_tells_are_not_recorded(tiny_student, tiny_teach
     module = make_module(tiny_student, teachers, lightning(), rollout=Rollout(**ACTING), load=False)
     with pytest.raises(ValueError, match=r"--top_k=4: model\.teachers\.teacher itself tells 2"):
         record(module, tmp_path / "answers", tmp_path, top_k=4)
+
+
+def test_more_ids_than_there_are_are_not_recorded(tiny_student, tiny_teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"--top_k=500: there are \d+ ids"):
+        record(online(tiny_student, tiny_teacher), tmp_path / "answers", tmp_path, top_k=500)
+    assert not parts(tmp_path / "answers")
 
 
 def test_another_blend_acts_otherwise(tiny_student, tiny_teacher, tmp_path):

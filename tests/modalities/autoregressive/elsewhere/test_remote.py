@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -97,6 +98,14 @@ def test_servers_of_others_teach_as_the_local_teacher(
     assert torch.allclose(trained(module, tmp_path / "there"), expected, atol=1e-5)
 
 
+def test_what_the_student_makes_of_the_known_text_is_told_beside(tiny_student, tiny_teacher, imitation, stand_in):
+    url = stand_in(imitation).url
+    for student, is_same in ((tiny_teacher, True), (tiny_student, False)):
+        told = there(student, url).elsewhere["teacher"]["log-prob of that text"]
+        server, own = re.fullmatch(r"(\S+) nats a token, the student's (\S+)", told).groups()
+        assert (server == own) == is_same
+
+
 def test_two_teachers_on_one_server_share_its_connection(tiny_student, imitation, stand_in, tmp_path):
     server, settings = stand_in(imitation), {**QUICK, "at_once": 2}
     views = {"teacher": None, "other": VIEW}
@@ -125,6 +134,10 @@ def test_answers_that_are_kept_are_asked_for_once(tiny_student, imitation, stand
         asked.append(server.asked.count("/v1/completions"))
     known = 5 + 1  # of the handshake, and before the generation batch
     assert asked[1] - asked[0] == known < asked[0]
+    broken = sorted((tmp_path / "kept").glob("*.safetensors"))[0]
+    broken.write_bytes(broken.read_bytes()[:20])
+    trained(there(tiny_student, server.url, keep=str(tmp_path / "kept")), tmp_path / "three")
+    assert server.asked.count("/v1/completions") - asked[1] == known + 1, "what is broken is asked for again"
     other = stand_in(Imitation(saved(seed=9, hidden=48, rows=28)))
     with pytest.raises(ValueError, match="kept was filled by other weights"):
         there(tiny_student, other.url, keep=str(tmp_path / "kept"))
