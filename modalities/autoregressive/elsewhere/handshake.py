@@ -82,8 +82,8 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
     facts["scored five times"] = f"{apart:.1e} nats apart"
     # 4. beside the student, which finds it as likely where it is the same model
     if isinstance(setting.policies["student"].processor, PreTrainedTokenizerBase):
-        own = float(_by_student(setting, question).mean())
-        facts["log-prob of that text"] = f"{float(told[0].mean()):.3f} nats a token, the student's {own:.3f}"
+        ours = float(_by_student(setting, question).mean())
+        facts["log-prob of that text"] = f"{float(told[0].mean()):.3f} nats a token, the student's {ours:.3f}"
     return facts, question, told[0]
 
 
