@@ -91,19 +91,22 @@ def summarize(curves: Curves) -> dict[str, float | None]:
 def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float | None]]:
     """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
 
-    As `ends` does. Empty where a run has neither metrics, nor a measure of retention or of lm-evaluation-harness.
+    As `ends` does. Empty where a run has neither metrics, nor distances to real images, nor a measure of retention or
+    of lm-evaluation-harness.
 
     Args:
         curves: as `read_curves` returns them.
         metrics: names of the run's ``model.evaluation.metrics``.
     """
     harness = [name.removeprefix("val/") for name in curves if name.startswith(HARNESS)]
-    if not metrics and not harness and "val/retention/kl" not in curves:
+    distances = [name.removeprefix("val/") for name in curves if re.fullmatch(r"val/fid_\d+", name)]
+    distances.sort(key=lambda name: int(name.removeprefix("fid_")))
+    if not (metrics or harness or distances or "val/retention/kl" in curves):
         return {}
     teachers = [name.split("/")[1] for name in curves if re.fullmatch("val/[^/]+/length", name)]
     divergences = [name.removeprefix("val/") for name in curves if re.fullmatch("val/[^/]+/kl_teacher_student", name)]
     table = {}
-    for measure in (*metrics, *harness, *FORMATS, *divergences):
+    for measure in (*metrics, *harness, *distances, *FORMATS, *divergences):
         if points := curves.get(f"val/{measure}"):
             table[measure] = ends(points)
             known = [name for name in teachers if f"val/{name}/{measure}" in curves]
@@ -166,7 +169,7 @@ def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
 
 def form_of(measure: str) -> str:
     """Returns the format of a measure's values, by its name without ``val/``: most are shares."""
-    plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith(HARNESS)
+    plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith((HARNESS, "val/fid_"))
     return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}")
 
 

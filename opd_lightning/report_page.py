@@ -72,6 +72,11 @@ class Run:
         return read_lines(self.folder / ALARMS)
 
     @property
+    def is_scored(self) -> bool:
+        """Tells whether accuracy was measured at all."""
+        return any(value is not None for value in self.scores.values())
+
+    @property
     def is_watched(self) -> bool:
         return "train/alarms" in self.curves
 
@@ -104,7 +109,9 @@ class Run:
         for who, column in columns.items():
             for key, row in numbered(column):
                 pairs.setdefault(key, {})[who] = row
-        return [{"prompt": prompt, "by": by} for (prompt, _), by in list(pairs.items())[:MOST_SAMPLES]]
+        # of images and the like there is no text
+        texts = [(prompt, by) for (prompt, _), by in pairs.items() if any(row["completion"] for row in by.values())]
+        return [{"prompt": prompt, "by": by} for prompt, by in texts[:MOST_SAMPLES]]
 
     @property
     def is_colored(self) -> bool:

@@ -155,6 +155,21 @@ def test_runs_are_compared_on_the_same_axes(tmp_path):
     assert [chart.title for chart in rest] == ["train/own", "train/tokens_so_far", "val/accuracy/hard"]
 
 
+def test_a_run_of_images_tells_distances_and_no_empty_samples(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    table = (
+        "step,val/length,val/fid_16,val/fid_2,val/teacher/fid_2,val/teacher/length\n0,4,0.3,1.5,1.6,4\n10,4,0.2,0.5,,\n"
+    )
+    (folder / "logs" / "version_0" / "metrics.csv").write_text(table, encoding="utf-8")
+    row = {"step": 10, "who": "student", "prompt": "a two", "completion": "", "reward": None}
+    write(folder / "samples.jsonl", [row])
+    text = write_page([folder]).read_text(encoding="utf-8")
+    assert "held-out accuracy</th>" not in text
+    assert text.index("<td>fid_2</td>") < text.index("<td>fid_16</td>")
+    assert "What was measured" in text
+    assert "None was written down as text" in text
+
+
 def test_a_run_that_has_left_little_has_a_page(tmp_path):
     folder = make_run(tmp_path / "mine")
     for name in ("samples.jsonl", "rollouts.jsonl", "alarms.jsonl", "run.json"):

@@ -127,9 +127,10 @@ def pictures(run: Path) -> list[list[Picture]]:
         for who, known in sorted(sheets.items(), key=lambda item: item[0] == "student"):
             updates = sorted(step for number, step in known if number == count)
             for step in dict.fromkeys((*updates[:1], *updates[-1:])):
-                when = f", after {step} optimizer steps" if who == "student" else ""
+                when = f", after {step} optimizer steps" if step else ", before training"
+                when, plural = when if who == "student" else "", "" if count == 1 else "s"
                 with Image.open(known[count, step]) as sheet:
-                    line.append(Picture(f"{who}, {count} denoising steps{when}", sheet.convert("RGB")))
+                    line.append(Picture(f"{who}, {count} denoising step{plural}{when}", sheet.convert("RGB")))
         drawn.append(line)
     return drawn
 
