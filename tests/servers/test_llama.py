@@ -62,7 +62,8 @@ def test_its_texts_become_rows(llama, tmp_path, capsys):
             f"--endpoint.keep={tmp_path}",
             f"--data={data}",
             f"--into={into}",
-            "--max_tokens=80",
+            "--max_tokens=300",
+            "--temperature=0.2",
         ]
     )
     rows = [json.loads(line) for line in into.read_text(encoding="utf-8").splitlines()]
