@@ -118,6 +118,7 @@ bench: install .venv-trl/installed
 	$(BIN)/python benchmarks/objective.py --repeats $(ROUNDS)
 	$(BIN)/python benchmarks/objective.py --repeats $(ROUNDS) --divergence jsd --name objective-jsd
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/fits.py

@@ -160,7 +160,8 @@ def read_calls(text: str, tags: tuple[str, ...]) -> list[Any]:
             value, _ = json.JSONDecoder().raw_decode((part.split(behind)[0] if behind else part).strip())
         except (ValueError, RecursionError) as error:
             value = error
-        calls += value if isinstance(value, list) else [value]
+        # an empty list is a malformed call, and no answer
+        calls += value if isinstance(value, list) and value else [value]
     return calls
 
 
