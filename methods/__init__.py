@@ -3,6 +3,7 @@
 from . import (
     advantage,
     agreement,
+    branches,
     callback,
     contrast,
     cross_tokenizer,
@@ -10,11 +11,13 @@ from . import (
     note,
     noted,
     playbook,
+    prefixes,
     rollouts,
     rubric,
     selection,
     signal,
     stepwise,
+    turns,
     view,
     weight,
 )
@@ -22,6 +25,7 @@ from . import (
 __all__ = [
     "advantage",
     "agreement",
+    "branches",
     "callback",
     "contrast",
     "cross_tokenizer",
@@ -29,11 +33,13 @@ __all__ = [
     "note",
     "noted",
     "playbook",
+    "prefixes",
     "rollouts",
     "rubric",
     "selection",
     "signal",
     "stepwise",
+    "turns",
     "view",
     "weight",
 ]

@@ -89,6 +89,24 @@ class Actor:
         beyond = acted.mask & (torch.arange(acted.mask.shape[1]) >= (begun.extent + horizon)[:, None])
         return replace(acted, mask=acted.mask & ~beyond, stopped=acted.stopped & ~beyond.any(1))
 
+    def go_on(self, who: str, trajectories: Trajectories, horizon: int, seeds: list[int]) -> Trajectories:
+        """Goes on behind trajectories, none of which has stopped; what they hold stays trained, as it was acted.
+
+        Args:
+            who: acts.
+            trajectories: K of them.
+            horizon: steps of a trajectory at most, those that it has among them.
+            seeds: of the draws, K.
+        """
+        own = trajectories.to("cpu")
+        longer = replace(self, rollout=replace(self.rollout, horizon=horizon))
+        later = longer.act(who, own.examples, seeds, own.until(own.extent))
+        width = min(own.mask.shape[1], later.mask.shape[1])
+        held = torch.arange(width) < own.extent[:, None]
+        for name in ("mask", "behavior_log_probs"):
+            getattr(later, name)[:, :width][held] = getattr(own, name)[:, :width][held]
+        return replace(later, seed=own.seed, weights_version=own.weights_version)
+
     def _act(
         self, who: str, examples: list[Example], seen: list[Example], seeds: list[int], begun: Trajectories | None
     ) -> Trajectories:

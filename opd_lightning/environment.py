@@ -5,14 +5,16 @@ An environment reads text and writes text. How texts become steps, a setting dec
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -24,6 +26,9 @@ from .rows import given, location_of
 from .scoring import as_number
 from .time_limit import TooLate, within
 from .trajectory import Example
+
+Result = TypeVar("Result")
+_WARNING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Environment(Finite, ABC):
     """Role of observations that are text, where prompts are chats."""
     options: Mapping[str, Any] = {}
     """Options that prompts are rendered with."""
+    at_once: int = 8
+    """Episodes that are begun or stepped at the same time, each in a thread; 1 where steps share what threads can't."""
     _warned = False
 
     def reset(self, row: Example, seed: int) -> Any:
@@ -102,6 +109,15 @@ class Episode:
         self.over = self.failed = False
         self._broken = self._try(lambda: environment.reset(given(row), seed_of(row)))
 
+    @classmethod
+    def begun(cls, environment: Environment, row: Example, texts: Sequence[str], rollout: Rollout) -> Episode:
+        """Begins an episode and answers to turns that were recorded, until it is over."""
+        episode = cls(environment, row, rollout)
+        for text in texts:
+            if not episode.over:
+                episode.step(text)
+        return episode
+
     def step(self, text: str) -> Turn:
         """Answers to a turn; where the environment fails, by what went wrong."""
         if self._broken is not None:  # it never began
@@ -140,14 +156,15 @@ class Episode:
 
     def warn(self, reason: str) -> None:
         """Warns of the first failure of the environment."""
-        if not self._environment._warned:
+        with _WARNING:
+            first, self._environment._warned = not self._environment._warned, True
+        if first:
             place = location_of(self._row)
             rank_zero_warn(
                 f"model.environment: {type(self._environment).__name__} failed{f' at {place}' if place else ''}: "
                 f"{printable(reason)}. The policy reads that as the observation, here and later, or the episode ends; "
                 "the run goes on, and train/failures counts them"
             )
-        self._environment._warned = True
 
 
 def seed_of(row: Example) -> int:
@@ -187,7 +204,7 @@ def cut(observation: str | Chat, length: int) -> Any:
 def limited(seconds: float, call: Callable[[], Any]) -> Any:
     """Returns a call's result within a time limit.
 
-    A call that is late is interrupted in the main thread; in another one it is left to itself, in a thread of its own.
+    A call that is late is interrupted, once; what it waits for outside of Python goes on until that returns.
 
     Raises:
         TooLate: it is late.
@@ -196,12 +213,14 @@ def limited(seconds: float, call: Callable[[], Any]) -> Any:
     if threading.current_thread() is threading.main_thread():
         return within(seconds, call)
     results: list[Any] = []
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             results.append(call())
-        except Exception as error:
+        except TooLate:
+            pass
+        except (Exception, SystemExit) as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="environment", daemon=True)
@@ -210,5 +229,15 @@ def limited(seconds: float, call: Callable[[], Any]) -> Any:
     if errors:
         raise errors[0]
     if not results:
+        # no other way ends a loop in a thread, which would slow the run down for good
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TooLate))
         raise TooLate
     return results[0]
+
+
+def side_by_side(calls: Sequence[Callable[[], Result]], at_once: int) -> list[Result]:
+    """Makes calls in threads, ``at_once`` of them at a time; returns the results in the order of the calls."""
+    if at_once == 1 or len(calls) < 2:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(min(at_once, len(calls)), "environments") as pool:
+        return list(pool.map(lambda call: call(), calls))

@@ -21,6 +21,7 @@ class Evaluation:
         temperature: default 0, greedy; needs to be positive for several samples.
         top_p, top_k, min_p: filters, off by default (the rollout's do not apply here).
         horizon: default: the rollout's as it was configured, whatever callbacks turn it to.
+        turns: of an episode at most, where there is an environment. Default: as ``horizon``.
         before: score the student (and the teachers, once) before the first training step.
         show: held-out prompts whose completions go to samples.jsonl at each validation.
         by: one or two columns; accuracy is also reported for each of their values, as ``accuracy/web/icon`` (with
@@ -41,6 +42,7 @@ class Evaluation:
     top_k: int | None = None
     min_p: float | None = None
     horizon: int | None = None
+    turns: int | None = None
     before: bool = True
     show: int = 3
     by: list[str] = field(default_factory=list)
@@ -52,6 +54,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"evaluation.samples must be >= 1, got {self.samples}")
+        if self.turns is not None and self.turns < 1:
+            raise ValueError(f"evaluation.turns must be >= 1, got {self.turns}")
         check_sampling("evaluation", self)
         if taken := MEASURED & self.metrics.keys():
             raise ValueError(f"evaluation.metrics: {', '.join(sorted(taken))} is measured anyway; take another name")
@@ -62,6 +66,10 @@ class Evaluation:
                 f"evaluation.samples={self.samples} greedy samples would be equal; set evaluation.temperature"
             )
 
+    def go_as_far_as(self, rollout: Rollout) -> None:
+        """Takes over horizon and turns of the rollouts, where there are none: callbacks turn those, and not these."""
+        self.horizon, self.turns = self.horizon or rollout.horizon, self.turns or rollout.turns
+
     def check(self, has_rewards: bool, provides: frozenset[str]) -> None:
         """Refuses what a setting cannot measure.
 
@@ -70,7 +78,7 @@ class Evaluation:
             provides: what the setting offers (`Setting.provides`).
 
         Raises:
-            ValueError: `by` without rewards; metrics and retention where nobody writes texts.
+            ValueError: `by` without rewards; metrics and retention where nobody writes texts; turns without any.
         """
         if self.by and not has_rewards:
             raise ValueError("evaluation.by breaks accuracy down, which needs a verifier: set model.reward")
@@ -78,6 +86,8 @@ class Evaluation:
             raise ValueError(
                 "evaluation.metrics read completions that are texts, which this setting's students don't write"
             )
+        if self.turns is not None and "turn" not in provides:
+            raise ValueError(f"evaluation.turns={self.turns}: in this setting a rollout is one turn")
         if self.retention and "categorical" not in provides:
             raise ValueError("evaluation.retention needs a vocabulary, which this setting's students don't have")
 
@@ -90,5 +100,6 @@ class Evaluation:
             top_k=self.top_k,
             min_p=self.min_p,
             horizon=horizon or self.horizon or rollout.horizon,
+            turns=self.turns,
             prefix_turns=0,
         )

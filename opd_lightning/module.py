@@ -103,8 +103,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.rollout, self.reward, self.scoring = rollout or Rollout(), reward, scoring or Scoring()
         self.evaluation, self.schedule = evaluation or Evaluation(), schedule or LRSchedule()
         self.teachers = with_reference(self.evaluation, teachers or {})
-        # callbacks turn the horizon of rollouts, not that of evaluation
-        self.evaluation.horizon = self.evaluation.horizon or self.rollout.horizon
+        self.evaluation.go_as_far_as(self.rollout)
         self._student_spec, self._optimizer, self.student_view = student, optimizer, student_view
         self.on_nonfinite, self.agreement = on_nonfinite, agreement or Agreement()
         self.strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the rest

@@ -155,7 +155,7 @@ def test_the_command_lists_shows_and_updates(capsys, tmp_path):
     main([])
     listed = capsys.readouterr().out
     assert all(f"\n{method.name} " in f"\n{listed}" for method in read_all())
-    assert re.search(r"not built, the core can't do it yet:\n(    .*\n)*    TrOPD +2606\.01249  ", listed)
+    assert re.search(r"not built, the core can't do it yet:\n(    .*\n)*    TAD +2605\.09536  ", listed)
     main(["--setting", "gui_grounding"])
     listed = capsys.readouterr().out
     assert "methods/gui_grounding/gui_sd " in listed
@@ -183,8 +183,8 @@ def test_one_is_shown_with_its_file_or_the_reason_why_there_is_none(capsys):
     assert "flow_map_forward" not in capsys.readouterr().out, "a method's name wins over a system's"
     main(["show", "performance recovery"])
     assert capsys.readouterr().out.startswith("opd:methods/text/recover.yaml\n")
-    main(["show", "omniopd"])
-    assert capsys.readouterr().out.startswith("OmniOPD (paper: 2606.01476) is not built, the core can't do it yet: ")
+    main(["show", "tad"])
+    assert capsys.readouterr().out.startswith("TAD (paper: 2605.09536) is not built, the core can't do it yet: ")
     with pytest.raises(SystemExit):
         main(["show", "opsdd"])
     assert "there is no method opsdd; did you mean opsd?" in capsys.readouterr().err

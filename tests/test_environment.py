@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from opd_lightning.environment import Environment, Episode, Turn, seed_of
+from opd_lightning.environment import Environment, Episode, Turn, limited, seed_of, side_by_side
 from opd_lightning.rollout_settings import Rollout
+from opd_lightning.time_limit import TooLate
 
 LIMITS = Rollout(turn_timeout=0.3, observation_length=20)
 
@@ -60,8 +61,6 @@ def test_an_episode_is_its_state():
     ],
 )
 def test_whatever_goes_wrong_is_an_observation_and_the_state_is_that_of_before(where, text, message, recwarn):
-    if (where, text) == ("other", "exit"):
-        pytest.skip("it ends the thread")
     episode = Episode(Counter(), {"prompt": "a"}, LIMITS)
     episode.step("go")
     start = time.monotonic()
@@ -85,6 +84,39 @@ def test_an_episode_that_can_t_begin_ends_with_its_first_turn():
     assert turn.observation == "error: RuntimeError: no board"
     assert episode.over
     assert episode.failed
+
+
+def test_steps_are_taken_side_by_side_and_heard_in_their_order():
+    """Four that wait for each other; the first to be asked is the last to answer."""
+    barrier, done = threading.Barrier(4), [threading.Event() for _ in range(5)]
+    done[4].set()
+
+    def step(i: int) -> int:
+        barrier.wait(timeout=20)
+        assert done[i + 1].wait(timeout=20)
+        done[i].set()
+        return i
+
+    assert side_by_side([lambda i=i: step(i) for i in range(4)], at_once=4) == [0, 1, 2, 3]
+    assert side_by_side([threading.current_thread] * 3, at_once=1) == [threading.current_thread()] * 3
+
+
+def test_a_loop_that_never_ends_is_left_in_a_thread_too():
+    ended = threading.Event()
+
+    def loop() -> None:
+        try:
+            while True:
+                pass
+        finally:
+            ended.set()
+
+    def late() -> bool:
+        with pytest.raises(TooLate):
+            limited(0.1, loop)
+        return ended.wait(timeout=20)
+
+    assert side_by_side([late, late], at_once=2) == [True, True]
 
 
 def test_limits_are_checked():

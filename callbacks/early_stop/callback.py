@@ -63,6 +63,7 @@ class EarlyStopRollout(KnobCallback):
             self.turn(HORIZON, self.rule.horizon)
 
     def on_rollouts(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        trajectories = self.rule.complete(module, trajectories)
         kept = self.rule.keep(module, trajectories)
         if kept is None:
             return trajectories

@@ -34,6 +34,10 @@ class StopRule(Stateful):
             ValueError: the rule cannot work with this run.
         """
 
+    def complete(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Trajectories:
+        """Returns the rollouts, generated further where they go on; default: as they are."""
+        return trajectories
+
     def keep(self, module: OnPolicyDistillation, trajectories: Trajectories) -> Tensor | None:
         """Returns ``[B]`` how many of the trained steps of each trajectory stay trained, from the first on.
 

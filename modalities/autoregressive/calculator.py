@@ -46,6 +46,8 @@ class Calculator(Tools):
         ValueError: a limit that is not positive.
     """
 
+    at_once = os.cpu_count() or 1  # programs that wait for a core would be late
+
     def __init__(
         self,
         seconds: float = 5.0,

@@ -87,7 +87,10 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
         environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
-        self.environment = environment  # before the constructor's checks, which read it
+        # before the constructor's checks, which read both
+        self.environment = environment
+        if environment is not None and environment.rewards:
+            self.provides = self.provides | {"turn_reward"}  # type: ignore[misc]
         if pass_tokens is not None and pass_tokens < 1:
             raise ValueError(f"model.pass_tokens must be >= 1, got {pass_tokens}")
         super().__init__(**kwargs)

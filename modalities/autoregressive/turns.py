@@ -9,12 +9,13 @@ Shape legend: B trajectories, T steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ...environment import Environment, Episode
+from ...environment import Environment, Episode, Turn, side_by_side
 from ...objective import Objective
 from ...policy import Acting, Policy
 from ...rollout_settings import Rollout, derived_seed
@@ -194,29 +195,37 @@ def converse(
     # 1. episodes begin
     policy, examples, prompts = acting.policy, acting.examples, prompts_of(module, acting, rollout)
     renderer, most = module.renderer(module.reads_as(policy)), rollout.turns or TURNS
-    episodes, lines = [Episode(environment, row, rollout) for row in examples], [Line() for _ in examples]
-    for row, (episode, line) in enumerate(zip(episodes, lines, strict=True)):
-        for recorded in line.hold(begun, row) if begun is not None else ():
-            episode.step(_text(renderer, recorded, module.eos))
-    live, before = list(range(len(lines))), [0] * len(lines)
-    fresh: list[list[int]] = [[] for _ in lines]
+    lines = [Line() for _ in examples]
+    recorded = [line.hold(begun, row) if begun is not None else [] for row, line in enumerate(lines)]
+    texts = [[_text(renderer, ids, module.eos) for ids in turns] for turns in recorded]
+    begins = [partial(Episode.begun, environment, *pair, rollout) for pair in zip(examples, texts, strict=True)]
+    episodes = side_by_side(begins, environment.at_once)
+    # an episode that the recorded turns have ended is left as it is, with nothing to train
+    live, before = [row for row, episode in enumerate(episodes) if not episode.over], [0] * len(lines)
+    if not live:
+        return _joined(module, prompts, examples, lines)
+    place = {row: i for i, row in enumerate(live)}
+    fresh: list[list[int]] = [[] for _ in live]
     with policy.active():
-        engine, behind = engine_of(module, policy), prompts.behind([line.ids for line in lines])
+        engine, behind = engine_of(module, policy), prompts.behind([line.ids for line in lines]).only(live)
         conversation = engine.begin(policy, module.head(policy), behind, module.eos, module.padding_id)
         while live:
             # 2. a turn is written, each row up to its own horizon
             left = [rollout.horizon - len(lines[row].ids) for row in live]
             draws = [derived_seed(seeds[row], lines[row].turn) if lines[row].turn else seeds[row] for row in live]
-            written = conversation.write(live, fresh, replace(rollout, horizon=max(left)), draws)
+            places, shorter = [place[row] for row in live], replace(rollout, horizon=max(left))
+            written = conversation.write(places, fresh, shorter, draws)
             ended = _add(lines, live, left, written, module.eos)
             for row in live:
-                lines[row].channels["read"][-1] = conversation.read[row] - before[row]
-                before[row] = conversation.read[row]
-            # 3. the environment answers those that ended theirs
+                read = conversation.read[place[row]]
+                lines[row].channels["read"][-1], before[row] = read - before[row], read
+            # 3. the environment answers those that ended theirs, all at once, and is heard in their order
             live, fresh = [], []
-            for row in ended:
+            turns = [_text(renderer, lines[row].written(), module.eos) for row in ended]
+            steps = [partial(episodes[row].step, text) for row, text in zip(ended, turns, strict=True)]
+            for row, answer in zip(ended, side_by_side(steps, environment.at_once), strict=True):
                 line = lines[row]
-                ids = _answered(module, renderer, episodes[row], line, examples[row], environment.role)
+                ids = _heard(module, renderer, episodes[row], line, examples[row], answer)
                 line.turn += 1
                 if line.turn < most and ids is not None and len(line.ids) + len(ids) < rollout.horizon:
                     line.add(ids)
@@ -230,15 +239,15 @@ def _text(renderer: Renderer, ids: list[int], stops: list[int]) -> str:
     return str(renderer.tokenizer.decode([i for i in ids if i not in stops]))
 
 
-def _answered(
-    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, role: str
+def _heard(
+    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, answer: Turn
 ) -> list[int] | None:
-    """Has the environment answer to a turn; returns the ids of its observation, None where the episode is over."""
-    answer = episode.step(_text(renderer, line.written(), module.eos))
+    """Notes what an environment answered to a turn; returns the ids of its observation, None where it is over."""
+    assert module.environment is not None
     ids, line.stopped = None, episode.over
     if not episode.over:
         try:
-            ids = between(renderer, module.asked(example), answer.observation, role, module.eos)
+            ids = between(renderer, module.asked(example), answer.observation, module.environment.role, module.eos)
         except Exception as error:  # of what was observed, which may be anything
             episode.end(error)
     line.channels["reward"][-1], line.channels["failures"][-1] = answer.reward or 0.0, float(episode.failed)

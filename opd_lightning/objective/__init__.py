@@ -1,6 +1,14 @@
 """The objective: terms of signal × weights × target × teacher, evaluated chunk by chunk."""
 
-from .advantage import Advantage, GroupRelative, LogRatio, RewardPlusLogRatio, RewardTimesLogRatio
+from .advantage import (
+    Advantage,
+    GroupRelative,
+    LogRatio,
+    RewardPlusLogRatio,
+    RewardTimesLogRatio,
+    TurnRelative,
+    turn_rewards,
+)
 from .divergence import (
     JSD,
     AlphaDivergence,
@@ -32,6 +40,7 @@ from .weight import (
     Outcome,
     PassRate,
     TopEntropy,
+    TurnMean,
     Turns,
     Weight,
     Window,
@@ -77,8 +86,11 @@ __all__ = [
     "Term",
     "TopEntropy",
     "TotalVariation",
+    "TurnMean",
+    "TurnRelative",
     "Turns",
     "Weight",
     "Window",
     "availability",
+    "turn_rewards",
 ]

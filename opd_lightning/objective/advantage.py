@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..trajectory import Trajectories
 from .divergence import ReverseKL
+from .generation import Generation
 from .signal import Part, Scope
 from .steps import OpenSteps, Steps, to_rows
 
@@ -153,6 +155,50 @@ class GroupRelative(Advantage):
         if self.scale:
             advantage = advantage / (batch.group_std + 1e-6)
         return steps.per_trajectory(advantage)
+
+
+class TurnRelative(Advantage):
+    """Advantage of a turn among those of its number in the group: GRPO, turn by turn (ours).
+
+    (G_k − mean) / (standard deviation + 1e-6) over the group's trajectories that have a turn k, where G_k = Σ_{j≥k}
+    γ^(j−k)·r_j are the environment's rewards from turn k on. One turn, or γ = 1 and rewards at the end alone, is
+    `GroupRelative` among trajectories of equally many turns.
+
+    Args:
+        discount: γ, default 1.
+        scale: divide by the standard deviation (default).
+
+    Raises:
+        ValueError: a discount that is not in [0, 1].
+    """
+
+    needs = frozenset({"turn", "turn_reward", "group"})
+    scope: Scope = "generation"
+
+    def __init__(self, discount: float = 1.0, scale: bool = True) -> None:
+        if not 0 <= discount <= 1:
+            raise ValueError(f"advantage.discount must be in [0, 1], got {discount}")
+        self.discount, self.scale = discount, scale
+
+    def settle(self, generation: Generation) -> Tensor:
+        batch = generation.trajectories
+        turn, rewards = batch.channels["turn"], turn_rewards(batch)
+        has = torch.zeros_like(rewards).scatter_add(1, turn, batch.mask.float()) > 0
+        returns = returns_to_go(rewards, has, self.discount, normalize=False)
+        advantage = torch.zeros_like(returns)
+        for group in batch.group.unique():
+            for number in range(rewards.shape[1]):
+                here = (batch.group == group) & has[:, number]
+                values = returns[here, number]
+                spread = values.std(correction=0) + 1e-6 if self.scale else 1.0
+                advantage[here, number] = (values - values.mean()) / spread
+        return advantage.gather(1, turn)
+
+
+def turn_rewards(batch: Trajectories) -> Tensor:
+    """Collects the environment's reward of each turn, ``[B, turns]``; 0 where nobody knows it."""
+    turn, reward = batch.channels["turn"], batch.channels["reward"].nan_to_num()
+    return reward.new_zeros(len(batch), int(turn.max()) + 1).scatter_add(1, turn, reward)
 
 
 class RewardPlusLogRatio(GroupRelative):

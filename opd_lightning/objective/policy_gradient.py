@@ -81,6 +81,7 @@ class PolicyGradient(Signal):
         if ratio == "none" and self.clip_high is not None:
             raise ValueError("signal.ratio: none leaves nothing to clip; set signal.clip to null")
         self._of_trajectory = TrajectoryRatio()
+        self.advice = advantage.advice
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -19,6 +19,7 @@ ADVICE = {
     "categorical": "only distributions over a vocabulary have it",
     "layers": "only settings whose policies show their hidden states have it",
     "turn": "only settings whose policies write have turns",
+    "turn_reward": "set model.environment to one whose turns have rewards (`Environment.rewards`)",
 }
 """What provides a need, for the message where nothing does."""
 

@@ -108,6 +108,24 @@ class Turns(Weight):
         return inside.float()
 
 
+class TurnMean(Weight):
+    """Weight T / n_k of the n_k steps of turn k, T those of the trajectory: each turn counts as much as another.
+
+    With the normalizer ``trajectories``, which divides by T, it is the sum over turns of the mean over a turn's steps
+    (CoARS, 2604.10029; MAD-OPD, 2605.01347).
+    """
+
+    scope = "data"
+    needs = frozenset({"turn"})
+
+    def __call__(self, steps: Steps) -> Tensor:
+        batch = steps.trajectories
+        turn = batch.channels["turn"]
+        sizes = torch.zeros(len(batch), int(turn.max()) + 1, device=turn.device)
+        size = sizes.scatter_add(1, turn, batch.mask.float()).gather(1, turn)
+        return steps.per_trajectory(batch.length) / size.flatten()[steps.index]
+
+
 class Entropy(Weight):
     """Soft factor exp(−β·H) that trusts certain states more (β > 0) or less (β < 0).
 

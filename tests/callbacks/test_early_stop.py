@@ -26,7 +26,7 @@ from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.objective import GroupRelative, Objective, PolicyGradient, ReverseKL, Term
 from opd_lightning.rollout_settings import Rollout
 from tests.callbacks import toy
-from tests.tiny import LongerIsBetter, act, attach, log_softmax, sgd, watch_queries
+from tests.tiny import LongerIsBetter, act, attach, fit, log_softmax, make_module, sgd, watch_queries
 
 
 def watching(setting: Any, seen: list[Any]) -> Any:
@@ -254,6 +254,50 @@ def test_low_correction_warms_up_like_plain_training(tmp_path):
     toy.fit(watched, tmp_path / "b", [EarlyStopRollout(LowCorrection(window=2))])
     for name, weight in plain.state_dict().items():
         assert torch.equal(watched.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(("divergence", "written"), [(0.1, 4), (2.0, 12)])
+def test_generation_ends_where_the_teacher_no_longer_corrects(
+    divergence, written, tiny_student, tiny_teacher, tmp_path
+):
+    """In pieces of four: what agrees for long is written no further, and what doesn't is written to its end."""
+
+    class Told(LowCorrection):
+        def _threshold(self, module):
+            return 1.0
+
+    asked, seen = [], []
+    rule = Told(window=2, skip=0, patience=1, ready=1, piece=4)
+    rollout = Rollout(batch_size=6, horizon=12)
+    module = make_module(tiny_student, tiny_teacher, rollout=rollout)
+
+    def read(self, trajectories, *_):
+        asked.append(trajectories.mask.shape[1])
+        return torch.where(trajectories.mask, divergence, torch.nan)
+
+    class Sees(toy.L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch.trajectories)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(module), "per_step", read)
+        fit(module, tmp_path, callbacks=[EarlyStopRollout(rule), Sees()])
+    assert asked == ([4, 4] if written == 4 else [4, 8, 12]), "the last is read for what is trained"
+    (batch,) = seen
+    assert module.rollout.horizon == 4
+    assert int(batch.extent.max()) == (0 if written == 4 else 12) or bool(batch.stopped.any())
+    fresh = make_module(tiny_student, tiny_teacher)
+    log_probs = log_softmax(fresh, "student", batch).gather(-1, batch.actions[..., None])[..., 0]
+    torch.testing.assert_close(batch.behavior_log_probs[batch.mask], log_probs[batch.mask], atol=1e-4, rtol=0)
+
+
+def test_pieces_need_a_student_that_acts_alone(tiny_student, tiny_teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"LowCorrection\.piece=3 is shorter than window=64"):
+        LowCorrection(piece=3)
+    with pytest.raises(
+        ValueError, match=r"LowCorrection\.piece: rollouts are written in pieces in settings that write"
+    ):
+        toy.fit(toy.make_module(), tmp_path, [EarlyStopRollout(LowCorrection(piece=64))])
 
 
 # -- all of them --------------------------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ class World:
         facts = {"group": GROUP, "reward": reward, "group_mean": mean, "group_std": std}
         spans = (torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 3 == 0).float()
         facts["channels"] = {"spans": spans, "turn": torch.arange(SHAPE[1]).expand(SHAPE) // 2}
+        facts["channels"]["reward"] = torch.randint(-2, 3, SHAPE, generator=generator) / 2 * torch.tensor(MASK)
+        facts["channels"]["author"] = (torch.arange(SHAPE[1]) < torch.arange(SHAPE[0])[:, None] % 3).float()
+        facts["channels"] |= {name: torch.rand(SHAPE, generator=generator) for name in ("sureness", "audit")}
+        facts["channels"]["audit"][:, 1:3] = 0.0
         self.trajectories = replace(batch(MASK, V, seed), seed=torch.arange(SHAPE[0]), **facts | changes)
         if not stale:
             self.trajectories.behavior_log_probs = self.log_prob(self.student).detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from opd_lightning import Rollout
 from opd_lightning.blend import Blend
 from opd_lightning.callbacks import Curriculum, Staircase
 from opd_lightning.environment import Environment, Turn, seed_of
+from opd_lightning.evaluation_settings import Evaluation
 from opd_lightning.modalities.autoregressive import DecodeLoop, Generate
 from opd_lightning.modalities.autoregressive.engines.decode_loop import Remembering
 from opd_lightning.modalities.autoregressive.engines.engine import Rereading
@@ -22,7 +25,7 @@ from opd_lightning.objective.advantage import GroupRelative
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.teacher import Frozen, Teacher
 from tests.modalities.autoregressive.test_rendering import CHATML, FORGETFUL, MISTRAL3, QWEN3, R1, renderer, stops
-from tests.modalities.autoregressive.test_turns import close_to_replay
+from tests.modalities.autoregressive.test_turns import TEMPLATES, close_to_replay
 from tests.objective.reference import examples
 from tests.tiny import CHAT_TEMPLATE, act, chat_tokenizer, fit, make_module, make_rows, no_teacher, save_model
 
@@ -109,12 +112,22 @@ def test_turns_are_trained_and_observations_are_not(engine, chat):
 THINKS_NOT = QWEN3.replace("enable_thinking is defined and not enable_thinking", "true")
 
 
-@pytest.fixture(
-    scope="module", params=[CHAT_TEMPLATE, MISTRAL3, CHATML, THINKS_NOT], ids=["tiny", "mistral", "chatml", "qwen"]
-)
+OWN = {"tiny": CHAT_TEMPLATE, "Mistral 3": MISTRAL3, "ChatML": CHATML, "Qwen 3, no thinking": THINKS_NOT}
+OTHERS = [name for name in TEMPLATES if name not in {*OWN, "Qwen 3"}]  # which thinks, and is refused below
+
+
+@pytest.fixture(scope="module", params=[*OWN, *OTHERS])
 def talker(request, tmp_path_factory) -> Any:
-    folder = save_model(tmp_path_factory.mktemp("talker"), tokenizer=chat_tokenizer(request.param))
-    return acting(folder, ends=ENDS, chat_template_kwargs={"tools": []} if request.param == CHATML else None)
+    """A student of each template, of letters or of a tokenizer that knows the template's own tokens."""
+    name, folder = request.param, tmp_path_factory.mktemp("talker")
+    if name in OWN:
+        save_model(folder, tokenizer=chat_tokenizer(OWN[name]))
+    else:
+        template, end = TEMPLATES[name]
+        tokenizer = renderer(template).tokenizer
+        tokenizer.pad_token = "<unk>"
+        save_model(folder, tokenizer=tokenizer, generation={"eos_token_id": stops(renderer(template), end)})
+    return acting(folder, ends=ENDS, chat_template_kwargs={"tools": []} if name == "ChatML" else None)
 
 
 @examples(8)
@@ -196,6 +209,38 @@ def test_episodes_go_on_from_recorded_turns(chat):
     close_to_replay(module, acted)
 
 
+class Sleepy(Echo):
+    """Takes another time for each step; what it says is the same."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once, self.threads = at_once, set()
+
+    def step(self, state: Any, text: str) -> Turn:
+        self.threads.add(threading.get_ident())
+        time.sleep(0.02 * (len(text) % 3))
+        return super().step(state, text)
+
+
+def test_however_long_steps_take_the_rollout_is_the_same(chat):
+    alone, beside = Sleepy(1), Sleepy(4)
+    one, other = (act(acting(chat, environment, ENDS), make_rows(6), horizon=150) for environment in (alone, beside))
+    for name in ("actions", "mask", "behavior_log_probs", "stopped"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert all(torch.equal(one.channels[name], other.channels[name]) for name in one.channels)
+    assert len(alone.threads) == 1
+    assert len(beside.threads) > 1
+
+
+def test_what_recorded_turns_have_ended_is_not_trained(chat):
+    module = acting(chat, Echo(most=1), ends=ENDS)
+    recorded = [{"role": "assistant", "content": "abc"}, {"role": "user", "content": "recorded"}]
+    row = {"prompt": "1+2=", "completion": [*recorded, {"role": "assistant", "content": "xyz"}]}
+    acted = act(module, [row, make_rows(1)[0]], prefix_turns=1, horizon=100)
+    assert not acted.mask[0].any()
+    assert acted.mask[1].any()
+
+
 def test_turns_and_horizon_end_an_episode(chat):
     module = acting(chat, Endless(), ends=60)
     acted = act(module, make_rows(4), turns=3, horizon=200)
@@ -247,6 +292,16 @@ def test_depth_grows_over_training_and_turns_are_weighed(chat, tmp_path):
         patch.setattr(type(module), "sample", watch)
         fit(module, tmp_path, steps=3, callbacks=[depth])
     assert seen[-3:] == [1, 2, 3]
+
+
+def test_evaluation_goes_as_far_as_was_configured_whatever_callbacks_turn(chat):
+    module = acting(chat, ends=ENDS, environment=Endless(), rollout={"turns": 3})
+    module.rollout.turns = 1
+    assert module.evaluation.applied_to(module.rollout).turns == 3
+    own = acting(chat, environment=Endless(), evaluation=Evaluation(before=False, turns=2))
+    assert own.evaluation.applied_to(own.rollout).turns == 2
+    with pytest.raises(ValueError, match=r"evaluation\.turns must be >= 1, got 0"):
+        Evaluation(turns=0)
 
 
 class Last:
