@@ -9,6 +9,7 @@ from .freshness import Anchor, FreshnessControl
 from .hidden_similarity import HiddenSimilarity
 from .knobs import KnobCallback
 from .lm_eval import LMEval
+from .loss_spikes import LossSpikes
 from .note_gaps import NoteGaps
 from .samples import Samples
 from .teacher_sync import Average, Every, Never, SyncRule, TeacherSync, WhenConsolidated
@@ -32,6 +33,7 @@ __all__ = [
     "KnobCallback",
     "LMEval",
     "Linear",
+    "LossSpikes",
     "LowCorrection",
     "Never",
     "NoteGaps",

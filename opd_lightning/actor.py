@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from .ranks import Ranks
 from .rollout_settings import Rollout
 from .rows import blames_rows
 from .setting import Setting
+from .sharding import gathered
 from .student_view import settings_of, shown
 from .trajectory import Example, Trajectories
 
@@ -119,16 +120,19 @@ class Actor:
             for name in (blend.policies if blend is not None else (who,))
         }
         first, *others = acting.values()
-        if others:
-            assert blend is not None
-            acted = setting.sample_blended(acting, blend, self.rollout, seeds)
-        else:
-            if begun is None and self.rollout.prefix_turns:
-                begun = setting.prefixes(student, examples, seen, self.rollout)
-            if begun is not None:
-                acted = setting.go_on(first, begun, self.rollout, seeds)
+        with ExitStack() as stack:
+            for one in acting.values():
+                stack.enter_context(gathered(one.policy.model))
+            if others:
+                assert blend is not None
+                acted = setting.sample_blended(acting, blend, self.rollout, seeds)
             else:
-                acted = sample(first.policy, first.prompts, first.examples, self.rollout, seeds)
+                if begun is None and self.rollout.prefix_turns:
+                    begun = setting.prefixes(student, examples, seen, self.rollout)
+                if begun is not None:
+                    acted = setting.go_on(first, begun, self.rollout, seeds)
+                else:
+                    acted = sample(first.policy, first.prompts, first.examples, self.rollout, seeds)
         acted = check_acted(setting, acted, first.examples)
         if {*acting} == {"student"}:
             return acted

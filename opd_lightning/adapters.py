@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .filling import keeping_adapters
 from .sharding import reshard, slice_of, sliced_like, unsharded
 
 STUDENT = "default"
@@ -84,7 +85,8 @@ class AnotherAdapter:
         # other ways to begin, such as PiSSA, would change the base
         config: Any = model.peft_config[STUDENT]
         config = dataclasses.replace(config, init_lora_weights=True, **changes)
-        model.add_adapter(name, config)
+        with keeping_adapters(model):
+            model.add_adapter(name, config)
         for parameter in adapter_parameters(model, name).values():
             parameter.requires_grad_(False)
         for parameter in trained.values():  # peft may have frozen them

@@ -19,7 +19,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from . import data, objective, policy, reward, teacher  # noqa: F401  (so that short class names resolve)
-from .checkpoint import Checkpoint, check_named, check_ours
+from .changes import told
+from .checkpoint import Checkpoint
+from .checkpoint_file import check_named, check_ours
 from .cli_errors import Parser
 from .cli_help import print_help
 from .config_file import ConfigError, Source, Text, dump, leaves, load, overlaid
@@ -34,7 +36,7 @@ from .printable import printable
 from .progress import phase
 from .provenance import write_provenance
 from .quiet import hush
-from .resume import told
+from .remote import is_url, is_web, refuse_url
 from .sharding import FSDP2  # noqa: F401  (registers --trainer.strategy=fsdp2)
 from .step_progress import StepProgress
 
@@ -44,6 +46,7 @@ set_dumper("yaml", dump)
 
 DEFAULTS = {"max_epochs": -1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
 """Trainer defaults: prompts are drawn without end, so steps count, not epochs; ``evaluation.before`` comes first."""
+ROOT = "configuration, logs, samples and the lock are written there; checkpoint.dirpath may be elsewhere"
 LOGS = "logs"
 """Folder of the default CSVLogger: it writes ``logs/version_…/metrics.csv`` below ``trainer.default_root_dir``."""
 
@@ -58,6 +61,8 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, OnPolicyDistillation)
         pl_module.history.config_yaml = self.parser.dump(self.config, skip_unset=False)
+        saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
+        pl_module.history.may_change = [key for callback in saved for key in callback.may_change]
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Skips Lightning's own writing: a resume may still be refused, and then the record would be wrong."""
@@ -113,6 +118,7 @@ class OPDCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Makes the trainer with what its other settings decide: logger, progress, what validations count."""
         settings = self.config_init[self.subcommand].trainer
+        refuse_url("trainer.default_root_dir", settings.default_root_dir, ROOT)
         if settings.logger is None:
             kwargs["logger"] = CSVLogger(settings.default_root_dir or os.getcwd(), name=LOGS)
         if isinstance(settings.val_check_interval, float | None):  # a share of an epoch, so epochs count
@@ -153,7 +159,7 @@ class OPDCLI(LightningCLI):
                 printable(f"without --ckpt_path the student is the configuration's, as yet untrained: {name}")
             )
         if path == "last":
-            files = [Path(file) for callback in saved for file in callback._find_last_checkpoints(self.trainer)]
+            files = [file for callback in saved for file in callback._find_last_checkpoints(self.trainer)]
             if not trains and not files:
                 raise ValueError(
                     f"--ckpt_path=last: there is no last.ckpt in {' or '.join(str(c.dirpath) for c in saved)}; without "
@@ -161,9 +167,10 @@ class OPDCLI(LightningCLI):
                 )
             for file in files:
                 check_ours(file)
-        elif path is not None and "://" not in path and path != "hpc":
-            check_named(path, [callback.folder(self.trainer) for callback in saved])
-            check_ours(Path(path))
+        elif path is not None and path != "hpc" and not is_web(path):
+            if not is_url(path):
+                check_named(path, [Path(c.folder(self.trainer)) for c in saved if not is_url(c.folder(self.trainer))])
+            check_ours(path)
 
     def _parse_ckpt_path(self) -> None:
         """Skips merging hyper-parameters of a checkpoint over the command line, which wins."""

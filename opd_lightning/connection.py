@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from .heart import HEART
 from .printable import printable
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529})
@@ -134,6 +135,7 @@ class Connection:
                     raise TimeoutError(f"the answer was not whole after {timeout:g} s")
                 if largest is not None and size > largest:
                     raise Refused(f"{self.url}{path} answered more than {largest:,} bytes", answer.status)
+            HEART.beat()
             length = answer.headers.get("Content-Length", "")
         if length.isdecimal() and size < int(length):
             raise http.client.IncompleteRead(b"", int(length) - size)

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow.parquet import ParquetFile
 
 from .printable import printable, quoted
+from .remote import is_url, kept_copy
 from .reward import encode_metadata, import_callable, import_reasoning_gym
 from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
 from .shipped import shipped
@@ -58,6 +59,8 @@ def read_source(source: str, options: dict[str, Any], key: str, seed: int, bad: 
         dataset = _from_reasoning_gym(name, {"seed": seed, **options}, key, bad)
     elif scheme == "python":
         dataset = _from_function(name, options, key, bad)
+    elif is_url(source) and Path(source).suffix in SUFFIXES:
+        dataset = _from_url(source, options, key, bad)
     elif is_local(source):
         dataset = _from_path(local_path(source), options, key, bad)
     else:
@@ -106,6 +109,18 @@ def _from_path(path: Path, options: dict[str, Any], key: str, bad: BadRows) -> D
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         return _from_saved(path, options, key, bad)
     return _from_files(path, options, key, bad)
+
+
+def _from_url(url: str, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:
+    """Reads a file that is elsewhere from a copy here."""
+    try:
+        copy = kept_copy(url, Path(HF_DATASETS_CACHE, "opd-lightning", "copies"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+    try:
+        return _from_path(copy, options, key, bad)
+    except ValueError as error:
+        raise ValueError(f"{error} ({copy} is a copy of {url})") from error
 
 
 def _from_saved(folder: Path, options: dict[str, Any], key: str, bad: BadRows) -> Dataset:

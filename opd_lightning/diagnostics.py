@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .heart import HEART
+
 
 class Averages:
     """Sums and counts by name, kept on the device: nothing waits for the GPU until `compute`."""
@@ -68,9 +70,12 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        HEART.phase = name
+        HEART.beat()
         try:
             yield
         finally:
+            HEART.beat()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .adapters import STUDENT, merged
-from .checkpoint import check_whole, newest_whole
+from .checkpoint_file import check_whole, is_slices, newest_whole
 from .cli_errors import Parser
 from .jsonargparse_internals import import_object
 from .likeness import TAUGHT_BY, TOLERANCE, distance, tolerance
@@ -27,6 +27,8 @@ from .module import OnPolicyDistillation
 from .objective import Objective
 from .pretrained import quantized_as
 from .printable import printable
+from .remote import copied, is_url, is_web
+from .slices import CheckpointIO
 from .statement import folder_of, metrics_of, statement_of
 
 EXACT = 1e-4
@@ -108,13 +110,17 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint: tensors, numbers and text; nothing else is unpickled.
 
     Raises:
-        ValueError: it comes from elsewhere, holds anything else, was cut short, or was not written by ``opd fit``.
+        ValueError: it is a page's, holds anything else, was cut short, or was not written by ``opd fit``.
         FileNotFoundError: there is none.
     """
-    if "://" in str(checkpoint):
+    if is_web(checkpoint):
         raise ValueError(f"{checkpoint}: checkpoints are read from files only; download it first")
+    if is_url(checkpoint):
+        check_whole(checkpoint)
+        with copied(str(checkpoint)) as copy:
+            return read(copy)
     path = Path(checkpoint)
-    if path.is_dir():
+    if path.is_dir() and not is_slices(path):
         inside = path / "checkpoints"
         newest = newest_whole(inside if inside.is_dir() else path)
         if newest is None:
@@ -123,7 +129,7 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
         path = newest
     check_whole(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = CheckpointIO().load_checkpoint(path, "cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds something else than tensors, numbers and text, which could run code; it is not loaded "

@@ -18,7 +18,7 @@ except ImportError:  # on Windows processes are told by their numbers alone
     fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
-SAMPLES, ALARMS = "samples.jsonl", "alarms.jsonl"
+WRITTEN = SAMPLES, ALARMS, SPIKES = "samples.jsonl", "alarms.jsonl", "spikes.jsonl"
 # Seconds between signs of life, and without one after which a run on another machine counts as dead
 BEAT, SILENCE = 10.0, 45.0
 
@@ -169,8 +169,8 @@ def _lives(process: int) -> bool:
 
 
 def set_aside(checkpoints: Path, folder: Path) -> Path | None:
-    """Moves an earlier run's files, checkpoints, samples and alarms, into ``<checkpoints>/earlier-<n>``; returns it."""
-    left = [*sorted(checkpoints.glob("*.ckpt")), *folder.glob(SAMPLES), *folder.glob(ALARMS)]
+    """Moves an earlier run's files, checkpoints and what was written beside, into ``<checkpoints>/earlier-<n>``."""
+    left = [*sorted(checkpoints.glob("*.ckpt")), *(path for name in WRITTEN for path in folder.glob(name))]
     if not left:
         return None
     apart = next(path for n in count(1) if not (path := checkpoints / f"earlier-{n}").exists())
@@ -189,8 +189,8 @@ def kept_apart(path: Path) -> Path | None:
 
 
 def forget_samples_after(step: int, folder: Path) -> None:
-    """Removes the lines of samples and alarms that were written after the checkpoint that a run resumes from."""
-    for path in (folder / SAMPLES, folder / ALARMS):
+    """Removes the lines of what was written after the checkpoint that a run resumes from."""
+    for path in (folder / name for name in WRITTEN):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         before = [line for line in lines if _step(line) <= step]
         if len(before) < len(lines):

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from .heart import HEART
 from .metrics import is_logged
 from .optimizer_step import MicroBatch
 
@@ -39,7 +40,7 @@ class Gauges(L.Callback):
             self._module.metrics.stopwatch.read()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        self._backward = time.perf_counter()
+        self._backward, HEART.phase = time.perf_counter(), "backward"
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._spend("backward", self._backward)
@@ -47,7 +48,7 @@ class Gauges(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._update = time.perf_counter()
+        self._update, HEART.phase = time.perf_counter(), "update"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int

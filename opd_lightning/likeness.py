@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .policy import Policy
 from .pretrained import Pretrained
+from .sharding import numbers_at
 from .teacher import Elsewhere, Teacher
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -36,19 +37,21 @@ def tolerance(*models: nn.Module) -> float:
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes | {torch.float32})
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Computes a fingerprint of the base's weights: 64 numbers of each in 16 bits.
+def fingerprint(model: nn.Module, names: Container[str] | None = None) -> str:
+    """Computes a fingerprint of the base's weights: 64 numbers of each in 16 bits; of a sharded one every rank asks.
 
     Another model of the same shapes has another one. Adapters are left out, and so are quantized weights, which other
-    machines may round in another way."""
+    machines may round in another way. ``names``: parameters that count. Default: all."""
     digest = hashlib.sha256()
     adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         if parameter.is_floating_point() and not (adapted and parameter.requires_grad):
-            numbers = parameter.detach().flatten()
+            places = torch.arange(parameter.numel())[:: max(1, parameter.numel() // 64)][:64]
             digest.update(name.encode())
             # float() because numpy has no bfloat16
-            digest.update(numbers[:: max(1, len(numbers) // 64)][:64].bfloat16().float().cpu().numpy().tobytes())
+            digest.update(numbers_at(parameter.detach(), places).bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .diagnostics import Averages, Stopwatch
+from .heart import HEART
 from .ranks import Ranks
 from .trajectory import Trajectories
+
+SHOWN_RANKS = 16
+"""Ranks up to which all are logged one by one."""
+WORK = frozenset({"rollout", "reward", "teacher", "student", "objective"})
+"""Phases without collectives of gradients, in which a rank that takes longer holds up the others."""
 
 
 def is_logged(trainer: Any, step: int) -> bool:
@@ -64,12 +71,36 @@ class Metrics:
     def of_step(self, ranks: Ranks) -> dict[str, float]:
         """Collects what is logged of a step, by whole names; every rank must ask."""
         recorded = {f"train/{name}": value for name, value in self.recorded(ranks).items()}
+        spent, waited = dict(self.stopwatch.seconds), dict(HEART.waited)
+        HEART.waited.clear()
         self.logged = recorded | self.stopwatch.read() | self.gauges
+        if ranks.count > 1:
+            self.logged |= by_rank(ranks.gather_objects((spent, waited)))
         return dict(self.logged)
 
     def begin(self, sums: dict[str, Tensor], device: torch.device) -> None:
         """Begins anew, with the sums of a checkpoint."""
         self.averages = Averages.from_state_dict(sums, device)
+
+
+def by_rank(seconds: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, float]:
+    """Names the seconds of each rank since the last logged step: its work by phase, and its waits in collectives.
+
+    Args:
+        seconds: of each rank, spent by phase, and of these and besides, in collectives after a phase began.
+
+    Returns:
+        ``ranks/slowest``, the rank that worked longest, and of each rank, of more than `SHOWN_RANKS` the slowest and
+        the fastest alone: ``rank<r>/<phase>_s`` and ``rank<r>/waited_<phase>_s``.
+    """
+    worked = [sum(spent[name] - waited.get(name, 0.0) for name in spent if name in WORK) for spent, waited in seconds]
+    slowest, fastest = worked.index(max(worked)), worked.index(min(worked))
+    values = {"ranks/slowest": float(slowest)}
+    for rank, (spent, waited) in enumerate(seconds):
+        if len(seconds) <= SHOWN_RANKS or rank in (slowest, fastest):
+            values |= {f"rank{rank}/{name}_s": value for name, value in spent.items()}
+            values |= {f"rank{rank}/waited_{name}_s": value for name, value in waited.items()}
+    return values
 
 
 def over_ranks(averages: Averages, ranks: Ranks) -> Averages:

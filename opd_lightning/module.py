@@ -21,7 +21,7 @@ from .actor import Actor
 from .agreement import Agreement, check_agreement
 from .audit import audit
 from .callback import followers
-from .checkpoint import kept_names, plain_rng_states
+from .checkpoint_file import plain_rng_states
 from .contract import check_methods
 from .diagnostics import Averages
 from .evaluation import Evaluator
@@ -29,7 +29,7 @@ from .evaluation_settings import Evaluation
 from .finite import check_finite
 from .gauges import Gauges
 from .gradient_guard import GradientGuard
-from .likeness import check_base, check_elsewhere, check_self_teachers
+from .likeness import check_base, check_self_teachers
 from .memory import advising
 from .metrics import Metrics, is_logged, over_ranks
 from .note import Note, check_notes, memories, offered_by, remember
@@ -42,8 +42,8 @@ from .ranks import Ranks
 from .reader import Reader
 from .retention import retained, with_reference
 from .reward import Reward
-from .rollout import EndOfRollouts, RolloutLoader, check_limit
-from .rollout_settings import Rollout
+from .rollout import EndOfRollouts, RolloutLoader
+from .rollout_settings import Rollout, check_limit
 from .rows import blames_rows
 from .scoring import Scoring
 from .setting import Setting
@@ -183,12 +183,12 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         """Loads every policy, once: Lightning calls it at each stage, and checks of the data need it before that."""
         if self.policies:
             return
-        self.streams.load(self._student_spec)
+        self.streams.load(self._student_spec, empty=(mesh := mesh_of(self._trainer)) is not None)
         self.student: nn.Module = self.policies["student"].model
-        if (mesh := mesh_of(self._trainer)) is not None:
+        if mesh is not None:
             if any(True for _ in self.parts.parameters()):
                 raise ValueError("objective.terms: the strategy shards the student, not the parameters of parts")
-            self.streams.shard(mesh)
+            self.streams.shard(mesh, self.trainer.strategy)  # type: ignore[arg-type]
 
     def prepare_for_rows(self) -> None:
         """Loads every policy before rows are checked; raises for what no row can help."""
@@ -371,7 +371,7 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = kept_names(self.student, self.state_dict(), self._student_spec)
+        kept = resume.kept_names(self.student, self.state_dict(), self._student_spec)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
         checkpoint["rng"] = plain_rng_states()
         # at a logged step what was recorded is logged, if it was not yet, after this
@@ -387,11 +387,11 @@ class OnPolicyDistillation(Setting, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         spec, state, saved = self._student_spec, self.state_dict(), checkpoint["state_dict"]
         fits = resume.fits(self._trainer)
-        self.history.check(checkpoint, self.student, self.trained_parameters(), self._optimizer, fits)
-        resume.check_complete(kept_names(self.student, state, spec), saved)
+        marks = self.streams.marks_here
+        self.history.check(checkpoint, self.student, self.trained_parameters(), self._optimizer, fits, marks)
+        resume.check_complete(resume.kept_names(self.student, state, spec), saved)
         check_base(spec, self.streams.base, checkpoint, fits)
-        elsewhere = {name: w for name, t in self.teachers.items() if isinstance(w := t.weights, Elsewhere)}
-        check_elsewhere({name: self.streams.marks[name] for name in elsewhere}, elsewhere, checkpoint, fits)
+        self.streams.check_elsewhere(checkpoint, fits)
         resume.check_shapes(spec.path, state, saved)
         self._rng, self._recorded = checkpoint.get("rng"), checkpoint.get("recorded", {})
         remember(self.notes, checkpoint.get("notes", {}))

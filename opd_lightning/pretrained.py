@@ -13,8 +13,10 @@ from torch import nn
 from transformers.utils import cached_file
 
 from . import gguf
+from .filling import build_empty, files_of, keeping_adapters
 from .finite import Finite
 from .noise import set_adapter_dropout, silence
+from .remote import is_url
 from .shipped import shipped
 
 
@@ -114,8 +116,11 @@ class Pretrained:
         """True where noise in training mode is on."""
         return self.dropout or (self.lora is not None and self.lora.dropout > 0)
 
-    def load(self, model_class: Any, trained: bool) -> nn.Module:
-        """Loads the model: frozen and in evaluation mode unless ``trained``, then with adapters if ``lora`` is set."""
+    def load(self, model_class: Any, trained: bool, empty: bool = False) -> nn.Module:
+        """Loads the model: frozen and in evaluation mode unless ``trained``, then with adapters if ``lora`` is set.
+
+        ``empty``: without weights where that is possible, which `filling.fill` reads when it is cut.
+        """
         # 1. settings that nothing would read
         if trained and self.quantization and not self.lora:
             raise ValueError(
@@ -130,7 +135,7 @@ class Pretrained:
             raise ValueError("dropout: a teacher is always asked in evaluation mode, where there is none")
         # 2. weights
         try:
-            model = self._base(model_class, trained)
+            model = self._base(model_class, trained, empty)
         except OSError as error:  # transformers chains what the hub said, a hundred lines of it
             if isinstance(error, FileNotFoundError):
                 raise
@@ -183,7 +188,10 @@ class Pretrained:
             gguf.check_header(Path(path, file))
         names_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
         if names_a_folder and not Path(path).is_dir():
-            raise FileNotFoundError(f"path: there is no folder {path}; give a folder that holds a model, or a hub name")
+            elsewhere = "; models are read from this machine: copy it" if is_url(path) else ""
+            raise FileNotFoundError(
+                f"path: there is no folder {path}; give a folder that holds a model, or a hub name{elsewhere}"
+            )
         return path
 
     def _check_stored(self, model_class: Any, trained: bool) -> None:
@@ -214,7 +222,20 @@ class Pretrained:
             given = "random_init" if self.random_init else f"quantization={self.quantization}"
             raise ValueError(f"{given}: {self.path} is stored quantized already ({stored}); leave it out")
 
-    def _base(self, model_class: Any, trained: bool) -> nn.Module:
+    def _empty(self, model_class: Any, dtype: Any, settings: dict[str, Any]) -> nn.Module | None:
+        """Builds the model without weights; None where it has to be loaded."""
+        folder, saved = self.found(), self.lora is not None and self.lora.adapter is not None
+        ours = model_class.__module__.startswith("transformers.") and hasattr(model_class, "from_config")
+        if saved or self.packed or not ours or not files_of(folder):
+            return None
+        config = self.config()
+        if getattr(config, "quantization_config", None):
+            return None
+        kind = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+        settings |= {"trust_remote_code": self.trust_remote_code}
+        return build_empty(model_class, config, folder, kind, **settings)
+
+    def _base(self, model_class: Any, trained: bool, empty: bool) -> nn.Module:
         shared: dict[str, Any] = {}
         if self.attn_implementation:
             shared["attn_implementation"] = self.attn_implementation
@@ -227,6 +248,8 @@ class Pretrained:
             if not hasattr(model_class, "from_config"):
                 raise ValueError(f"random_init: the transformer of {self.path} must come with weights")
             return model_class.from_config(self.config()).to(torch.float32 if dtype == "auto" else dtype)
+        if empty and not self.quantization and (model := self._empty(model_class, dtype, dict(shared))) is not None:
+            return model
         if self.quantization:
             shared["quantization_config"] = self._quantization_config()
         if self.packed is None:
@@ -296,7 +319,8 @@ class Pretrained:
             # peft wants the whole name to match
             exclude_modules=None if self.freeze is None else f".*({self.freeze}).*",
         )
-        return get_peft_model(model, config)
+        with keeping_adapters(model):
+            return get_peft_model(model, config)
 
 
 def quantized_as(settings: Any) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from .heart import HEART
 from .printable import printable
 
 SILENCE = 8.0
@@ -64,6 +65,7 @@ class Narrator:
         Phases of other threads, such as rollouts ahead of training, are not said, and only rank 0 speaks.
         """
         current = Phase(what, total)
+        HEART.beat()
         if threading.current_thread() is not threading.main_thread():
             yield current
             return
@@ -85,6 +87,7 @@ class Narrator:
 
     def advance(self, done: int, total: int) -> None:
         """Says of the innermost phase how far it is; costs nothing worth a word."""
+        HEART.beat()
         if self.phases and threading.current_thread() is threading.main_thread():
             self.phases[-1].done, self.phases[-1].total = done, total
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
+from .changes import differences, short
 from .config_file import Source, overlaid
 from .front import installed
-from .resume import differences
 from .shipped import PREFIX, package_configs
 
 PROVENANCE = "run.json"
-_UNNAMED = ("init_args", "class_path", "dict_kwargs")
 
 
 def provenance(sources: Sequence[tuple[Source, Any]], devices: int = 1) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def provenance(sources: Sequence[tuple[Source, Any]], devices: int = 1) -> dict[
     files = [_shipped_name(source) or source.name for source, _ in sources if not source.keys and source.values]
     return {
         "files": files,
-        "changes": [[_key(key), old, new] for key, old, new in differences(shipped, together)] if shipped else [],
+        "changes": [[short(key), old, new] for key, old, new in differences(shipped, together)] if shipped else [],
         "versions": installed(),
         "hardware": hardware(devices),
     }
@@ -86,7 +85,3 @@ def _shipped_name(source: Source) -> str | None:
     if source.keys or not path.is_relative_to(root):
         return None
     return PREFIX + path.relative_to(root).as_posix()
-
-
-def _key(key: str) -> str:
-    return ".".join(word for word in key.split(".") if word not in _UNNAMED)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import nn
 
-from .adapters import STUDENT
-from .checkpoint import plain_rng_states
+from .adapters import STUDENT, adapter_parameters
+from .changes import changes, check_permitted, other_weights, told
+from .checkpoint_file import plain_rng_states
 from .diagnostics import Averages
+from .pretrained import Pretrained
 
 ADVICE = "keep what the checkpoint was written with, or train its exported student in a new run"
-# What says where a run is read from and not what it does
-_APART = ("ckpt_path", "config", "weights_only")
-_ABSENT = "nothing"
 _SHOWN = 20
 
 
@@ -96,11 +94,28 @@ def apply_settings(optimizer: torch.optim.Optimizer, then: dict[str, Any], now: 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
 
 
+def kept_names(student: nn.Module, names: Iterable[str], spec: Pretrained) -> set[str]:
+    """Names of the state that a checkpoint holds: trained weights, adapters and EMA teachers; of bases a drawn one.
+
+    Args:
+        student: the model.
+        names: of all state of the run; the student's begin with ``student.``.
+        spec: what the student was loaded from.
+    """
+    if spec.lora is None or spec.random_init:  # nobody else has the drawn base
+        return set(names)
+    # a tied head is the same parameter under a second name
+    trained = {name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept = {f"student.{name}" for name in trained | adapter_parameters(student).keys()}
+    return {name for name in names if name in kept or not name.startswith("student.")}
+
+
 class History:
     """History of a run: its settings and their changes, which travel through checkpoints.
 
     Attributes:
         config_yaml: the resolved configuration; empty where nobody says.
+        may_change: keys whose changes are permitted (`Checkpoint`).
         changes: of each resume that changed it, the optimizer step, and ``[key, old, new]`` of each value.
         optimizer: its settings (`settings_of`).
         step: optimizer steps of the checkpoint that was loaded; 0 if none was.
@@ -108,6 +123,7 @@ class History:
 
     def __init__(self) -> None:
         self.config_yaml = ""
+        self.may_change: Sequence[str] = ()
         self.changes: list[dict[str, Any]] = []
         self.optimizer: dict[str, Any] = {}
         self.step = 0
@@ -129,6 +145,7 @@ class History:
         parameters: list[nn.Parameter],
         make: Callable[[Any], torch.optim.Optimizer],
         fits: bool,
+        marks: Mapping[str, str],
     ) -> None:
         """Compares a checkpoint with the configuration, before anything of it is restored.
 
@@ -138,9 +155,11 @@ class History:
             parameters: what is trained.
             make: from parameters to the optimizer.
             fits: whether its run goes on.
+            marks: fingerprints of the weights of teachers, by name.
 
         Raises:
-            ValueError: something differs whose change could not take effect; the message says what, and both values.
+            ValueError: something differs whose change could not take effect, or is not permitted; the message says
+                what, and both values.
         """
         self.step = int(checkpoint["global_step"])
         made_with = checkpoint.get("made_with")
@@ -158,7 +177,11 @@ class History:
         settings = settings_of(make(parameters))
         check_settings("model.optimizer", make, made_with["optimizer"], settings)
         self._restored = made_with
+        if not self.config_yaml or not checkpoint["opd_config"]:
+            return
         changed = changes(checkpoint["opd_config"], self.config_yaml)
+        changed += other_weights(checkpoint.get("teachers", {}), marks)
+        check_permitted(changed, self.may_change)
         if changed:
             self.changes.append({"step": checkpoint["global_step"], "keys": changed})
             for line in told(self.changes[-1:])[:_SHOWN]:
@@ -253,44 +276,6 @@ def check_shapes(path: str, mine: Mapping[str, Any], saved: Mapping[str, Any]) -
                 f"{path} is another model now than the one that was trained: {name} has the "
                 f"shape {list(weight.shape)} in the checkpoint and {list(mine[name].shape)} here"
             )
-
-
-# -- the record -------------------------------------------------------------------------------------------------------
-
-
-def changes(then: str, now: str) -> list[list[str]]:
-    """Lists ``[key, old, new]`` for each value in which two configurations (YAML) differ; empty if one is unknown."""
-    if not then or not now:
-        return []
-    return differences(yaml.safe_load(then), yaml.safe_load(now))
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
-    """Lists ``[key, old, new]`` for each value in which two configurations differ."""
-    old, new = _leaves(then), _leaves(now)
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in _APART]
-    return [
-        [key, str(old.get(key, _ABSENT)), str(new.get(key, _ABSENT))]
-        for key in keys
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
-    ]
-
-
-def told(history: list[dict[str, Any]]) -> list[str]:
-    """Formats a line for each change."""
-    return [
-        f"after optimizer step {entry['step']}: {key} {new} (was {old})"
-        for entry in history
-        for key, old, new in entry["keys"]
-    ]
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    leaves: dict[str, Any] = {}
-    for name, part in parts:
-        leaves |= _leaves(part, f"{path}.{name}" if path else str(name))
-    return leaves or {path: value}
 
 
 # -- in the middle of an optimizer step -------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,27 +25,12 @@ from .optimizer_step import Cache, MicroBatch, OptimizerStep
 from .ranks import Ranks
 from .reader import Reader
 from .resume import StepStart
-from .rollout_settings import derived_seed
+from .rollout_settings import chosen, derived_seed
 from .rows import row_of
 from .sharding import mesh_of
 from .student_view import shown
 from .trajectory import Example, Trajectories
 from .worker import RolloutWorker
-
-
-def check_limit(trainer: Any) -> None:
-    """Refuses limits that end an epoch within an optimizer step.
-
-    Raises:
-        ValueError: an epoch would end in the middle of an optimizer step, which Lightning would then take with a part
-            of its micro-batches.
-    """
-    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if batches % accumulate and not trainer.fast_dev_run:
-        raise ValueError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch after {batches} micro-batches, "
-            f"in the middle of an optimizer step of trainer.accumulate_grad_batches={accumulate}; make it a multiple"
-        )
 
 
 class RolloutLoader:
@@ -97,6 +81,7 @@ class RolloutLoader:
         self.epoch = self.generation = self.next = 0
         self.pending: Trajectories | None = None
         self.begun: StepStart | None = None
+        self._marked: tuple[Any, ...] | None = None
         self._round: list[MicroBatch] = []
         self._caches: list[Cache] = []
         self._in_step = mesh_of(trainer) is not None
@@ -182,7 +167,8 @@ class RolloutLoader:
         metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
         # here and not in the worker's thread, where rewards would have no time limit, and with the weights of now
         judged = Judging(self.actor, self.ranks)
-        trajectories = judged(trajectories)
+        with metrics.stopwatch.phase("reward"):
+            trajectories = judged(trajectories)
         if trajectories.reward is not None:
             metrics.record("reward", trajectories.reward[~trajectories.reward.isnan()])
             metrics.record("abstained", trajectories.reward.isnan())
@@ -232,7 +218,7 @@ class RolloutLoader:
         # 2. each behavior policy acts on its prompts
         sources = tuple(rollout.members or rollout.behavior)
         if rollout.members is None:
-            source = self._choose(draws, torch.tensor(list(rollout.behavior.values())))
+            source = chosen(draws, torch.tensor(list(rollout.behavior.values())), self.seed)
         else:
             counts = torch.tensor(list(rollout.members.values()))
             source = torch.arange(len(sources)).repeat_interleave(counts).repeat(count)
@@ -273,14 +259,6 @@ class RolloutLoader:
         self._leave_behind()
         self._hold(None)
 
-    def _choose(self, draws: Tensor, shares: Tensor) -> Tensor:
-        """Draws the index ``[B]`` of the behavior policy, once per prompt, so that a group is never mixed."""
-        if len(shares) == 1:
-            return torch.zeros_like(draws)
-        uniform = torch.tensor([np.random.default_rng((self.seed, 1, int(draw))).random() for draw in draws])
-        # clamp: shares may sum to a little less than 1 (`Rollout` allows 1e-6)
-        return torch.searchsorted(shares.double().cumsum(0), uniform, right=True).clamp(max=len(shares) - 1)
-
     def _generator(self, *key: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(self.seed, *key))
 
@@ -302,6 +280,23 @@ class RolloutLoader:
     @property
     def _cuts(self) -> list[int]:
         return [self.prompts, self.per_generation, self.size * self.world_size, self.rounds]
+
+    def mark(self) -> None:
+        """Remembers the position between two optimizer steps, to `go_back` to; nothing is copied."""
+        start = StepStart(self.trainer.global_step, self.metrics.averages)
+        self._marked = self.epoch, self.generation, self.next, self.pending, deque(self._ahead), start
+
+    @property
+    def can_go_back(self) -> bool:
+        """True where `state_dict` would wait for nobody from there: nothing is being rolled out ahead."""
+        return self._marked is not None and all(rolled.done() for rolled in self._marked[4])
+
+    def go_back(self) -> StepStart:
+        """Goes back to where it was marked, on a rank that trains no more."""
+        assert self._marked is not None
+        self.epoch, self.generation, self.next, self.pending, self._ahead, start = self._marked
+        self.begun, self.metrics.averages = None, start.averages
+        return start
 
     def _of_all_ranks(self, trajectories: Trajectories) -> list[dict[str, Any]]:
         return self.ranks.gather_objects(trajectories.state_dict())

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .blend import BLEND, Blend
 from .finite import Finite
@@ -186,3 +188,33 @@ def derived_seed(*key: int) -> int:
     """Derives a 63-bit seed from whole numbers such as (run seed, prompt draw, member of the group)."""
     # 63 bits, since trajectories keep their seeds as int64
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_limit(trainer: Any) -> None:
+    """Refuses limits that end an epoch within an optimizer step.
+
+    Raises:
+        ValueError: an epoch would end in the middle of an optimizer step, which Lightning would then take with a part
+            of its micro-batches.
+    """
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches % accumulate and not trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch after {batches} micro-batches, "
+            f"in the middle of an optimizer step of trainer.accumulate_grad_batches={accumulate}; make it a multiple"
+        )
+
+
+def chosen(draws: Tensor, shares: Tensor, seed: int) -> Tensor:
+    """Draws the index ``[B]`` of the behavior policy, once per prompt, so that a group is never mixed.
+
+    Args:
+        draws: ``[B]``, the number of each prompt's draw.
+        shares: of the policies.
+        seed: of the run.
+    """
+    if len(shares) == 1:
+        return torch.zeros_like(draws)
+    uniform = torch.tensor([np.random.default_rng((seed, 1, int(draw))).random() for draw in draws])
+    # clamp: shares may sum to a little less than 1 (`Rollout` allows 1e-6)
+    return torch.searchsorted(shares.double().cumsum(0), uniform, right=True).clamp(max=len(shares) - 1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .diagnostics import Stopwatch
 from .distribution import Distribution, Stream
-from .likeness import fingerprint
+from .filling import fill, is_unfilled
+from .likeness import check_elsewhere, fingerprint
 from .loading import loading
 from .optimizer_step import Cache, CachedStream, OptimizerStep
 from .policy import Policy, View, evaluating
@@ -19,7 +20,7 @@ from .pretrained import Pretrained
 from .progress import phase
 from .ranks import Ranks
 from .setting import Setting
-from .sharding import shard
+from .sharding import FSDP2, shard
 from .teacher import Elsewhere, Frozen, Teacher
 from .trajectory import Example, Trajectories
 
@@ -50,16 +51,20 @@ class Streams:
     elsewhere: dict[str, dict[str, str]] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
     keeps: bool = False
+    _names: set[str] = field(default_factory=set)
+    _empty: bool = False
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def load(self, spec: Pretrained) -> None:
-        """Loads the student, and then every teacher."""
+    def load(self, spec: Pretrained, empty: bool = False) -> None:
+        """Loads the student, and then every teacher; ``empty``: without weights, which come when they are cut."""
+        self._empty = empty
         with loading("model.student"), phase(f"loading the student, {spec.path}"):
-            model = spec.load(self.setting.model_class, trained=True)
+            model = spec.load(self.setting.model_class, trained=True, empty=empty)
             student = Policy(model, self.setting.load_processor(spec), path=spec.path)
         # before teachers add adapters to it
-        self.base = "drawn" if spec.random_init else fingerprint(model)
+        self._names = {name for name, _ in model.named_parameters()}
+        self.base = "drawn" if spec.random_init else "" if is_unfilled(model) else fingerprint(model)
         self.policies["student"] = student
         # those that share the model of another one come after it
         for name, teacher in sorted(self.teachers.items(), key=lambda entry: entry[1].weights.base != "student"):
@@ -69,7 +74,7 @@ class Streams:
                 policy = teacher.weights.attach(name, self.policies[teacher.weights.base], self.load_frozen)
             self.policies[name] = replace(policy, name=name)
             if isinstance(teacher.weights, Frozen):
-                self.marks[name] = fingerprint(policy.model)
+                self.marks[name] = "" if is_unfilled(policy.model) else fingerprint(policy.model)
             if teacher.weights.state is not None:
                 self.state[name] = teacher.weights.state
         # last, since they are compared with those that are here
@@ -86,6 +91,16 @@ class Streams:
                 views = self.seen(name, batch.examples, batch.student_view)
                 teacher.weights.ahead(teacher, self.setting, batch, views)
 
+    @property
+    def marks_here(self) -> dict[str, str]:
+        """Fingerprints of the weights of teachers that were loaded here."""
+        return {name: mark for name, mark in self.marks.items() if name not in self.elsewhere}
+
+    def check_elsewhere(self, checkpoint: dict[str, Any], fits: bool) -> None:
+        """Compares teachers that are elsewhere with those of a checkpoint, of a run that goes on if ``fits``."""
+        weights = {name: w for name, t in self.teachers.items() if isinstance(w := t.weights, Elsewhere)}
+        check_elsewhere({name: self.marks[name] for name in weights}, weights, checkpoint, fits)
+
     def close(self) -> None:
         """Ends connections to teachers that are elsewhere."""
         for teacher in self.teachers.values():
@@ -94,19 +109,25 @@ class Streams:
 
     def load_frozen(self, spec: Pretrained) -> Policy:
         """Loads a model that is not trained."""
-        model = spec.load(self.setting.model_class, trained=False)
+        model = spec.load(self.setting.model_class, trained=False, empty=self._empty)
         return Policy(model, self.setting.load_processor(spec), path=spec.path)
 
-    def shard(self, mesh: Any) -> None:
+    def shard(self, mesh: Any, strategy: FSDP2) -> None:
         """Cuts the weights of all models over a mesh, but those of teachers that live on a device of their own."""
         elsewhere = {name for name, t in self.teachers.items() if isinstance(t.weights, Frozen) and t.weights.device}
         elsewhere |= {name for name, teacher in self.teachers.items() if teacher.weights.base in elsewhere}
         student = self.policies["student"].model
-        # a set: teachers in adapters share the student's model
-        for model in {policy.model for name, policy in self.policies.items() if name not in elsewhere}:
+        # each once, in one order on all ranks: teachers in adapters share the student's model
+        for model in dict.fromkeys(policy.model for name, policy in self.policies.items() if name not in elsewhere):
             # quantized teachers stay whole on every rank; `shard` refuses a quantized student
             if model is student or not getattr(model, "is_quantized", False):
                 shard(model, mesh)
+                if is_unfilled(model):
+                    fill(model, strategy.root_device)
+                strategy.allow_whole(model)
+        # what could not be known before
+        self.base = self.base or fingerprint(student, self._names)
+        self.marks = {name: mark or fingerprint(self.policies[name].model) for name, mark in self.marks.items()}
 
     def place(self, device: torch.device) -> None:
         """Moves teachers, by hand: frozen ones are no submodules, to stay out of optimizer and checkpoint."""

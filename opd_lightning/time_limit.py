@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .heart import HEART
+
 
 class TooLate(BaseException):
     """Signal that the time is over; no `Exception`, so that a reward's own handlers let it pass."""
@@ -21,6 +23,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     Raises:
         TooLate: it was ended, or came to an end later.
     """
+    HEART.beat()
     if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         return call()
     running, late, start = True, False, time.monotonic()

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from opd_lightning import export
-from opd_lightning.checkpoint import kept_names
+from opd_lightning.resume import kept_names
 
 TEXT = "opd_lightning.modalities.text.TextDistillation"
 

@@ -27,6 +27,8 @@ SWAPPED_ATTRIBUTES: set[str] = set()
 OF_LIBRARIES = {
     "opd_lightning.adapters: layer._active_adapter",
     "opd_lightning.adapters: layer._disable_adapters",
+    "opd_lightning.filling: nn.Module.register_parameter",
+    "opd_lightning.filling: nn.Module.to",
     "opd_lightning.modalities.autoregressive.engines.generate: model.generation_config",
 }
 

@@ -17,6 +17,7 @@ from tests.tiny import save_model
 
 OPTIMIZER = "--model.optimizer"
 FLAT = ["--model.schedule.name=constant", "--model.schedule.warmup_steps=0"]
+MAY = "--checkpoint.may_change=[model]"
 LORA = "--model.student.lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 
@@ -40,11 +41,11 @@ def made(make_world, tmp_path_factory):
 def resume(made, tmp_path):
     """Goes on to step 5, from a copy of a run."""
 
-    def get(*changes: str, of: tuple[str, ...] = (), flat: bool = True) -> Path:
+    def get(*changes: str, of: tuple[str, ...] = (), flat: bool = True, may: str = MAY) -> Path:
         shutil.copytree(made(*of).parent, tmp_path / "run")
         config = tmp_path / "run" / "run.yaml"
         where = [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=5", "--ckpt_path=last"]
-        run(["fit", "-c", str(config), *(FLAT if flat else []), *of, *where, *changes])
+        run(["fit", "-c", str(config), *(FLAT if flat else []), *of, *where, may, *changes])
         return config
 
     return get
@@ -101,7 +102,19 @@ def test_the_record_says_what_was_done(resume, tmp_path, capsys):
 def test_a_resume_without_changes_records_none(resume):
     """But for how long it lasts, and where."""
     keys = {key for change in last(resume())["changes"] for key, _, _ in change["keys"]}
-    assert keys == {"trainer.max_steps", "trainer.default_root_dir"}
+    assert keys == {"trainer.max_steps", "trainer.default_root_dir", "checkpoint.may_change.0", "checkpoint.may_change"}
+
+
+def test_what_decides_what_is_trained_is_refused_unless_it_is_permitted(resume, tmp_path):
+    other, worse = "--model.rollout.temperature=0.5", save_model(tmp_path / "worse", seed=78)
+    teacher = f"--model.teachers.teacher.weights.init_args.pretrained.path={worse}"
+    lines = r"rollout\.temperature: 1\.0 -> 0\.5\n.*teachers\.teacher: weights \w+ -> weights"
+    with pytest.raises(ValueError, match=lines):
+        resume(other, teacher, may="--checkpoint.may_change=[model.optimizer]")
+    assert last(tmp_path / "run" / "run.yaml")["global_step"] == 3
+    shutil.rmtree(tmp_path / "run")
+    permitted = "--checkpoint.may_change=[model.rollout.temperature, model.teachers.teacher]"
+    assert last(resume(other, teacher, may=permitted))["global_step"] == 5
 
 
 @pytest.mark.parametrize(

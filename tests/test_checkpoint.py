@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from opd_lightning.checkpoint import AtomicIO, check_ours, check_whole, newest_whole
+from opd_lightning.checkpoint_file import AtomicIO, check_ours, check_whole, newest_whole
 from opd_lightning.cli import run
 from opd_lightning.folder import RunLock
 from opd_lightning.objective import ForwardKL, Objective, ReverseKL, Term

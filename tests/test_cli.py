@@ -197,6 +197,7 @@ def test_the_command_line_wins_over_the_checkpoint(config, which):
             str(config),
             "--trainer.max_steps=2",
             "--model.rollout.horizon=5",
+            "--checkpoint.may_change=[model.rollout]",
             f"--ckpt_path={path}",
         ]
     )

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from opd_lightning import export
-from opd_lightning.checkpoint import AtomicIO
+from opd_lightning.checkpoint_file import AtomicIO
 from opd_lightning.model_card import known_as, model_card
 from opd_lightning.statement import Statement
 from tests.exported import exportable

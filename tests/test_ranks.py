@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from opd_lightning.checkpoint_file import is_slices
 from opd_lightning.export import write
+from opd_lightning.slices import read_slices
 from tests.processes import finish, last, start
 from tests.test_configs import ROOT
 from tests.test_resume import PLAIN, configuration
@@ -26,9 +28,9 @@ MOMENTUM = [*SGD, "--model.optimizer.momentum=0.9"]
 LORA = "--model.student.lora={r: 4, alpha: 8}"
 
 
-def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None):
+def run(folder, world, strategy, steps, *extra, prompts=8, micro_batch=None, ranks=2):
     """Trains up to a step, from the last checkpoint if there is one, with the same global batches on any ranks."""
-    ranks = 1 if strategy == "auto" else 2
+    ranks = 1 if strategy == "auto" else ranks
     rollout = {"batch_size": prompts // ranks, "horizon": 8, "group_size": 2}
     if micro_batch is not None:
         rollout["micro_batch_size"] = micro_batch // ranks
@@ -151,6 +153,40 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(before, after,
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
     for name in exported.keys() & {name.removeprefix("student.") for name in expected}:
         assert torch.equal(exported[name], last(config)["state_dict"][f"student.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "extra"),
+    [
+        ("auto", 1, [LORA]),
+        pytest.param("fsdp2_slices", 3, [], marks=pytest.mark.slow),
+        pytest.param("fsdp2", 3, [LORA], marks=pytest.mark.slow),
+        pytest.param("ddp", 2, [], marks=pytest.mark.slow),
+    ],
+)
+def test_slices_of_two_ranks_go_on_on_any_number_and_export(strategy, ranks, extra, tmp_path, make_world):
+    world, same = make_world("text"), {"prompts": 12}
+    process, config = run(tmp_path / "unbroken", world, "auto", 4, *extra, **same)
+    finish(process)
+    expected = products(last(config)["state_dict"])
+
+    process, config = run(tmp_path / "sliced", world, "fsdp2_slices", 2, *extra, **same)
+    finish(process)
+    checkpoint = config.parent / "checkpoints" / "last.ckpt"
+    assert is_slices(checkpoint)
+    assert len(list(checkpoint.glob("*.distcp"))) == 2, "each rank writes its own"
+    write(checkpoint, tmp_path / "exported")
+    saved = read_slices(checkpoint)["state_dict"]
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "exported").named_parameters())
+    names = exported.keys() & {name.removeprefix("student.") for name in saved}
+    assert all(torch.equal(exported[name], saved[f"student.{name}"]) for name in names)
+
+    process, config = run(tmp_path / "sliced", world, strategy, 4, *extra, **same, ranks=ranks)
+    finish(process)
+    state = read_slices(checkpoint) if is_slices(checkpoint) else last(config)
+    assert state["global_step"] == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(products(state["state_dict"])[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):

@@ -19,6 +19,7 @@ from ...pretrained import Pretrained
 from ...printable import printable, quoted
 from ...rollout_settings import Rollout
 from ...rows import reason_of
+from ...sharding import gathered
 from ...teacher import Elsewhere, Teacher
 from ...trajectory import Example
 from .engines import RolloutEngine
@@ -347,12 +348,13 @@ def _dropout(policy: Policy) -> str:
 
 def _engine(module: Audited, policy: Policy) -> str:
     """Names the engine by which a policy writes, and warns where it is not the one that was asked for."""
-    engine, why = module.engine, module.engine.refusal(policy)
-    name = type(engine).__name__ if why is None else f"generate ({why})"
-    if engine.runs_the_model:
-        trial = Trial(engine, policy, module.head(policy), module.padding_id)
-        module.trials[policy.name] = trial
-        name = name if trial.reason is None else f"{name}; {trial.reason}"
+    with gathered(policy.model):  # as it will be when it acts
+        engine, why = module.engine, module.engine.refusal(policy)
+        name = type(engine).__name__ if why is None else f"generate ({why})"
+        if engine.runs_the_model:
+            trial = Trial(engine, policy, module.head(policy), module.padding_id)
+            module.trials[policy.name] = trial
+            name = name if trial.reason is None else f"{name}; {trial.reason}"
     if rope_switch(bare(policy.model)) is not None and module.rollout.blend is not None:
         name = f"{name}; its rows part where longrope switches"
     if name != type(engine).__name__ and module.rollout.blend is not None:

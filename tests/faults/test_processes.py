@@ -178,7 +178,7 @@ def test_what_ends_a_run_in_the_objective_loses_nothing(part, message, text, unb
     assert process.end() != 0
     assert message in process.output
     assert last(config)["global_step"] == 4
-    finish(start(config, "--ckpt_path=last"))
+    finish(start(config, "--ckpt_path=last", "--checkpoint.may_change=[model.objective]"))
     equal(last(config)["state_dict"], unbroken)
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ....distribution import Head
+from ....heart import HEART
 from ....policy import Policy, evaluating
 from ....printable import printable, quoted
 from ....rollout_settings import Rollout
@@ -164,6 +165,7 @@ class VllmServer(RolloutEngine):
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 read: bytes = answer.read()
+                HEART.beat()
                 return read
         except urllib.error.HTTPError as error:
             hint = ""
