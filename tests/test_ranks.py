@@ -189,6 +189,18 @@ def test_slices_of_two_ranks_go_on_on_any_number_and_export(strategy, ranks, ext
         torch.testing.assert_close(products(state["state_dict"])[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
+def test_two_copies_of_one_rank_each_move_as_one_rank(tmp_path, make_world):
+    copies = "{class_path: opd_lightning.sharding.FSDP2, init_args: {copies: 2}}"
+    states = []
+    for strategy in ("auto", copies):
+        process, config = run(tmp_path / str(len(states)), make_world("text"), strategy, 2)
+        finish(process)
+        states.append(last(config)["state_dict"])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_ranks_with_shorter_rollouts_or_none_keep_pace(tmp_path):
     """Cut weights are gathered by all ranks together: those that replay a completion act with the others all the same,
     and those whose rollouts end early go on until the last one's does."""
