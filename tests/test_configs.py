@@ -122,7 +122,7 @@ def test_keys_and_values_of_methods_are_meant_in_all_of_their_settings():
             understood(["fit", *(part for name in method.stack(setting) for part in ("-c", f"opd:{name}.yaml"))])
 
 
-@pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student", "pretrain_long", "long"])
+@pytest.mark.parametrize("name", ["pretrain_teacher", "warm_start_student", "pretrain_long", "long", "tools"])
 def test_configurations_with_models_that_ship_run(name, tmp_path):
     run(["fit", "-c", f"opd:text/{name}.yaml", *SMALL, *FEW["text"], f"--trainer.default_root_dir={tmp_path}"])
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -179,3 +179,13 @@ def problem_with_arguments(function: Callable[..., Any], schema: dict[str, Any],
         if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind != "boolean")):
             return f"{name} is {quoted(value)}; it must be of the type {kind}"
     return None
+
+
+def calls(completion: str, example: Example) -> float:
+    """Counts the calls of an episode, malformed ones among them: a metric for ``evaluation.metrics``."""
+    return float(example["conversation"].count(TAGS[0]))
+
+
+def malformed(completion: str, example: Example) -> float:
+    """Counts the calls of an episode that were answered by an error: a metric for ``evaluation.metrics``."""
+    return float(example["conversation"].count("error: "))
