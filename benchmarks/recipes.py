@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
-from opd_lightning.report import report
+from opd_lightning.report import read_curves, report
 
 RUNS, UNPACKED = Path("runs/recipes"), Path("models/smollm2/unpacked")
 PAGE, RESULTS = Path("docs/recipes.md"), Path("benchmarks/recipes.json")
@@ -48,6 +48,16 @@ RECIPES: dict[str, list[str]] = {
     "skill, SFT": ["-c", "opd:recipes/skill_sft.yaml"],
     "persona, EDGE-OPD": ["-c", "opd:methods/text/edge_opd.yaml", "-c", "opd:recipes/persona.yaml"],
     "persona, OPSD": ["-c", "opd:methods/text/opsd.yaml", "-c", "opd:recipes/persona.yaml"],
+    "form by reward, GRPO": ["-c", "opd:methods/grpo.yaml", "-c", "opd:recipes/form_reward.yaml"],
+    "form by reward, RLSD": [
+        *("-c", "opd:methods/text/rlsd.yaml", "-c", "opd:recipes/form_reward.yaml"),
+        *("-c", "opd:recipes/form_reward_rlsd.yaml"),
+    ],
+    "form by reward, SDPO": [
+        *("-c", "opd:methods/sdpo.yaml", "-c", "opd:recipes/form_reward.yaml"),
+        *("-c", "opd:recipes/form_reward_sdpo.yaml"),
+    ],
+    "form, PBSD": ["-c", "opd:methods/text/pbsd.yaml", "-c", "opd:recipes/preferred.yaml"],
 }
 START, END = "<!-- make recipes -->", "<!-- end -->"
 
@@ -151,7 +161,8 @@ def train(name: str, seed: int, extra: list[str]) -> dict[str, Any]:
     own = [f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}"]
     own += [] if seed == 0 else ["--model.evaluation.before=false"]
     peak = opd("fit", "-c", "opd:recipes/form.yaml", UNPACKED_STUDENT, *RECIPES[name], *own, *extra)
-    return report(folder, since) | {"peak_gib": round(peak, 2)}
+    tokens = sum(value for _, value in read_curves(folder).get("steps/rollout", []))
+    return report(folder, since) | {"peak_gib": round(peak, 2), "tokens": int(tokens)}
 
 
 def line(name: str, runs: list[dict[str, Any]]) -> str:
@@ -172,11 +183,13 @@ def line(name: str, runs: list[dict[str, Any]]) -> str:
     cells = [
         name,
         change(of("in_form"), "{:.0f}", 100),
-        change(lambda run: run, "{:.1f}", 100),
+        # where another reward is trained on, facts are measured beside it
+        change(lambda run: run["measures"].get("facts", run), "{:.1f}", 100),
         change(of("length"), "{:.1f}"),
         change(of("teacher/kl_teacher_student"), "{:.3f}"),
         change(of("retention/kl"), "{:.3f}"),
         change(of("retention/perplexity"), "{:.2f}"),
+        f"{mean(run['tokens'] for run in runs) / 1000:.1f}" if all("tokens" in run for run in runs) else "",
         f"{mean(run['wall_s'] for run in runs) / 60:.1f}",
         f"{max(run['peak_gib'] for run in runs):.1f}",
         str(len(runs)),
@@ -186,7 +199,7 @@ def line(name: str, runs: list[dict[str, Any]]) -> str:
 
 HEAD = (
     "| recipe | in the form, % | facts right, % | tokens per answer | KL(teacher‖student) | KL kept | perplexity "
-    "| minutes | peak, GiB | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| thousand tokens generated | minutes | peak, GiB | seeds |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

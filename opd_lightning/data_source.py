@@ -22,9 +22,10 @@ from datasets.config import HF_DATASETS_CACHE
 from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow.parquet import ParquetFile
 
+from .imported import import_callable, import_reasoning_gym
 from .printable import printable, quoted
 from .remote import is_url, kept_copy
-from .reward import encode_metadata, import_callable, import_reasoning_gym
+from .reward import encode_metadata
 from .rows import LOCATION, STAND_IN, BadRows, location_of, reason_of
 from .shipped import shipped
 from .table import Doubled, as_object, kind, readable, tabulate, without_added_nulls

@@ -1,6 +1,5 @@
 """Rewards: functions of a completion and its example that return a number, or None where they abstain."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -8,10 +7,10 @@ import re
 from abc import ABC, abstractmethod
 from ast import literal_eval
 from collections import Counter
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from .imported import import_callable, no_reasoning_gym
 from .isolated import Isolated
 from .time_limit import TooLate, within
 
@@ -155,25 +154,47 @@ class RegexMatch(Reward):
 class JSONForm(Reward):
     """Reward of 1 if the completion is one JSON object with these keys, each a text, and nothing else around it.
 
+    Its feedback says what the form is, and which part of it is missing first.
+
     Args:
         keys: all that the object has. Default: ``answer``.
+        words: most words of all its texts together. Default: any number.
 
     Raises:
-        ValueError: no keys.
+        ValueError: no keys, or fewer than one word.
     """
 
-    def __init__(self, keys: tuple[str, ...] = ("answer",)) -> None:
+    def __init__(self, keys: tuple[str, ...] = ("answer",), words: int | None = None) -> None:
         if not keys:
             raise ValueError("JSONForm.keys is empty; name at least one key")
-        self.keys = frozenset(keys)
+        if words is not None and words < 1:
+            raise ValueError(f"JSONForm.words must be >= 1, got {words}")
+        self.keys, self.words = tuple(keys), words
 
     def __call__(self, completion: str, example: Example) -> float:
+        return float(self._fault(completion) is None)
+
+    def feedback(self, completion: str, example: Example) -> str | None:
+        fault = self._fault(completion)
+        form = json.dumps(dict.fromkeys(self.keys, "..."))
+        return None if fault is None else f"The answer {fault}. Write {form} and nothing else."
+
+    def _fault(self, completion: str) -> str | None:
+        """Says what keeps a completion from the form; None where nothing does."""
         try:
             value = json.loads(completion)
         except (ValueError, RecursionError):
-            return 0.0
-        is_form = isinstance(value, dict) and value.keys() == self.keys
-        return float(is_form and all(isinstance(text, str) for text in value.values()))
+            value = None
+        if not isinstance(value, dict):
+            return "is no JSON object"
+        if value.keys() != set(self.keys):
+            return f"has the keys {json.dumps([*value])} instead of {json.dumps(self.keys)}"
+        if odd := [key for key, text in value.items() if not isinstance(text, str)]:
+            return f"has no text under {odd[0]}"
+        count = sum(len(text.split()) for text in value.values())
+        if self.words is not None and count > self.words:
+            return f"has {count} words, which is more than {self.words}"
+        return None
 
 
 class Mentions(Reward):
@@ -302,43 +323,6 @@ class CallableReward(Reward):
     def feedback(self, completion: str, example: Example) -> str | None:
         answer: str | None = None if self.words is None else self.words(completion, example)
         return answer
-
-
-def import_callable(path: str, key: str) -> Callable[..., Any]:
-    """Imports the callable at a dotted path; `key` names the setting that holds the path, for messages.
-
-    Raises:
-        ValueError: there is no such module or function, or it can't be called.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"{key}: {path!r} is not a dotted path such as 'my_package.my_module.my_function'")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{key}: {path!r} can't be imported: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"{key}: the module {module_name!r} has no {name!r}")
-    function = getattr(module, name)
-    if not callable(function):
-        raise ValueError(f"{key}: {path!r} is a {type(function).__name__}, not a callable")
-    return function
-
-
-def import_reasoning_gym(who: str) -> ModuleType:
-    """Imports the package reasoning_gym.
-
-    Raises:
-        ModuleNotFoundError: it is missing; the message names the extra.
-    """
-    try:
-        return importlib.import_module("reasoning_gym")
-    except ModuleNotFoundError as error:
-        raise no_reasoning_gym(who) from error
-
-
-def no_reasoning_gym(who: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f'{who} needs the package reasoning-gym: pip install "opd-lightning[tasks]"')
 
 
 def encode_metadata(metadata: Any) -> str:

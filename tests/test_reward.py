@@ -548,6 +548,29 @@ def test_json_form_takes_other_keys() -> None:
 
 
 @pytest.mark.parametrize(
+    ("completion", "fault"),
+    [
+        ('{"answer": "one two", "why": "three"}', None),
+        ('{"answer": "one two", "why": "three four"}', "has 4 words, which is more than 3"),
+        ("Bern", "is no JSON object"),
+        ('["Bern"]', "is no JSON object"),
+        ('{"answer": "Bern"}', 'has the keys ["answer"] instead of ["answer", "why"]'),
+        ('{"answer": "Bern", "why": 7}', "has no text under why"),
+    ],
+)
+def test_json_form_says_what_keeps_a_completion_from_it(completion: str, fault: str | None) -> None:
+    form = JSONForm(("answer", "why"), words=3)
+    assert form(completion, {}) == (fault is None)
+    whole = None if fault is None else f'The answer {fault}. Write {{"answer": "...", "why": "..."}} and nothing else.'
+    assert form.feedback(completion, {}) == whole
+
+
+def test_json_form_of_no_words_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"JSONForm\.words must be >= 1, got 0"):
+        JSONForm(words=0)
+
+
+@pytest.mark.parametrize(
     ("completion", "expected"),
     [
         ("The capital is Bern.", 1),

@@ -11,8 +11,8 @@ from transformers.utils import get_json_schema
 
 from ...chat import Chat
 from ...environment import Environment, Turn
+from ...imported import import_callable
 from ...printable import quoted
-from ...reward import import_callable
 from ...trajectory import Example
 from .messages import SHOWN
 from .rendering import Renderer
