@@ -3,6 +3,7 @@
 from . import (
     advantage,
     agreement,
+    alignment,
     branches,
     callback,
     contrast,
@@ -16,6 +17,7 @@ from . import (
     rubric,
     selection,
     signal,
+    steering,
     stepwise,
     turns,
     view,
@@ -25,6 +27,7 @@ from . import (
 __all__ = [
     "advantage",
     "agreement",
+    "alignment",
     "branches",
     "callback",
     "contrast",
@@ -38,6 +41,7 @@ __all__ = [
     "rubric",
     "selection",
     "signal",
+    "steering",
     "stepwise",
     "turns",
     "view",

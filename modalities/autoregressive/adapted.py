@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...environment import Environment, Turn
-from ...reward import import_callable
+from ...imported import import_callable
 from ...trajectory import Example
 
 KEPT = 256
