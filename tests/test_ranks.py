@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from opd_lightning import DistillationCallback
 from opd_lightning.checkpoint_file import is_slices
 from opd_lightning.export import write
+from opd_lightning.methods.playbook import Playbook
 from opd_lightning.slices import read_slices
 from tests.processes import finish, last, start
 from tests.test_configs import ROOT
-from tests.test_resume import PLAIN, configuration
+from tests.test_resume import PLAIN, PLAYBOOK, configuration
 
 SGD = ["--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.lr=0.5"]
 SHORT = [
@@ -258,3 +263,88 @@ def test_trajectories_that_wait_to_be_trained_are_dealt_to_the_ranks_that_go_on(
     finish(process)
     for name, value in last(unbroken)["state_dict"].items():
         torch.testing.assert_close(last(broken)["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Watched(Playbook):
+    """Writes down of each call whose trajectories it was about, and its entries behind it."""
+
+    def __call__(self, module, trajectories):
+        noted = super().__call__(module, trajectories)
+        with Path(f"{os.environ['WATCHED']}.{os.environ.get('LOCAL_RANK', '0')}").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"seeds": trajectories.seed.tolist(), "entries": self.entries}) + "\n")
+        return noted
+
+
+class KilledBefore(DistillationCallback):
+    """Kills every rank before an optimizer step is trained, when the notes of its generation batch are there."""
+
+    def on_optimizer_step_start(self, module, step):
+        if os.environ.get("KILLED_BEFORE") == str(module.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noted_run(folder, world, ranks, steps, watched, **environment):
+    """Trains optimizer steps, of which each generation batch serves two, with a playbook."""
+    notes = {"playbook": {**PLAYBOOK["model"]["notes"]["playbook"], "class_path": "tests.test_ranks.Watched"}}
+    rollout = {"batch_size": 16 // ranks, "micro_batch_size": 8 // ranks, "horizon": 8}
+    setup = {**PLAYBOOK, "rollout": rollout, "accumulate": 1, "model": {**PLAYBOOK["model"], "notes": notes}}
+    config = configuration(folder, world, setup)
+    settings = [
+        f"--trainer.strategy={'auto' if ranks == 1 else 'ddp'}",
+        f"--trainer.max_steps={steps}",
+        "--trainer.callbacks+=tests.test_ranks.KilledBefore",
+        "--ckpt_path=last",
+    ]
+    environment = {"WATCHED": str(watched), **environment}
+    return start(config, *MOMENTUM, *settings, ranks=ranks, environment=environment), config
+
+
+def calls(watched, rank):
+    path = Path(f"{watched}.{rank}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory, make_world):
+    """What so many steps of two ranks with a playbook lead to, and the calls of each rank."""
+
+    @cache
+    def get(steps):
+        folder = tmp_path_factory.mktemp("noted")
+        process, config = noted_run(folder, make_world("text"), 2, steps, folder / "calls")
+        finish(process)
+        return last(config), [calls(folder / "calls", rank) for rank in (0, 1)]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "ranks", "steps", "again"), [(3, 2, 6, 1), (2, 2, 6, 2), (3, 1, 4, 0)])
+def test_a_playbook_is_the_same_on_all_ranks_and_survives_a_kill(
+    before, ranks, steps, again, noted, tmp_path, make_world
+):
+    """Before step 3 the checkpoint has trajectories with their notes, of which nothing is written again. Before step 2
+    the last one was made in front of the notes, which are written once more, the same. One rank cuts later generation
+    batches into other optimizer steps than two do."""
+    # 1. two ranks, killed between notes and training
+    expected, (of_first, of_second) = noted(steps)
+    process, config = noted_run(tmp_path, make_world("text"), 2, steps, tmp_path / "killed", KILLED_BEFORE=str(before))
+    assert process.end() != 0
+    assert last(config)["global_step"] == before, process.output
+    # 2. as many, or one, go on
+    process, config = noted_run(tmp_path, make_world("text"), ranks, steps, tmp_path / "resumed")
+    finish(process)
+    resumed = last(config)
+    assert resumed["global_step"] == expected["global_step"] == steps
+    for name, value in expected["state_dict"].items():
+        if ranks == 2:
+            assert torch.equal(resumed["state_dict"][name], value), name
+        else:
+            torch.testing.assert_close(resumed["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    # 3. what was written when, on each rank
+    assert [call["entries"] for call in of_first] == [call["entries"] for call in of_second]
+    assert of_first[-1]["entries"]
+    assert repr(resumed["notes"]) == repr(expected["notes"])
+    for rank, unbroken in enumerate((of_first, of_second)):
+        assert calls(tmp_path / "killed", rank) == unbroken[:2]
+        assert calls(tmp_path / "resumed", rank) == unbroken[len(unbroken) - again :]
