@@ -48,13 +48,15 @@ RECIPES: dict[str, list[str]] = {
     "skill, SFT": ["-c", "opd:recipes/skill_sft.yaml"],
     "persona, EDGE-OPD": ["-c", "opd:methods/text/edge_opd.yaml", "-c", "opd:recipes/persona.yaml"],
     "persona, OPSD": ["-c", "opd:methods/text/opsd.yaml", "-c", "opd:recipes/persona.yaml"],
-    "form by reward, GRPO": ["-c", "opd:methods/grpo.yaml", "-c", "opd:recipes/form_reward.yaml"],
+    "form by reward, GRPO": [
+        *("-c", "opd:recipes/form_reward.yaml", "-c", "opd:methods/grpo.yaml", "--model.rollout.batch_size=4")
+    ],
     "form by reward, RLSD": [
-        *("-c", "opd:methods/text/rlsd.yaml", "-c", "opd:recipes/form_reward.yaml"),
+        *("-c", "opd:recipes/form_reward.yaml", "-c", "opd:methods/text/rlsd.yaml"),
         *("-c", "opd:recipes/form_reward_rlsd.yaml"),
     ],
     "form by reward, SDPO": [
-        *("-c", "opd:methods/sdpo.yaml", "-c", "opd:recipes/form_reward.yaml"),
+        *("-c", "opd:recipes/form_reward.yaml", "-c", "opd:methods/sdpo.yaml"),
         *("-c", "opd:recipes/form_reward_sdpo.yaml"),
     ],
     "form, PBSD": ["-c", "opd:methods/text/pbsd.yaml", "-c", "opd:recipes/preferred.yaml"],
