@@ -187,11 +187,12 @@ class Watchdog:
             if speaks:
                 self._say(f"the last whole step is in {saved}; go on with --ckpt_path=last" if saved else self._left())
                 self._board.tell("done", True)
-                time.sleep(1.0)  # others read it, maybe from a server that ends with this process
             else:
                 end = time.monotonic() + SAVING
                 while not self._board.told("done", min(states)) and time.monotonic() < end:
-                    time.sleep(0.1)
+                    time.sleep(0.01)
+            # all end together, when all have read that: a main thread that finds a closed connection has another code
+            time.sleep(1.0)
             self._forward(9)
         finally:
             os._exit(HUNG)

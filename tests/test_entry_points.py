@@ -52,7 +52,7 @@ def theirs(tmp_path, monkeypatch) -> Path:
 
 
 def test_another_package_registers_a_command(theirs, capsys):
-    assert "\n  hello       greets whoever is named\n" in overview()
+    assert "\n  hello         greets whoever is named\n" in overview()
     assert capsys.readouterr().out == "", "nothing of it is imported for a list"
     execute(["hello", "you", "--too"])
     assert capsys.readouterr().out == "imported\nhello you --too\n"
