@@ -63,7 +63,7 @@ def test_an_episode_is_its_state():
 def test_whatever_goes_wrong_is_an_observation_and_the_state_is_that_of_before(where, text, message, recwarn):
     episode = Episode(Counter(), {"prompt": "a"}, LIMITS)
     episode.step("go")
-    start = time.monotonic()
+    before, start = threading.active_count(), time.monotonic()
     if where == "main":
         turn = episode.step(text)
     else:
@@ -75,7 +75,7 @@ def test_whatever_goes_wrong_is_an_observation_and_the_state_is_that_of_before(w
     assert not episode.over
     assert episode.step("go").observation == "2", "as if nothing had been written"
     assert len([w for w in recwarn if "model.environment: Counter failed" in str(w.message)]) == (text != "much")
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before + 1  # one that was interrupted may not have noticed yet
 
 
 def test_an_episode_that_can_t_begin_ends_with_its_first_turn():
