@@ -68,6 +68,7 @@ def test_validations_are_counted_with_those_before_training(clock, monkeypatch):
     assert timed.said() == "2 s an update, 60 s for 30 of them and 25 s for validations: 85 s in all"
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_validations_will_take(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pace, "TIMED", 0.0)
     monkeypatch.chdir(tmp_path)

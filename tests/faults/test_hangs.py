@@ -34,7 +34,8 @@ def hung(config: Path, environment: dict[str, str], *extra: str, ranks: int | No
     return process.output
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_rank_that_hangs_in_a_reward_ends_all_and_loses_no_step(strategy, make_world, tmp_path):
     """Of two ranks, in the reward of the fourth generation batch."""
     world, ranks = make_world("text"), [f"--trainer.strategy={strategy}"]
