@@ -48,7 +48,13 @@ def write_run(folder: Path) -> None:
             told = {"steps": [f" word{draw.randrange(999)}" for _ in range(STEPS)]}
             told["teacher_log_probs"] = [-draw.expovariate(1.0) for _ in range(STEPS)]
             told["likeliest"] = [[[" one", -0.5], [" two", -1.5], [" three", -3.0]]] * STEPS
-            row = {"step": step, "who": "student", "prompt": f"Question {i}?", "completion": "", "reward": 1.0}
+            row = {
+                "step": step,
+                "who": "student",
+                "prompt": f"Question {i}?",
+                "completion": "".join(told["steps"]),
+                "reward": 1.0,
+            }
             file.write(json.dumps(row | told) + "\n")
 
 
