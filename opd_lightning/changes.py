@@ -33,10 +33,10 @@ _HARMLESS = (
     "model.rollout.micro_batch_size",
     "model.rollout.epochs",
 )
-# Words in keys that say where something is and what it may cost; weights that are read there are compared themselves
-_PLACES = frozenset(
-    ("path", "url", "folder", "device", "key", "timeout", "revision", "gguf_file", "trust_remote_code", "budget")
-)
+# Last words of keys that say where something is; weights that are read there are compared themselves
+_PLACES = ("path", "url", "folder", "device", "key", "timeout", "revision", "gguf_file", "trust_remote_code")
+# What a run may spend on the answers of a server
+_SPENDING = ".endpoint.budget"
 
 
 def changes(then: str, now: str) -> list[list[str]]:
@@ -111,7 +111,8 @@ def _decides(key: str, old: str, new: str) -> bool:
     if old == _ABSENT and new in ("None", "False", "[]", "{}"):
         return False  # a setting that an earlier version did not have, and that is not used
     key = short(key)
-    return _below(key, _DECISIVE) and not _below(key, _HARMLESS) and _PLACES.isdisjoint(key.split("."))
+    harmless = _below(key, _HARMLESS) or key.split(".")[-1] in _PLACES or f"{_SPENDING}." in f"{key}."
+    return _below(key, _DECISIVE) and not harmless
 
 
 def _below(key: str, above: Sequence[str]) -> bool:

@@ -73,3 +73,21 @@ def test_a_setting_that_is_new_and_unused_is_no_change():
 def test_teachers_are_known_by_their_weights():
     assert other_weights({"one": "a", "gone": "b"}, {"one": "a", "new": "c"}) == []
     assert other_weights({"one": "a"}, {"one": "b"}) == [["model.teachers.one", "weights a", "weights b"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "decides"),
+    [
+        ("model.init_args.reward.init_args.endpoint.init_args.budget.init_args.tokens", False),
+        ("model.init_args.reward.init_args.endpoint.init_args.budget", False),
+        ("model.init_args.teachers.budget.view", True),
+        ("model.init_args.teachers.path.weights", True),
+        ("model.init_args.notes.key.init_args.right", True),
+    ],
+)
+def test_names_that_people_give_are_no_places(key, decides):
+    if decides:
+        with pytest.raises(ValueError, match="decide what is trained"):
+            check_permitted([[key, "1", "2"]], ())
+    else:
+        check_permitted([[key, "1", "2"]], ())
