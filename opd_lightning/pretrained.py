@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from . import gguf
-from .filling import build_empty, files_of, keeping_adapters
+from .filling import build_empty, build_outline, files_of, keeping_adapters
 from .finite import Finite
 from .noise import set_adapter_dropout, silence
 from .remote import is_url
@@ -167,6 +167,10 @@ class Pretrained:
         from transformers import AutoConfig
 
         return self._read(AutoConfig)
+
+    def outline(self, model_class: Any) -> nn.Module:
+        """Builds the model without weights, of its configuration alone."""
+        return build_outline(model_class, self.config(), trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> Any:
         """Loads transformers' tokenizer that comes with the model."""

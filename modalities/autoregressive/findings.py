@@ -239,7 +239,8 @@ def _name_of(module: Found, spec: Pretrained) -> str:
 def _with_models(module: Found) -> dict[str, Any]:
     """Selects the teachers that are models of their own in this process, by name."""
     weights = {name: teacher.weights for name, teacher in module.teachers.items()}
-    return {name: w for name, w in weights.items() if isinstance(w, Frozen | OtherTokenizer)}
+    own = {name: w for name, w in weights.items() if isinstance(w, Frozen | OtherTokenizer)}
+    return {name: w for name, w in own.items() if getattr(w, "server", None) is None}
 
 
 def _shape(module: Found, name: str, spec: Pretrained) -> Shape:

@@ -40,6 +40,7 @@ def hidden_states(
     trajectories: Trajectories,
     view: list[Example] | None = None,
     layers: Sequence[int] = (),
+    media: dict[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """Computes hidden states ``[B, T, H]``: those that the head reads, then those of layers.
 
@@ -49,6 +50,7 @@ def hidden_states(
         trajectories: what it reads.
         view: the examples as it reads them; None: as the student does.
         layers: as transformers numbers them.
+        media: what it reads besides tokens; None: what the setting makes of the examples.
     """
     # 1. rows as the policy reads them
     model = bare(policy.model)
@@ -59,7 +61,8 @@ def hidden_states(
     else:
         prompts, examples = module.collate(view, module.reads_as(policy)), view
     prompts = {name: tensor.to(device) for name, tensor in prompts.items()}
-    media = {name: tensor.to(device) for name, tensor in module.media(examples, policy).items()}
+    media = module.media(examples, policy) if media is None else media
+    media = {name: tensor.to(device) for name, tensor in media.items()}
     inputs = left_align(module.continued(prompts, trajectories, device)) | media
     last = prompts["attention_mask"].sum(1) - 1  # the column of a prompt's last token, once left-aligned
     length = last.cpu() + 1 + last_trained(trajectories).cpu()

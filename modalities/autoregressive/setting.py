@@ -244,6 +244,10 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
         """Computes model inputs that belong to no token of the prompt, such as pixels; never stored."""
         return {}
 
+    def shown_inputs(self, policy: Policy) -> dict[str, Tensor]:
+        """Computes all inputs of a policy that is shown something besides text; empty: it reads text alone."""
+        return {}
+
     def cache_key(self, example: Example) -> Hashable:
         """Returns the key that separates examples with equal token ids (their images)."""
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from ...chat import Chat
-from ...distribution import Categorical
+from ...distribution import Categorical, Distribution
 from ...finding import Finding
 from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
@@ -25,8 +25,10 @@ from ...printable import quoted
 from ...rows import row_of
 from ...sharding import is_sharded
 from ...splits import rows_of
+from ...teacher import Elsewhere
 from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
+from ..autoregressive.elsewhere.question import answers
 from ..autoregressive.models import bare
 from ..autoregressive.rendering import Renderer
 from .gallery import pictures
@@ -98,18 +100,20 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     def probe(self, policy: Policy) -> Tensor:
         """Computes log-probs ``[n, V]`` behind drawn ids, and behind an image read by the policy's own processor."""
         of_ids = super().probe(policy)
-        shades = torch.arange(PROBE_PIXELS**2, dtype=torch.float64).sin().add(1).mul(127).byte()
-        image = Image.fromarray(shades.view(PROBE_PIXELS, PROBE_PIXELS).numpy()).convert("RGB")
-        text = policy.processor.tokenizer.decode(range(min(8, self.vocabulary)), skip_special_tokens=True)
-        device = next(policy.model.parameters()).device
-        inputs = self._process([{"prompt": text, "image": image}], policy)
-        model = bare(policy.model)
-        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+        device, model = next(policy.model.parameters()).device, bare(policy.model)
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.shown_inputs(policy).items()}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 8  # an image may be thousands of tokens
         with evaluating(policy.model), policy.active():
             logits = model(**given).logits
         return torch.cat([of_ids, logits[..., : self.vocabulary].float().log_softmax(-1).flatten(0, 1).cpu()])
+
+    def shown_inputs(self, policy: Policy) -> dict[str, Tensor]:
+        """Computes all inputs of a policy that is shown a small image, by its own processor."""
+        shades = torch.arange(PROBE_PIXELS**2, dtype=torch.float64).sin().add(1).mul(127).byte()
+        image = Image.fromarray(shades.view(PROBE_PIXELS, PROBE_PIXELS).numpy()).convert("RGB")
+        text = policy.processor.tokenizer.decode(range(min(8, self.vocabulary)), skip_special_tokens=True)
+        return self._process([{"prompt": text, "image": image}], policy)
 
     # -- inputs -------------------------------------------------------------------------------------------------
 
@@ -227,7 +231,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         if not examples:
             return
         seeds = list(range(len(examples)))
-        gaps = self.image_gaps(self.act("student", examples, seeds).truncate(CHECKED_STEPS).to(self.device))
+        acted = self.act("student", examples, seeds).truncate(CHECKED_STEPS).to(self.device)
+        gaps = self.image_gaps(acted) | self._gaps_elsewhere(acted)
         for name, gap in gaps.items():
             if not bool((gap.abs() > 1e-6).any()):
                 raise ValueError(
@@ -238,7 +243,8 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
 
     def findings(self, examples: list[Example], acted: Trajectories, folder: Path) -> Iterator[Finding]:
         yield from super().findings(examples, acted, folder)
-        gaps = self.image_gaps(acted.truncate(CHECKED_STEPS).to(self.device))
+        cut = acted.truncate(CHECKED_STEPS).to(self.device)
+        gaps = self.image_gaps(cut) | self._gaps_elsewhere(cut)
         if not gaps:
             yield Finding("images", "doubtful", "none of the rows that were looked at has an image")
         for name, gap in gaps.items():
@@ -258,8 +264,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         """
         gaps = {}
         for name, policy in self.policies.items():
-            examples = self.streams.seen(name, trajectories.examples, trajectories.student_view)
-            kept = [i for i, e in enumerate(examples) if e is not None and images_of(e) and trajectories.mask[i].any()]
+            examples, kept = self._seeing(name, trajectories)
             # other ranks may have some, and wait for this one where the weights are cut
             asked = kept if kept or not is_sharded(bare(policy.model)) else [0]
             if not asked:
@@ -267,21 +272,40 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
             some = trajectories.select(torch.tensor(asked))
             views = [examples[i] or trajectories.examples[i] for i in asked]
             with evaluating(policy.model):
-                with_pixels = self.log_probs(policy, some, views)
-                without = self.log_probs(policy, some, [blanked(example) for example in views])
-            gaps[name] = ((with_pixels - without).sum(1) / some.length.clamp(min=1))[: len(kept)]
+                seeing = self.distribution(policy, some, views)
+                blank = self.distribution(policy, some, [blanked(view) for view in views])
+            gaps[name] = self._gaps(seeing, blank, some)[: len(kept)]
         return gaps
 
-    def log_probs(self, policy: Policy, trajectories: Trajectories, seen: list[Example]) -> Tensor:
-        """Computes log-probs ``[B, T]`` of the actions taken, 0 where nothing is trained."""
-        categorical, mask = self.distribution(policy, trajectories, seen), trajectories.mask
-        taken = torch.zeros(mask.numel(), device=mask.device)
-        actions = trajectories.actions.flatten()
-        for index in mask.flatten().nonzero().squeeze(-1).split(256):
-            states = categorical.at(index)
-            log_probs = states.head(states.hidden).float().log_softmax(-1)
-            taken[index] = log_probs.gather(1, actions[index, None]).squeeze(1)
-        return taken.view_as(mask)
+    def _gaps(self, seeing: Distribution, blank: Distribution, trajectories: Trajectories) -> Tensor:
+        """Computes the mean over steps ``[K]`` of what two distributions make of the actions, apart."""
+        size = self.objective.chunk_size
+        told = zip(answers(seeing, trajectories, size), answers(blank, trajectories, size), strict=True)
+        return torch.stack([(one.log_probs - other.log_probs).mean() for one, other in told]).to(self.device)
+
+    @torch.no_grad()
+    def _gaps_elsewhere(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """Computes the same of teachers that a server answers for; what was recorded knows of no blank images."""
+        gaps = {}
+        for name in self.elsewhere:
+            teacher, (examples, kept) = self.teachers[name], self._seeing(name, trajectories)
+            assert isinstance(teacher.weights, Elsewhere)
+            if teacher.weights.recorded or not kept:
+                continue
+            some = trajectories.select(torch.tensor(kept))
+            views = [view for view in (examples[i] for i in kept) if view is not None]
+            seeing = teacher.weights.say(teacher, self, some, [*views]).to(self.device)
+            blank = teacher.weights.say(teacher, self, some, [blanked(view) for view in views]).to(self.device)
+            assert seeing is not None  # as what is lazy alone is
+            assert blank is not None
+            gaps[name] = self._gaps(seeing, blank, some)
+        return gaps
+
+    def _seeing(self, name: str, trajectories: Trajectories) -> tuple[list[Example | None], list[int]]:
+        """Lists rows as a policy reads them, and the places of those that show it an image."""
+        examples = self.streams.seen(name, trajectories.examples, trajectories.student_view)
+        kept = [i for i, e in enumerate(examples) if e is not None and images_of(e) and trajectories.mask[i].any()]
+        return examples, kept
 
 
 def placed_images(chat: Chat, example: Example, own: tuple[str, ...] = ()) -> Chat:

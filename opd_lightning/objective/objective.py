@@ -114,7 +114,7 @@ class Objective:
         sources: Set[str] | None = None,
         top_k: Mapping[str, int] | None = None,
         elsewhere: Set[str] = frozenset(),
-        aligned: Set[str] = frozenset(),
+        aligned: Mapping[str, bool] | None = None,
     ) -> None:
         """Refuses what cannot be served, naming the part and what is missing.
 
@@ -124,7 +124,7 @@ class Objective:
             sources: behavior policies that act in this run; None: not known yet.
             top_k: of teachers that tell no distributions, how many of the likeliest actions of a state they tell.
             elsewhere: teachers without a policy in this process.
-            aligned: those of another tokenizer among them, which tell what `Aligned` holds.
+            aligned: those of another tokenizer among them, and whether they tell what `Aligned` holds.
 
         Raises:
             ValueError: a term asks for something else.
@@ -150,8 +150,8 @@ class Objective:
                 if "teacher" in part.needs and term.teacher is None:
                     raise ValueError(f"{where}: {type(part).__name__} needs a teacher; name an entry of model.teachers")
                 term.check_told(where, part, top_k or {})
-                term.check_aligned(where, part, aligned)
-                for need in sorted(term.needs_of(part, aligned) - provides) if provides is not None else ():
+                term.check_aligned(where, part, aligned or {})
+                for need in sorted(term.needs_of(part, aligned or {}) - provides) if provides is not None else ():
                     # policies that act store their log-probs; only dataset completions have none
                     acts = need == "behavior" and term.source not in (None, "dataset")
                     if not acts:

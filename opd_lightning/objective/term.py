@@ -5,7 +5,7 @@ Shape legend: N trained steps of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,7 +115,7 @@ class Term:
                     f"tells log-probs of the action{likeliest[teacher]}"
                 )
 
-    def needs_of(self, part: Part, aligned: Set[str]) -> frozenset[str]:
+    def needs_of(self, part: Part, aligned: Container[str]) -> frozenset[str]:
         """Lists what a part needs of the run, besides a teacher.
 
         Args:
@@ -126,13 +126,13 @@ class Term:
         of_run = part.needs - {"teacher", "distribution", "other_tokenizer"}
         return of_run | {"behavior"} if shared else of_run
 
-    def check_aligned(self, where: str, part: Part, aligned: Set[str]) -> None:
+    def check_aligned(self, where: str, part: Part, aligned: Mapping[str, bool]) -> None:
         """Refuses a part that reads distributions over the teacher's own vocabulary, of a teacher that tells none.
 
         Args:
             where: the term is, for the message.
             part: one of its own.
-            aligned: teachers of another tokenizer.
+            aligned: teachers of another tokenizer, and whether they tell their own distributions.
 
         Raises:
             ValueError: with what such a teacher is.
@@ -143,6 +143,12 @@ class Term:
             raise ValueError(
                 f"{where}: {type(part).__name__} compares the student with a teacher's own vocabulary; the weights of "
                 f"model.teachers.{self.teacher} have to be OtherTokenizer"
+            )
+        if "other_tokenizer" in part.needs and self.teacher is not None and not aligned[self.teacher]:
+            raise ValueError(
+                f"{where}: {type(part).__name__} compares the student with a teacher's own vocabulary, and the server "
+                f"of model.teachers.{self.teacher} tells log-probs of the text alone; `opd serve-teacher` tells hidden "
+                "states, too: server.dialect: opd and server.hidden: true"
             )
 
     def channel(self, part: Part) -> str:

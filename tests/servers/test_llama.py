@@ -9,8 +9,12 @@ import pytest
 from opd_lightning.endpoint import Endpoint
 from opd_lightning.endpoint_reward import response_format
 from opd_lightning.methods.rubric import Criteria, Rubric
-from opd_lightning.modalities.autoregressive import Judge, PromptView
+from opd_lightning.modalities.autoregressive import Judge, PromptView, Remote
 from opd_lightning.modalities.text.ask import main
+from opd_lightning.objective import LogRatio, Objective, PolicyGradient, Term
+from opd_lightning.pretrained import Pretrained
+from opd_lightning.teacher import Teacher
+from tests.tiny import make_module
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -78,3 +82,12 @@ def test_without_a_schema_what_it_says_is_not_taken_for_a_grade(endpoint):
     rewards = [judge(str(2 * i), {"prompt": question}) for i, question in enumerate(questions)]
     assert judge.failures["unreadable"] == sum(reward is None for reward in rewards)
     print(json.dumps(rewards))
+
+
+def test_it_is_no_teacher_with_log_probs_of_given_tokens(llama, smollm2_folder):
+    """It answers 200, and leaves out what it was asked for."""
+    teachers = {"teacher": Teacher(Remote(llama.url, timeout=60.0, deadline=120.0))}
+    objective = Objective([Term(PolicyGradient(LogRatio()))])
+    with pytest.raises(ValueError, match=r"model\.teachers\.teacher: .*answered without prompt_logprobs of") as caught:
+        make_module(Pretrained(str(smollm2_folder), dtype="float32"), teachers, objective)
+    print(str(caught.value)[:300])

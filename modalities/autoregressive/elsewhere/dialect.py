@@ -5,6 +5,7 @@ Shape legend: n trained steps of one trajectory, k ids told of each.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ....connection import Connection, Refused
 from ....distribution import IMPOSSIBLE
 from ....distribution.scored import ABOVE
 from ....printable import quoted
+from .inputs import check_forms, packed
 from .question import Answer, Question
 
 NEVER = -9999.0
@@ -32,9 +34,10 @@ class Dialect(ABC):
 
     Attributes:
         vocabulary: ids below it can be actions; known once the student is loaded.
+        shows: whether a question brings the prompt's images with it.
     """
 
-    vocabulary = 0
+    vocabulary, shows = 0, False
 
     def __init__(self, connection: Connection, model: str | None, hidden: bool) -> None:
         self.connection, self.model, self.hidden = connection, model, hidden
@@ -44,6 +47,19 @@ class Dialect(ABC):
     @abstractmethod
     def about(self) -> dict[str, Any]:
         """Asks who is there: ``weights``, and ``context`` (tokens of a row) where it is said."""
+
+    def check(self, question: Question) -> None:
+        """Refuses a question about images that the teacher would not see.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if question.media:
+            raise ValueError(
+                f"{self.connection.url} is sent token ids alone, and the prompt shows images, which the teacher would "
+                f"never see: {type(self).__name__} servers document no request that shows images beside given token "
+                "ids and asks for log-probs of these. `opd serve-teacher` answers such (weights.dialect: opd)"
+            )
 
     @abstractmethod
     def ask(self, question: Question, top_k: int) -> Answer:
@@ -68,7 +84,8 @@ class Dialect(ABC):
         except Refused:  # no such path, or no chat template
             return None
         ids = answer.get("tokens") if isinstance(answer, dict) else None
-        return ids if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else None
+        # none at all: it was asked in a way that it does not know (llama.cpp)
+        return ids if ids and isinstance(ids, list) and all(isinstance(i, int) for i in ids) else None
 
     def _missing(self, what: str, answer: Any) -> ValueError:
         return ValueError(f"{self.connection.url} answered without {what}: {quoted(answer, 200)}")
@@ -85,7 +102,8 @@ class Vllm(Dialect):
             own = models[self.model]
         except (KeyError, TypeError, StopIteration) as error:
             raise self._missing(f"a model {self.model or ''} in its list", listed) from error
-        return {"weights": f"unknown ({self.model})", "context": own.get("max_model_len")}
+        longest = own.get("max_model_len")
+        return {"weights": f"unknown ({self.model})", "context": longest and longest - 1}  # it writes a token, too
 
     def ask(self, question: Question, top_k: int) -> Answer:
         # 1. one token is written, which some servers insist on; nothing reads it
@@ -159,12 +177,18 @@ class Sglang(Dialect):
 class Opd(Dialect):
     """Asks `opd serve-teacher`."""
 
+    shows = True
+
     def about(self) -> dict[str, Any]:
         about = self.connection.ask_json("/about")
         if not isinstance(about, dict) or "weights" not in about:
             raise self._missing("what it serves", about)
-        self._weights = about["weights"]
+        self._weights, self._inputs, self._largest = about["weights"], about.get("inputs", {}), about.get("largest")
         return about
+
+    def check(self, question: Question) -> None:
+        if question.media:
+            check_forms(question.inputs, self._inputs, f"the teacher at {self.connection.url}")
 
     def ask(self, question: Question, top_k: int) -> Answer:
         body = {
@@ -176,12 +200,20 @@ class Opd(Dialect):
             "hidden": self.hidden,
             "weights": self._weights,
         }
-        packed = self.connection.ask("/score", body)
+        if question.inputs:
+            body["inputs"] = packed(question.inputs)
+            # a server reads no further than its limit, and who still writes then sees a connection that breaks off
+            if self._largest is not None and (size := len(json.dumps(body))) > self._largest:
+                raise ValueError(
+                    f"a question with its images has {size / 2**20:.1f} MiB, and {self.connection.url} takes up to "
+                    f"{self._largest / 2**20:.1f}: raise its --max_request_mib, or show smaller images"
+                )
+        answered = self.connection.ask("/score", body)
         try:
-            told = load(packed)
+            told = load(answered)
             answer = Answer(told["log_probs"], told.get("ids"), told.get("top"), told.get("hidden"))
         except Exception as error:  # of foreign bytes, which may raise anything
-            raise self._missing("log-probs", packed[:200].decode(errors="replace")) from error
+            raise self._missing("log-probs", answered[:200].decode(errors="replace")) from error
         wanted = {"ids": top_k > 0, "top": top_k > 0, "hidden": self.hidden}
         lacking = [name for name, is_wanted in wanted.items() if is_wanted and name not in told]
         if lacking or any(len(tensor) != len(question.trained) for tensor in told.values()):

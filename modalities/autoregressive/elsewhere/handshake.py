@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ....connection import Refused
 from ....likeness import UNKNOWN
-from ....policy import evaluating
+from ....policy import Policy, evaluating
 from ....printable import quoted
 from .dialect import Dialect
 from .question import Question, answers
@@ -30,12 +30,16 @@ MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 TIMES, ANSWER_TOKENS = 5, 8
 
 
-def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> tuple[dict[str, str], Question, Tensor]:
-    """Compares a server with the student's tokenizer, and with itself.
+def handshake(
+    dialect: Dialect, setting: Any, reader: Policy, vocabulary: int, top_k: int, tolerance: float
+) -> tuple[dict[str, str], Question, Tensor]:
+    """Compares a server with a tokenizer, and with itself.
 
     Args:
         dialect: asks it.
         setting: of the run.
+        reader: has the tokenizer; mostly the student.
+        vocabulary: ids below it can be actions.
         top_k: ids of each step that will be asked for.
         tolerance: nats that the same text may be apart when it is scored again.
 
@@ -46,7 +50,9 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
         ValueError: it reads ids otherwise, caps the likeliest ids, or contradicts itself.
     """
     # 1. ids, one by one
-    who, texts, compared = dialect.connection.url, _texts(setting), 0
+    who, texts, compared = dialect.connection.url, _texts(setting, reader, vocabulary), 0
+    is_student = reader is setting.policies["student"]
+    own_name = "the student" if is_student else reader.path
     for text, own in texts.items():
         answered = dialect.ids(text)
         if answered is None:
@@ -55,15 +61,15 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
             same = [a == b for a, b in zip(own, answered, strict=False)]
             place = [*same, False].index(False)
             raise ValueError(
-                f"{who} has another tokenizer than the student: {quoted(text)} has the ids {quoted(answered)} there "
+                f"{who} has another tokenizer than {own_name}: {quoted(text)} has the ids {quoted(answered)} there "
                 f"and {quoted(own)} here, which differ from place {place} on"
             )
         compared += 1
     facts = {"ids": f"equal in {compared} texts" if compared else "not compared: it has no /tokenize"}
     # 2. the chat template, which the student's stands in for
-    facts["template"] = _template(dialect, setting)
+    facts["template"] = _template(dialect, setting.tokenizer(reader), reader, "the student's" if is_student else "its")
     # 3. one text, again and again: the cap on likeliest ids, and how far apart answers are
-    ids = next(iter(texts.values()), list(range(min(setting.vocabulary, 16))))[: 4 * ANSWER_TOKENS]
+    ids = next(iter(texts.values()), list(range(min(vocabulary, 16))))[: 4 * ANSWER_TOKENS]
     cut = max(1, len(ids) - ANSWER_TOKENS)
     question = Question(tuple(ids[:cut]), tuple(ids[cut:]), tuple(range(len(ids) - cut)))
     try:
@@ -81,7 +87,7 @@ def handshake(dialect: Dialect, setting: Any, top_k: int, tolerance: float) -> t
         )
     facts["scored five times"] = f"{apart:.1e} nats apart"
     # 4. beside the student, which finds it as likely where it is the same model
-    if isinstance(setting.policies["student"].processor, PreTrainedTokenizerBase):
+    if is_student and isinstance(reader.processor, PreTrainedTokenizerBase):
         ours = float(_by_student(setting, question).mean())
         facts["log-prob of that text"] = f"{float(told[0].mean()):.3f} nats a token, the student's {ours:.3f}"
     return facts, question, told[0]
@@ -97,31 +103,31 @@ def _by_student(setting: Any, question: Question) -> Tensor:
     return answer.log_probs
 
 
-def _texts(setting: Any) -> dict[str, list[int]]:
+def _texts(setting: Any, reader: Policy, vocabulary: int) -> dict[str, list[int]]:
     """Lists texts with their ids: one of tokens of the whole vocabulary, and those of `TEXTS` that can be written."""
-    tokenizer = setting.tokenizer()
-    tokens = [tokenizer.decode([i]) for i in range(0, setting.vocabulary, max(1, setting.vocabulary // 64))]
+    tokenizer, never = setting.tokenizer(reader), {*setting.suppressed()}
+    tokens = [tokenizer.decode([i]) for i in range(0, vocabulary, max(1, vocabulary // 64)) if i not in never]
     known: dict[str, list[int]] = {}
     for text in ("".join(token for token in tokens if token not in tokenizer.all_special_tokens), *TEXTS):
         try:
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         except Exception:  # of a tokenizer that knows few characters, which may raise anything
             continue
-        if len(ids) > 1 and max(ids) < setting.vocabulary:
+        if len(ids) > 1 and max(ids) < vocabulary:
             known[text] = ids
     return known
 
 
-def _template(dialect: Dialect, setting: Any) -> str:
-    processor = setting.policies["student"].processor
-    if processor.chat_template is None:
+def _template(dialect: Dialect, tokenizer: Any, reader: Policy, whose: str) -> str:
+    """Says whether the server renders a chat as the reader does, whose template is the one that counts."""
+    if reader.processor.chat_template is None:
         return "none: prompts as they are"
-    own = processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    own = reader.processor.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     answered = dialect.rendered(MESSAGES)
     if answered is None:
-        return "the student's; the server's is not known"
-    same = answered == list(setting.tokenizer()(own, add_special_tokens=False)["input_ids"])
-    return "the student's, equal to the server's" if same else "the student's; the server's is another one"
+        return f"{whose}; the server's is not known"
+    same = answered == list(tokenizer(own, add_special_tokens=False)["input_ids"])
+    return f"{whose}, equal to the server's" if same else f"{whose}; the server's is another one"
 
 
 def same_weights(now: str, before: str, tolerance: float) -> bool:

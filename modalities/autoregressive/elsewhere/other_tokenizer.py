@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....distribution import Aligned, Categorical
+from ....distribution import Aligned, Categorical, Scored
 from ....likeness import fingerprint
 from ....loading import loading
 from ....policy import Policy, evaluating
@@ -30,7 +30,8 @@ from ..passes import last_trained
 from ..reading import hidden_states
 from ..rendering import Renderer
 from .alignment import Chunk, Pieces, chunks, ends_of, matches, text_of
-from .question import answers, check_tokens
+from .question import Answer, answers, asked_of, check_tokens, stated
+from .remote import Remote
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,34 @@ class OtherTokenizer(Elsewhere):
     names.
 
     Args:
-        pretrained: the model and its tokenizer, a fast one.
+        pretrained: the model and its tokenizer, a fast one; where a server answers, configuration and tokenizer alone.
         pairs: which of its states goes with one of the student's for those: ``text`` (default): where chunks begin;
             ``position``: the t-th with the t-th, up to the shorter end (ULD, 2402.12030).
+        server: answers for the model, which is then not loaded here. Log-probs of the text are all that it is asked
+            for; with ``hidden: true`` its own distributions are there, too. Default: none.
 
     Raises:
-        ValueError: ``pairs`` is something else; when models are loaded: the setting shows images, a tokenizer does not
-            tell what its tokens write; when asked: a completion of several turns.
+        ValueError: ``pairs`` is something else, or the server is asked for likeliest ids, which nothing reads; when
+            models are loaded: the setting shows images, a tokenizer does not tell what its tokens write; when asked: a
+            completion of several turns; otherwise as in `Remote`.
+        ConnectionError: as in `Remote`.
     """
 
     policy: Policy
-    aligns = True
     refusal = "reads and writes other tokens than the student's"
 
-    def __init__(self, pretrained: Pretrained, pairs: Literal["text", "position"] = "text") -> None:
+    def __init__(
+        self, pretrained: Pretrained, pairs: Literal["text", "position"] = "text", server: Remote | None = None
+    ) -> None:
         if pairs not in ("text", "position"):
             raise ValueError(f"OtherTokenizer.pairs is text or position, not {pairs!r}")
-        self.pretrained, self.pairs = pretrained, pairs
+        if server is not None and server.asks:
+            raise ValueError(
+                f"OtherTokenizer.server.top_k={server.asks}: likeliest ids of another vocabulary are read by nothing; "
+                "leave it out, or set hidden: true for whole distributions (dialect: opd)"
+            )
+        self.pretrained, self.pairs, self.server = pretrained, pairs, server
+        self.aligns = server is None or server.top_k is None
 
     def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
         where = f"model.teachers.{teacher.name}"
@@ -86,13 +98,21 @@ class OtherTokenizer(Elsewhere):
             raise ValueError(f"{where}: OtherTokenizer is given text alone, and {type(setting).__name__} shows images")
         # 1. the model, and how its logits are made
         with loading(f"{where}.weights.pretrained"), phase(f"loading the teacher {teacher.name}"):
-            model = self.pretrained.load(setting.model_class, trained=False)
+            kind, is_here = setting.model_class, self.server is None
+            model = self.pretrained.load(kind, trained=False) if is_here else self.pretrained.outline(kind)
             processor = setting.load_processor(self.pretrained)
         self.policy = Policy(model, processor, path=self.pretrained.path, name=teacher.name)
         vocabulary = min(1 + max(processor.get_vocab().values()), known_ids(self.policy))
-        self._head = replace(setting.head(self.policy), vocabulary=vocabulary, suppressed=None)
-        check_head(teacher.name, self.policy, self._head)
-        check_causal(self.policy, vocabulary)
+        self._context, self._head = context_length(self.policy), None
+        if self.server is None:
+            self._head = replace(setting.head(self.policy), vocabulary=vocabulary, suppressed=None)
+            check_head(teacher.name, self.policy, self._head)
+            check_causal(self.policy, vocabulary)
+            facts = {"weights": f"{fingerprint(model)} (OtherTokenizer, {self.pretrained.path})"}
+        else:
+            facts = self.server.greet(where, setting, self.policy, vocabulary)
+            self._head = self.server.head
+            self._context = min(self._context, self.server.context or self._context)
         self._stops = stop_ids(setting, self.policy)
         if not self._stops:
             raise ValueError(f"{where}: {self.pretrained.path} has no token that ends an answer")
@@ -106,40 +126,37 @@ class OtherTokenizer(Elsewhere):
         self._matched = torch.tensor(pairs).T
         other = f"{vocabulary} tokens, of which {len(pairs)} write what the student's do"
         return {
-            "weights": f"{fingerprint(model)} (OtherTokenizer, {self.pretrained.path})",
-            "tokenizer": "the student's" if self.is_same else other,
             "template": "none: prompts as they are" if processor.chat_template is None else "its own",
+            **facts,
+            "tokenizer": "the student's" if self.is_same else other,
             "stop ids": str(self._stops),
         }
 
+    def same(self, now: str, before: str) -> bool:
+        return super().same(now, before) if self.server is None else self.server.same(now, before)
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+
+    def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
+        if self.server is not None:
+            _, answered = self._read(teacher, setting, batch, views)
+            self.server.send(asked_of(answered, answered.observation))
+
     @torch.no_grad()
-    def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Aligned:
-        # 1. rows in the teacher's tokens
-        own = setting.shown(batch.examples, batch.student_view)
-        examples = [row if view is None else view for row, view in zip(own, views, strict=True)]
-        last = last_trained(batch).tolist()
-        written = [batch.actions[row, :stop].tolist() for row, stop in enumerate(last)]
-        rows = [
-            Rewritten() if view is None or not ids else self._rewritten(teacher, setting, row, example, ids)
-            for row, example, view, ids in zip(own, examples, views, written, strict=True)
-        ]
-        # 2. its hidden states there
-        prompts = setting.collate(examples, self.policy)
-        # padding is of the student's vocabulary, which may be the larger one
-        prompts["input_ids"] = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, 0)
-        answered = _answered(prompts, rows, batch)
-        self.policy.model.to(batch.mask.device)
-        with evaluating(self.policy.model):
-            (hidden,) = hidden_states(setting, self.policy, answered)
-        told = answers(Categorical(hidden, self._head), answered, setting.objective.chunk_size)
-        # 3. at the student's states
+    def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Scored:
+        # 1. what it says of the text, in its own tokens
+        rows, answered = self._read(teacher, setting, batch, views)
+        distribution, told = self._judged(teacher, setting, answered)
+        # 2. at the student's states
         acted = batch.behavior_log_probs.cpu()
         log_probs = torch.where(acted.isnan(), -math.log(setting.vocabulary), acted)
         place, paired = torch.zeros(acted.shape, dtype=torch.long), torch.zeros(acted.shape, dtype=torch.bool)
         rest = torch.zeros(*acted.shape, 2, dtype=torch.float32)
-        for number, (row, answer) in enumerate(zip(rows, told, strict=True)):
+        for number, (row, answer, last) in enumerate(zip(rows, told, last_trained(batch).tolist(), strict=True)):
             if self.pairs == "position":
-                length = min(last[number], len(row.ids))
+                length = min(last, len(row.ids))
                 place[number, :length], paired[number, :length] = torch.arange(length), True
             if row.chunks:
                 steps, values = projected(row.chunks, acted[number], answer.log_probs)
@@ -148,16 +165,56 @@ class OtherTokenizer(Elsewhere):
                 start, other = torch.tensor([(chunk.start, chunk.teacher_start) for chunk in row.chunks]).T
                 place[number, start], paired[number, start] = other, True
                 rest[number, start] = later(row.chunks, acted[number], answer.log_probs)
+        if distribution is None:
+            return Scored(log_probs, batch.actions.cpu(), setting.vocabulary)
+        hidden = distribution.hidden
         index = place.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         return Aligned(
             log_probs,
             batch.actions.cpu(),
             setting.vocabulary,
-            own=Categorical(hidden.gather(1, index), self._head),
+            own=Categorical(hidden.gather(1, index), distribution.head),
             paired=paired,
             rest=rest,
             matched=self._matched,
         )
+
+    def _read(
+        self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]
+    ) -> tuple[list[Rewritten], Trajectories]:
+        """Writes trajectories in the teacher's tokens, behind the prompts of its own template."""
+        own = setting.shown(batch.examples, batch.student_view)
+        examples = [row if view is None else view for row, view in zip(own, views, strict=True)]
+        last = last_trained(batch).tolist()
+        written = [batch.actions[row, :stop].tolist() for row, stop in enumerate(last)]
+        rows = [
+            Rewritten() if view is None or not ids else self._rewritten(teacher, setting, row, example, ids)
+            for row, example, view, ids in zip(own, examples, views, written, strict=True)
+        ]
+        prompts = setting.collate(examples, self.policy)
+        # padding is of the student's vocabulary, which may be the larger one
+        prompts["input_ids"] = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, 0)
+        return rows, _answered(prompts, rows, batch)
+
+    def _judged(
+        self, teacher: Teacher, setting: Any, answered: Trajectories
+    ) -> tuple[Categorical | None, Sequence[Answer]]:
+        """Asks about the text in its tokens; returns its distributions, None where they are not told, and log-probs."""
+        size = setting.objective.chunk_size
+        if self.server is None:
+            assert self._head is not None
+            self.policy.model.to(answered.mask.device)
+            with evaluating(self.policy.model):
+                (hidden,) = hidden_states(setting, self.policy, answered)
+            distribution = Categorical(hidden, self._head)
+            return distribution, answers(distribution, answered, size)
+        try:
+            told = self.server.answered(asked_of(answered, answered.observation))
+            nothing = Answer(torch.zeros(0))
+            given = [answer or nothing for answer in told]
+            return None if self._head is None else stated(told, answered, self._head), given
+        except ValueError as error:
+            raise ValueError(f"model.teachers.{teacher.name}: {error}") from error
 
     def _rewritten(self, teacher: Teacher, setting: Any, own: Example, example: Example, ids: list[int]) -> Rewritten:
         """Writes one trajectory in the teacher's tokens.
@@ -193,11 +250,11 @@ class OtherTokenizer(Elsewhere):
             cut.append(Chunk(len(answer), len(ids), len(others), len(others) + 1))
             others.append(ids[-1] if self.is_same else renderer.stop(asked, self._stops))
         # 3. what there is room for
-        room = context_length(self.policy) - len(renderer.prompt_ids(asked))
+        room = self._context - len(renderer.prompt_ids(asked))
         if len(others) > room:
             rank_zero_warn(
                 f"model.teachers.{teacher.name}: a prompt and an answer of {len(others)} tokens are longer than its "
-                f"context of {context_length(self.policy)}; what is beyond is not judged"
+                f"context of {self._context}; what is beyond is not judged"
             )
         return Rewritten(tuple(others[:room]), tuple(chunk for chunk in cut if chunk.teacher_stop <= room))
 

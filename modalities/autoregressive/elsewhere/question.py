@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from ....objective.steps import Steps
 from ....teacher import Teacher
 from ....trajectory import Example, Trajectories
 
+TEXT = ("input_ids", "attention_mask")
+"""What a model reads of text."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -30,12 +33,14 @@ class Question:
         actions: token ids behind it, up to the last that is trained.
         trained: which of the actions are.
         media: fingerprint of the images that the prompt shows; empty: none.
+        inputs: what the model reads of them besides ids, such as pixels, of this row alone; ``media`` stands for them.
     """
 
     prompt: tuple[int, ...]
     actions: tuple[int, ...]
     trained: tuple[int, ...]
     media: str = ""
+    inputs: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -78,24 +83,48 @@ def check_tokens(setting: Any, teacher: Teacher) -> None:
         )
 
 
-def questions(setting: Any, batch: Trajectories, views: Sequence[Example | None]) -> list[Question | None]:
-    """Asks about every trajectory, as the student's tokenizer and template write it; None where there is no view."""
-    student = setting.policies["student"]
+def questions(
+    setting: Any, batch: Trajectories, views: Sequence[Example | None], show: bool = False
+) -> list[Question | None]:
+    """Asks about every trajectory, as the student's tokenizer and template write it.
+
+    Args:
+        setting: of the run.
+        batch: what the student did.
+        views: the rows as the teacher reads them; None where there is no view, and no question.
+        show: add what the student's processor makes of images.
+    """
     own = setting.shown(batch.examples, batch.student_view)
     examples = [row if view is None else view for row, view in zip(own, views, strict=True)]
-    prompts = setting.collate(examples, student)
-    asked: list[Question | None] = []
-    for row, (example, view) in enumerate(zip(examples, views, strict=True)):
-        trained = batch.mask[row].nonzero().flatten().tolist()
-        if view is None or not trained:
-            asked.append(None)
-            continue
-        ids = prompts["input_ids"][row][prompts["attention_mask"][row] > 0].tolist()
-        actions = batch.actions[row, : trained[-1] + 1].tolist()
-        images = setting.cache_key(example)
-        media = hashlib.sha256(repr(images).encode()).hexdigest() if images else ""
-        asked.append(Question(tuple(ids), tuple(actions), tuple(trained), media))
+    asked = asked_of(batch, setting.collate(examples, setting.policies["student"]))
+    for row, (example, view, question) in enumerate(zip(examples, views, asked, strict=True)):
+        if view is None or question is None:
+            asked[row] = None
+        elif images := setting.cache_key(example):
+            media, inputs = hashlib.sha256(repr(images).encode()).hexdigest(), {}
+            if show:
+                inputs = inputs_of(setting, example)
+            asked[row] = replace(question, media=media, inputs=inputs)
     return asked
+
+
+def asked_of(batch: Trajectories, prompts: dict[str, Tensor]) -> list[Question | None]:
+    """Asks about every trajectory behind a prompt ``[B, P]``; None where no step is trained."""
+    asked: list[Question | None] = []
+    for ids, attention, actions, mask in zip(
+        prompts["input_ids"], prompts["attention_mask"], batch.actions, batch.mask, strict=True
+    ):
+        trained = mask.nonzero().flatten().tolist()
+        written = actions[: trained[-1] + 1].tolist() if trained else ()
+        asked.append(Question(tuple(ids[attention > 0].tolist()), tuple(written), tuple(trained)) if trained else None)
+    return asked
+
+
+def inputs_of(setting: Any, example: Example) -> dict[str, Tensor]:
+    """Computes what the student reads of one row besides ids: types of tokens, and pixels."""
+    student = setting.policies["student"]
+    types = {name: tensor for name, tensor in setting.collate([example], student).items() if name not in TEXT}
+    return types | setting.media([example], student)
 
 
 @torch.no_grad()

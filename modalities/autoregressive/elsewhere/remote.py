@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from ....connection import client_of
 from ....distribution import Distribution, Head
 from ....likeness import UNKNOWN
+from ....policy import Policy
 from ....teacher import Elsewhere, Teacher
 from ....trajectory import Example, Trajectories
 from .dialect import DIALECTS, Opd
 from .handshake import check_known, handshake, same_weights
+from .inputs import packed
 from .question import Answer, Question, check_tokens, questions, scored, stated
 from .store import read_head, write_whole
 
@@ -81,31 +84,48 @@ class Remote(Elsewhere):
         self.client = client_of(self.url, token, timeout, deadline, at_once)
         self._dialect = DIALECTS[dialect](self.client.connection, model, hidden)
         self._flying: dict[Question, Future[Answer]] = {}
-        self._head: Head | None = None
+        self._new: list[tuple[Path, Path] | None] = []  # of each unproven answer where it is, and where it will be kept
+        self.head: Head | None = None
 
     def connect(self, teacher: Teacher, setting: Any) -> dict[str, str]:
         where = f"model.teachers.{teacher.name}"
         check_tokens(setting, teacher)
-        self._check_shared(where, setting)
         if teacher.own_template:
             raise ValueError(f"{where}.own_template: rows for a server are written with the student's template")
-        self._dialect.vocabulary = setting.vocabulary
+        return self.greet(where, setting, setting.policies["student"], setting.vocabulary)
+
+    def greet(self, where: str, setting: Any, reader: Policy, vocabulary: int) -> dict[str, str]:
+        """Compares the server with the tokenizer whose ids it will be asked about.
+
+        Args:
+            where: it stands in the configuration, for messages.
+            setting: of the run.
+            reader: has the tokenizer.
+            vocabulary: ids below it can be actions.
+
+        Raises:
+            ValueError: as in `handshake`.
+        """
+        self._check_shared(where, setting)
+        self._dialect.vocabulary = vocabulary
         try:
             about = self._dialect.about()
-            facts, self._known, self._said = handshake(self._dialect, setting, self.asks, self.tolerance)
+            facts, self._known, self._said = handshake(
+                self._dialect, setting, reader, vocabulary, self.asks, self.tolerance
+            )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if isinstance(self._dialect, Opd) and self._dialect.hidden:
-            self._head = read_head(self._dialect.connection.ask("/head"), setting.vocabulary, about["hidden"])
-        self._weights = about["weights"]
+            self.head = read_head(self._dialect.connection.ask("/head"), vocabulary, about["hidden"])
+        self._weights, self.context = about["weights"], about.get("context")
         if self.keep is not None:
             self._check_kept(self.keep)
-        tells = "hidden states" if self._head else f"log-probs of the actions and {self.asks} likeliest ids"
+        tells = "hidden states" if self.head else f"log-probs of the actions and {self.asks} likeliest ids"
         return {"server": self.url, "tells": tells, "weights": self._mark(), **facts}
 
     def _mark(self) -> str:
         """Returns the fingerprint; of weights that a server does not tell apart, what they make of a known text."""
-        if not self._weights.startswith(UNKNOWN):
+        if not self._is_unknown:
             return self._weights
         log_probs = ",".join(f"{log_prob:.4f}" for log_prob in self._said.tolist())
         return self._weights.replace(UNKNOWN, f"{UNKNOWN}:{log_probs}", 1)
@@ -114,32 +134,61 @@ class Remote(Elsewhere):
         return same_weights(now, before, self.tolerance)
 
     def ahead(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> None:
-        check_known(self._dialect.ask(self._known, self.asks).log_probs, self._said, self.tolerance, self.url)
+        self.send(questions(setting, batch, views, self._dialect.shows))
+
+    def send(self, asked: Sequence[Question | None]) -> None:
+        """Sends the questions of a generation batch, once the server is known to have the weights that it had."""
+        self._check_weights()
         for left in self._flying.values():  # of a generation batch before, that nobody asked for after all
             left.cancel()
         self._flying.clear()
-        for question in questions(setting, batch, views):
+        for question in asked:
             if question is not None:
                 self._submit(question)
 
     def say(self, teacher: Teacher, setting: Any, batch: Trajectories, views: list[Example | None]) -> Distribution:
-        asked = questions(setting, batch, views)
-        futures = [None if question is None else self._submit(question) for question in asked]
         try:
-            told = [None if future is None else future.result() for future in futures]
-            for question in asked:
-                if question is not None:
-                    self._flying.pop(question, None)
-            if self._head is None:
+            told = self.answered(questions(setting, batch, views, self._dialect.shows))
+            if self.head is None:
                 return scored(told, batch, setting.vocabulary, self.asks, self.url)
-            return stated(told, batch, self._head)
+            return stated(told, batch, self.head)
         except ValueError as error:
             raise ValueError(f"model.teachers.{teacher.name}: {error}") from error
 
+    def answered(self, asked: Sequence[Question | None]) -> list[Answer | None]:
+        """Waits for the answers to questions, and sends those that are not on their way."""
+        futures = [None if question is None else self._submit(question) for question in asked]
+        told = [None if future is None else future.result() for future in futures]
+        for question in asked:
+            if question is not None:
+                self._flying.pop(question, None)
+        self._prove()
+        return told
+
+    def _prove(self) -> None:
+        """Compares the weights behind new answers, which a server that does not name them could have changed.
+
+        Raises:
+            ValueError: they are others.
+        """
+        new, self._new = self._new, []
+        if new:
+            self._check_weights()
+        for kept in new:
+            if kept is not None:
+                os.replace(*kept)
+
+    @property
+    def _is_unknown(self) -> bool:
+        """Whether the server does not tell what it serves."""
+        return self._weights.startswith(UNKNOWN)
+
+    def _check_weights(self) -> None:
+        check_known(self._dialect.ask(self._known, self.asks).log_probs, self._said, self.tolerance, self.url)
+
     def _submit(self, question: Question) -> Future[Answer]:
         """Sends a question, unless it is on its way."""
-        if question.media:
-            raise ValueError(f"{self.url} is sent text alone, and the prompt shows images, which it would never see")
+        self._dialect.check(question)
         if question not in self._flying:
             self._flying[question] = self.client.submit(self._answer, question)
         return self._flying[question]
@@ -147,23 +196,28 @@ class Remote(Elsewhere):
     def _answer(self, question: Question) -> Answer:
         """Finds a question's answer among those that were kept, or asks."""
         if self.keep is None:
-            return self._dialect.ask(question, self.asks)
-        content = repr((self._weights, self.asks, self._dialect.hidden, self._dialect.vocabulary, question))
-        path = self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
-        if path.exists():
-            with suppress(SafetensorError, TypeError):  # broken on the disk: it is asked for again
-                return Answer(**load_file(path))
-        answer = self._dialect.ask(question, self.asks)
-        self.keep.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}-{id(answer)}")
-        save_file({name: t.contiguous() for name, t in vars(answer).items() if t is not None}, partial)
-        os.replace(partial, path)
+            answer, kept = self._dialect.ask(question, self.asks), None
+        else:
+            content = repr((self._weights, self.asks, self._dialect.hidden, self._dialect.vocabulary, question))
+            inputs = packed(question.inputs) if question.inputs else ""
+            path = self.keep / f"{hashlib.sha256((content + inputs).encode()).hexdigest()[:40]}.safetensors"
+            if path.exists():
+                with suppress(SafetensorError, TypeError):  # broken on the disk: it is asked for again
+                    return Answer(**load_file(path))
+            answer = self._dialect.ask(question, self.asks)
+            self.keep.mkdir(parents=True, exist_ok=True)
+            kept = path.with_suffix(f".{os.getpid()}-{id(answer)}"), path
+            save_file({name: t.contiguous() for name, t in vars(answer).items() if t is not None}, kept[0])
+        if self._is_unknown:
+            self._new.append(kept)
+        elif kept is not None:
+            os.replace(*kept)
         return answer
 
     def _check_shared(self, where: str, setting: Any) -> None:
         """Refuses another client for a server that a teacher asks already: each would send its ``at_once``."""
         for name, other in setting.teachers.items():
-            origin = other.weights
+            origin = getattr(other.weights, "server", other.weights)
             if isinstance(origin, Remote) and origin.url == self.url and origin.client is not self.client:
                 raise ValueError(
                     f"{where} and model.teachers.{name} ask {self.url}, with one connection for both: at_once, "

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch.nn import functional
 
+from ....distribution import Categorical
 from ....policy import Policy, evaluating
 from ....printable import quoted
 from ....trajectory import Trajectories
+from ..engines.trial import first_line
 from ..models import bare, context_length
-from .question import Question, answers
+from ..reading import hidden_states
+from .inputs import check_inputs, forms
+from .question import TEXT, Question, answers
 from .store import packed_head
 
 
@@ -53,6 +58,9 @@ class Scorer:
         self.head = module.head(policy)
         self.context = context_length(policy)
         self.rows = bare(policy.model).get_input_embeddings().weight.shape[0]
+        inputs = module.shown_inputs(policy)
+        self.inputs = forms({name: tensor for name, tensor in inputs.items() if name not in TEXT})
+        self.places = {*inputs["input_ids"].flatten().tolist()} & {*module.suppressed()} if inputs else set()
         self.packed_head, self.head_settings = b"", dict[str, Any]()
         if self.head.is_linear:
             self.packed_head, self.head_settings = packed_head(self.head)
@@ -95,6 +103,10 @@ class Scorer:
             raise ValueError(f"an action is no id below the vocabulary, {wish.vocabulary}")
         if wish.hidden and not self.head_settings:
             raise ValueError("this teacher's head is no plain matrix, so its hidden states would be of no use")
+        if question.inputs:
+            check_inputs(question, self.inputs, self.module.padding)
+        elif not self.places.isdisjoint(question.prompt):
+            raise ValueError("the prompt has places for images, and none came")
 
     def _work(self) -> None:
         """Answers all that waits, batch by batch."""
@@ -105,9 +117,15 @@ class Scorer:
                 waiting.append(self._waiting.get_nowait())
             open_ = None not in waiting
             asked = [entry for entry in waiting if entry is not None]
-            for wish in {entry[0] for entry in asked}:
-                for batch in self._batches([entry[1:] for entry in asked if entry[0] == wish]):
+            for wish, form in {(wish, self._form(question)) for wish, question, _ in asked}:
+                alike = [(q, answer) for other, q, answer in asked if other == wish and self._form(q) == form]
+                for batch in self._batches(alike):
                     self._answer(wish, batch)
+
+    def _form(self, question: Question) -> tuple[Any, ...]:
+        """Describes the inputs that rows of one pass can have together: all that differs is how many there are."""
+        media = {name: tensor for name, tensor in question.inputs.items() if name not in self.module.padding}
+        return tuple(sorted((name, tensor.shape[1:]) for name, tensor in media.items()))
 
     def _batches(self, asked: list[tuple[Question, Future[bytes]]]) -> Iterator[list[tuple[Question, Future[bytes]]]]:
         """Cuts questions into batches of similar length."""
@@ -125,8 +143,14 @@ class Scorer:
         try:
             packed = self._packed(wish, [question for question, _ in batch])
         except Exception as error:  # of a model, which may raise anything; clients are told, and the server goes on
-            for _, answer in batch:
-                answer.set_exception(error)
+            if len(batch) > 1:  # one client's question may be the cause, and is no other's concern
+                for entry in batch:
+                    self._answer(wish, [entry])
+                return
+            question, answer = batch[0]
+            if question.inputs and not isinstance(error, torch.OutOfMemoryError):
+                error = ValueError(f"the teacher can't read these inputs: {first_line(error)}")
+            answer.set_exception(error)
             return
         for (_, answer), content in zip(batch, packed, strict=True):
             answer.set_result(content)
@@ -134,17 +158,25 @@ class Scorer:
     @torch.no_grad()
     def _packed(self, wish: Wish, asked: list[Question]) -> list[bytes]:
         device = next(self.policy.model.parameters()).device
-        batch = as_trajectories(asked, self.module.padding_id).to(device)
+        batch = as_trajectories(asked, self.module.padding_id, self.module.padding).to(device)
+        names = [name for name in asked[0].inputs if name not in self.module.padding]
+        media = {name: torch.cat([question.inputs[name] for question in asked]) for name in names}
         with evaluating(self.policy.model):
-            distribution = self.module.distribution(self.policy, batch)
-        distribution = replace(distribution, head=replace(distribution.head, vocabulary=wish.vocabulary))
+            (hidden,) = hidden_states(self.module, self.policy, batch, media=media)
+        distribution = Categorical(hidden, replace(self.head, vocabulary=wish.vocabulary))
         dtype = self.head.module.weight.dtype if wish.hidden else None
         told = answers(distribution, batch, self.module.objective.chunk_size, wish.top_k, dtype)
         return [save({name: t.contiguous() for name, t in vars(a).items() if t is not None}) for a in told]
 
 
-def as_trajectories(asked: list[Question], padding: int) -> Trajectories:
-    """Puts questions beside each other: prompts left padded, actions right padded."""
+def as_trajectories(asked: list[Question], padding: int, types: Iterable[str] = ()) -> Trajectories:
+    """Puts questions beside each other: prompts left padded, actions right padded.
+
+    Args:
+        asked: of which all have the same inputs besides ids, or none.
+        padding: id of what is no token.
+        types: names of inputs of which each token of a prompt has one.
+    """
     wide = max(len(question.prompt) for question in asked)
     steps = max(len(question.actions) for question in asked)
     ids, attention = torch.full((len(asked), wide), padding), torch.zeros(len(asked), wide, dtype=torch.long)
@@ -154,8 +186,13 @@ def as_trajectories(asked: list[Question], padding: int) -> Trajectories:
         attention[row, wide - len(question.prompt) :] = 1
         actions[row, : len(question.actions)] = torch.tensor(question.actions)
         mask[row, list(question.trained)] = True
+    of_tokens = {
+        name: torch.cat([functional.pad(q.inputs[name], (wide - len(q.prompt), 0)) for q in asked])
+        for name in types
+        if name in asked[0].inputs
+    }
     return Trajectories(
-        observation={"input_ids": ids, "attention_mask": attention},
+        observation={"input_ids": ids, "attention_mask": attention} | of_tokens,
         actions=actions,
         mask=mask,
         examples=[{"prompt": ""} for _ in asked],

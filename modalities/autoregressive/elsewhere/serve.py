@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ....cli import OPDCLI
 from ....likeness import fingerprint
 from ....model_card import known_as
+from ....pretrained import Pretrained
 from ....printable import printable, quoted
 from ....serving import Busy, JSONHandler, JSONServer, check_reach
-from ....teacher import Frozen
+from ....teacher import Frozen, Initial, Same
 from ..engines.trial import check_causal, check_head
+from .inputs import unpacked
+from .other_tokenizer import OtherTokenizer
 from .question import Question
 from .remote import TOKEN
 from .scorer import Scorer, Wish
@@ -24,7 +28,7 @@ Answer for a teacher of a configuration: how likely it finds given token ids, wi
 
 Files and keys are those of `opd fit`; nothing is trained, and the student is not loaded.
 
-  --teacher NAME        the entry of model.teachers, a Frozen one (default: teacher)
+  --teacher NAME        the entry of model.teachers, one that stands still (default: teacher)
   --host, --port        where to listen (default: 127.0.0.1, 8200). Other machines are let in where the environment
                         variable OPD_TEACHER_TOKEN holds a token, which every request then has to name
   --top_k K             the most ids that are told of a step (default: 100)
@@ -84,11 +88,8 @@ def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, d
         ValueError: there is no such teacher, it is none that stands still and is another model, or its log-probs would
             not be those of its own forward pass.
     """
-    teacher = module.teachers.get(name)
-    if teacher is None or not isinstance(teacher.weights, Frozen):
-        kind = "not there" if teacher is None else type(teacher.weights).__name__
-        raise ValueError(f"--teacher={name}: model.teachers.{name} is {kind}; what is served is a Frozen one")
-    policy = module.streams.load_frozen(teacher.weights.pretrained)
+    spec, kind = pretrained_of(module, name)
+    policy = module.streams.load_frozen(spec)
     policy.model.to(device)
     module.policies["student"], module.student_view = policy, None
     module.teachers.clear()
@@ -97,13 +98,39 @@ def loaded(module: Any, name: str, device: Any, options: Any) -> tuple[Scorer, d
     check_causal(policy, module.vocabulary)
     scorer = Scorer(module, policy, options.top_k, options.batch_tokens)
     about = {
-        "weights": f"{fingerprint(policy.model)} (Frozen, {known_as(policy.path)})",
+        "weights": f"{fingerprint(policy.model)} ({kind}, {known_as(policy.path)})",
         "context": scorer.context,
         "vocabulary": scorer.head.vocabulary,
         "top_k": options.top_k,
         "hidden": scorer.head_settings,
+        "inputs": scorer.inputs,
     }
     return scorer, about
+
+
+def pretrained_of(module: Any, name: str) -> tuple[Pretrained, str]:
+    """Finds the model of a teacher that stands still, and the name of its kind.
+
+    Raises:
+        ValueError: there is no such teacher, it moves with the student, or is elsewhere itself.
+    """
+    teacher = module.teachers.get(name)
+    weights = None if teacher is None else teacher.weights
+    if isinstance(weights, Same):
+        return pretrained_of(module, weights.teacher)
+    if isinstance(weights, Initial):
+        # adapters that training begins with change nothing yet
+        lora = module._student_spec.lora
+        kept = lora if lora is not None and lora.adapter is not None else None
+        plain = {"freeze": None, "dropout": False, "gradient_checkpointing": False}
+        return replace(module._student_spec, lora=kept, **plain), "Initial"
+    if isinstance(weights, Frozen | OtherTokenizer):
+        return weights.pretrained, type(weights).__name__
+    kind = f"not there, but {', '.join(module.teachers)}" if weights is None else type(weights).__name__
+    raise ValueError(
+        f"--teacher={name}: model.teachers.{name} is {kind}; what is served is a model that stands still: Frozen, "
+        "Initial, OtherTokenizer, or Same as one of them"
+    )
 
 
 class TeacherServer(JSONServer):
@@ -120,7 +147,7 @@ class TeacherServer(JSONServer):
     def __init__(
         self, address: tuple[str, int], scorer: Scorer, about: dict[str, Any], limit: int, waiting: int
     ) -> None:
-        self.scorer, self.about = scorer, about
+        self.scorer, self.about = scorer, about | {"largest": limit}
         super().__init__(address, Handler, TOKEN, limit, waiting)
 
 
@@ -165,7 +192,8 @@ class Handler(JSONHandler):
         weights = self.server.about["weights"]
         if body["weights"] != weights:
             raise OtherWeights(f"these are other weights than before: {weights}, and not {quoted(body['weights'])}")
-        question = Question(tuple(body["prompt"]), tuple(body["actions"]), tuple(body["trained"]))
+        inputs = unpacked(body.get("inputs"))
+        question = Question(tuple(body["prompt"]), tuple(body["actions"]), tuple(body["trained"]), inputs=inputs)
         wish = Wish(int(body["vocabulary"]), int(body["top_k"]), bool(body["hidden"]))
         if not self.server.room.acquire(blocking=False):
             raise Busy("too many questions wait here already")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,6 +20,7 @@ from safetensors.torch import load
 
 from opd_lightning.modalities.autoregressive.elsewhere.question import Question
 from opd_lightning.modalities.autoregressive.elsewhere.scorer import Scorer, Wish
+from opd_lightning.modalities.autoregressive.elsewhere.serve import TeacherServer, loaded
 from tests.processes import FORKS
 from tests.tiny import make_module
 
@@ -91,10 +96,10 @@ class StandIn:
 class Imitation:
     """Answers as vLLM and SGLang document, for a model; ``cap`` is the most ids that they tell."""
 
-    def __init__(self, path: Any, cap: int = 20) -> None:
+    def __init__(self, path: Any, cap: int = 20, batch_tokens: int = 512) -> None:
         self.module = make_module(path, path)
         self.cap = cap
-        self.scorer = Scorer(self.module, self.module.policies["student"], 1000, 512)
+        self.scorer = Scorer(self.module, self.module.policies["student"], 1000, batch_tokens)
 
     def _told(self, tokens: list[int], top_k: int) -> tuple[list[float], list[dict[int, float]]]:
         """Log-probs of all tokens but the first, and the likeliest ones."""
@@ -142,3 +147,31 @@ class Imitation:
         top = [None, *([[v, i, None] for i, v in row.items()] for row in rows)][start:]
         told = {"input_token_logprobs": entries, "input_top_logprobs": top if top_k else None}
         return 200, {"text": "", "meta_info": told}
+
+
+@contextmanager
+def answering(
+    module: Any, limit: int = 2**24, waiting: int = 64, name: str = "teacher", **options: int
+) -> Iterator[TeacherServer]:
+    """`opd serve-teacher` of a module's teacher, in a thread of this process; it answers at its ``url``."""
+    settings = argparse.Namespace(**{"top_k": 20, "batch_tokens": 2048} | options)
+    scorer, about = loaded(module, name, "cpu", settings)
+    server = TeacherServer(("127.0.0.1", 0), scorer, about, limit, waiting)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        scorer.close()
+
+
+def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, bytes]:
+    """Sends JSON (bytes as they are); returns the code and the content of the answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from itertools import product
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from opd_lightning.modalities.autoregressive import OtherTokenizer, PromptView
+from opd_lightning.methods.cross_tokenizer import ULD, HybridULD
+from opd_lightning.modalities.autoregressive import Cached, OtherTokenizer, PromptView, Remote
 from opd_lightning.modalities.autoregressive.elsewhere.alignment import Chunk
 from opd_lightning.modalities.autoregressive.elsewhere.other_tokenizer import later, projected
+from opd_lightning.modalities.autoregressive.elsewhere.score import Recorder
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Frozen, Teacher
 from opd_lightning.trajectory import Trajectories
 from tests.families import NAMES, SENTENCES, family
-from tests.tiny import act, fit, log_softmax, make_module, save_model
+from tests.modalities.autoregressive.elsewhere.servers import Imitation, answering
+from tests.tiny import Rows, act, fit, log_softmax, make_module, make_trainer, save_model
 
 PAIRS = [*product(NAMES, NAMES)]
 CHATS = [{"prompt": [{"role": "user", "content": f"what is {i} + {i}?"}], "solution": str(2 * i)} for i in range(8)]
@@ -120,6 +126,19 @@ def test_log_probs_are_those_of_a_dense_reference(folder, student, teacher, stop
     assert torch.allclose(own.log_probs.double()[cut], expected[cut], atol=2e-5)
     per_row = [torch.where(known, v, 0.0).sum(1) for v in (own.log_probs.double(), expected)]
     assert torch.allclose(*per_row, atol=1e-4), "what is split finer adds up to the same"
+
+
+@pytest.mark.parametrize("is_student", [True, False])
+def test_log_probs_beside_a_tokenizer_that_nobody_here_made(folder, saved, smollm2_folder, is_student):
+    """SmolLM2's 49,152 tokens, with its own chat template."""
+    real = saved(tokenizer=AutoTokenizer.from_pretrained(smollm2_folder), seed=4)
+    module = module_of(real, folder("unigram", seed=2)) if is_student else module_of(folder("unigram"), real)
+    texts = [text for text in ANSWERS if text.isascii()]
+    batch = wrote(module, texts)
+    own, expected = told(module, batch), reference(module, batch)
+    known = ~expected.isnan()
+    assert known.sum() > 0.5 * batch.mask.sum()
+    assert torch.allclose(own.log_probs.double()[known], expected[known], atol=2e-5)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [pair for pair in PAIRS if "word_piece" in pair])
@@ -307,3 +326,115 @@ def test_an_answer_of_several_turns_is_refused(folder):
     batch.actions[0, 2] = module.eos[0]
     with pytest.raises(ValueError, match="OtherTokenizer reads answers of one turn"):
         told(module, batch)
+
+
+# -- behind a URL -----------------------------------------------------------------------------------------------------
+
+
+def served(student, teacher, url, objective=None, dialect="opd", pairs="text", load=True, **settings):
+    remote = Remote(url, **{"dialect": dialect, "timeout": 20.0, "deadline": 20.0} | settings)
+    weights = OtherTokenizer(Pretrained(str(teacher)), pairs, remote)
+    return make_module(student, {"teacher": Teacher(weights)}, objective or barrier(), load=load)
+
+
+@pytest.fixture
+def without_weights(tmp_path):
+    """A copy of a model folder that holds configuration and tokenizer alone."""
+
+    def copied(path):
+        return shutil.copytree(path, tmp_path / "outline", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    return copied
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("byte_level", "bpe"), ("unigram", "characters"), ("bpe", "bpe")])
+def test_behind_a_url_it_tells_what_it_tells_here(folder, student, teacher, without_weights):
+    here = module_of(folder(student), folder(teacher, seed=2))
+    texts = ANSWERS if "characters" not in (student, teacher) else [text for text in ANSWERS if text.isascii()]
+    batch, model = wrote(here, texts), folder(teacher, seed=2)
+    expected, outline = told(here, batch), without_weights(model)
+    with answering(make_module(model, model, load=False)) as server:
+        alone = told(served(folder(student), outline, server.url), batch)
+        whole = told(served(folder(student), outline, server.url, hidden=True), batch)
+    assert torch.allclose(alone.log_probs, expected.log_probs, atol=1e-5)
+    assert not hasattr(alone, "own"), "what is not told is not there"
+    for name in ("log_probs", "rest"):
+        assert torch.allclose(getattr(whole, name), getattr(expected, name), atol=1e-5)
+    assert torch.equal(whole.paired, expected.paired)
+    assert torch.equal(whole.matched, expected.matched)
+    assert torch.allclose(whole.own.hidden[whole.paired], expected.own.hidden[expected.paired], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "pairs"),
+    [
+        (barrier, {}, "text"),
+        (barrier, {"dialect": "vllm"}, "text"),
+        (lambda: Objective([Term(HybridULD())]), {"hidden": True}, "text"),
+        (lambda: Objective([Term(ULD())]), {"hidden": True}, "position"),
+    ],
+)
+def test_behind_a_url_it_teaches_as_it_does_here(folder, tmp_path, stand_in, objective, settings, pairs):
+    student, teacher = folder("byte_level"), folder("bpe", seed=2)
+    with answering(make_module(teacher, teacher, load=False)) as server:
+        url = stand_in(Imitation(teacher)).url if settings.get("dialect") == "vllm" else server.url
+        students = []
+        for module in (
+            module_of(student, teacher, objective(), pairs=pairs),
+            served(student, teacher, url, objective(), pairs=pairs, **settings),
+        ):
+            fit(module, tmp_path, CHATS, steps=2)
+            students.append(torch.cat([p.detach().flatten() for p in module.student.parameters()]))
+    assert torch.allclose(*students, atol=1e-5)
+
+
+def test_the_server_has_to_read_as_the_teachers_tokenizer_does(folder, stand_in):
+    other = stand_in(Imitation(folder("unigram", 3)))
+    with pytest.raises(ValueError, match=r"has another tokenizer than .*: .* has the ids"):
+        served(folder("byte_level"), folder("bpe", 2), other.url, dialect="vllm")
+
+
+@pytest.mark.parametrize("signal", [ULD, HybridULD])
+def test_what_a_server_does_not_tell_of_another_vocabulary_is_refused(folder, signal):
+    objective = Objective([Term(signal())])
+    with pytest.raises(ValueError, match=r"tells log-probs of the text alone; `opd serve-teacher` tells hidden states"):
+        served(folder("byte_level"), folder("bpe", 2), "http://localhost:1", objective, load=False)
+    with pytest.raises(ValueError, match=r"server.top_k=4: likeliest ids of another vocabulary are read by nothing"):
+        served(folder("byte_level"), folder("bpe", 2), "http://localhost:1", top_k=4)
+
+
+def test_a_context_that_is_shorter_there_is_known_here(folder, stand_in):
+    imitation = Imitation(folder("characters", 3))
+
+    def short(path, body):
+        code, answer = imitation(path, body)
+        return (code, {"data": [{"id": "tiny", "max_model_len": 80}]}) if path == "/v1/models" else (code, answer)
+
+    module = served(folder("byte_level"), folder("characters", 3), stand_in(short).url, dialect="vllm")
+    batch = wrote(module, [SENTENCES[0]])
+    with pytest.warns(UserWarning, match="longer than its context of 79; what is beyond is not judged"):
+        told(module, batch)
+
+
+def test_recorded_it_teaches_as_it_did_in_the_first_epoch(folder, tmp_path):
+    """Log-probs are shared out by those of acting, which are known when answers are recorded."""
+    student, teacher = folder("byte_level"), folder("bpe", seed=2)
+    rows = [{"prompt": f"what is {i} + {i}?"} for i in range(16)]
+    acting = {"batch_size": 16, "horizon": 8, "micro_batch_size": 8}
+    lightning = [Term(PolicyGradient(LogRatio(clip=10.0), clip=None, ratio="none"))]
+
+    def trained(weights, data, **more):
+        rollout = Rollout(**acting | more)
+        module = make_module(student, {"teacher": Teacher(weights)}, Objective(lightning), rollout=rollout, load=False)
+        fit(module, tmp_path, data, steps=2)
+        return torch.cat([p.detach().flatten() for p in module.student.parameters()])
+
+    origin = OtherTokenizer(Pretrained(str(teacher)))
+    module = make_module(
+        student, {"teacher": Teacher(origin)}, Objective(lightning), rollout=Rollout(**acting), load=False
+    )
+    Recorder(tmp_path / "answers").record(module, Rows(rows), make_trainer(tmp_path))
+    recorded = [json.loads(line) for line in (tmp_path / "answers" / "rows.jsonl").read_text("utf-8").splitlines()]
+    online = trained(OtherTokenizer(Pretrained(str(teacher))), rows)
+    offline = trained(Cached(str(tmp_path / "answers")), recorded, behavior={"dataset": 1.0})
+    assert torch.equal(online, offline)

@@ -9,24 +9,24 @@ import os
 import re
 import threading
 import time
-import urllib.error
 import urllib.request
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.connection import Connection
-from opd_lightning.modalities.autoregressive import PromptView, Remote
+from opd_lightning.modalities.autoregressive import OtherTokenizer, PromptView, Remote
 from opd_lightning.modalities.autoregressive.elsewhere.handshake import same_weights
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
-from opd_lightning.pretrained import Pretrained
+from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.serving import check_reach
-from opd_lightning.teacher import Frozen, Teacher
-from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served
+from opd_lightning.teacher import EMA, Frozen, Initial, Live, Same, Teacher
+from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served, answering, post
 from tests.processes import FORKS
 from tests.raw import raw_server
-from tests.tiny import Rows, act, fit, make_module, make_rows, make_trainer
+from tests.tiny import Rows, act, chat_tokenizer, fit, make_module, make_rows, make_trainer, no_teacher
 
 VIEW = PromptView("{{ solution }}?{{ prompt }}")
 QUICK = {"timeout": 20.0, "deadline": 20.0}
@@ -137,7 +137,7 @@ def test_answers_that_are_kept_are_asked_for_once(tiny_student, imitation, stand
     broken = sorted((tmp_path / "kept").glob("*.safetensors"))[0]
     broken.write_bytes(broken.read_bytes()[:20])
     trained(there(tiny_student, server.url, keep=str(tmp_path / "kept")), tmp_path / "three")
-    assert server.asked.count("/v1/completions") - asked[1] == known + 1, "what is broken is asked for again"
+    assert server.asked.count("/v1/completions") - asked[1] == known + 1 + 1, "what is broken is asked for again"
     other = stand_in(Imitation(saved(seed=9, hidden=48, rows=28)))
     with pytest.raises(ValueError, match="kept was filled by other weights"):
         there(tiny_student, other.url, keep=str(tmp_path / "kept"))
@@ -341,6 +341,85 @@ def test_a_run_goes_on_with_the_weights_that_it_had_though_the_server_says_nothi
         go_on()
 
 
+class Faulty:
+    """Answers as another one does; after ``left`` questions with a fault."""
+
+    def __init__(self, answer, fault=None):
+        self.answer, self.fault, self.left, self.asked = answer, fault, math.inf, []
+
+    def __call__(self, path, body):
+        if path == "/v1/completions":
+            self.asked.append(tuple(body["prompt"]))
+            if len(self.asked) > self.left:
+                return self.fault(path, body)
+        return self.answer(path, body)
+
+
+FAULTS = {
+    "killed": (ConnectionError, "no answer within 4 s"),
+    "hung": (ConnectionError, "no answer within 4 s and .* timed out"),
+    "rubbish": (ValueError, "something that is no JSON"),
+    "capped": (ValueError, "greater than max allowed"),
+    "other weights": (ValueError, "was it restarted with other weights"),
+    "another tokenizer": (ValueError, "was it restarted with other weights|is no token id|answered"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_run_that_a_server_ended_goes_on_bit_for_bit_with_the_answers_that_it_had(
+    tiny_student, tiny_teacher, saved, stand_in, tmp_path, kind
+):
+    """In the middle of a generation batch; what it had is not asked for again, and what others said is not kept."""
+    alone = Imitation(tiny_teacher, batch_tokens=1)  # so that an answer does not depend on what else is asked
+
+    def run(url, name, steps, **settings):
+        saving = ModelCheckpoint(tmp_path / name, every_n_train_steps=1, save_last=True)
+        trainer = make_trainer(tmp_path, steps, callbacks=[saving], enable_checkpointing=True)
+        limits = {"timeout": 3.0, "deadline": 4.0} if kind in ("killed", "hung") else QUICK
+        module = there(tiny_student, url, keep=str(tmp_path / f"kept-{name}"), at_once=2, **limits)
+        trainer.fit(module, datamodule=Rows(make_rows()), **settings)
+        return torch.cat([p.detach().flatten() for p in module.student.parameters()])
+
+    def kept(name):
+        return {path.name for path in (tmp_path / f"kept-{name}").glob("*.safetensors")}
+
+    # 1. nothing happens
+    healthy = Faulty(alone)
+    expected = run(stand_in(healthy).url, "whole", 4)
+    # 2. in the third generation batch of 8 something does
+    others = {
+        "other weights": {"seed": 9, "hidden": 48, "rows": 28},
+        "another tokenizer": {"tokenizer": chat_tokenizer()},
+    }
+    other = Imitation(saved(**others[kind])) if kind in others else alone
+    faulty = Faulty(alone)
+    server = stand_in(faulty)
+
+    def killed(path, body):
+        server.close()
+        raise ConnectionAbortedError
+
+    faulty.fault = {
+        "killed": killed,
+        "hung": lambda path, body: time.sleep(5) or alone(path, body),
+        "rubbish": lambda path, body: (200, b"<html>be right back</html>"),
+        "capped": lambda path, body: alone(path, {**body, "prompt_logprobs": 21}),
+    }.get(kind, other)
+    faulty.left = 5 + 2 * (1 + 8 + 1) + 1 + 4
+    error, words = FAULTS[kind]
+    with pytest.raises(error, match=words):
+        run(server.url, "cut", 4)
+    assert kept("cut") < kept("whole")
+    assert len(kept("cut")) >= 16
+    # 3. it goes on with another one
+    mended, had = Faulty(alone), len(kept("cut"))
+    result = run(stand_in(mended).url, "cut", 4, ckpt_path=tmp_path / "cut" / "last.ckpt", weights_only=True)
+    assert torch.equal(result, expected)
+    assert kept("cut") == kept("whole")
+    known = mended.asked[0]
+    assert sum(asked != known for asked in mended.asked) == len(kept("whole")) - had
+
+
 @pytest.mark.parametrize(
     ("now", "before", "same"),
     [
@@ -400,15 +479,6 @@ def test_ranks_may_fill_the_same_folder_at_once(tmp_path, monkeypatch):
 # -- what the server refuses ------------------------------------------------------------------------------------------
 
 
-def post(url, path, body, **headers):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=20) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -429,35 +499,55 @@ def test_the_server_says_what_is_wrong(served, changes, words):
     assert post(served.url, "/score", body)[0] == 200
     code, text = post(served.url, "/score", body | changes)
     assert code in (400, 409)
-    assert words in text
+    assert words in text.decode()
 
 
-def test_the_server_bounds_requests_and_wants_its_token(config, tiny_teacher, monkeypatch):
+def test_the_server_bounds_requests_and_wants_its_token(tiny_teacher, monkeypatch):
     monkeypatch.setenv("OPD_TEACHER_TOKEN", "secret")
-    from opd_lightning.modalities.autoregressive.elsewhere import serve
-
-    options = type("Options", (), {"top_k": 5, "batch_tokens": 100})()
-    module = make_module(tiny_teacher, tiny_teacher)
-    scorer, about = serve.loaded(module, "teacher", "cpu", options)
-    server = serve.TeacherServer(("127.0.0.1", 0), scorer, about, limit=100, waiting=1)
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        bearer = {"Authorization": "Bearer secret"}
+    with answering(make_module(tiny_teacher, tiny_teacher), limit=100, waiting=1, top_k=5) as server:
+        url, bearer = server.url, {"Authorization": "Bearer secret"}
         assert post(url, "/tokenize", {"prompt": "1+1"})[0] == 401
         assert post(url, "/tokenize", {"prompt": "1+1"}, **bearer)[0] == 200
         assert post(url, "/tokenize", {"prompt": "1" * 100}, **bearer)[0] == 413
         assert post(url, "/tokenize", b"[1]", **bearer)[0] == 400
         assert post(url, "/elsewhere", {}, **bearer)[0] == 404
         server.limit, question = 1000, {"prompt": [1], "actions": [2], "trained": [0], "top_k": 0, "hidden": False}
-        question |= {"weights": about["weights"], "vocabulary": about["vocabulary"]}
+        question |= {"weights": server.about["weights"], "vocabulary": server.about["vocabulary"]}
         with server.room:  # as if another question waited
             assert post(url, "/score", question, **bearer)[0] == 503
         assert post(url, "/score", question, **bearer)[0] == 200
-    finally:
-        server.shutdown()
-        server.server_close()
-        scorer.close()
+
+
+@pytest.mark.parametrize("name", ["frozen", "initial", "same", "other"])
+def test_any_teacher_that_stands_still_is_served(tiny_student, tiny_teacher, saved, name):
+    """By its name in the configuration of the run that asks."""
+    frozen = Frozen(Pretrained(str(tiny_teacher)))
+    teachers = {
+        "frozen": Teacher(frozen),
+        "initial": Teacher(Initial()),
+        "same": Teacher(Same("frozen"), VIEW),
+        "other": Teacher(OtherTokenizer(Pretrained(str(tiny_teacher)))),
+        "live": Teacher(Live()),
+        "average": Teacher(EMA()),
+        "shared": Teacher(Same("average")),
+    }
+    student = Pretrained(str(tiny_student), lora=Lora(r=2), gradient_checkpointing=True)
+
+    def module():
+        return make_module(student, dict(teachers), no_teacher(), load=False)
+
+    here = make_module(tiny_student, {"teacher": teachers[name]} if name == "initial" else tiny_teacher, k1())
+    batch = act(here, make_rows(4))
+    expected = here.streams.query("teacher", batch).distribution
+    with answering(module(), name=name) as server:
+        told = there(tiny_student, server.url, dialect="opd", hidden=True).streams.query("teacher", batch).distribution
+    assert torch.allclose(told.hidden[batch.mask], expected.hidden[batch.mask], atol=1e-5)
+    for moving in ("live", "average", "shared", "nobody"):
+        with (
+            pytest.raises(ValueError, match="what is served is a model that stands still"),
+            answering(module(), name=moving),
+        ):
+            pass
 
 
 def test_other_machines_are_not_let_in_without_a_token(monkeypatch):
@@ -470,11 +560,8 @@ def test_other_machines_are_not_let_in_without_a_token(monkeypatch):
 
 
 def test_a_model_whose_head_is_another_one_is_not_served(tiny_teacher, monkeypatch):
-    from opd_lightning.modalities.autoregressive.elsewhere import serve
-
     module = make_module(tiny_teacher, tiny_teacher)
     head = type(module).head
     monkeypatch.setattr(type(module), "head", lambda self, policy: dataclasses.replace(head(self, policy), scale=2.0))
-    options = type("Options", (), {"top_k": 5, "batch_tokens": 100})()
-    with pytest.raises(ValueError, match=r"its logits are not head\(hidden states\)"):
-        serve.loaded(module, "teacher", "cpu", options)
+    with pytest.raises(ValueError, match=r"its logits are not head\(hidden states\)"), answering(module):
+        pass
