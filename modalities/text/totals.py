@@ -10,8 +10,11 @@ so a slip can still be noticed some steps later, and a `!` goes back to the step
 """
 
 import random
+import re
 import zlib
 from string import ascii_lowercase
+
+from ...reward import Example, ExactMatch
 
 ALPHABET = ascii_lowercase + "0123456789= !#?"
 MODULUS = 100
@@ -20,6 +23,44 @@ TWO = 1 / 4
 """Of the steps of a worked text, the share that adds two digits."""
 NOTICED = 2 / 3
 """After each step since a slip, how likely it is noticed; at the end it always is."""
+STEP = re.compile(r"(!?)(\d\d)((?:[a-z]\d){1,2})=(\d\d)")
+
+
+class FirstSlip(ExactMatch):
+    """Reward of 1 for the right total after the ``#``, else 0; of a wrong text it says which step went wrong first.
+
+    Its feedback, for the note `Feedback`, is that step as it should have been, ``"06b1=07"``: the first that does not
+    follow from the digits and that no ``!`` goes back to; the answer, ``"#07"``, where all steps are right.
+    """
+
+    columns = ("prompt", "answer")
+
+    def __init__(self) -> None:
+        super().__init__(after="#")
+
+    def feedback(self, completion: str, example: Example) -> str | None:
+        if self(completion, example):
+            return None
+        items = str(example["prompt"]).rpartition("?")[2].removesuffix("=")
+        chain = [*right_steps(items)]
+        written: list[str] = []  # what stands in the end, step by step
+        for step in completion.partition("#")[0].split():
+            if (match := STEP.fullmatch(step)) is None:
+                break
+            mark, before, added, after = match.groups()
+            if mark:
+                written = [earlier for earlier in written if earlier[2] < added[0]]
+            written.append(f"{before}{added}={after}")
+        place = 0
+        for step in written:
+            one, two = chain[place], None if place + 1 == len(chain) else chain[place + 1]
+            both = two and f"{one[:4]}{two[2:4]}={two[-2:]}"
+            if step not in (one, both):
+                return both if both and len(step) == len(both) else one
+            place += 1 if step == one else 2
+            if place == len(chain):
+                break
+        return chain[place] if place < len(chain) else f"#{example['answer']}"
 
 
 def problems(
@@ -119,21 +160,29 @@ def worked(items: str, draw: random.Random, slips: float = 0.0) -> str:
     return " ".join([*steps, f"#{total:02d}"])
 
 
+def right_steps(items: str) -> list[str]:
+    """Writes the way to the answer digit by digit, without the answer: ``["00a6=06", "06b1=07"]`` of ``"a6b1"``."""
+    steps, total = [], 0
+    for letter, digit in zip(items[::2], items[1::2], strict=True):
+        after = (total + int(digit)) % MODULUS
+        steps.append(f"{total:02d}{letter}{digit}={after:02d}")
+        total = after
+    return steps
+
+
 def _row(items: str, other: str, slips: float, hinted: dict[str, float], draw: random.Random) -> dict[str, str]:
-    totals, total = [], 0
-    for digit in items[1::2]:
-        total = (total + int(digit)) % MODULUS
-        totals.append(total)
-    slip = draw.randrange(len(totals))
-    before = totals[slip - 1] if slip else 0
+    steps = right_steps(items)
+    totals = [step[-2:] for step in steps]
+    total = int(totals[-1])
+    slip = draw.randrange(len(steps))
     row = {
         "prompt": f"{items}=",
         "answer": f"{total:02d}",
         "solution": worked(items, draw),
         "completion": worked(items, draw, slips),
-        "hint": "".join(f"{letter}{after:02d}" for letter, after in zip(items[::2], totals, strict=True)),
+        "hint": "".join(f"{letter}{after}" for letter, after in zip(items[::2], totals, strict=True)),
         "wrong_answer": f"{(total + draw.randrange(1, MODULUS)) % MODULUS:02d}",
-        "correction": f"{before:02d}{items[2 * slip : 2 * slip + 2]}={totals[slip]:02d}",
+        "correction": steps[slip],
         "other_prompt": other,
     }
     column = draw.choices([*hinted, ""], [*hinted.values(), 1 - sum(hinted.values())])[0]

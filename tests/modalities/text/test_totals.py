@@ -9,10 +9,9 @@ from itertools import pairwise
 import pytest
 
 from opd_lightning.modalities.text.quickstart import character_tokenizer
-from opd_lightning.modalities.text.totals import ALPHABET, is_held_out, problems, worked
+from opd_lightning.modalities.text.totals import ALPHABET, STEP, FirstSlip, is_held_out, problems, worked
 from opd_lightning.reward import ExactMatch
 
-STEP = re.compile(r"(!?)(\d\d)((?:[a-z]\d){1,2})=(\d\d)")
 
 
 def asked(row: dict[str, str]) -> str:
@@ -149,3 +148,30 @@ def test_every_character_has_a_token():
 def test_what_can_not_be_drawn_is_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         problems(10, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [
+        ("00a6=06 06b1=07 07c5=12 #12", None),
+        ("00a6=06 06b1=08 08c5=13 #13", "06b1=07"),  # what builds on a slip is not named
+        ("00a6=06 06b1c5=13 #13", "06b1c5=12"),  # two digits at once
+        ("00a6=06 06b1=08 !06b1=07 07c5=13 #13", "07c5=12"),  # the first slip was undone
+        ("00a6=06 06b1=08 08c5=13 !06b1=07 07c5=12 #13", "#12"),
+        ("00a6=06 06c5=11 #11", "06b1=07"),  # a digit was left out
+        ("00a6=06 06b3=09 #09", "06b1=07"),  # a digit was misread
+        ("00a6=06 06b1=07 #07", "07c5=12"),  # ended too early
+        ("00a6=06 06b1=07 07c5=12", "#12"),
+        ("00a6=06 06b1=07 07c5=12 12d0=12 #99", "#12"),  # beyond the last digit
+        ("00a6=06 nonsense #12345", "06b1=07"),
+        ("", "00a6=06"),
+    ],
+)
+def test_the_verifier_names_the_step_that_went_wrong_first(completion, words):
+    for shown in ("", "12?"):
+        assert FirstSlip().feedback(completion, {"prompt": f"{shown}a6b1c5=", "answer": "12"}) == words
+
+
+def test_the_verifier_is_silent_on_right_texts_with_slips_undone():
+    for row in problems(100, slips=0.2, seed=3):
+        assert FirstSlip().feedback(row["completion"], row) is None
