@@ -53,16 +53,16 @@ def test_a_run_that_is_there_is_not_made_again_and_the_table_stands_between_its_
         path.parent.mkdir(parents=True)
         result = {"accuracy": {"0": 0.25, "60": after}, "rollout": 2e5, "teacher": 1e5, "cpu_s": 70}
         path.write_text(json.dumps(result), encoding="utf-8")
-    monkeypatch.setattr(sys, "executable", "false")
+    monkeypatch.setattr(benchmark, "run", lambda arguments: sys.exit(3))
     benchmark.train(rows["gkd"], 1, [])
     benchmark.train(rows["vopd"], 0, [])
     assert benchmark.known()["gkd"]["1"]["cpu_s"] == 70
-    assert "status" in benchmark.known()["vopd"]["0"]["error"]
+    assert "SystemExit: 3" in benchmark.known()["vopd"]["0"]["error"]
     benchmark.write(rows, 2)
     above, *table = benchmark.PAGE.read_text(encoding="utf-8").splitlines()
     assert above == "above"
     assert "| `gkd` |  | 25.0 | 62.5 ± 17.7 | 200 | 100 | 70 | 2 |  |" in table
-    assert any(line.startswith("| `vopd` |") and "status" in line for line in table)
+    assert any(line.startswith("| `vopd` |") and "SystemExit: 3" in line for line in table)
     assert table[-3:] == ["<!-- end -->", "below", "<!-- end -->"]
     shutil.rmtree(benchmark.RUNS)  # another checkout has none of them
     assert benchmark.known()["gkd"]["0"]["accuracy"]["60"] == 0.5

@@ -76,6 +76,13 @@ def test_nothing_is_left_behind_and_what_is_right_is_green(mine, capsys):
     assert sorted(path.name for path in mine.iterdir()) == ["mine.yaml", "rows.jsonl"]
 
 
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Leaves out the slowest of what is computed."""
+    monkeypatch.setattr("opd_lightning.foresight.forecast", lambda *_: iter(()))
+
+
+@pytest.mark.usefixtures("without_memory")
 def test_six_mistakes_that_run_and_teach_nothing(mine, capsys):
     (mine / "always_zero.py").write_text("def judge(completion, example):\n    return 0.0\n", encoding="utf-8")
     mistakes = {
@@ -120,6 +127,7 @@ CHAT = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2
         (ROWS, ["--model.rollout.horizon=4000"], "lower the horizon"),
     ],
 )
+@pytest.mark.usefixtures("without_memory")
 def test_mistakes_that_are_refused(mine, capsys, rows, arguments, message):
     write(rows)
     code, found = checked(capsys, *arguments)

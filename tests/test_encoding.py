@@ -85,6 +85,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_and_its_export_where_the_locale_is_ascii(tmp_path, make_world):
     """A teacher, columns of the log, answers and paths beyond ASCII; the progress bar; what the card says."""
     path = configuration(tmp_path / "lauf-ü", make_world("text"), PLAIN)

@@ -47,6 +47,9 @@ Rows = list[dict[str, Any]]
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        "opd_lightning.foresight.forecast", lambda *_: iter(())
+    )  # memory, the slowest of what is computed
     return tmp_path
 
 

@@ -129,7 +129,7 @@ class StudentServer(JSONServer):
         self.policy = module.policies["student"]
         self.context = context_length(self.policy)
         self.rows = bare(self.policy.model).get_input_embeddings().weight.shape[0]
-        super().__init__(address, Handler, TOKEN, limit, waiting)
+        super().__init__(address, ChatHandler, TOKEN, limit, waiting)
 
     def acting(self, request: protocol.Request) -> list[Acting]:
         """Prepares the prompts of a request.
@@ -175,7 +175,7 @@ class StudentServer(JSONServer):
         stream(self.module, acting, rollout, seeds, request.stops, hear, self.turns, completions)
 
 
-class Handler(JSONHandler):
+class ChatHandler(JSONHandler):
     """One request: ``/v1/models``, ``/v1/chat/completions`` or ``/v1/completions``."""
 
     server: StudentServer

@@ -14,7 +14,7 @@ import re
 import zlib
 from string import ascii_lowercase
 
-from ...reward import Example, ExactMatch
+from ...reward import ExactMatch, Example
 
 ALPHABET = ascii_lowercase + "0123456789= !#?"
 MODULUS = 100

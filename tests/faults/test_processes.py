@@ -195,6 +195,7 @@ def children(process: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other rank in /proc")
 def test_a_killed_rank_ends_the_run_and_loses_nothing(text, tmp_path):
     config = configuration(tmp_path / "whole", text, HALF)

@@ -13,7 +13,6 @@ from opd_lightning.modalities.text.totals import ALPHABET, STEP, FirstSlip, is_h
 from opd_lightning.reward import ExactMatch
 
 
-
 def asked(row: dict[str, str]) -> str:
     """The letters and digits of a row's prompt, without what it is shown."""
     return row["prompt"].rpartition("?")[2].removesuffix("=")
