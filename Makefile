@@ -134,6 +134,7 @@ bench: install .venv-trl/installed
 
 methods: install
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/methods.py --task quickstart
 
 methods-quickstart: install
 	$(BIN)/python benchmarks/quickstart.py

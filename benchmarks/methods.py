@@ -1,9 +1,10 @@
-"""The methods on text/long.yaml, side by side: ``make methods`` writes the table of docs/methods.md.
+"""The methods on a task, side by side: ``make methods`` writes the two tables of docs/methods.md.
 
-Every overlay of configs/methods/ that is for texts, and the variants of benchmarks/long.yaml: from the same student,
-with as many updates on as many trajectories each. A run whose result is in benchmarks/methods.json is not made again:
-stopped, it goes on with the next. Names on the command line run these alone; ``--table`` runs nothing and writes the
-table.
+The tasks are text/long.yaml, with every overlay of configs/methods/ that is for texts and the variants of
+benchmarks/long.yaml, and text/quickstart.yaml (``--task quickstart``), with those whose teacher is shown something,
+which helps there: from the same student, with as many updates on as many trajectories each. A run whose result is in
+benchmarks/<task>.json is not made again: stopped, it goes on with the next. Names on the command line run these alone;
+``--table`` runs nothing and writes the table.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from opd_lightning.entry_points import import_parts
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.report import read_curves
 
-RUNS, PAGE = Path("runs/methods/long"), Path("docs/methods.md")
-RESULTS = Path("benchmarks/methods.json")
-START, END = "<!-- make methods -->", "<!-- end -->"
-SETTINGS = yaml.safe_load((Path(__file__).parent / "long.yaml").read_text(encoding="utf-8"))
+BENCHMARKS, RUNS, PAGE = Path(__file__).parent, Path("runs/methods"), Path("docs/methods.md")
+END = "<!-- end -->"
+SHOWN_NOTHING = {"none", "any", "model"}
+"""Privileges of methods whose teacher sees what the student does."""
 HEAD = (
     "| method | lr | before, % | after, % | thousand tokens generated | read by teachers | CPU s | seeds | remark |\n"
     "|---|---|---|---|---|---|---|---|---|"
@@ -40,40 +41,111 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table.
+    """One row of a table.
 
     Attributes:
         name: of an overlay without its folders, or of a variant.
         overlays: names of files, laid over each other.
         arguments: of `opd fit`, after them.
-        rate: learning rate; None: that of long.yaml.
+        rate: learning rate; None: that of the task.
+        remark: what is to be said of it.
     """
 
     name: str
     overlays: list[str]
     arguments: list[str] = field(default_factory=list)
     rate: float | None = None
-
-    @property
-    def remark(self) -> str:
-        return SETTINGS["remarks"].get(self.name, "")
+    remark: str = ""
 
 
-def arms() -> dict[str, Arm]:
-    """Lists the rows: the overlays in the order of their heads, each with its variants after it."""
-    overlays = {
-        m.name.rpartition("/")[2]: m for m in read_all() if m.name.startswith("methods/") and "text" in m.settings
-    }
-    rows = {}
-    for name, method in overlays.items():
-        rates = [rate for part, rate in SETTINGS["rates"].items() if part in method.parts]
-        rate = min(rates, default=None)
-        rows[name] = Arm(name, [method.name], SETTINGS["arguments"].get(name, []), rate)
-        for variant, changed in SETTINGS["variants"].items():
-            if changed["over"][-1] == name:
-                stack = [overlays[over].name for over in changed["over"]]
-                rows[variant] = Arm(variant, stack, changed["arguments"], rate)
-    return rows
+class Task:
+    """Configuration that methods are laid over, and what is known of them there.
+
+    Args:
+        name: ``long`` or ``quickstart``: of a file beside this one and of one in configs/text.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.config = name, f"text/{name}"
+        self.settings = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+        self.results, self.runs = BENCHMARKS / f"{name}.json", RUNS / name
+        self.start = f"<!-- make methods: {name} -->"
+        self.arms = self._arms()
+
+    def _arms(self) -> dict[str, Arm]:
+        """Lists the rows: the overlays in the order of their heads, each with its variants after it."""
+        overlays = {
+            m.name.rpartition("/")[2]: m for m in read_all() if m.name.startswith("methods/") and "text" in m.settings
+        }
+        rows = {}
+        remarks = self.settings["remarks"]
+        for name, method in overlays.items():
+            if self.settings["shown"] and SHOWN_NOTHING & {*method.privilege}:
+                continue
+            rates = [rate for part, rate in self.settings["rates"].items() if part in method.parts]
+            rate = min(rates, default=None)
+            own = self.settings["arguments"].get(name, [])
+            rows[name] = Arm(name, [method.name], own, rate, remarks.get(name, ""))
+            for variant, changed in self.settings["variants"].items():
+                if changed["over"][-1] == name:
+                    stack = [overlays[over].name for over in changed["over"]]
+                    rows[variant] = Arm(variant, stack, changed["arguments"], rate, remarks.get(variant, ""))
+        return rows
+
+    def command(self, arm: Arm, seed: int, folder: Path, extra: list[str]) -> list[str]:
+        """Writes the arguments of `opd fit`; groups are of fewer prompts, so that all train as many trajectories."""
+        base = yaml.safe_load((shipped_configs() / f"{self.config}.yaml").read_text(encoding="utf-8"))
+        trajectories = base["model"]["init_args"]["rollout"]["batch_size"]
+        files = [part for name in [self.config, *arm.overlays] for part in ("-c", f"opd:{name}.yaml")]
+        rate = [] if arm.rate is None else [f"--model.optimizer.lr={arm.rate}"]
+        return [
+            *files,
+            f"--trainer.default_root_dir={folder}",
+            f"--seed_everything={seed}",
+            f"--model.rollout.batch_size={trajectories // group_size(arm.overlays)}",
+            *rate,
+            *self.settings["all"],
+            *arm.arguments,
+            *extra,
+        ]
+
+    def known(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Reads all results, by method and seed: those that are kept, and those of runs in this checkout."""
+        results: dict[str, dict[str, dict[str, Any]]] = {}
+        if self.results.exists():
+            results = json.loads(self.results.read_text(encoding="utf-8"))
+        for path in self.runs.glob("*/*/result.json"):
+            name, seed = path.parts[-3:-1]
+            results.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+        return results
+
+    def train(self, arm: Arm, seed: int, extra: list[str]) -> None:
+        """Makes a run unless its result is there; one that raises has an ``error``, and is made again the next time."""
+        result = self.known().get(arm.name, {}).get(str(seed), {"error": "not made yet"})
+        if "error" not in result:
+            return
+        folder = self.runs / arm.name / str(seed)
+        path = folder / "result.json"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        status, usage = fit(self.command(arm, seed, folder, extra), folder / "output.txt")
+        said = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+        result = {"cpu_s": round(usage.ru_utime + usage.ru_stime, 1)}
+        result |= {"error": said[-1] if said else f"status {status}"} if status else measured(folder)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"{arm.name:28} {seed} {result}", flush=True)
+
+    def write(self, seeds: int) -> None:
+        """Keeps all results, and puts their table into the page, between its two comments."""
+        results = self.known()
+        write_whole(self.results, json.dumps(results, indent=1, sort_keys=True) + "\n")
+        lines = []
+        for arm in self.arms.values():
+            if runs := [run for seed, run in sorted(results.get(arm.name, {}).items()) if int(seed) < seeds]:
+                lines.append(line(arm, runs))
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(self.start)
+        _, _, after = rest.partition(END)
+        write_whole(PAGE, "\n".join([f"{before}{self.start}", HEAD, *lines, f"{END}{after}"]))
 
 
 def group_size(overlays: list[str]) -> int:
@@ -83,51 +155,6 @@ def group_size(overlays: list[str]) -> int:
         config = yaml.safe_load((shipped_configs() / f"{overlay}.yaml").read_text(encoding="utf-8"))
         sizes.append(config["model"]["init_args"].get("rollout", {}).get("group_size", sizes[-1]))
     return sizes[-1]
-
-
-def command(arm: Arm, seed: int, folder: Path, extra: list[str]) -> list[str]:
-    """Writes the arguments of `opd fit`; groups are of fewer prompts, so that all arms train as many trajectories."""
-    base = yaml.safe_load((shipped_configs() / "text/long.yaml").read_text(encoding="utf-8"))
-    trajectories = base["model"]["init_args"]["rollout"]["batch_size"]
-    files = [part for name in ["text/long", *arm.overlays] for part in ("-c", f"opd:{name}.yaml")]
-    rate = [] if arm.rate is None else [f"--model.optimizer.lr={arm.rate}"]
-    return [
-        *files,
-        f"--trainer.default_root_dir={folder}",
-        f"--seed_everything={seed}",
-        f"--model.rollout.batch_size={trajectories // group_size(arm.overlays)}",
-        *rate,
-        *arm.arguments,
-        *extra,
-    ]
-
-
-def known() -> dict[str, dict[str, dict[str, Any]]]:
-    """Reads all results, by method and seed: those that are kept, and those of runs in this checkout."""
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    for path in RUNS.glob("*/*/result.json"):
-        name, seed = path.parts[-3:-1]
-        results.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
-    return results
-
-
-def train(arm: Arm, seed: int, extra: list[str]) -> None:
-    """Makes a run unless its result is there; one that raises has an ``error``, and is made again the next time."""
-    result = known().get(arm.name, {}).get(str(seed), {"error": "not made yet"})
-    if "error" not in result:
-        return
-    folder = RUNS / arm.name / str(seed)
-    path = folder / "result.json"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    status, usage = fit(command(arm, seed, folder, extra), folder / "output.txt")
-    said = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
-    result = {"cpu_s": round(usage.ru_utime + usage.ru_stime, 1)}
-    result |= {"error": said[-1] if said else f"status {status}"} if status else measured(folder)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{arm.name:28} {seed} {result}", flush=True)
 
 
 def fit(arguments: list[str], output: Path) -> tuple[int, resource.struct_rusage]:
@@ -177,36 +204,24 @@ def line(arm: Arm, results: list[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(rows: dict[str, Arm], seeds: int) -> None:
-    """Keeps all results, and puts their table into the page, between its two comments."""
-    results = known()
-    write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
-    lines = []
-    for arm in rows.values():
-        if runs := [run for seed, run in sorted(results.get(arm.name, {}).items()) if int(seed) < seeds]:
-            lines.append(line(arm, runs))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    write_whole(PAGE, "\n".join([f"{before}{START}", HEAD, *lines, f"{END}{after}"]))
-
-
 def main() -> None:
-    rows = arms()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(rows)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of the task's table")
+    parser.add_argument("--task", choices=("long", "quickstart"), default="long", help="default: long")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default 3")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further arguments of `opd fit`, last")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(rows):
-        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    task = Task(options.task)
+    if unknown := set(options.names) - set(task.arms):
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(task.arms)}")
     import_parts()
     # seed by seed, so that a table of all methods is there early
     for seed in range(0 if options.table else options.seeds):
-        for name in options.names or rows:
-            train(rows[name], seed, options.extra)
-            write(rows, options.seeds)
-    write(rows, options.seeds)
+        for name in options.names or task.arms:
+            task.train(task.arms[name], seed, options.extra)
+            task.write(options.seeds)
+    task.write(options.seeds)
 
 
 if __name__ == "__main__":
