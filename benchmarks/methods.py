@@ -49,6 +49,7 @@ class Arm:
         arguments: of `opd fit`, after them.
         rate: learning rate; None: that of the task.
         remark: what is to be said of it.
+        default: whether it runs where no names are given.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Arm:
     arguments: list[str] = field(default_factory=list)
     rate: float | None = None
     remark: str = ""
+    default: bool = True
 
 
 class Task:
@@ -80,12 +82,11 @@ class Task:
         rows = {}
         remarks = self.settings["remarks"]
         for name, method in overlays.items():
-            if self.settings["shown"] and SHOWN_NOTHING & {*method.privilege}:
-                continue
             rates = [rate for part, rate in self.settings["rates"].items() if part in method.parts]
             rate = min(rates, default=None)
             own = self.settings["arguments"].get(name, [])
-            rows[name] = Arm(name, [method.name], own, rate, remarks.get(name, ""))
+            default = not self.settings["shown"] or not {*method.privilege} <= SHOWN_NOTHING
+            rows[name] = Arm(name, [method.name], own, rate, remarks.get(name, ""), default)
             for variant, changed in self.settings["variants"].items():
                 if changed["over"][-1] == name:
                     stack = [overlays[over].name for over in changed["over"]]
@@ -218,7 +219,7 @@ def main() -> None:
     import_parts()
     # seed by seed, so that a table of all methods is there early
     for seed in range(0 if options.table else options.seeds):
-        for name in options.names or task.arms:
+        for name in options.names or [arm.name for arm in task.arms.values() if arm.default]:
             task.train(task.arms[name], seed, options.extra)
             task.write(options.seeds)
     task.write(options.seeds)

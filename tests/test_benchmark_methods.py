@@ -38,8 +38,10 @@ def test_every_method_for_texts_and_every_variant_has_a_row(benchmark):
 
 def test_on_the_quickstart_teachers_are_shown_something(benchmark):
     rows = benchmark.Task("quickstart").arms
-    assert {"opsd", "sdpo", "rlsd"} <= rows.keys()
-    assert not {"gkd", "grpo", "gold"} & rows.keys()
+    default = {name for name, arm in rows.items() if arm.default}
+    assert {"opsd", "sdpo", "rlsd", "mad_opd"} <= default
+    assert not {"gkd", "grpo", "gold"} & default
+    assert {"gkd", "grpo", "gold"} <= rows.keys()
 
 
 def test_groups_are_of_fewer_prompts(benchmark, tmp_path):
