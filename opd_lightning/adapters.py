@@ -212,12 +212,12 @@ class AverageAdapter(AnotherAdapter):
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             scaling = layer.scaling[STUDENT]
-            # in float32, which QR and SVD need at least; the student's scaling goes into a factor
+            # in float64: rounding of QR and SVD in float32 doubles that of the factors; the student's scaling goes into one
             left, right = average_product(
-                unsharded(b).float(),
-                unsharded(a).float(),
-                unsharded(layer.lora_B[STUDENT].weight).float() * scaling,
-                unsharded(layer.lora_A[STUDENT].weight).float(),
+                unsharded(b).double(),
+                unsharded(a).double(),
+                unsharded(layer.lora_B[STUDENT].weight).double() * scaling,
+                unsharded(layer.lora_A[STUDENT].weight).double(),
                 rate,
                 rank=a.shape[0],
             )
