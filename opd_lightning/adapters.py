@@ -212,7 +212,7 @@ class AverageAdapter(AnotherAdapter):
         for layer in self.layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
             scaling = layer.scaling[STUDENT]
-            # in float64: rounding of QR and SVD in float32 doubles that of the factors; the student's scaling goes into one
+            # in float64: in float32, QR and SVD double what factors round; the student's scaling goes into one
             left, right = average_product(
                 unsharded(b).double(),
                 unsharded(a).double(),

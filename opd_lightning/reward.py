@@ -51,7 +51,7 @@ class ExactMatch(Reward):
             without the marker scores 0; an answer without it is taken whole.
     """
 
-    columns = ("answer",)
+    columns: tuple[str, ...] = ("answer",)
 
     def __init__(self, strip: bool = True, ignore_case: bool = False, after: str = "") -> None:
         self.strip, self.ignore_case, self.after = strip, ignore_case, after
