@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm demo-tools docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing tools few-step horizons recover assets assets-long assets-tools assets-vision assets-gui assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm demo-tools docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing tools few-step horizons recover assets assets-long assets-tools assets-vision assets-gui assets-miniwob assets-diffusion clean
 
 install: .venv/installed
 
@@ -179,6 +179,9 @@ assets-vision: install
 
 assets-gui: install
 	$(BIN)/python assets/make_gui_quickstart.py
+
+assets-miniwob: install
+	$(BIN)/python assets/make_miniwob.py
 
 assets-diffusion: install
 	$(BIN)/python assets/make_diffusion_quickstart.py

@@ -1,6 +1,6 @@
 """Environments: what answers to each turn of a policy, and what becomes of answers that fail, hang or are too long.
 
-An environment reads text and writes text. How texts become steps, a setting decides.
+An environment reads text and writes text, or parts of which some are text. How these become steps, a setting decides.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -36,13 +37,14 @@ class Turn:
     """Answer of an environment to a turn of a policy.
 
     Attributes:
-        observation: what the policy reads next: text, or messages ``{role, content}``.
+        observation: what the policy reads next: text, a list of parts (``{type: text, text: …}``, or of another type
+            that the setting reads, such as ``{type: image, image: …}``), or messages ``{role, content}`` of these.
         state: of the episode from here on, in plain values: text, numbers, lists and dicts.
         done: whether the episode is over; then nobody reads the observation.
         reward: of this turn; None: none.
     """
 
-    observation: str | Chat = ""
+    observation: str | list[Any] | Chat = ""
     state: Any = None
     done: bool = False
     reward: float | None = None
@@ -58,6 +60,8 @@ class Environment(Finite, ABC):
 
     columns: tuple[str, ...] = ()
     """Columns that it reads."""
+    shows: ClassVar[frozenset[str]] = frozenset()
+    """Types of parts other than text that its observations always have; a setting that doesn't read them is refused."""
     rewards: ClassVar[bool] = False
     """Whether its turns have rewards: their sum is the trajectory's, where ``model.reward`` is not set."""
     role: str = "user"
@@ -97,22 +101,32 @@ class Episode:
         environment: answers.
         row: whose episode it is.
         rollout: has the limits.
+        reads: types of parts other than text that the setting reads.
 
     Attributes:
         over: whether it has ended.
         failed: whether the environment did not answer the last turn.
     """
 
-    def __init__(self, environment: Environment, row: Example, rollout: Rollout) -> None:
-        self._environment, self._row, self._rollout = environment, row, rollout
+    def __init__(
+        self, environment: Environment, row: Example, rollout: Rollout, reads: Container[str] = frozenset()
+    ) -> None:
+        self._environment, self._row, self._rollout, self._reads = environment, row, rollout, reads
         self._state: Any = None
         self.over = self.failed = False
         self._broken = self._try(lambda: environment.reset(given(row), seed_of(row)))
 
     @classmethod
-    def begun(cls, environment: Environment, row: Example, texts: Sequence[str], rollout: Rollout) -> Episode:
+    def begun(
+        cls,
+        environment: Environment,
+        row: Example,
+        texts: Sequence[str],
+        rollout: Rollout,
+        reads: Container[str] = frozenset(),
+    ) -> Episode:
         """Begins an episode and answers to turns that were recorded, until it is over."""
-        episode = cls(environment, row, rollout)
+        episode = cls(environment, row, rollout, reads)
         for text in texts:
             if not episode.over:
                 episode.step(text)
@@ -127,7 +141,7 @@ class Episode:
 
         def call() -> Any:
             nonlocal turn
-            turn = checked(self._environment.step(deepcopy(self._state), text), self._state)
+            turn = checked(self._environment.step(deepcopy(self._state), text), self._state, self._reads)
             return turn.state
 
         failure = self._try(call)
@@ -172,11 +186,11 @@ def seed_of(row: Example) -> int:
     return zlib.crc32(json.dumps(row.get("prompt"), sort_keys=True, default=str).encode())
 
 
-def checked(turn: Any, state: Any) -> Turn:
-    """Checks what `Environment.step` returned; ``state``: of text alone.
+def checked(turn: Any, state: Any, reads: Container[str] = frozenset()) -> Turn:
+    """Checks what `Environment.step` returned; ``state``: of text alone, ``reads``: as in `Episode`.
 
     Raises:
-        TypeError: it is neither a turn nor text, or its observation is neither text nor messages.
+        TypeError: it is neither a turn nor text, or its observation is neither text nor messages of what is read.
         ValueError: its reward is no finite number.
     """
     if isinstance(turn, str):
@@ -184,20 +198,30 @@ def checked(turn: Any, state: Any) -> Turn:
     if not isinstance(turn, Turn):
         raise TypeError(f"step returned {quoted(turn)}, which is neither a Turn nor text")
     chat: Any = turn.observation
-    texts = [message.get("content") for message in chat] if is_chat(chat) else [chat]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"the observation {quoted(turn.observation)} is neither text nor messages of text")
+    for part in [part for m in chat for part in _parts(m.get("content"))] if is_chat(chat) else _parts(chat):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise TypeError(f"the observation {quoted(turn.observation)} is neither text nor messages of text")
+        if kind != "text" and kind not in reads:
+            raise TypeError(f"the observation holds a part of the type {quoted(kind)}, which is not read here")
     reward = None if turn.reward is None else as_number(turn.reward)
     if turn.reward is not None and reward is None:
         raise ValueError(f"the reward {quoted(turn.reward)} is no finite number")
     return replace(turn, reward=reward)
 
 
-def cut(observation: str | Chat, length: int) -> Any:
+def _parts(content: Any) -> list[Any]:
+    """Lists the parts of a content, one of text where it is none of several."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def cut(observation: Any, length: int) -> Any:
     """Cuts the texts of an observation behind ``length`` characters, and says how many are left out."""
-    if not isinstance(observation, str):
-        return [{**message, "content": cut(message["content"], length)} for message in observation or ()]
-    beyond = len(observation) - length
+    if isinstance(observation, list):
+        return [cut(item, length) for item in observation]
+    if isinstance(observation, dict):  # a message, or a part of one
+        return {key: cut(value, length) if key in ("content", "text") else value for key, value in observation.items()}
+    beyond = len(observation) - length if isinstance(observation, str) else 0
     return observation if beyond <= 0 else f"{observation[:length]}… [{beyond} more characters]"
 
 
@@ -233,6 +257,34 @@ def limited(seconds: float, call: Callable[[], Any]) -> Any:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TooLate))
         raise TooLate
     return results[0]
+
+
+class Answering:
+    """Lets an environment answer turns while others are written, ``at_once`` of them at a time; a context manager.
+
+    With one at a time, answers are made when they are asked for, in the thread that asks.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._pool = ThreadPoolExecutor(at_once, "environments") if at_once > 1 else None
+        self._answers: dict[int, Callable[[], Turn]] = {}
+
+    def begin(self, row: int, episode: Episode, text: str) -> None:
+        """Begins to answer a row's turn, unless it has begun."""
+        if row not in self._answers:
+            step = partial(episode.step, text)
+            self._answers[row] = self._pool.submit(step).result if self._pool is not None else step
+
+    def end(self, row: int) -> Turn:
+        """Waits for the answer to a row's turn."""
+        return self._answers.pop(row)()
+
+    def __enter__(self) -> Answering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def side_by_side(calls: Sequence[Callable[[], Result]], at_once: int) -> list[Result]:

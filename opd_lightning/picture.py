@@ -42,13 +42,23 @@ class Picture:
         return max(self.size) / 40
 
     def data_uri(self) -> str:
-        """Encodes the image as PNG, or as JPEG where that is much smaller, at most `LARGEST` pixels a side."""
-        image = self.image.convert("RGB")
-        image.thumbnail((LARGEST, LARGEST))
-        encoded = {}
-        for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-            buffer = io.BytesIO()
-            image.save(buffer, kind.upper(), **options)
-            encoded[kind] = buffer.getvalue()
-        kind = "jpeg" if 3 * len(encoded["jpeg"]) < len(encoded["png"]) else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+        """Encodes the image, as `data_uri` does."""
+        return data_uri(self.image)
+
+
+def data_uri(image: Image.Image) -> str:
+    """Encodes an image as PNG, or as JPEG where that is much smaller, at most `LARGEST` pixels a side."""
+    image = image.convert("RGB")
+    image.thumbnail((LARGEST, LARGEST))
+    encoded = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind.upper(), **options)
+        encoded[kind] = buffer.getvalue()
+    kind = "jpeg" if 3 * len(encoded["jpeg"]) < len(encoded["png"]) else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+
+
+def from_data_uri(uri: str) -> Image.Image:
+    """Decodes what `data_uri` encoded."""
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")

@@ -47,6 +47,8 @@ class Trajectories:
         channels: ``[B, T, ...]`` each, what a setting knows of every step, by name, for parts that need it; also where
             a simulator that can't be run again keeps the states that it visited. (What is kept in ``observation`` is
             not cut when a micro-batch is narrower.)
+        observed: what each of the B observed that is more than steps, such as images: plain values, each with the
+            step ``at`` which it begins; None: nothing. Those behind the last trained step are nobody's.
         student_view: settings of the student's view when it acted (`settings_of`), by which what it was shown is found
             again; None: nobody noted them.
 
@@ -73,6 +75,7 @@ class Trajectories:
     channels: dict[str, Tensor] = field(default_factory=dict)
     student_view: dict[str, Any] | None = None
     notes: list[dict[str, Any]] | None = None
+    observed: list[list[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("row", "group", "source", "weights_version", "seed"):
@@ -91,6 +94,14 @@ class Trajectories:
     def extent(self) -> Tensor:
         """Number ``[B]`` of steps up to and including the last trained one."""
         return (self.mask * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).amax(1)
+
+    @property
+    def visible(self) -> list[list[dict[str, Any]]] | None:
+        """Values that each trajectory ``observed`` up to its last trained step."""
+        if self.observed is None:
+            return None
+        pairs = zip(self.observed, self.extent.tolist(), strict=True)
+        return [[value for value in values if value["at"] < extent] for values, extent in pairs]
 
     @property
     def abstained(self) -> Tensor | None:
@@ -138,7 +149,7 @@ class Trajectories:
 
     def select(self, index: Tensor) -> Trajectories:
         """Selects the trajectories at ``index [K]``, in that order."""
-        lists: dict[str, Any] = {name: _at(getattr(self, name), index) for name in ("examples", "notes")}
+        lists: dict[str, Any] = {name: _at(getattr(self, name), index) for name in ("examples", "notes", "observed")}
         return dataclasses.replace(self, **self._map(lambda tensor: tensor[index.to(tensor.device)]), **lists)
 
     def put(self, index: Tensor, other: Trajectories, padding: dict[str, tuple[float, str]]) -> Trajectories:
@@ -211,8 +222,16 @@ class Trajectories:
             return both.gather(1, index)
 
         mask = join(torch.zeros_like(self.mask), later.mask)
+        observed = self.visible
+        if later.observed is not None:
+            moved = [
+                [value | {"at": value["at"] + before} for value in values]
+                for values, before in zip(later.observed, self.extent.tolist(), strict=True)
+            ]
+            observed = [first + more for first, more in zip(observed or [[] for _ in moved], moved, strict=True)]
         return dataclasses.replace(
             later,
+            observed=observed,
             actions=join(self.actions, later.actions),
             mask=mask,
             behavior_log_probs=join(self.behavior_log_probs, later.behavior_log_probs).masked_fill(~mask, 0.0),
@@ -229,7 +248,8 @@ class Trajectories:
 
     def state_dict(self) -> dict[str, Any]:
         """Saves tensors, strings, lists and dicts only, so that a checkpoint loads with ``weights_only=True``."""
-        plain = {"sources": list(self.sources), "student_view": self.student_view, "notes": self.notes}
+        names = ("student_view", "notes", "observed")
+        plain = {"sources": list(self.sources), **{name: getattr(self, name) for name in names}}
         return {**self._map(lambda tensor: tensor.cpu()), **plain}
 
     @classmethod
@@ -287,6 +307,9 @@ class Trajectories:
             source=torch.cat(source),
             sources=sources,
             student_view=first.student_view,
+            observed=None
+            if all(part.observed is None for part in parts)
+            else [values for part in parts for values in part.observed or [[] for _ in part.examples]],
             notes=None
             if any(part.notes is None for part in parts)
             else [n for part in parts for n in part.notes or ()],

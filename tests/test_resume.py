@@ -14,6 +14,7 @@ import yaml
 
 from opd_lightning import Environment, Turn
 from tests.processes import finish, last, start
+from tests.tiny_vlm import picture
 from tests.worlds import World
 
 STEPS = 14
@@ -37,6 +38,17 @@ class Slow(Environment):
         return Turn(f"+{len(text)}=", {**state, "turn": turn}, turn >= state["last"], float(turn))
 
 
+class Pictures(Slow):
+    """Shows another picture after each turn."""
+
+    shows = frozenset({"image"})
+
+    def step(self, state: dict, text: str) -> Turn:
+        turn = super().step(state, text)
+        image = {"type": "image", "image": picture(turn.state["turn"] + len(text))}
+        return Turn([image, {"type": "text", "text": str(turn.observation)}], turn.state, turn.done, turn.reward)
+
+
 def written(prompt: str, **settings: object) -> dict:
     view = {"class_path": "PromptView", "init_args": {"prompt": prompt}}
     return {"class_path": "Written", "init_args": {"view": view, "about": "wrong", "horizon": 5, **settings}}
@@ -57,6 +69,12 @@ EPISODES = {
     "teacher": "frozen",
     "rollout": {**EMA["rollout"], "horizon": 40, "turns": 4},
     "model": {"environment": {"class_path": "tests.test_resume.Slow"}},
+}
+# whose images wait in the checkpoint
+PICTURES = {
+    **EPISODES,
+    "rollout": {**EPISODES["rollout"], "horizon": 120},
+    "model": {"environment": {"class_path": "tests.test_resume.Pictures"}},
 }
 # and a memory of what was written about rollouts, which later ones are written with
 PLAYBOOK = {
@@ -159,6 +177,7 @@ def unbroken(tmp_path_factory):
         pytest.param("text", "episodes", EPISODES, 1.5, marks=pytest.mark.slow),
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
+        pytest.param("gui_grounding", "pictures", PICTURES, 3.0, marks=pytest.mark.slow),
         ("diffusion", "ema", EMA, 0.5),
     ],
 )

@@ -25,6 +25,7 @@ from ...trajectory import Example
 from .engines import RolloutEngine
 from .engines.trial import Trial, check_causal, check_head, problem_with_shared_prefix
 from .models import bare, check_tokenizer, context_length, eos_ids, listed, output_embeddings, rope_kinds, rope_switch
+from .observing import Given
 from .rendering import Renderer
 from .view import FirstOf
 
@@ -58,6 +59,7 @@ class Audited(Protocol):
     def shown(self, examples: list[Example]) -> list[Example]: ...
     def asked(self, example: Example) -> Example: ...
     def answered(self, example: Example, seen: Example, policy: Policy) -> Example: ...
+    def given(self, policy: Policy, row: Example) -> Given: ...
     def written_as(self, tokens: list[int]) -> str: ...
     def suppressed(self) -> list[int]: ...
     def prompt_ids(self, example: Example, policy: Policy) -> Tensor: ...
@@ -147,8 +149,7 @@ def readings(module: Audited, example: Example, limit: int = SHOWN) -> list[tupl
         "dataset" in module.rollout.sources
         and module.answered(example, student_example, student).get("completion") is not None
     ):
-        ids, written = given_ids(module, example, student_example, student)
-        trained = [i for i, is_trained in zip(ids, written, strict=True) if is_trained]
+        trained = given_ids(module, example, student_example, student).own
         lines.append(("given, trained", f"{_spelled(module, trained, limit)} = {quoted(trained)}"))
     if module.rollout.sources - {"dataset"}:
         ends = " or ".join(f"{module.tokenizer().decode([i])!r} = {i}" for i in module.eos)
@@ -203,8 +204,8 @@ def stop_ids(module: Audited, policy: Policy) -> list[int]:
     return sorted({*known, *listed(own)})
 
 
-def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) -> tuple[list[int], list[bool]]:
-    """Lists the ids of a row's given completion, and which of them are trained.
+def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) -> Given:
+    """Lists the ids of a row's given completion, which of them are trained, and what else was observed among them.
 
     Args:
         module: the setting.
@@ -216,19 +217,19 @@ def given_ids(module: Audited, example: Example, seen: Example, policy: Policy) 
         ValueError: as in `Renderer.completion`; an id that can be no action; ids that don't write the completion.
     """
     row = {**module.asked(seen), "completion": module.answered(example, seen, policy)["completion"]}
-    if (known := example.get("completion_ids")) is not None:
-        ids, written = list(known), [True] * len(known)
-        if not ids or module.written_as(ids) != row["completion"]:
+    if (ids := example.get("completion_ids")) is not None:
+        given = Given(list(ids), [True] * len(ids))
+        if not ids or module.written_as(given.ids) != row["completion"]:
             raise ValueError(
                 f"completion_ids write {quoted(module.written_as(ids))}, and completion is {quoted(row['completion'])},"
                 " so they were written with another tokenizer"
             )
     else:
-        ids, written = module.renderer(policy).completion(row, module.eos)
-    if impossible := [i for i in ids if i >= module.vocabulary or i in module.suppressed()]:
+        given = module.given(policy, row)
+    if impossible := [i for i in given.own if i >= module.vocabulary or i in module.suppressed()]:
         token = module.tokenizer(policy).convert_ids_to_tokens(impossible[0])
         raise ValueError(f"the completion holds {token!r} (id {impossible[0]}), which no student could write")
-    return ids, written
+    return given
 
 
 def problem_with_row(module: Audited, example: Example) -> str | None:

@@ -195,7 +195,7 @@ def _joined(content: str | list[Any], number: int) -> str:
 def holds(turn: str, message: Message) -> bool:
     """Tells whether all text of a message is in its turn, but for white space."""
     content = message.get("content") or ""
-    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
     named = [call.get("name") or "" for call in calls]
     written = "".join(turn.split())
@@ -208,7 +208,7 @@ def saying_otherwise(message: Message) -> Message:
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": PLACEHOLDER}
-    return {**message, "content": [{**part, "text": PLACEHOLDER} if "text" in part else part for part in content]}
+    return {**message, "content": [{**part, "text": PLACEHOLDER} if part.get("text") else part for part in content]}
 
 
 def without_opening(text: str, opening: str) -> str:

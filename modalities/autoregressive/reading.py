@@ -60,6 +60,8 @@ def hidden_states(
         examples = module.shown(trajectories.examples, trajectories.student_view)
     else:
         prompts, examples = module.collate(view, module.reads_as(policy)), view
+    if (observed := trajectories.visible) is not None:
+        examples = [module.observing(policy, *pair) for pair in zip(examples, observed, strict=True)]
     prompts = {name: tensor.to(device) for name, tensor in prompts.items()}
     media = module.media(examples, policy) if media is None else media
     media = {name: tensor.to(device) for name, tensor in media.items()}

@@ -77,6 +77,8 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
 
     provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers", "turn"})
     reads: ClassVar[frozenset[str]] = COLUMNS
+    observes: ClassVar[frozenset[str]] = frozenset()
+    """Types of parts other than text that policies read in observations (`Environment.shows`)."""
     unit: ClassVar[str] = "tokens"
 
     def __init__(
@@ -207,10 +209,10 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
         """
         horizon = rollout.horizon
         given = [given_ids(self, example, view, policy) for example, view in zip(examples, seen, strict=True)]
-        width = min(max(len(ids) for ids, _ in given), horizon)
+        width = min(max(len(row.ids) for row in given), horizon)
         actions = torch.full((len(given), width), self.padding_id)
         mask = torch.zeros(actions.shape, dtype=torch.bool)
-        for i, (ids, written) in enumerate(given):
+        for i, (ids, written, _) in enumerate(given):
             actions[i, : len(ids)] = torch.tensor(ids[:width])
             mask[i, : len(ids)] = torch.tensor(written[:width])
         replayed = Trajectories(
@@ -218,7 +220,8 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
             actions=actions,
             mask=mask,
             examples=examples,
-            stopped=torch.tensor([len(ids) <= horizon and ids[-1] in self.eos for ids, _ in given]),
+            stopped=torch.tensor([len(row.ids) <= horizon and row.ids[-1] in self.eos for row in given]),
+            observed=[row.observed for row in given] if any(row.observed for row in given) else None,
             behavior_log_probs=torch.full(mask.shape, torch.nan, dtype=torch.float32),
         )
         return with_turns(self, rollout, replayed)
@@ -273,11 +276,14 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
             samples.append({"prompt": transcript(row["prompt"]), "completion": text, **own})
             if self.reward is not None:
                 samples[-1]["reward"] = self.reward_of(text, row)
-        for sample, conversation in zip(samples, conversations(self, trajectories), strict=False):
-            sample["conversation"] = conversation
+        for sample, told in zip(samples, conversations(self, trajectories), strict=False):
+            sample |= told
         if self._trainer is not None and self.trainer.training:
             self.scoring.record(self.reward, "judge", self.record)
         of_turns = environment_rewards(self, trajectories)
+        if self.reward is None:
+            for sample, value in zip(samples, of_turns or (), strict=False):
+                sample["reward"] = value
         return of_turns if self.reward is None else [row["reward"] for row in samples], samples
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
 from transformers.utils import get_json_schema
 
 from ...chat import Chat
@@ -39,7 +40,8 @@ class Tools(Environment):
 
     Args:
         functions: dotted paths of functions with type hints and a docstring that has ``Args:``, from which their JSON
-            schemas are made (`transformers.utils.get_json_schema`). What they return is text, or becomes JSON.
+            schemas are made (`transformers.utils.get_json_schema`). What they return is text, a PIL image or a list in
+            which there are some (for settings that have eyes), or becomes JSON.
         tags: before and behind a call. Default: as the chat template writes calls, or ``<tool_call>`` where it writes
             none.
         describe: have the chat template tell policies of the functions (its ``tools``). Without it prompts should.
@@ -84,7 +86,7 @@ class Tools(Environment):
         answers: Chat = [{"role": "tool", "content": self.called(call)} for call in calls]
         return Turn(answers, {"calls": state["calls"] + len(calls)})
 
-    def called(self, call: Any) -> str:
+    def called(self, call: Any) -> str | list[Any]:
         """Calls a function, as a policy asked for it; returns its answer, or what is wrong with the call."""
         if isinstance(call, Exception):
             return f"error: the call is no JSON: {call}"
@@ -98,8 +100,7 @@ class Tools(Environment):
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
             if (problem := problem_with_arguments(self._functions[name], self._schemas[name], arguments)) is not None:
                 return f"error: {name}: {problem}"
-            value = self._functions[name](**arguments)
-            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            return content_of(self._functions[name](**arguments))
         except Exception as error:
             return f"error: {type(error).__name__}: {error}"
 
@@ -131,6 +132,16 @@ class Tools(Environment):
                 "in the prompt, and say how they are written: tags: ['<tool_call>', '</tool_call>'], describe: false"
             )
         self._tags = tags
+
+
+def content_of(value: Any) -> str | list[Any]:
+    """Returns what a function returned as the content of a message: text, or parts where there are images."""
+    if isinstance(value, Image.Image):
+        return [{"type": "image", "image": value}]
+    if isinstance(value, list | tuple) and any(isinstance(item, Image.Image) for item in value):
+        contents = [content_of(item) for item in value]
+        return [p for c in contents for p in (c if isinstance(c, list) else [{"type": "text", "text": c}])]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def tags_around(turn: str) -> tuple[str, str] | None:

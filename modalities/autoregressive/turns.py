@@ -8,31 +8,28 @@ Shape legend: B trajectories, T steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ...environment import Environment, Episode, Turn, side_by_side
+from ...environment import Answering, Environment, Episode, Turn, side_by_side
 from ...objective import Objective
 from ...policy import Acting, Policy
 from ...rollout_settings import Rollout, derived_seed
 from ...sharding import mesh_of
 from ...trajectory import Example, Trajectories
 from .audit import given_ids
-from .engines import Prompts
 from .engines.engine import until_stop
-from .observing import between, check_observations
+from .lines import OF_TURNS, TURN, WRITTEN, Line, joined
+from .observing import Given, Heard, between, check_observations, check_shown
 from .rendering import Renderer
 from .tools import Tools
 from .writing import Writing, engine_of, go_on, prompts_of, write
 
-TURN, OF_TURNS = "turn", ("reward", "read", "failures")
-"""Channels: the turn of each step, which parts ask for by this name in ``needs``; and, in an environment, at the last
-step of each turn its reward, the tokens that were read for it, and whether the environment failed (0 elsewhere)."""
-TURNS, WRITTEN = 8, "written"
+TURNS = 8
 
 
 class Turning(Writing, Protocol):
@@ -40,7 +37,10 @@ class Turning(Writing, Protocol):
 
     objective: Objective
     environment: Environment | None
+    observes: ClassVar[frozenset[str]]
     _trainer: Any
+
+    def heard(self, reader: Policy, example: Example, observation: str | list[Any], role: str) -> Heard: ...
 
 
 class TakingTurns:
@@ -65,12 +65,14 @@ class TakingTurns:
         """Refuses settings of turns that mean nothing together.
 
         Raises:
-            ValueError: turns without an environment; an environment beside a blend.
+            ValueError: turns without an environment; an environment beside a blend; as in `check_shown`.
         """
         super().check()  # type: ignore[misc]
         rollout = cast(Turning, self).rollout
         if self.environment is None and rollout.turns is not None:
             raise ValueError(f"rollout.turns={rollout.turns}, and nothing answers to a turn: set model.environment")
+        if self.environment is not None:
+            check_shown(self, self.environment)
         if self.environment is not None and rollout.blend is not None:
             raise ValueError("rollout.blend: policies that act as one write one turn; leave out model.environment")
 
@@ -84,6 +86,31 @@ class TakingTurns:
         if module.environment is not None and WRITTEN in begun.channels:
             return converse(module, module.environment, acting, rollout, seeds, begun)
         return go_on(module, acting, begun, rollout, seeds)
+
+    def heard(self, reader: Policy, example: Example, observation: str | list[Any], role: str) -> Heard:
+        """Reads an observation, as it stands between two turns (`between`).
+
+        Args:
+            reader: whose processor reads it.
+            example: whose prompt the conversation begins with.
+            observation: of an environment.
+            role: of what is no message.
+        """
+        module = cast(Turning, self)
+        return Heard(between(module.renderer(reader), module.asked(example), observation, role, module.eos))
+
+    def given(self, policy: Policy, row: Example) -> Given:
+        """Reads a row's given completion as ``policy``, the student, would have written it."""
+        module = cast(Turning, self)
+        return Given(*module.renderer(policy).completion(row, module.eos))
+
+    def observing(self, policy: Policy, example: Example, values: list[dict[str, Any]]) -> Example:
+        """Adds to an example what ``policy`` observed behind its prompt that is more than tokens, for `media`."""
+        return example
+
+    def typed(self, name: str, ids: Tensor) -> Tensor:
+        """Computes what a tensor of the model's inputs, such as token types, says of ids behind the prompt."""
+        return torch.zeros_like(ids)
 
     def act_in_turns(self, acting: Acting, rollout: Rollout, seeds: list[int]) -> Trajectories:
         """Writes a turn, or as many as an environment has."""
@@ -140,40 +167,6 @@ def check_environment(module: Turning) -> None:
     check_observations(renderer, module.environment.role, module.eos)
 
 
-@dataclass
-class Line:
-    """One trajectory that is written and observed in turns: values of its steps so far, by what they become."""
-
-    ids: list[int] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    channels: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (TURN, *OF_TURNS)})
-    turn: int = 0
-    stopped: bool = False
-
-    def hold(self, begun: Trajectories, row: int) -> list[list[int]]:
-        """Begins with the steps that a row of others holds, which are not trained; returns the ids of its turns."""
-        length = int(begun.extent[row])
-        ids, turns = begun.actions[row, :length].tolist(), begun.channels[TURN][row, :length].tolist()
-        self.add(ids)
-        self.channels[TURN], self.turn = turns, turns[-1] if turns else 0
-        steps = list(zip(ids, begun.channels[WRITTEN][row].tolist(), turns, strict=False))
-        return [[i for i, written, of in steps if written and of == number] for number in range(self.turn)]
-
-    def add(self, ids: list[int], log_probs: list[float] | None = None) -> None:
-        """Adds steps of the turn: written ones, with their log-probs, or observed ones."""
-        self.ids += ids
-        self.own += [log_probs is not None] * len(ids)
-        self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
-        for name, values in self.channels.items():
-            values += [self.turn if name == TURN else 0] * len(ids)
-
-    def written(self) -> list[int]:
-        """Lists the ids that were written in the turn."""
-        steps = zip(self.ids, self.own, self.channels[TURN], strict=True)
-        return [i for i, own, of in steps if own and of == self.turn]
-
-
 def converse(
     module: Turning,
     environment: Environment,
@@ -194,44 +187,65 @@ def converse(
     """
     # 1. episodes begin
     policy, examples, prompts = acting.policy, acting.examples, prompts_of(module, acting, rollout)
-    renderer, most = module.renderer(module.reads_as(policy)), rollout.turns or TURNS
+    reader, most = module.reads_as(policy), rollout.turns or TURNS
+    renderer = module.renderer(reader)
     lines = [Line() for _ in examples]
     recorded = [line.hold(begun, row) if begun is not None else [] for row, line in enumerate(lines)]
     texts = [[_text(renderer, ids, module.eos) for ids in turns] for turns in recorded]
-    begins = [partial(Episode.begun, environment, *pair, rollout) for pair in zip(examples, texts, strict=True)]
+    begins = [
+        partial(Episode.begun, environment, *pair, rollout, module.observes)
+        for pair in zip(examples, texts, strict=True)
+    ]
     episodes = side_by_side(begins, environment.at_once)
     # an episode that the recorded turns have ended is left as it is, with nothing to train
     live, before = [row for row, episode in enumerate(episodes) if not episode.over], [0] * len(lines)
     if not live:
-        return _joined(module, prompts, examples, lines)
+        return joined(prompts, examples, lines, module.padding_id)
     place = {row: i for i, row in enumerate(live)}
-    fresh: list[list[int]] = [[] for _ in live]
-    with policy.active():
-        engine, behind = engine_of(module, policy), prompts.behind([line.ids for line in lines]).only(live)
+    fresh = [Heard() for _ in live]
+    with policy.active(), Answering(environment.at_once) as answering:
+        engine, observed = engine_of(module, policy), [line.observed for line in lines]
+        behind = prompts.behind([line.ids for line in lines], observed).only(live)
         conversation = engine.begin(policy, module.head(policy), behind, module.eos, module.padding_id)
         while live:
             # 2. a turn is written, each row up to its own horizon
             left = [rollout.horizon - len(lines[row].ids) for row in live]
             draws = [derived_seed(seeds[row], lines[row].turn) if lines[row].turn else seeds[row] for row in live]
             places, shorter = [place[row] for row in live], replace(rollout, horizon=max(left))
-            written = conversation.write(places, fresh, shorter, draws)
-            ended = _add(lines, live, left, written, module.eos)
+            ended = partial(_ended, answering, renderer, module.eos, [(episodes[row], row) for row in live], left)
+            written = conversation.write(places, fresh, shorter, draws, ended)
+            stopped = _add(lines, live, left, written, module.eos)
             for row in live:
                 read = conversation.read[place[row]]
                 lines[row].channels["read"][-1], before[row] = read - before[row], read
-            # 3. the environment answers those that ended theirs, all at once, and is heard in their order
+            # 3. the environment answers those that ended theirs, also while others write, and is heard in their order
             live, fresh = [], []
-            turns = [_text(renderer, lines[row].written(), module.eos) for row in ended]
-            steps = [partial(episodes[row].step, text) for row, text in zip(ended, turns, strict=True)]
-            for row, answer in zip(ended, side_by_side(steps, environment.at_once), strict=True):
+            for row in stopped:
+                answering.begin(row, episodes[row], _text(renderer, lines[row].written(), module.eos))
+            for row in stopped:
                 line = lines[row]
-                ids = _heard(module, renderer, episodes[row], line, examples[row], answer)
+                heard = _heard(module, reader, episodes[row], line, examples[row], answering.end(row))
                 line.turn += 1
-                if line.turn < most and ids is not None and len(line.ids) + len(ids) < rollout.horizon:
-                    line.add(ids)
+                if line.turn < most and heard is not None and len(line.ids) + len(heard.ids) < rollout.horizon:
+                    line.hear(heard)
                     live.append(row)
-                    fresh.append(ids)
-    return _joined(module, prompts, examples, lines)
+                    fresh.append(heard)
+    return joined(prompts, examples, lines, module.padding_id)
+
+
+def _ended(
+    answering: Answering,
+    renderer: Renderer,
+    stops: list[int],
+    acting: list[tuple[Episode, int]],
+    left: list[int],
+    place: int,
+    ids: list[int],
+) -> None:
+    """Lets the environment answer a turn that has ended, unless the horizon cuts it."""
+    episode, row = acting[place]
+    if len(ids) <= left[place]:
+        answering.begin(row, episode, _text(renderer, ids, stops))
 
 
 def _text(renderer: Renderer, ids: list[int], stops: list[int]) -> str:
@@ -240,18 +254,18 @@ def _text(renderer: Renderer, ids: list[int], stops: list[int]) -> str:
 
 
 def _heard(
-    module: Turning, renderer: Renderer, episode: Episode, line: Line, example: Example, answer: Turn
-) -> list[int] | None:
-    """Notes what an environment answered to a turn; returns the ids of its observation, None where it is over."""
+    module: Turning, reader: Policy, episode: Episode, line: Line, example: Example, answer: Turn
+) -> Heard | None:
+    """Notes what an environment answered to a turn; returns its observation, None where it is over."""
     assert module.environment is not None
-    ids, line.stopped = None, episode.over
+    heard, line.stopped = None, episode.over
     if not episode.over:
         try:
-            ids = between(renderer, module.asked(example), answer.observation, module.environment.role, module.eos)
+            heard = module.heard(reader, example, answer.observation, module.environment.role)
         except Exception as error:  # of what was observed, which may be anything
             episode.end(error)
     line.channels["reward"][-1], line.channels["failures"][-1] = answer.reward or 0.0, float(episode.failed)
-    return ids
+    return heard
 
 
 def _add(
@@ -269,27 +283,6 @@ def _add(
     return ended
 
 
-def _joined(module: Turning, prompts: Prompts, examples: list[Example], lines: list[Line]) -> Trajectories:
-    """Joins lines to trajectories."""
-    width = max(len(line.ids) for line in lines)
-
-    def padded(values: list[list[Any]], missing: float, kind: torch.dtype) -> Tensor:
-        return torch.tensor([row + [missing] * (width - len(row)) for row in values]).to(kind)
-
-    return Trajectories(
-        observation=prompts.tokens,
-        actions=padded([line.ids for line in lines], module.padding_id, torch.long),
-        mask=padded([line.own for line in lines], 0, torch.bool),
-        examples=[*examples],
-        stopped=torch.tensor([line.stopped for line in lines]),
-        behavior_log_probs=padded([line.log_probs for line in lines], 0.0, torch.float32),
-        channels={
-            name: padded([line.channels[name] for line in lines], 0, torch.long if name == TURN else torch.float32)
-            for name in (TURN, *OF_TURNS)
-        },
-    )
-
-
 def last_turn(trajectories: Trajectories) -> Trajectories:
     """Masks all but the last turn of each trajectory that has the channel ``turn``, which is its answer."""
     if (turn := trajectories.channels.get(TURN)) is None:
@@ -298,12 +291,26 @@ def last_turn(trajectories: Trajectories) -> Trajectories:
     return replace(trajectories, mask=trajectories.mask & (turn == last))
 
 
-def conversations(module: Turning, trajectories: Trajectories) -> list[str]:
-    """Decodes all turns and observations of each trajectory, for people; empty where there is no environment."""
+def conversations(module: Turning, trajectories: Trajectories) -> list[dict[str, Any]]:
+    """Decodes each trajectory for people, all of it and what was written in each turn; empty without an environment."""
     if module.environment is None:
         return []
-    rows = zip(trajectories.actions, trajectories.extent.tolist(), strict=True)
-    return [str(module.tokenizer().decode(row[:extent])) for row, extent in rows]
+    decode, told = module.tokenizer().decode, []
+    placeholders = {*module.suppressed()}
+    for i, extent in enumerate(trajectories.extent.tolist()):
+        row, own, turn = (
+            values[i, :extent].tolist()
+            for values in (trajectories.actions, trajectories.mask, trajectories.channels[TURN])
+        )
+        # an image has many tokens, of which one is enough
+        spelled = [t for n, t in enumerate(row) if t not in placeholders or not n or row[n - 1] != t]
+        written: dict[int, list[int]] = {}
+        for token, is_own, number in zip(row, own, turn, strict=True):
+            if is_own:
+                written.setdefault(number, []).append(token)
+        texts = [module.written_as(ids) for ids in written.values()]
+        told.append({"conversation": str(decode(spelled)), "turns": texts})
+    return told
 
 
 def environment_rewards(module: Turning, trajectories: Trajectories) -> list[float | None] | None:
@@ -318,16 +325,17 @@ def prefixes(
 ) -> Trajectories:
     """Collects the recorded turns that rollouts go on from, ``rollout.prefix_turns`` of each row."""
     rows = [_prefix(module, example, view, policy, rollout) for example, view in zip(examples, seen, strict=True)]
-    width = max(1, *(len(ids) for ids, _ in rows))
+    width = max(1, *(len(row.ids) for row in rows))
     actions = torch.full((len(rows), width), module.padding_id)
     mask = torch.zeros(actions.shape, dtype=torch.bool)
-    for i, (ids, written) in enumerate(rows):
+    for i, (ids, written, _) in enumerate(rows):
         actions[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), torch.tensor(written)
-    held = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
+    held = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
     stopped = torch.zeros(len(rows), dtype=torch.bool)
     nobody = torch.zeros(mask.shape, dtype=torch.float32)
     channels = {TURN: turn_of(mask), WRITTEN: mask}
-    return Trajectories({}, actions, held, examples, stopped, nobody, channels=channels)
+    observed = [row.observed for row in rows] if any(row.observed for row in rows) else None
+    return Trajectories({}, actions, held, examples, stopped, nobody, channels=channels, observed=observed)
 
 
 def problem_with_prefix(module: Turning, example: Example) -> str | None:
@@ -336,7 +344,7 @@ def problem_with_prefix(module: Turning, example: Example) -> str | None:
     if not rollout.prefix_turns:
         return None
     (view,) = module.shown([example])
-    length = len(_prefix(module, example, view, student, rollout)[0])
+    length = len(_prefix(module, example, view, student, rollout).ids)
     if length < rollout.horizon:
         return None
     return (
@@ -345,13 +353,11 @@ def problem_with_prefix(module: Turning, example: Example) -> str | None:
     )
 
 
-def _prefix(
-    module: Turning, example: Example, seen: Example, policy: Policy, rollout: Rollout
-) -> tuple[list[int], list[bool]]:
+def _prefix(module: Turning, example: Example, seen: Example, policy: Policy, rollout: Rollout) -> Given:
     """Lists the ids of a row's recorded turns, observations included, and which of them the assistant wrote."""
     if module.answered(example, seen, policy).get("completion") is None:
-        return [], []
-    ids, written = given_ids(module, example, seen, policy)
+        return Given([], [])
+    ids, written, observed = given_ids(module, example, seen, policy)
     starts = [i for i, own in enumerate(written) if own and not (i and written[i - 1])]
     begin = starts[min(rollout.prefix_turns, len(starts) - 1)]
-    return ids[:begin], written[:begin]
+    return Given(ids[:begin], written[:begin], [value for value in observed if value["at"] < begin])

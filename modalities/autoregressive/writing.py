@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Writing(Audited, Protocol):
 
     def media(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]: ...
     def cache_key(self, example: Example) -> Hashable: ...
+    def observing(self, policy: Policy, example: Example, values: list[dict[str, Any]]) -> Example: ...
+    def typed(self, name: str, ids: Tensor) -> Tensor: ...
     def head(self, policy: Policy) -> Head: ...
 
 
@@ -59,7 +61,7 @@ def go_on(module: Writing, acting: Acting, begun: Trajectories, rollout: Rollout
     # 1. the policy writes behind its prompts and what is held
     policy, prompts = acting.policy, prompts_of(module, acting, rollout)
     held, left = begun.extent, rollout.horizon - begun.extent
-    behind = prompts.behind([row[:n].tolist() for row, n in zip(begun.actions, held, strict=True)])
+    behind = prompts.behind([row[:n].tolist() for row, n in zip(begun.actions, held, strict=True)], begun.visible)
     with policy.active():
         engine, shorter = engine_of(module, policy), replace(rollout, horizon=max(1, int(left.max())))
         written = engine.write(policy, module.head(policy), behind, shorter, seeds, module.eos, module.padding_id)
@@ -80,7 +82,14 @@ def prompts_of(module: Writing, acting: Acting, rollout: Rollout) -> Prompts:
         ValueError: as in `check_dynamic`.
     """
     policy = acting.policy
-    prompts = Prompts(acting.prompts, acting.examples, partial(module.media, policy=policy), module.cache_key)
+    prompts = Prompts(
+        acting.prompts,
+        acting.examples,
+        partial(module.media, policy=policy),
+        module.cache_key,
+        observing=partial(module.observing, policy),
+        typed=module.typed,
+    )
     check_dynamic(policy, bare(policy.model), int(prompts.length.max()) + rollout.horizon)
     return prompts
 

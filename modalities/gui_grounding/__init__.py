@@ -1,6 +1,7 @@
 """GUI grounding."""
 
 from .formats import AbsolutePixels, AnswerFormat, BoxTags, JSONAnswer, Normalized1000, PyAutoGUI, ToolCall
+from .miniwob import MiniWoB, miniwob_rows
 from .reward import Overlap, PointInBox
 from .setting import GUIGroundingDistillation
 from .view import BoxOnly, CoordinatesAsText, CropZoom, Spotlight
@@ -16,10 +17,12 @@ __all__ = [
     "DigitSignificance",
     "GUIGroundingDistillation",
     "JSONAnswer",
+    "MiniWoB",
     "Normalized1000",
     "Overlap",
     "PointInBox",
     "PyAutoGUI",
     "Spotlight",
     "ToolCall",
+    "miniwob_rows",
 ]

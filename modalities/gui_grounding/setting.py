@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from ...chat import is_chat
 from ...finding import Finding
 from ...policy import Acting, Policy
 from ...trajectory import Example, Trajectories
@@ -20,6 +21,7 @@ from ..vision_language.images import images_of
 from .findings import boxes
 from .formats import AnswerFormat, Normalized1000
 from .metrics import grounding_metrics
+from .miniwob import MiniWoB
 from .reward import PointInBox
 from .weight import digit_places
 
@@ -31,22 +33,25 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
 
     Columns: ``prompt`` (the instruction; text is put into the format's own prompt, a chat is taken as it is), ``image``
     (the screenshot) and ``box`` (the target, [x1, y1, x2, y2] in pixels of the screenshot). Given completions
-    (``rollout.behavior: {dataset: …}``) are written from the box.
+    (``rollout.behavior: {dataset: …}``) are written from the box, but for those that are several messages.
 
     Args:
         answer_format: how coordinates are asked for, written and read. Default: points from 0 to 1000.
-        reward: default `PointInBox`: 1 for a click inside of the target.
+        reward: default `PointInBox`: 1 for a click inside of the target; in an environment with rewards, its own.
         **kwargs: as in `VisionLanguageDistillation`.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "image", "box")
-    provides: ClassVar[frozenset[str]] = frozenset({"categorical", "blend", "layers", "digits"})
+    provides: ClassVar[frozenset[str]] = VisionLanguageDistillation.provides | {"digits"}
 
     def __init__(self, answer_format: AnswerFormat | None = None, **kwargs: Any) -> None:
-        if kwargs.get("reward") is None:
+        environment = kwargs.get("environment")
+        if kwargs.get("reward") is None and not (environment is not None and environment.rewards):
             kwargs["reward"] = PointInBox()
-        super().__init__(**kwargs)
         self.answer_format = answer_format or Normalized1000()
+        if isinstance(environment, MiniWoB):
+            environment.adopt(self.answer_format)
+        super().__init__(**kwargs)
         self._model_sizes: dict[Size, Size] = {}
         for name, teacher in self.teachers.items():
             in_words = isinstance(teacher.view, PromptView) and {"box", "completion"} & set(teacher.view.columns)
@@ -105,6 +110,8 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         return {**example, "prompt": asked}
 
     def answered(self, example: Example, seen: Example, policy: Policy) -> Example:
+        if is_chat(example.get("completion")):  # of several turns, which a box says nothing of
+            return example
         return {**example, "completion": self.written(example, seen, policy)}
 
     def sample(self, policy: Policy, *args: Any, **kwargs: Any) -> Trajectories:
@@ -133,9 +140,25 @@ class GUIGroundingDistillation(VisionLanguageDistillation):
         return str(self.tokenizer().decode([token for token in tokens if token not in ends], skip_special_tokens=False))
 
     def parsed(self, completion: str, example: Example, student_view: dict[str, Any] | None = None) -> dict[str, Any]:
+        if self.environment is not None:  # the row's box is that of the first turn
+            return {}
         box, prediction = tuple(example["box"]), self.predicted(completion, example, student_view)
         metrics = grounding_metrics(prediction, box, images_of(example)[0].size)
         return {"box": list(box), "prediction": prediction, "metrics": metrics}
+
+    def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
+        values, samples = super().rewards(trajectories)
+        for sample in samples:
+            if "turns" in sample and not self.answer_format.absolute:
+                sample["clicks"] = [self._share(text) for text in sample["turns"]]
+        return values, samples
+
+    def _share(self, text: str) -> list[float] | None:
+        """Parses a click, or the center of a box, as shares of width and height; None: it is malformed."""
+        if (parsed := self.answer_format.parse(text)) is None:
+            return None
+        place = self.answer_format.to_pixels(parsed, (1, 1), (1, 1))
+        return [(place[axis] + place[axis - 2]) / 2 for axis in (0, 1)]
 
     # -- checks -------------------------------------------------------------------------------------------------
 

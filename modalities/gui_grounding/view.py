@@ -40,6 +40,8 @@ class BoxOnly(View):
     """
 
     columns = ("box",)
+    marks: ClassVar[bool] = True
+    """It draws on observed images, too, that have a box (`seen_by`)."""
 
     def __init__(self, color: str = "green", width: int = 5, hint: str = HINT) -> None:
         if width < 1:

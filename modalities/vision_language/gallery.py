@@ -19,11 +19,12 @@ import lightning as L
 from jsonargparse import ArgumentParser
 
 from ...module import OnPolicyDistillation
-from ...picture import Picture
+from ...picture import Picture, from_data_uri
 from ...printable import printable
 from ...report import new_figure, read_config
 from .images import images_of
 
+EPISODES = 4
 BEFORE, AFTER, TARGET = "tab:red", "tab:green", "tab:blue"
 
 
@@ -52,7 +53,10 @@ def read(run: Path) -> tuple[OnPolicyDistillation, Any, list[dict[str, Any]], li
 
 def gallery(run: Path, across: int = 4) -> Path:
     """Draws ``gallery.png`` into the run's folder, ``across`` examples in a row."""
+    # 1. what there is to be drawn
     module, rows, before, after = read(run)
+    if any("turns" in row for row in after):
+        return _episodes(run / "gallery.png", rows, before, after)
     views: list[tuple[str, Callable[[Any], Any]]] = [("student sees", lambda example: module.shown([example])[0])]
     views += [(f"{name} sees", teacher.look) for name, teacher in module.teachers.items() if teacher.view is not None]
     count, width = len(after), len(views)
@@ -61,6 +65,7 @@ def gallery(run: Path, across: int = 4) -> Path:
     axes: Any = figure.subplots(lines, across * width, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    # 2. an example after the other
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         example = dict(rows[i])
         for k, (title, look) in enumerate(views):
@@ -80,6 +85,38 @@ def gallery(run: Path, across: int = 4) -> Path:
             else:
                 axis.set_title(printable(title), fontsize=8, loc="left", color="gray", parse_math=False)
     path = run / "gallery.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _episodes(path: Path, rows: Any, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Path:
+    """Draws the first `EPISODES` before and after training, a line each: all screens, and what was answered to each."""
+    lines = [
+        (title, rows[i], samples[i])
+        for i in range(min(len(after), EPISODES))
+        for title, samples in (("before", before), ("after", after))
+    ]
+    across = max(len(sample["turns"]) for _, _, sample in lines)
+    figure = new_figure(2.6 * across, 2.9 * len(lines))
+    axes: Any = figure.subplots(len(lines), across, squeeze=False)
+    for line, (title, row, sample) in enumerate(lines):
+        screens = [images_of(dict(row))[0], *map(from_data_uri, sample.get("observed", ()))]
+        clicks = sample.get("clicks", [None] * len(sample["turns"]))
+        for turn, axis in enumerate(axes[line]):
+            axis.axis("off")
+            if turn >= len(sample["turns"]):
+                continue
+            # an error is answered without a screenshot
+            screen = screens[min(turn, len(screens) - 1)]
+            axis.imshow(screen, interpolation="nearest")
+            if clicks[turn] is not None:
+                place = (share * length for share, length in zip(clicks[turn], screen.size, strict=True))
+                axis.plot(*([value] for value in place), marker="x", markersize=9, markeredgewidth=2.5, color=BEFORE)
+            words = [*textwrap.wrap(printable(sample["prompt"]), 34), f"{title}: reward {sample.get('reward')}"]
+            if turn == 0:
+                axis.set_title("\n".join(words), fontsize=8, loc="left", parse_math=False)
+            text = printable(sample["turns"][turn])
+            axis.text(0, -0.04, text[:40], fontsize=8, va="top", transform=axis.transAxes, parse_math=False)
     figure.savefig(path, dpi=100)
     return path
 
@@ -108,6 +145,8 @@ def pictures(run: Path) -> list[list[Picture]]:
             view_example = teacher.look(example) if teacher.view is not None else None
             if view_example is not None:
                 line.append(Picture(f"{name} sees", images_of(view_example)[0]))
+        for number, screen in enumerate(new.get("observed", ()), 2):
+            line.append(Picture(f"screen {number}, after training", from_data_uri(screen)))
         drawn.append(line)
     return drawn
 

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from ...chat import Chat
+from ...chat import is_chat
 from ...distribution import Categorical, Distribution
 from ...finding import Finding
+from ...images import open_image
+from ...picture import data_uri
 from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
-from ...printable import quoted
 from ...rows import row_of
 from ...sharding import is_sharded
 from ...splits import rows_of
@@ -30,9 +31,12 @@ from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.elsewhere.question import answers
 from ..autoregressive.models import bare
+from ..autoregressive.observing import Given, Heard
 from ..autoregressive.rendering import Renderer
 from .gallery import pictures
-from .images import images_of, split_at_markers, values_of, with_images
+from .images import images_of, with_images
+from .observing import OBSERVED, given_images, heard_images, image_ids, observed_images, seen_by
+from .placing import mark_of, marks_of, placed_images
 from .processor import load_processor, placeholders
 
 CHECKED_EXAMPLES, CHECKED_STEPS = 4, 8
@@ -59,6 +63,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
     hub_task: ClassVar[str] = "image-text-to-text"
     pictures = staticmethod(pictures)
     reads: ClassVar[frozenset[str]] = AutoregressiveDistillation.reads | {"image", "images"}
+    observes: ClassVar[frozenset[str]] = frozenset({"image"})
     padding: ClassVar[dict[str, tuple[float, str]]] = dict.fromkeys(
         ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"), (0, "left")
     )
@@ -131,7 +136,7 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         return {name: tensor for name, tensor in inputs.items() if name not in self.padding}
 
     def cache_key(self, example: Example) -> Hashable:
-        return tuple((image.size, image.tobytes()) for image in images_of(example))
+        return tuple((image.size, image.tobytes()) for image in [*images_of(example), *example.get(OBSERVED, ())])
 
     def _process(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]:
         """Calls the processor on examples; `collate` and `media` of one batch share a call."""
@@ -141,8 +146,13 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
             if len(of) == len(examples) and all(map(_same, of, examples)):
                 return inputs
         renderer = self.renderer(policy)
-        images = [images_of(example) for example in examples]
-        texts = [renderer.prompt(self.asked(example)) for example in examples]
+        images = [[*(images_of(row) if "prompt" in row else ()), *row.get(OBSERVED, ())] for row in examples]
+        # what was observed has its tokens elsewhere: here it is for its pixels alone
+        texts = [
+            (renderer.prompt(self.asked(row)) if "prompt" in row else "")
+            + mark_of(processor) * len(row.get(OBSERVED, ()))
+            for row in examples
+        ]
         given: dict[str, Any] = {"images": images} if any(images) else {}
         # a rendered chat holds its own beginning-of-sequence token already
         processed = processor(
@@ -157,20 +167,50 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         processor = policy.processor
         if processor.chat_template is None:
             raise ValueError(f"{processor.tokenizer.name_or_path} has no chat template to place images with")
-        own = tuple(token for name in ("image_token", "boi_token") if (token := getattr(processor, name, None)))
-        return Renderer(processor, self.chat_template_kwargs, prepare=partial(placed_images, own=own))
+        prepare = partial(placed_images, own=marks_of(processor))
+        return Renderer(processor, self.chat_template_kwargs, prepare=prepare)
 
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]:
         inputs = super().continued(prompts, trajectories, device)
-        text = torch.zeros_like(trajectories.actions, device=device)
+        # behind the last trained step nothing is read, and no image is given for its tokens
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding_id)
+        behind = inputs["input_ids"][:, prompts["input_ids"].shape[1] :]
         types = {
-            name: torch.cat([prompts[name], text.to(prompts[name].dtype)], 1)
+            name: torch.cat([prompts[name], self.typed(name, behind).to(prompts[name].dtype)], 1)
             for name in ("mm_token_type_ids", "token_type_ids")
             if name in prompts
         }
         if "mm_token_type_ids" in types:
             del inputs["position_ids"]  # these models place image tokens in two dimensions, by their own rule
         return inputs | types
+
+    # -- observations -------------------------------------------------------------------------------------------
+
+    def heard(self, reader: Policy, example: Example, observation: str | list[Any], role: str) -> Heard:
+        if not (parts := observed_images(observation)):
+            return super().heard(reader, example, observation, role)
+        return heard_images(self, reader, self.asked(example), observation, parts, role)
+
+    def given(self, policy: Policy, row: Example) -> Given:
+        completion = row["completion"]
+        if not is_chat(completion) or not (parts := observed_images(completion)):
+            return super().given(policy, row)
+        return given_images(self, policy, row, parts)
+
+    def observing(self, policy: Policy, example: Example, values: list[dict[str, Any]]) -> Example:
+        if not values:
+            return example
+        teacher = self.teachers.get(policy.name)
+        return example | {OBSERVED: seen_by(teacher.view if teacher is not None else None, values)}
+
+    def typed(self, name: str, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(image_ids(self.policies["student"].processor), device=ids.device)).to(ids)
+
+    def rewards(self, trajectories: Trajectories) -> tuple[list[float | None] | None, list[dict[str, Any]]]:
+        values, samples = super().rewards(trajectories)
+        for sample, observed in zip(samples, trajectories.visible or (), strict=False):
+            sample["observed"] = [data_uri(open_image(value["image"])) for value in observed]
+        return values, samples
 
     # -- the methods of a setting that see images ---------------------------------------------------------------
 
@@ -306,53 +346,6 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
         examples = self.streams.seen(name, trajectories.examples, trajectories.student_view)
         kept = [i for i, e in enumerate(examples) if e is not None and images_of(e) and trajectories.mask[i].any()]
         return examples, kept
-
-
-def placed_images(chat: Chat, example: Example, own: tuple[str, ...] = ()) -> Chat:
-    """Converts contents of a chat to lists of parts, with one image part for each image of the row.
-
-    Where the texts hold `MARKERS`, an image's place is there; a chat that says no places has them at the beginning of
-    its first user message.
-
-    Args:
-        chat: of the row.
-        example: the row.
-        own: how the reader itself writes an image; as good as markers.
-
-    Raises:
-        ValueError: the chat has another number of places than the row has images, or a place for a video.
-    """
-    images = len(values_of(example))
-    placed = [{**message, "content": _parts(message["content"], own)} for message in chat]
-    kinds = [part.get("type") for message in placed for part in message["content"]]
-    if "video" in kinds:
-        raise ValueError("the prompt has a place for a video (a part or a marker <video>); videos are not read")
-    places = kinds.count("image")
-    if places == 0 and images:
-        first = next((m for m in placed if m["role"] == "user"), placed[0])
-        first["content"] = [{"type": "image"}] * images + first["content"]
-    elif places != images:
-        raise ValueError(f"the prompt has {places} image parts or markers such as <image>, the row has {images} images")
-    return placed
-
-
-def _parts(content: str | list[Any], own: tuple[str, ...]) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return split_at_markers(content, own)
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if isinstance(part, dict) and part.get("type") == "image":
-            parts.append({"type": "image"})  # it may carry the image itself, which templates have no use for
-        elif isinstance(part, dict) and isinstance(part.get("text"), str):
-            parts += split_at_markers(part["text"], own)
-        elif isinstance(part, dict) and part.get("type") == "video":
-            parts.append(part)
-        else:
-            raise ValueError(
-                f"a part of the prompt is neither text nor an image: {quoted(part)}; write {{type: text, text: …}} or "
-                "{type: image}"
-            )
-    return parts
 
 
 def blanked(example: Example) -> Example:

@@ -113,10 +113,11 @@ class Categorical(Distribution):
             else:
                 torch.addmm(bias, hidden, weight.T, out=raw[:, ids])
         if self.head.is_plain:
-            # no −inf, of which 0 × ∞ would make NaN
-            raw.clamp_(min=IMPOSSIBLE)
+            # no −inf, of which 0 × ∞ would make NaN; float16 has less room
+            impossible = max(IMPOSSIBLE, torch.finfo(raw.dtype).min)
+            raw.clamp_(min=impossible)
             if self.head.suppressed is not None:
-                raw.index_fill_(-1, self.head.suppressed.to(raw.device), IMPOSSIBLE)
+                raw.index_fill_(-1, self.head.suppressed.to(raw.device), impossible)
 
     def raw(self, states: slice) -> Tensor:
         """Returns the raw logits ``[n, V]``, projected with all that is prepared; they may be overwritten."""

@@ -47,6 +47,16 @@ def test_a_linear_head_with_bias_scale_softcap_and_padding(scale, softcap, paddi
     assert (gradient[V:] == 0).all()
 
 
+def test_suppressed_ids_have_no_probability_in_float16():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 9, bias=False).half()
+    teacher = Categorical(torch.randn(6, 4).half(), Head(layer, 9, suppressed=torch.tensor([0, 7])))
+    log_probs = teacher.at(torch.arange(6)).chunk(slice(0, 6)).log_probs()
+    assert log_probs.dtype == torch.float32
+    assert (log_probs[:, [0, 7]].exp() == 0).all()
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(6))
+
+
 def test_suppressed_ids_have_no_probability_and_no_gradient():
     layer, hidden = linear(V, H, seeded()), states(1).requires_grad_()
     suppressed = torch.tensor([0, 7])

@@ -94,6 +94,8 @@ def questions(
         views: the rows as the teacher reads them; None where there is no view, and no question.
         show: add what the student's processor makes of images.
     """
+    if batch.observed is not None and any(batch.observed):
+        raise ValueError("trajectories observed more than text behind their prompts, which nobody elsewhere is told")
     own = setting.shown(batch.examples, batch.student_view)
     examples = [row if view is None else view for row, view in zip(own, views, strict=True)]
     asked = asked_of(batch, setting.collate(examples, setting.policies["student"]))

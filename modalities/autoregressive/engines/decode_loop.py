@@ -23,11 +23,12 @@ from ....policy import Policy, evaluating
 from ....progress import advance
 from ....rollout_settings import Rollout
 from ..models import bare, cache_name, problem_with_cache
+from ..observing import Heard
 from ..passes import pass_limits
 from ..prefix import read_prompts
 from .cache import RowCache
 from .draw import draw, uniforms
-from .engine import Conversation, Prompts, Rereading, RolloutEngine, Writer, until_stop
+from .engine import Conversation, Ended, Prompts, Rereading, RolloutEngine, Writer, until_stop
 from .generate import Generate
 from .layers import PackedDecoder, packed_linear
 from .trial import problem_with_shared_prefix, shares_prefixes
@@ -167,7 +168,7 @@ class KeepingVoice(Voice):
 
     def __init__(self, policy: Policy, head: Head, prompts: Prompts, horizon: int, packed: bool) -> None:
         super().__init__(policy, head, prompts, horizon, packed, share=False)
-        self._model = bare(policy.model)
+        self._model, self._prompts = bare(policy.model), prompts
         self._rows, self._reads = list(range(len(prompts.examples))), 0
         self._kept: dict[int, Kept] = {}
         self.count = [0] * len(self._rows)
@@ -198,11 +199,11 @@ class KeepingVoice(Voice):
             layers = [(layer.keys[place][:, attended], layer.values[place][:, attended]) for layer in cache.rows_of()]
             self._kept[self._rows[place]] = Kept(layers, self._position[..., place, :] + self._reads)
 
-    def go_on(self, rows: list[int], tokens: list[list[int]], horizon: int) -> None:
-        """Reads new tokens behind what was kept of rows, in one pass, and begins to write them again."""
+    def go_on(self, rows: list[int], heard: list[Heard], horizon: int) -> None:
+        """Reads what is new behind what was kept of rows, in one pass, and begins to write them again."""
         # 1. keys and values, aligned to the right
         kept, count, device = [self._kept.pop(row) for row in rows], len(rows), self._device
-        lengths, widths = [one.layers[0][0].shape[1] for one in kept], [len(more) for more in tokens]
+        lengths, widths = [one.layers[0][0].shape[1] for one in kept], [len(more.ids) for more in heard]
         past, width = max(lengths), max(widths)
         layers: list[Any] = []
         for number, pair in enumerate(kept[0].layers):
@@ -217,17 +218,24 @@ class KeepingVoice(Voice):
         # 2. the new tokens behind them, aligned to the right, too
         ids = torch.zeros(count, width, dtype=torch.long)
         attended = torch.zeros(count, past + width, dtype=torch.bool)
-        for i, more in enumerate(tokens):
-            ids[i, width - widths[i] :] = torch.tensor(more)
+        for i, more in enumerate(heard):
+            ids[i, width - widths[i] :] = torch.tensor(more.ids)
             attended[i, past - lengths[i] : past] = attended[i, past + width - widths[i] :] = True
             self.count[rows[i]] += widths[i]
-        offset = (torch.arange(width) - width + torch.tensor(widths)[:, None]).clamp(min=0).to(device)
+        ids, attended, read = ids.to(device), attended.to(device), Cache(layers=layers)
+        new: dict[str, Any] = {"input_ids": ids, "attention_mask": attended[:, past:].long()}
+        if media := self._prompts.media_of([more.values for more in heard]):
+            types = {
+                n: self._prompts.typed(n, ids).to(t.dtype) for n, t in self._prompts.tokens.items() if n not in new
+            }
+            new |= types | {name: tensor.to(device) for name, tensor in media.items()}
+        # transformers' own of what is new, behind the last position of what is kept, on each of the model's axes
+        offset = self._model._prepare_position_ids_for_generation(ids, new)
         position = torch.stack([one.position for one in kept], -2) + offset
         # 3. one pass
-        ids, attended, read = ids.to(device), attended.to(device), Cache(layers=layers)
-        inputs = {"attention_mask": attended.long(), "position_ids": position, str(cache_name(self._model)): read}
+        new |= {"attention_mask": attended.long(), "position_ids": position, str(cache_name(self._model)): read}
         with self._active():
-            hidden = self._model.base_model(input_ids=ids, use_cache=True, **inputs)[0][:, -1]
+            hidden = self._model.base_model(use_cache=True, **new)[0][:, -1]
             row = torch.arange(count, device=device)
             self._begin(RowCache(read, row, attended, horizon), row, hidden, position)
         self._rows, self._reads = list(rows), 0
@@ -248,16 +256,16 @@ class Remembering(Conversation):
         return self._voice.count
 
     def write(
-        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+        self, rows: list[int], heard: list[Heard], rollout: Rollout, seeds: list[int], ended: Ended | None = None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), evaluating(bare(self._policy.model)):
             if self._voice is None:
                 self._voice = KeepingVoice(self._policy, self._head, self._prompts, rollout.horizon, self._packed)
             else:
                 # the last token of a turn was drawn and not read
-                behind = [[self._last[row], *more] for row, more in zip(rows, tokens, strict=True)]
+                behind = [replace(h, ids=[self._last[row], *h.ids]) for row, h in zip(rows, heard, strict=True)]
                 self._voice.go_on(rows, behind, rollout.horizon)
-            written = _write([self._voice], lambda logits: logits[0], 0, rollout, seeds, self._eos, self._pad)
+            written = _write([self._voice], lambda logits: logits[0], 0, rollout, seeds, self._eos, self._pad, ended)
             self._voice.end_turn()
         own, _ = until_stop(written[0], self._eos)
         for row, ids, kept in zip(rows, written[0], own, strict=True):
@@ -273,6 +281,7 @@ def _write(
     seeds: list[int],
     eos: list[int],
     pad: int,
+    ended: Ended | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws step by step from what the voices say together; rows that ended leave, so that a pass is small."""
     device = voices[0].logits.device
@@ -287,6 +296,9 @@ def _write(
         chosen, log_prob = draw(mix([voice.logits for voice in voices]), uniform[live, step], rollout)
         tokens[live, step], log_probs[live, step] = chosen, log_prob.float()
         going = ~torch.isin(chosen, stop)
+        if ended is not None:
+            for row in live[~going].tolist():
+                ended(row, tokens[row, : step + 1].tolist())
         left = int(going.sum())
         if not left or step + 1 == rollout.horizon:
             break

@@ -20,6 +20,7 @@ from ....finite import Finite
 from ....policy import Policy
 from ....rollout_settings import Rollout
 from ....trajectory import Example
+from ..observing import Heard
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Prompts:
         media: from examples to the model inputs that belong to no token, such as pixels.
         cache_key: from an example to a key that separates examples with equal tokens, such as their images.
         written: number of tokens behind the prompt that were written before, and drawn with the same seeds.
+        observing: adds to an example what was observed behind its prompt, for its media.
+        typed: values of another tensor, by its name, for token ids behind the prompt. Default: 0, which says text.
     """
 
     tokens: dict[str, Tensor]
@@ -39,6 +42,8 @@ class Prompts:
     media: Callable[[list[Example]], dict[str, Tensor]]
     cache_key: Callable[[Example], Hashable]
     written: int = 0
+    observing: Callable[[Example, list[dict[str, Any]]], Example] = lambda example, values: example
+    typed: Callable[[str, Tensor], Tensor] = lambda name, ids: torch.zeros_like(ids)
 
     @property
     def length(self) -> Tensor:
@@ -59,19 +64,38 @@ class Prompts:
         grown = {name: torch.cat([tensor.cpu(), more[name]], 1) for name, tensor in self.tokens.items()}
         return replace(self, tokens=grown, written=self.written + tokens.shape[1])
 
-    def behind(self, tokens: Sequence[Sequence[int]]) -> Prompts:
-        """Appends to each prompt tokens of its own, and aligns all to the right; draws begin with their first one."""
+    def behind(
+        self, tokens: Sequence[Sequence[int]], observed: Sequence[list[dict[str, Any]]] | None = None
+    ) -> Prompts:
+        """Appends to each prompt tokens of its own, and aligns all to the right; draws begin with their first one.
+
+        Args:
+            tokens: written or observed ones.
+            observed: what of it is more than tokens.
+        """
         attended = self.tokens["attention_mask"].cpu().bool()
         lengths = [int(n) + len(more) for n, more in zip(attended.sum(1), tokens, strict=True)]
         grown: dict[str, Tensor] = {}
         for name, tensor in self.tokens.items():
             grown[name] = torch.zeros(len(lengths), max(lengths), dtype=tensor.dtype)
             for i, more in enumerate(tokens):
-                # text, and not padding, is all that other tensors tell of them
-                values = more if name == "input_ids" else [int(name == "attention_mask")] * len(more)
-                row = torch.cat([tensor[i].cpu()[attended[i]], torch.tensor(values, dtype=tensor.dtype)])
+                row = torch.cat([tensor[i].cpu()[attended[i]], self.values(name, more).to(tensor.dtype)])
                 grown[name][i, len(grown[name][i]) - len(row) :] = row
-        return replace(self, tokens=grown)
+        if observed is None:
+            return replace(self, tokens=grown)
+        pairs = zip(self.examples, observed, strict=True)
+        return replace(self, tokens=grown, examples=[self.observing(example, values) for example, values in pairs])
+
+    def values(self, name: str, ids: Sequence[int]) -> Tensor:
+        """Returns the values ``[T]`` of a tensor for token ids behind the prompt, none of which is padding."""
+        tokens = torch.tensor(ids, dtype=torch.long)
+        if name in ("input_ids", "attention_mask"):
+            return tokens if name == "input_ids" else torch.ones_like(tokens)
+        return self.typed(name, tokens)
+
+    def media_of(self, observed: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        """Computes the media of what was observed alone, without those of prompts; of nothing, none."""
+        return self.media([self.observing({}, values) for values in observed]) if any(observed) else {}
 
     def inputs(self, rows: Sequence[int], device: Any) -> dict[str, Tensor]:
         """Collects model inputs of some trajectories on a device."""
@@ -90,6 +114,10 @@ class Prompts:
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         index = {i: number for number, i in enumerate(sorted(first.values()))}
         return list(index), [index[first[key]] for key in keys]
+
+
+Ended = Callable[[int, list[int]], None]
+"""Takes the place of a row in its pass, and the ids of its turn."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +148,16 @@ class Conversation(ABC):
 
     @abstractmethod
     def write(
-        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+        self, rows: list[int], heard: list[Heard], rollout: Rollout, seeds: list[int], ended: Ended | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Goes on with some rows behind ``tokens`` of each, which none has read, until a stop token or the horizon.
+        """Goes on with some rows behind what was heard of each, which none has read, until a stop token or the horizon.
 
         Args:
             rows: of the B, all of them at first; each one ended with a stop token before.
-            tokens: none at first.
+            heard: nothing at first.
             rollout: its horizon is that of this turn.
             seeds: of this turn's draws, one for each of the rows.
+            ended: told of rows that stop while others are written, by engines that know.
 
         Returns:
             New tokens ``[n, T']`` and their log-probs, as of `RolloutEngine.write`.
@@ -144,14 +173,17 @@ class Rereading(Conversation):
         self._engine, self._policy, self._head, self._prompts = engine, policy, head, prompts
         self._eos, self._pad = eos, pad
         self._texts: list[list[int]] = [[] for _ in prompts.examples]
+        self._observed: list[list[dict[str, Any]]] = [[] for _ in prompts.examples]
         self.read = [0] * len(self._texts)
 
     def write(
-        self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]
+        self, rows: list[int], heard: list[Heard], rollout: Rollout, seeds: list[int], ended: Ended | None = None
     ) -> tuple[Tensor, Tensor]:
-        for row, more in zip(rows, tokens, strict=True):
-            self._texts[row] += more
-        prompts = self._prompts.only(rows).behind([self._texts[row] for row in rows])
+        for row, more in zip(rows, heard, strict=True):
+            self._texts[row] += more.ids
+            self._observed[row] += more.values
+        texts, observed = [self._texts[row] for row in rows], [self._observed[row] for row in rows]
+        prompts = self._prompts.only(rows).behind(texts, observed)
         written = self._engine.write(self._policy, self._head, prompts, rollout, seeds, self._eos, self._pad)
         own, _ = until_stop(written[0], self._eos)
         for row, ids, kept, before in zip(rows, written[0], own, prompts.length.tolist(), strict=True):

@@ -121,9 +121,22 @@
 
   const reward = () => (WOB_DONE_GLOBAL ? WOB_RAW_REWARD_GLOBAL : 0);
 
+  // as a word of its own, in the case in which it is written
+  const isNamed = (text) => text !== '' && ` ${core.getUtterance()} `.includes(` ${text} `);
+
+  const place = (selector) => {
+    const all = [...document.querySelectorAll(selector)];
+    const element = all.length > 1 ? all.find((one) => isNamed(shownText(one))) : all[0];
+    if (!element) return null;
+    const box = clipped(rectangle(element.getBoundingClientRect()));
+    return box[2] - box[0] < 4 || box[3] - box[1] < 4 || !isOnTop(element, box) ? null : box;
+  };
+
   window.renderer = {
     start,
     reward,
+    place,
+    outcome: () => (WOB_DONE_GLOBAL ? WOB_RAW_REWARD_GLOBAL : null),
     // pages of free wording return their fields along with the words
     instruction: () => core.getUtterance().utterance || core.getUtterance(),
     elements: () =>

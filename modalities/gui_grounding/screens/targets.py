@@ -116,17 +116,22 @@ def _clickable(holder: Element, elements: Iterable[Element]) -> Element | None:
     return target if inside and target.lines == 1 else None
 
 
+def in_picture(box: Box) -> Box:
+    """Converts a box from CSS pixels of the window to pixels of the picture."""
+    left, top, _, _ = AREA
+    x1, y1, x2, y2 = (round(SCALE * edge, 2) for edge in (box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+    return x1, y1, x2, y2
+
+
 def row(screen: Screen, element: Element, kind: str, prompt: str) -> dict[str, Any]:
     """Builds the annotation of an element; its box is in pixels of the picture."""
-    left, top, width, height = AREA
-    x1, y1, x2, y2 = element.box
-    box = [round(SCALE * edge, 2) for edge in (x1 - left, y1 - top, x2 - left, y2 - top)]
+    _, _, width, height = AREA
     return {
         "image": f"images/{screen.page}_{screen.seed:05d}.png",
         "width": SCALE * width,
         "height": SCALE * height,
         "prompt": prompt,
-        "box": box,
+        "box": list(in_picture(element.box)),
         "platform": "web",
         "element_type": "text" if element.text else "icon",
         "page": screen.page,

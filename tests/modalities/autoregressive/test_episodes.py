@@ -222,6 +222,30 @@ class Sleepy(Echo):
         return super().step(state, text)
 
 
+class Watched(Echo):
+    """Says when it was asked."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def step(self, state: Any, text: str) -> Turn:
+        self.events.append("step")
+        return super().step(state, text)
+
+
+def test_the_environment_answers_while_others_are_written(chat):
+    events: list[str] = []
+    module = acting(chat, Watched(events), ENDS)
+    embedding = module.policies["student"].model.get_input_embeddings()
+    act(module, make_rows(1), turns=1)  # in which a trial of the model is made
+    events.clear()
+    embedding.register_forward_hook(lambda *_: events.append("read"))
+    act(module, make_rows(6), turns=1, horizon=150)
+    assert events.count("step") > 1
+    assert "read" in events[events.index("step") :], "of the same turn, since there is one alone"
+
+
 def test_however_long_steps_take_the_rollout_is_the_same(chat):
     alone, beside = Sleepy(1), Sleepy(4)
     one, other = (act(acting(chat, environment, ENDS), make_rows(6), horizon=150) for environment in (alone, beside))

@@ -116,7 +116,7 @@ class Saying:
         self.engine, self.examples, self.pad = engine, examples, pad
         self.read, self.turn = [0] * len(examples), 0
 
-    def write(self, rows: list[int], tokens: Any, rollout: Rollout, seeds: Any) -> Any:
+    def write(self, rows: list[int], heard: Any, rollout: Rollout, seeds: Any, ended: Any = None) -> Any:
         texts = [self.examples[row]["says"] if not self.turn else "2" for row in rows]
         self.engine.said += 0 if self.turn else len(rows)
         self.turn += 1

@@ -187,7 +187,7 @@ class Caller:
         self.read, self.turn = [0] * len(prompts.examples), 0
         return self
 
-    def write(self, rows: list[int], tokens: Any, rollout: Rollout, seeds: Any) -> Any:
+    def write(self, rows: list[int], heard: Any, rollout: Rollout, seeds: Any, ended: Any = None) -> Any:
         ids = self.module.tokenizer()(self.texts[self.turn] + "<|im_end|>", add_special_tokens=False)["input_ids"]
         self.turn += 1
         written = torch.tensor([ids] * len(rows))
