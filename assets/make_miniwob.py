@@ -1,5 +1,5 @@
-"""Makes the teacher of gui_grounding/miniwob_agent.yaml: ``make assets-miniwob``. It renders episodes first, which needs
-Chromium (``make browser``); some three CPU minutes.
+"""Makes the teacher of gui_grounding/miniwob_agent.yaml: ``make assets-miniwob``. It renders episodes first, which
+needs Chromium (``make browser``); some three CPU minutes.
 """
 
 from __future__ import annotations
