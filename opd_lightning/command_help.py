@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from importlib.util import resolve_name
 from typing import Any
 
 from .entry_points import file_of, summary
@@ -12,7 +15,7 @@ from .entry_points import file_of, summary
 READ = {"help", "metavar", "default", "nargs", "action", "required", "const"}
 """What of `add_argument` stands in help; the rest decides how values are read."""
 
-COMPUTED = {"add_class_arguments", "add_mutually_exclusive_group", "add_subparsers"}
+COMPUTED = {"add_mutually_exclusive_group", "add_subparsers"}
 """Calls that add arguments which do not stand in the file."""
 
 
@@ -45,15 +48,53 @@ def help_of(entry: EntryPoint) -> str | None:
             if _name(call) == "add_argument":
                 keywords = {name: value for name, value in _keywords(call, constants).items() if name in READ}
                 parser.add_argument(*(_value(argument, constants) for argument in call.args), **_with_default(keywords))
-    except Unreadable:
+            if _name(call) == "add_class_arguments":
+                cls, prefix = call.args
+                for flag, keywords in _fields(_imported(cls, tree, entry.module), f"--{_value(prefix, constants)}"):
+                    parser.add_argument(flag, **_with_default(keywords))
+    except (Unreadable, ValueError):  # a call of another form
         return None
     return parser.format_help()
+
+
+def _imported(name: ast.expr, tree: ast.Module, module: str) -> tuple[ast.Module, str]:
+    """Finds the file that a class is imported from, with the class's name in it."""
+    for node in [node for node in tree.body if isinstance(node, ast.ImportFrom)]:
+        for alias in node.names:
+            if isinstance(name, ast.Name) and (alias.asname or alias.name) == name.id:
+                origin = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+                if (file := file_of(origin)) is not None:
+                    return ast.parse(file.read_text(encoding="utf-8")), alias.name
+    raise Unreadable
+
+
+def _fields(place: tuple[ast.Module, str], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the fields of a dataclass, and of those that are fields of it: flags, and what stands in help."""
+    tree, name = place
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if name not in classes or not any(getattr(d, "id", "") == "dataclass" for d in classes[name].decorator_list):
+        raise Unreadable
+    text, constants = ast.get_docstring(classes[name]) or "", _constants(tree)
+    described = {
+        m[1]: " ".join(m[2].split()) for m in re.finditer(r"^    (\w+): ((?:.+|\n {6,})+)", text, re.MULTILINE)
+    }
+    for node in classes[name].body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        flag, kind = f"{prefix}.{node.target.id}", ast.unparse(node.annotation)
+        if kind in classes:
+            yield from _fields((tree, kind), flag)
+            continue
+        keywords = {"help": described.get(node.target.id, ""), "metavar": kind}
+        if isinstance(node.value, ast.Constant | ast.Name):
+            keywords["default"] = _value(node.value, constants)
+        yield flag, keywords | {"required": node.value is None}
 
 
 def _with_default(keywords: dict[str, Any]) -> dict[str, Any]:
     """Says the default of an argument behind what it is, where that does not say it."""
     default, text = keywords.get("default"), keywords.get("help", "")
-    if default in (None, {}) or "default" in text or "auto:" in text:
+    if default in (None, {}) or "default" in text.lower() or "auto:" in text:
         return keywords
     return keywords | {"help": f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"}
 

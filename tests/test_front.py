@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from jsonargparse import Namespace
@@ -13,6 +14,7 @@ from opd_lightning.__main__ import execute
 from opd_lightning.cli import OPDCLI, understood
 from opd_lightning.command_help import help_of
 from opd_lightning.config_file import ConfigError
+from opd_lightning.endpoint import Budget, Endpoint
 from opd_lightning.entry_points import COMMANDS, commands, file_of, registered
 from opd_lightning.front import RUNS, front, keys_of
 
@@ -48,7 +50,7 @@ def test_help_that_imports_nothing_names_what_the_parser_of_a_command_takes(comm
     """Help is read from the command's file; the few that compute it give it themselves."""
     entry = registered(COMMANDS)[command]
     page, file = help_of(entry), file_of(entry.module)
-    assert (page is None) == (command in ("ask", "fetch", "new"))
+    assert (page is None) == (command in ("fetch", "new"))
     flags = set(re.findall(r'add_argument\(\s*"(--\w+)"', file.read_text(encoding="utf-8")))
     assert page is None or all(flag in page for flag in flags)
 
@@ -58,6 +60,15 @@ def test_help_says_defaults(capsys):
     assert "default: 127.0.0.1)" in text
     assert "OPD_SERVE_TOKEN" in text, "a constant of the module"
     assert "(default: true)" in answer(capsys, "export", "-h")
+
+
+def test_help_has_the_fields_of_a_dataclass_that_a_command_takes(capsys):
+    text = " ".join(answer(capsys, "ask", "--help").split())
+    assert "--endpoint.url str such as ``http://localhost:8000``" in text
+    assert "--endpoint.at_once int requests in flight" in text
+    assert "--endpoint.budget.money float | None in the currency of the prices. Default: no limit." in text
+    known = {f"--endpoint.{field.name}" for field in fields(Endpoint)} - {"--endpoint.budget"}
+    assert all(flag in text for flag in known | {f"--endpoint.budget.{field.name}" for field in fields(Budget)})
 
 
 @pytest.mark.parametrize("command", ["gallery", "report", "table"])
