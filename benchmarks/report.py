@@ -47,7 +47,9 @@ def write_run(folder: Path) -> None:
         for step, i in ((step, i) for step in (0, POINTS) for i in range(SAMPLES)):
             told = {"steps": [f" word{draw.randrange(999)}" for _ in range(STEPS)]}
             told["teacher_log_probs"] = [-draw.expovariate(1.0) for _ in range(STEPS)]
-            told["likeliest"] = [[[" one", -0.5], [" two", -1.5], [" three", -3.0]]] * STEPS
+            told["likeliest"] = [
+                [[word, -0.5 - n] for n, word in enumerate((" one", " two", " three", " four", " five"))]
+            ] * STEPS
             row = {
                 "step": step,
                 "who": "student",

@@ -35,7 +35,7 @@ from .trajectory import Example, Trajectories
 # Lightning prints names of metrics as rich's markup, and `/` divides them
 _IN_NAMES = str.maketrans("[]/", "()|")
 EVALUATION_DRAWS = 2**32  # keeps evaluation's seeds apart from the rollouts'
-LIKELIEST = 3  # of a teacher's steps, which are written down beside each shown one
+LIKELIEST = 5  # of a teacher's steps, which are written down beside each shown one
 BATCH_SIZE = 64  # of rows before training, where the data module has no own
 
 

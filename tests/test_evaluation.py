@@ -174,7 +174,7 @@ def test_samples_hold_what_the_teacher_made_of_each_step(world, held_out, tmp_pa
         assert len(row["steps"]) == len(row["likeliest"]) == count
         assert "".join(row["steps"]).startswith(row["completion"])
         for step, log_prob, lines in zip(row["steps"], row["teacher_log_probs"], row["likeliest"], strict=True):
-            assert len(lines) == 3
+            assert len(lines) == 5
             assert lines[0][1] >= log_prob - 1e-4
             if lines[0][0] == step:
                 assert lines[0][1] == pytest.approx(log_prob, abs=1e-3)

@@ -273,6 +273,9 @@ def test_a_model_that_sees_reads_images(tmp_path, make_world):
     with Serving(load(str(checkpoint), "cpu")) as server:
         body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4}
         status, answer = ask(server, "/v1/chat/completions", body)
+        # as lmms-eval 0.7.3 asks
+        settings = {"model": answer["model"], "temperature": 0, "top_p": 1, "seed": 0, "n": 1}
+        assert ask(server, "/v1/chat/completions", {**body, **settings})[0] == 200
         body["messages"][0]["content"][0]["image_url"]["url"] = "http://127.0.0.1/x.png"
         refused = ask(server, "/v1/chat/completions", body)
     assert status == 200, answer
