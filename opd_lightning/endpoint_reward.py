@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from .asked import Reply
 from .chat import Chat
 from .endpoint import BudgetSpent, Endpoint
+from .heart import HEART
 from .policy import View, shown_by
 from .printable import quoted
 from .progress import phase
@@ -170,7 +171,7 @@ def await_all(endpoint: Endpoint, futures: Sequence[Future[Reply]]) -> None:
     Raises:
         BudgetSpent: at the first that the budget has no room for.
     """
-    with phase(f"answers of {endpoint.url}", len(futures)) as progress:
+    with phase(f"answers of {endpoint.url}", len(futures)) as progress, HEART.waiting_for("server"):
         for future in futures:
             if isinstance(error := future.exception(), BudgetSpent):
                 raise error

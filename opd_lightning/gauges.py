@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 
+from .diagnostics import Counts
 from .heart import HEART
 from .metrics import is_logged
 from .optimizer_step import MicroBatch
+from .peaks import peak_of
 
 
 class Gauges(L.Callback):
@@ -26,18 +28,19 @@ class Gauges(L.Callback):
         self.trained = 0
         self._module: Any = None
         self._steps, self._since, self._backward, self._update = 0, 0.0, 0.0, 0.0
-        self._apart: tuple[dict[str, float], dict[str, int]] = {}, {}
+        self._apart: Counts = {}, {}, {}, {}, {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._module = pl_module
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._steps, self._since = 0, time.perf_counter()
+        stopwatch = self._module.metrics.stopwatch
+        stopwatch.peak = peak_of(pl_module.device, str(trainer.precision))
+        self._begin()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:  # after the evaluation before training, which is no part of a step
-            self.on_train_start(trainer, pl_module)
-            self._module.metrics.stopwatch.read()
+            self._begin()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         self._backward, HEART.phase = time.perf_counter(), "backward"
@@ -68,13 +71,12 @@ class Gauges(L.Callback):
             self._steps, self._since = 0, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stopwatch = self._module.metrics.stopwatch
-        self._update, self._apart = time.perf_counter(), (dict(stopwatch.seconds), dict(stopwatch.steps))
+        self._update, self._apart = time.perf_counter(), self._module.metrics.stopwatch.set_aside()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes validation out of the time of steps and of their phases: teachers are asked there, too."""
         stopwatch, spent = self._module.metrics.stopwatch, time.perf_counter() - self._update
-        stopwatch.seconds, stopwatch.steps = self._apart
+        stopwatch.restore(self._apart)
         stopwatch.since += spent
         self._since += spent
 
@@ -84,6 +86,11 @@ class Gauges(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trained = state_dict["trained"] if self._module.global_rank == 0 else 0
+
+    def _begin(self) -> None:
+        """Begins to measure; what was before belongs to no step."""
+        self._steps, self._since = 0, time.perf_counter()
+        self._module.metrics.stopwatch.read()
 
     def _spend(self, name: str, since: float) -> None:
         """Adds to the time of a phase."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ class Heart:
         whole: whether weights, moments and positions are those between two optimizer steps, or can be taken back there.
         phase: the last phase of an optimizer step that began.
         waited: seconds in collectives, by that phase, since they were last read.
+        held_up: seconds that training waited for a worker or a server, since they were last read.
     """
 
     def __init__(self) -> None:
         self.beats, self.since, self.whole = 0, time.monotonic(), False
         self.phase, self.waited = "start", dict[str, float]()
+        self.held_up = dict[str, float]()
 
     def beat(self) -> None:
         """Notes progress; costs nothing worth a word."""
@@ -35,6 +38,17 @@ class Heart:
             yield
         finally:
             self.waited[self.phase] = self.waited.get(self.phase, 0.0) + time.monotonic() - began
+            self.beat()
+
+    @contextmanager
+    def waiting_for(self, whom: str) -> Iterator[None]:
+        """Measures the time for which training stands still for a ``worker`` or a ``server``; not that of threads."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                self.held_up[whom] = self.held_up.get(whom, 0.0) + time.monotonic() - began
             self.beat()
 
 

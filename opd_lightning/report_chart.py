@@ -31,6 +31,7 @@ GROUPS: tuple[tuple[str, str, str], ...] = (
     ("share of rollouts that stop by themselves", r"(train|val)/([^/]+/)?stopped", "share"),
     ("throughput (steps per second)", r"speed/.*", ""),
     ("share of the time", r"time/.*_share", "share"),
+    ("model FLOP utilization, and padding", r"work/.*", "share"),
     ("reward in training", r"train/reward", ""),
     ("loss", r"train/loss/.*", ""),
     ("gradient norm", r"train/gradient_norm", "log"),

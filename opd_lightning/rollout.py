@@ -20,6 +20,7 @@ from . import fingerprint
 from .actor import Actor, Judging
 from .callback import followers
 from .contract import check_rollouts
+from .heart import HEART
 from .metrics import Metrics, forget_logged
 from .optimizer_step import Cache, MicroBatch, OptimizerStep
 from .ranks import Ranks
@@ -163,7 +164,8 @@ class RolloutLoader:
                 trajectories = self._roll_out(number, self.trainer.global_step, self.actor)
             else:
                 self._keep_ahead(number, self._worker)
-                trajectories = self._ahead.popleft().result()
+                with HEART.waiting_for("worker"):
+                    trajectories = self._ahead.popleft().result()
         metrics.stopwatch.count("rollout", int(trajectories.mask.sum()))
         # here and not in the worker's thread, where rewards would have no time limit, and with the weights of now
         judged = Judging(self.actor, self.ranks)
@@ -179,8 +181,9 @@ class RolloutLoader:
 
     def _keep_ahead(self, number: int, worker: RolloutWorker) -> None:
         """Sees to it that the generation batches up to number + max_staleness are on their way."""
-        for rolled in self._ahead:  # the weights must not change while it acts, and what it raised is raised here
-            rolled.result()
+        with HEART.waiting_for("worker"):
+            for rolled in self._ahead:  # the weights must not change while it acts, and what it raised is raised here
+                rolled.result()
         worker.refresh()
         version = self.trainer.global_step
         for later in range(number + len(self._ahead), number + self.actor.rollout.max_staleness + 1):

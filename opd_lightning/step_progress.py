@@ -26,6 +26,9 @@ SHOWN = {
     "time/step_s": "{:.2g} s/step",
     "time/rollout_share": "{:.0%} rollouts",
     "speed/rollout_steps_per_s": "{:,.0f} {unit}/s of them",
+    "time/waited_worker_share": "{:.0%} waiting for the worker",
+    "time/waited_server_share": "{:.0%} waiting for servers",
+    "work/mfu": "MFU {:.0%}",
     "train/{unit}_so_far": "{:,.0f} {unit} so far",
 }
 """What a line says besides losses, in order."""
@@ -206,5 +209,8 @@ def whereabouts(trainer: L.Trainer) -> list[str]:
     lines = [f"{name}: {path}" for name, path in there.items() if path is not None and path.exists()]
     if there["metrics"] is not None and there["config"] is not None and there["config"].exists():
         own, config = shlex.quote(str(folder)), shlex.quote(str(there["config"]))
-        lines.append(f"next: opd report {own}; more steps: opd fit -c {config} --ckpt_path=last --trainer.max_steps=…")
+        lines.append(
+            f"next: opd report {own}, which writes {folder / 'report.html'}; more steps: opd fit -c {config} "
+            "--ckpt_path=last --trainer.max_steps=…"
+        )
     return lines

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from opd_lightning import diagnostics, gauges
+from opd_lightning.diagnostics import Stopwatch
 from opd_lightning.gauges import Gauges
+from opd_lightning.heart import HEART
 from opd_lightning.metrics import Metrics
 
 
@@ -16,8 +20,9 @@ def test_what_is_evaluated_counts_neither_for_a_step_nor_for_its_phases(monkeypa
     for module in (gauges, diagnostics):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     metrics = Metrics()
-    module = SimpleNamespace(metrics=metrics, total=float, unit="tokens")
-    trainer, batch = SimpleNamespace(global_step=0, log_every_n_steps=1), SimpleNamespace(is_last=True)
+    module = SimpleNamespace(metrics=metrics, total=float, unit="tokens", device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=1, precision="32-true")
+    batch = SimpleNamespace(is_last=True)
     batch.step = SimpleNamespace(trajectories=[])
     gauge = Gauges()
     gauge.setup(trainer, module, "fit")
@@ -29,6 +34,8 @@ def test_what_is_evaluated_counts_neither_for_a_step_nor_for_its_phases(monkeypa
         clock.now += 3
     gauge.on_validation_start(trainer, module)
     metrics.stopwatch.count("teacher", 9)
+    metrics.stopwatch.compute("teacher", 1e6)
+    metrics.stopwatch.read_through(100, 50)
     with metrics.stopwatch.phase("teacher"):
         clock.now += 50
     gauge.on_validation_end(trainer, module)
@@ -41,3 +48,19 @@ def test_what_is_evaluated_counts_neither_for_a_step_nor_for_its_phases(monkeypa
         "time/rollout_share": pytest.approx(0.75),
         "time/update_share": pytest.approx(0.25),
     }
+
+
+def test_what_threads_wait_for_does_not_hold_training_up():
+    HEART.held_up.clear()
+    with ThreadPoolExecutor(1) as threads:
+
+        def ask() -> None:
+            with HEART.waiting_for("server"):
+                pass
+
+        threads.submit(ask).result()
+    assert not HEART.held_up
+    with HEART.waiting_for("server"):
+        pass
+    assert {*Stopwatch().read()} == {"time/waited_server_share"}
+    assert not HEART.held_up, "it begins anew"

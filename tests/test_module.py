@@ -247,6 +247,7 @@ LOGGED = [
     "steps/rollout",
     "steps/teacher",
     "steps/student",
+    "work/padding_share",
 ]
 
 

@@ -87,7 +87,7 @@ def test_steps_of_the_whole_run_also_after_a_resume(tmp_path, capsys, monkeypatc
         assert word in steps[-1]
     assert "left" in steps[0]
     assert any(line.startswith("step 2: ") for line in lines), "the validation"
-    assert lines[-1].startswith("next: opd report run; more steps: opd fit -c run/config.yaml --ckpt_path=last")
+    assert lines[-1].startswith("next: opd report run, which writes run/report.html; more steps: opd fit -c run/config")
     assert "samples: run/samples.jsonl" in lines
     (first,) = re.findall(r"([\d,]+) tokens so far", steps[-1])
     # the same run goes on

@@ -74,6 +74,14 @@ def shared_prefixes(ids: Tensor, limit: Tensor, cost: int) -> Prefix:
     return Prefix(rows, longer=longer(rows, 0, 0))
 
 
+def read_once(prefix: Prefix) -> Iterator[tuple[int, int]]:
+    """Yields the first column, and the one behind the last, of all prefixes that are read for several rows at once."""
+    if prefix.stop > prefix.start:
+        yield prefix.start, prefix.stop
+    for longer in prefix.longer:
+        yield from read_once(longer)
+
+
 def problem_with_prefixes(model: Any) -> str | None:
     """Explains why a model can't go on behind a prefix that was read before, going by its kind; None: it may."""
     if kinds := rope_kinds(model):

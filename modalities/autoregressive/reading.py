@@ -17,6 +17,7 @@ from ...sharding import as_forward, is_sharded
 from ...trajectory import Example, Trajectories
 from .engines.row_groups import check_dynamic
 from .engines.trial import shares_prefixes
+from .flops import Counter
 from .models import READ, bare, depth
 from .passes import at_steps, last_trained, left_align, pass_limits, read
 from .prefix import Prefix, read_rows, shared_prefixes
@@ -29,6 +30,7 @@ class Reading(Writing, Protocol):
     pass_tokens: int | None
     objective: Objective
 
+    def counter(self, policy: Policy) -> Counter: ...
     def shown(self, examples: list[Example], settings: dict[str, Any] | None = None) -> list[Example]: ...
     def collate(self, examples: list[Example], policy: Policy) -> dict[str, Tensor]: ...
     def continued(self, prompts: dict[str, Tensor], trajectories: Trajectories, device: Any) -> dict[str, Tensor]: ...
@@ -72,6 +74,7 @@ def hidden_states(
     if is_text := inputs.keys() == READ:
         # no token sees those behind it, so padding needs no mask, with which attention would be slower
         del inputs["attention_mask"]
+    counter = module.counter(policy)
     # 2. hidden states; the distribution of step t comes from the column before it
     prefix, (most, cost) = Prefix(torch.arange(len(length))), pass_limits(device, module.pass_tokens)
     if is_text:
@@ -81,9 +84,11 @@ def hidden_states(
     with policy.active():
         if media or is_sharded(model):
             # media belong to the batch as a whole, and ranks that share weights must make equally many passes
-            hidden = at_steps([(prefix.rows, 0, read(model, inputs, layers))], last, steps)
+            passes = iter([(prefix.rows, 0, read(model, inputs, layers))])
         else:
-            hidden = at_steps(read_rows(model, inputs, length, prefix, most, cost, layers), last, steps)
+            passes = read_rows(model, inputs, length, prefix, most, cost, layers)
+        hidden = at_steps(counter.passes(length, prefix, passes), last, steps)
+    counter.head(trajectories)
     # layers are side by side, so that they are gathered in one go
     return list(hidden.chunk(1 + len(layers), -1))
 

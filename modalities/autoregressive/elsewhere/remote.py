@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ....connection import client_of
 from ....distribution import Distribution, Head
+from ....heart import HEART
 from ....likeness import UNKNOWN
 from ....policy import Policy
 from ....teacher import Elsewhere, Teacher
@@ -158,7 +159,8 @@ class Remote(Elsewhere):
     def answered(self, asked: Sequence[Question | None]) -> list[Answer | None]:
         """Waits for the answers to questions, and sends those that are not on their way."""
         futures = [None if question is None else self._submit(question) for question in asked]
-        told = [None if future is None else future.result() for future in futures]
+        with HEART.waiting_for("server"):
+            told = [None if future is None else future.result() for future in futures]
         for question in asked:
             if question is not None:
                 self._flying.pop(question, None)

@@ -110,7 +110,7 @@ class VllmServer(RolloutEngine):
         asked = [
             self._request(ids[mask].tolist(), rollout, seed, eos) for (ids, mask), seed in zip(rows, seeds, strict=True)
         ]
-        with ThreadPoolExecutor(min(self.at_once, len(asked))) as threads:
+        with HEART.waiting_for("server"), ThreadPoolExecutor(min(self.at_once, len(asked))) as threads:
             answers = list(threads.map(self._complete, asked))
         # 3. answers, which are compared when the adapter is a new one
         width = max(len(tokens) for tokens, _ in answers)
