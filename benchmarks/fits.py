@@ -3,13 +3,16 @@
     python benchmarks/fits.py            the table, computed
     python benchmarks/fits.py --recipes  the largest student of each recipe of docs/recipes.md, computed
     python benchmarks/fits.py --check    training steps on this CPU, predicted and measured; Linux only
+    python benchmarks/fits.py --runs     runs of `opd fit` on this CPU, as `opd check` forecasts them, and measured
 
-The package computes it (`memory.py`). Writes runs/bench/fits.json, fits-recipes.json and fits-check.json.
+The package computes it (`memory.py`). Writes fits.json, fits-recipes.json, fits-check.json and fits-runs.json
+below runs/bench.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -170,12 +173,72 @@ def measure(run: Run, prompt: int, completion: int) -> dict[str, float]:
     return {"gb": (resident("VmHWM") - watch.before + watch.weights) / 1e9, "weights_gb": watch.weights / 1e9}
 
 
+# -- the forecast of opd check --------------------------------------------------------------------------------------
+
+RUNS: dict[str, list[str]] = {
+    "images": ["-c", "opd:vision_language/quickstart.yaml", "--model.rollout.batch_size=256"],
+    "GUI grounding": ["-c", "opd:gui_grounding/quickstart.yaml"],
+    "diffusion": ["-c", "opd:diffusion/quickstart.yaml"],
+}
+HELD = ("weights", "teacher", "encoders")
+
+
+def measure_run(arguments: list[str]) -> dict[str, Any]:
+    """Two updates of a configured run, and what `opd check` forecasts for it; as in `measure`."""
+    import lightning as L
+
+    from opd_lightning.cli import OPDCLI
+    from opd_lightning.forecast import peak as largest
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+            if trainer.global_step == 0:
+                read_whole(*{policy.model for policy in module.policies.values()})
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what checks left free would serve small tensors unseen
+                reset_peak()
+                self.before = resident("VmRSS")
+
+        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+            self.most = resident("VmHWM")
+            self.phases = module.forecast(trainer, None).phases()
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        quick = ["--trainer.max_steps=2", "--model.evaluation.before=false", "--trainer.limit_val_batches=0"]
+        OPDCLI(["fit", *arguments, *quick, f"--trainer.default_root_dir={folder}"], [watch])
+    held = sum(watch.phases["update"].get(name, 0.0) for name in HELD)
+    size, phase, term = largest(watch.phases)
+    phases = {name: {t: round(v / 1e6, 1) for t, v in terms.items()} for name, terms in watch.phases.items()}
+    found = (watch.most - watch.before + held) / 1e9
+    return {
+        "gb": found,
+        "weights_gb": held / 1e9,
+        "predicted_gb": size / 1e9,
+        "phase": phase,
+        "term": term,
+        "mb": phases,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--recipes", action="store_true", help="what the recipes fit on instead")
     parser.add_argument("--check", nargs="*", choices=CHECKS, help="which; none named: all")
     parser.add_argument("--case", choices=CHECKS, help="measure one here, and print JSON")
+    parser.add_argument("--runs", nargs="*", choices=RUNS, help="which; none named: all")
+    parser.add_argument("--run", choices=RUNS, help="measure one here, and print JSON")
     args = parser.parse_args()
+    if args.run is not None:
+        print(json.dumps(measure_run(RUNS[args.run])))
+        return
+    if args.runs is not None:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+        results = {}
+        for name in args.runs or RUNS:
+            (results[name],) = rounds({name: [sys.executable, __file__, "--run", name]}, 1)[name]
+            print(name, results[name])
+        record("fits-runs", {}, results)
+        return
     if args.case is not None:
         print(json.dumps(measure(*CHECKS[args.case])))
         return

@@ -14,6 +14,8 @@ from .finding import Finding
 RESERVED = 1.5e9
 """Bytes of a GPU for CUDA's context and fragmentation: an assumption."""
 KNOBS = 3
+STATE = {32: 8.0, 8: 2 + 2 * 4 / 256}
+"""Bytes of both moments of AdamW, per trained weight, by their bits."""
 UNITS = {"": 1.0, "B": 1.0, "MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
 
 

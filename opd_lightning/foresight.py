@@ -178,7 +178,8 @@ def forecast(trainer: L.Trainer, module: OnPolicyDistillation, room: float | Non
     try:
         computed = module.forecast(trainer, room)
         if computed is None:
-            yield Finding("memory", "told", f"{type(module).__name__} does not compute it")
+            why = "" if module.policies else " without loaded models: leave out --plan"
+            yield Finding("memory", "told", f"{type(module).__name__} does not compute it{why}")
         else:
             yield from memory(computed, memory_here(device) if room is None else room, reserved)
     except Exception as error:  # the code of some model may not run without contents; the run itself is not concerned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from opd_lightning import pace
 from opd_lightning.check import main
 from opd_lightning.finding import Finding, as_json, show, summary
 from opd_lightning.forecast import memory, memory_of
-from opd_lightning.foresight import Foresight, positions
+from opd_lightning.foresight import Foresight, forecast, positions
 
 ROWS = [
     {"prompt": f"{a}+{b}=", "answer": str(a + b), "worked": "0+0+0=00"}
@@ -153,6 +154,19 @@ def test_every_setting_can_be_looked_at(every_world, tmp_path, monkeypatch):
     names = [finding.name for finding in foresight.findings]
     assert names[:2] == ["models", "rows"]
     assert {"time", "rollouts", "agreement", "memory"} <= set(names)
+    (computed,) = [finding for finding in foresight.findings if finding.name == "memory"]
+    assert "GB computed of" in computed.text
+    images = [terms for terms in module.forecast(trainer, None).phases().values() if {"eyes", "pixels"} <= set(terms)]
+    assert bool(images) == hasattr(module, "image_gaps")
+    assert all(weight.grad is None for weight in module.student.parameters()), "passes that count leave nothing behind"
+
+
+def test_what_takes_loaded_models_to_compute_says_so():
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    module = SimpleNamespace(forecast=lambda *_: None, policies={})
+    (finding,) = forecast(trainer, module, room=24e9)
+    assert finding.verdict == "told"
+    assert finding.text.endswith("does not compute it without loaded models: leave out --plan")
 
 
 class Fits:

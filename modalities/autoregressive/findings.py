@@ -16,7 +16,7 @@ from ...printable import quoted
 from ...progress import phase
 from ...rows import location_of, row_of
 from ...splits import rows_of
-from ...teacher import Frozen
+from ...teacher import EMA, Frozen, Initial
 from ...trajectory import Example, Trajectories
 from .advice import FAR, learning_rate
 from .audit import Audited, readings
@@ -207,19 +207,24 @@ def plan_of(module: Found, trainer: Any, on_gpu: bool) -> Plan:
         prompts = module.shown([row_of(rows, i) for i in range(min(len(rows), LOOKED_AT))])
         prompt = max(len(module.prompt_ids(row, module.policies["student"])) for row in prompts)
     # 2. models and sizes
-    own = [weights.pretrained for weights in _with_models(module).values()]
-    teacher = own[0] if own else None
+    own = {name: weights.pretrained for name, weights in _with_models(module).items()}
+    shapes = [(_shape(module, name, of_teacher), _bits(of_teacher, trained=False)) for name, of_teacher in own.items()]
+    shapes.sort(key=lambda of_one: of_one[0].layers * of_one[0].hidden * of_one[0].inner)
+    teacher, teacher_bits = shapes.pop() if shapes else (None, 16)
+    copied = sum(isinstance(entry.weights, Initial | EMA) for entry in module.teachers.values())
     micro, per_generation = rollout.micro_batches(trainer.accumulate_grad_batches)
     limit = pass_limits(torch.device("cuda" if on_gpu else "cpu"), module.pass_tokens)[0]
-    several = f"; of {len(own)} teachers the first" if len(own) > 1 else ""
     return Plan(
         student=_shape(module, "student", spec),
-        teacher=None if teacher is None else _shape(module, _name_of(module, teacher), teacher),
+        teacher=teacher,
+        others=tuple(shapes),
+        # adapters are switched off for a teacher, but not for a thread
+        copies=(0 if spec.lora else copied) + bool(rollout.max_staleness),
         prompt=prompt,
         completion=rollout.horizon,
         lora=0 if spec.lora is None else spec.lora.r,
         bits=_bits(spec, trained=spec.lora is None),
-        teacher_bits=16 if teacher is None else _bits(teacher, trained=False),
+        teacher_bits=teacher_bits,
         adam=8 if "8bit" in _optimizer_name(module) else 32,
         rows=micro * per_generation,
         micro=micro,
@@ -228,12 +233,8 @@ def plan_of(module: Found, trainer: Any, on_gpu: bool) -> Plan:
         cpu=not on_gpu,
         pass_tokens=None if limit == float("inf") else int(limit),
         chunk_mib=module.objective.chunk_mib,
-        about=f"{micro * per_generation} rows of {prompt} + {rollout.horizon} tokens, {micro} at once{several}",
+        about=f"{micro * per_generation} rows of {prompt} + {rollout.horizon} tokens, {micro} at once",
     )
-
-
-def _name_of(module: Found, spec: Pretrained) -> str:
-    return next(name for name, weights in _with_models(module).items() if weights.pretrained is spec)
 
 
 def _with_models(module: Found) -> dict[str, Any]:
@@ -249,9 +250,9 @@ def _shape(module: Found, name: str, spec: Pretrained) -> Shape:
         return Shape.of(spec.config())
     model = bare(policy.model)
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
-    beside = [p for p in model.parameters() if id(p) not in text and not p.requires_grad]
-    adapters = {id(p) for n, p in model.named_parameters() if "lora_" in n}
-    return Shape.of(model.config, sum(p.numel() for p in beside if id(p) not in adapters))
+    beside = [p for name, p in model.named_parameters() if id(p) not in text and "lora_" not in name]
+    frozen = sum(p.numel() for p in beside if not p.requires_grad)
+    return Shape.of(model.config, sum(p.numel() for p in beside), frozen)
 
 
 def _bits(spec: Pretrained, trained: bool) -> int:

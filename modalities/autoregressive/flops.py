@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...diagnostics import Stopwatch
+from ...metrics import Metrics
 from ...policy import Policy
 from ...trajectory import Trajectories
 from .memory import Shape
@@ -120,3 +121,17 @@ class Counter:
         if self._operations is not None:
             pairs = sum(n * all_ for n, all_ in zip(tokens, context, strict=True))
             self._stopwatch.compute(self._part, self._operations.body(sum(tokens), pairs, self._backward))
+
+
+class Counting:
+    """Mixin of a setting whose policies' passes are counted."""
+
+    metrics: Metrics
+
+    def counter(self, policy: Policy) -> Counter:
+        """Builds the counter of what a policy's passes take."""
+        known: dict[str, Operations | None] = vars(self).setdefault("_operations", {})
+        if policy.name not in known:
+            known[policy.name] = Operations.of(policy)
+        part = "student" if policy.name == "student" else "teacher"
+        return Counter(self.metrics.stopwatch, known[policy.name], part)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,9 +18,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
+
+from ...forecast import STATE
+from ...live import NOTHING, Live, Taken
 
 CHUNK_MIB = 192
 """Default of ``Objective.chunk_mib``."""
@@ -29,31 +29,6 @@ GRID = (64, 1024, 40_960)
 """Tokens of the passes that are counted for a GPU; between and beyond them lines are straight. A CPU's are counted."""
 # Per weight: int8 with a float32 scale per row is 1 byte; nf4 has a byte per 64 weights and double quantization
 BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-STATE = {32: 8.0, 8: 2 + 2 * 4 / 256}
-"""Bytes of both moments of AdamW, per trained weight."""
-
-
-class Live(TorchDispatchMode):
-    """Counter of the bytes of tensors made within it that are alive, and of the most there were."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = function(*args, **(kwargs or {}))
-        for storage in [x.untyped_storage() for x in tree_leaves(results) if isinstance(x, torch.Tensor)]:
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return results
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -63,15 +38,17 @@ class Shape:
     Attributes:
         text: transformers' configuration of the part that reads text, as JSON.
         beside: weights of other parts, such as the eyes.
+        frozen: of these, the ones that are not trained.
     """
 
     text: str
     beside: int = 0
+    frozen: int = 0
 
     @classmethod
-    def of(cls, config: Any, beside: int = 0) -> Shape:
+    def of(cls, config: Any, beside: int = 0, frozen: int = 0) -> Shape:
         """Takes the shape from a configuration of transformers."""
-        return cls(json.dumps(config.get_text_config().to_dict(), sort_keys=True, default=str), beside)
+        return cls(json.dumps(config.get_text_config().to_dict(), sort_keys=True, default=str), beside, frozen)
 
     @property
     def config(self) -> Any:
@@ -126,7 +103,7 @@ def built(shape: Shape, dtype: torch.dtype, lora: int, layers: int | None = None
     if layers is not None:
         values = {**json.loads(shape.text), "num_hidden_layers": layers}
         if kinds := values.get("layer_types"):
-            values["layer_types"] = kinds[:layers]
+            values["layer_types"] = (kinds * layers)[:layers]
         config = _config(json.dumps(values, sort_keys=True))
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype)
@@ -190,11 +167,12 @@ def passed(
         ids = torch.zeros(1, n, dtype=torch.long)
         # tensors without contents would be given a mask of n × n that real ones of one length do without
         kinds = set(getattr(shape.config, "layer_types", None) or ())
-        mask = {"attention_mask": dict.fromkeys(kinds)} if kinds else {}
+        narrow = torch.ones(1, 1, 1, n, dtype=torch.bool)
+        mask = dict.fromkeys(kinds) if kinds else narrow
         # 2. what its passes keep and need
-        with Live([*weights, *(w.grad for w in weights if w.grad is not None), ids]) as live:
+        with Live([*weights, *(w.grad for w in weights if w.grad is not None), ids, narrow]) as live:
             with torch.autocast("cpu", torch.bfloat16, mixed, cache_enabled=False), torch.set_grad_enabled(train):
-                out = body(input_ids=ids, use_cache=False, **mask)[0]
+                out = body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             kept, forward, live.peak = live.now, live.peak, live.now
             if train:
                 out.backward(torch.empty_like(out))
@@ -207,6 +185,8 @@ class Plan:
 
     Attributes:
         student, teacher: shapes; ``teacher`` None is the student's own model, or none.
+        others: shapes and bits of further teachers, whose weights wait while the largest one is asked.
+        copies: of the student: those of teachers that began as it, and of whoever acts ahead of training.
         prompt, completion: tokens of a row.
         lora: rank of adapters; 0: all weights are trained.
         bits: of a LoRA student's base; what is trained is float32.
@@ -219,6 +199,8 @@ class Plan:
         cpu: whether it runs on a CPU, where rollouts copy layers.
         pass_tokens: the most tokens of a pass; None: no limit.
         chunk_mib: of logits that are open at once.
+        eyes, teacher_eyes: what a row's images take in a pass, beside its tokens.
+        pixels: bytes of a row's images, as the model reads them.
         about: what was assumed.
     """
 
@@ -237,6 +219,11 @@ class Plan:
     cpu: bool = False
     pass_tokens: int | None = None
     chunk_mib: int = CHUNK_MIB
+    others: tuple[tuple[Shape, int], ...] = ()
+    copies: int = 0
+    eyes: Taken = NOTHING
+    teacher_eyes: Taken = NOTHING
+    pixels: float = 0.0
     about: str = ""
 
     def phases(self) -> dict[str, dict[str, float]]:
@@ -244,16 +231,20 @@ class Plan:
         # 1. what is there all along
         own, asking = self.student, self.teacher or self.student
         linear, largest, others, adapters = counts(own, self.lora)
-        trained = adapters if self.lora else linear + others
+        trained = adapters if self.lora else linear + others - own.frozen
         vocabulary, tokens, states = own.config.vocab_size, self.micro * self.length, self.micro * self.completion
         wide = 2 if self.lora and self.bits < 32 else 4  # of hidden states
         compute = 2 if self.mixed or wide == 2 else 4  # of products
         base = BYTES[self.bits] * linear + BYTES[max(16, self.bits)] * others + 4 * adapters
-        held = {"weights": base if self.lora else 4.0 * trained}
+        held = {"weights": base if self.lora else 4.0 * (linear + others)}
         half, bits = self._teacher_is_half, self.teacher_bits if self.teacher else self.bits
-        many, most, rest, _ = counts(asking, 0)
+        _, most, _, _ = counts(asking, 0)
         if self.teacher:
-            held["teacher"] = BYTES[bits] * many + BYTES[max(16, bits)] * rest
+            held["teacher"] = _stored(asking, bits)
+        if self.others:
+            held["other teachers"] = sum(_stored(shape, of_one) for shape, of_one in self.others)
+        if self.copies:
+            held["copies of the student"] = self.copies * held["weights"]
         held["optimizer"] = STATE[self.adam] * trained
         gradients = {"gradients": 4.0 * trained}
         before = gradients if self.rows > self.micro else {}  # those of micro-batches before
@@ -277,18 +268,40 @@ class Plan:
         reading = self._body(own, wide == 2, self.lora, False, self.rows * self.prompt)[1] + dequantized
         asked = self._body(asking, half, 0, False, tokens)[1] + unpacked
         kept, forward, backward = self._body(own, wide == 2, self.lora, True, tokens)
-        # 4. the objective: hidden states cut out and flattened, the student's with a gradient; one chunk; the head
+        # 4. images, of the rows that are read at once
+        pixels = {"pixels": self.micro * self.pixels} if self.pixels else {}
+
+        def looked(taken: float, rows: int) -> dict[str, float]:
+            return {"eyes": rows * taken} if taken else {}
+
+        prompts = {"pixels": self.rows * self.pixels} | looked(self.eyes.forward, self.rows) if self.pixels else {}
+        # 5. the objective: hidden states cut out and flattened, the student's with a gradient; one chunk; the head
         of_teacher = {"hidden states": 2.0 * states * asking.hidden * (2 if half else 4)}
         both = {"hidden states": of_teacher["hidden states"] + states * own.hidden * (3 * wide + 4)}
         chunk = {"chunk": min(self.chunk_mib * 2.0**20, states * vocabulary * 2.0 * (compute + 2))}
         slope = {} if self.lora else {"gradient of the head": 4.0 * own.head}
         return {
-            "reading": held | {"cache": 1.0 * cache_of_one * self.prompt, "pass": reading} | mask,
+            "reading": held | {"cache": 1.0 * cache_of_one * self.prompt, "pass": reading} | mask | prompts,
             "writing": held | cached | copies,
-            "teacher": held | before | {"pass": asked},
-            "student": held | before | of_teacher | {"activations": forward + dequantized},
-            "objective": held | before | both | {"activations": kept} | chunk | slope,
-            "backward": held | before | {"activations": backward + dequantized} | slope,
+            "teacher": held | before | {"pass": asked} | looked(self.teacher_eyes.forward, self.micro) | pixels,
+            "student": held
+            | before
+            | of_teacher
+            | {"activations": forward + dequantized}
+            | looked(self.eyes.forward, self.micro)
+            | pixels,
+            "objective": held
+            | before
+            | both
+            | {"activations": kept}
+            | chunk
+            | slope
+            | looked(self.eyes.kept, self.micro),
+            "backward": held
+            | before
+            | {"activations": backward + dequantized}
+            | slope
+            | looked(self.eyes.backward, self.micro),
             "update": held | gradients,
         }
 
@@ -342,6 +355,12 @@ class Plan:
         few, more = (np.array([passed(*settings, some, tokens) for tokens in grid], float).T for some in (2, 3))
         lines = [a + (b - a) * (shape.layers - 2) for a, b in zip(few, more, strict=True)]
         return tuple(_at(n, grid, line) for line in lines)
+
+
+def _stored(shape: Shape, bits: int) -> float:
+    """Computes the bytes of a teacher's weights."""
+    matrices, _, others, _ = counts(shape, 0)
+    return BYTES[bits] * matrices + BYTES[max(16, bits)] * others
 
 
 def _at(n: int, grid: list[int], values: Any) -> float:

@@ -37,7 +37,7 @@ from .audit import (
 from .engines import DecodeLoop, RolloutEngine
 from .engines.trial import Trial
 from .findings import Foreseen
-from .flops import Counter, Operations
+from .flops import Counting
 from .generation import Generating
 from .messages import transcript
 from .models import bare, depth, head_at, known_ids, output_embeddings, tokenizer_of
@@ -57,7 +57,7 @@ from .writing import write_blended
 PROBES, PROBE_TOKENS = 3, 12
 
 
-class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDistillation):
+class AutoregressiveDistillation(Counting, TakingTurns, Foreseen, Generating, OnPolicyDistillation):
     """A setting subclasses it, names ``model_class`` and implements `collate`.
 
     Args:
@@ -105,7 +105,6 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
         self.chat_template_kwargs = {**(environment.options if environment else {}), **(chat_template_kwargs or {})}
         self._heads: dict[str, nn.Module] = {}
         self.trials: dict[str, Trial] = {}
-        self._operations: dict[str, Operations | None] = {}
 
     def configure_model(self) -> None:
         if self.pass_tokens is not None and mesh_of(self._trainer) is not None:
@@ -172,13 +171,6 @@ class AutoregressiveDistillation(TakingTurns, Foreseen, Generating, OnPolicyDist
         rows = [known_ids(policy) for policy in self.policies.values()]
         # not its length: some tokenizers leave ids out
         return min(1 + max(self.tokenizer().get_vocab().values()), *rows)
-
-    def counter(self, policy: Policy) -> Counter:
-        """Builds the counter of what a policy's passes take."""
-        if policy.name not in self._operations:
-            self._operations[policy.name] = Operations.of(policy)
-        part = "student" if policy.name == "student" else "teacher"
-        return Counter(self.metrics.stopwatch, self._operations[policy.name], part)
 
     def head(self, policy: Policy) -> Head:
         module, config = output_embeddings(policy), bare(policy.model).config.get_text_config()

@@ -34,6 +34,7 @@ from .checks import (
 )
 from .families import Family, load_family
 from .images import picture
+from .memory import Foreseen
 from .models import Transformer, diffusers, save_adapter, save_pipeline, with_adapter
 from .quality import SampleQuality
 from .query import RestrictedField, VelocityField, VisitedStates, bytes_per_state, velocity_field
@@ -46,7 +47,7 @@ from .view import REFERENCE
 Count = Callable[[Tensor], None]
 
 
-class DiffusionDistillation(OnPolicyDistillation):
+class DiffusionDistillation(Foreseen, OnPolicyDistillation):
     """On-policy distillation of flow-matching models, loaded from folders of diffusers pipelines.
 
     A trajectory is a latent at the noise levels of a few-step sampler; ``rollout.horizon`` is the number of denoising

@@ -30,11 +30,13 @@ from ...teacher import Elsewhere
 from ...trajectory import Example, Trajectories
 from ..autoregressive import AutoregressiveDistillation
 from ..autoregressive.elsewhere.question import answers
+from ..autoregressive.memory import Plan
 from ..autoregressive.models import bare
 from ..autoregressive.observing import Given, Heard
 from ..autoregressive.rendering import Renderer
 from .gallery import pictures
 from .images import images_of, with_images
+from .memory import with_eyes
 from .observing import OBSERVED, given_images, heard_images, image_ids, observed_images, seen_by
 from .placing import mark_of, marks_of, placed_images
 from .processor import load_processor, placeholders
@@ -292,6 +294,9 @@ class VisionLanguageDistillation(AutoregressiveDistillation):
             reads = bool((gap.abs() > 1e-6).any())
             advice = "" if reads else "it does not see them: look at its processor, its chat template and its view"
             yield Finding("images", "good" if reads else "bad", text, advice)
+
+    def forecast(self, trainer: Any, device_bytes: float | None) -> Plan:
+        return with_eyes(self, trainer, super().forecast(trainer, device_bytes))
 
     def inspect(self, trajectories: Trajectories) -> dict[str, Tensor]:
         return {f"image_gap/{name}": gap for name, gap in self.image_gaps(trajectories).items()}
