@@ -33,6 +33,10 @@ def check_reach(host: str, token: str) -> None:
         )
 
 
+HELD = 64
+"""Requests of the largest size whose bodies may be in memory at once, those that wait included."""
+
+
 class JSONServer(ThreadingHTTPServer):
     """HTTP server; each connection has a thread.
 
@@ -51,7 +55,15 @@ class JSONServer(ThreadingHTTPServer):
     ) -> None:
         self.limit, self.token = limit, os.environ.get(token)
         self.room = threading.BoundedSemaphore(waiting)
+        self._held, self._lock = 0, threading.Lock()
         super().__init__(address, handler)
+
+    def hold(self, size: int) -> bool:
+        """Takes room for a body of so many bytes, or gives it back if negative; False where there is none."""
+        with self._lock:
+            fits = self._held + size <= HELD * self.limit
+            self._held += size if fits else 0
+            return fits
 
     def run(self, what: str) -> None:
         """Answers until the process is told to end; ``what`` is served, for the line that says where."""
@@ -76,6 +88,14 @@ class JSONHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a client may be silent within a request
     server: JSONServer
+    _size = 0
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.hold(-self._size)
+            self._size = 0
 
     def is_let_in(self) -> bool:
         """Compares the token, if there is one."""
@@ -93,6 +113,11 @@ class JSONHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.refuse(413 if length else 411, f"a request may have up to {self.server.limit} bytes, and says so")
             return None
+        if not self.server.hold(int(length)):
+            self.close_connection = True
+            self.refuse(503, "too many large requests are here already")
+            return None
+        self._size = int(length)
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):

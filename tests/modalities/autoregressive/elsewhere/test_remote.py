@@ -21,7 +21,7 @@ from opd_lightning.modalities.autoregressive.elsewhere.handshake import same_wei
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.objective import LogRatio, Objective, PolicyGradient, ReverseKL, Support, Term
 from opd_lightning.pretrained import Lora, Pretrained
-from opd_lightning.serving import check_reach
+from opd_lightning.serving import HELD, check_reach
 from opd_lightning.teacher import EMA, Frozen, Initial, Live, Same, Teacher
 from tests.modalities.autoregressive.elsewhere.servers import Imitation, Served, answering, post
 from tests.processes import FORKS
@@ -516,6 +516,22 @@ def test_the_server_bounds_requests_and_wants_its_token(tiny_teacher, monkeypatc
         with server.room:  # as if another question waited
             assert post(url, "/score", question, **bearer)[0] == 503
         assert post(url, "/score", question, **bearer)[0] == 200
+
+
+def test_bodies_that_are_in_memory_at_once_are_bounded(tiny_teacher):
+    with answering(make_module(tiny_teacher, tiny_teacher, load=False), limit=1000) as server:
+
+        def is_free():
+            """What was answered is held no more, a moment later."""
+            return any(server.hold(HELD * 1000) or time.sleep(0.05) for _ in range(100))
+
+        assert post(server.url, "/tokenize", {"prompt": "1+1"})[0] == 200
+        assert is_free()
+        assert post(server.url, "/tokenize", {"prompt": "1+1"})[0] == 503
+        server.hold(-HELD * 1000)
+        assert post(server.url, "/tokenize", b"{")[0] == 400
+        assert post(server.url, "/tokenize", {"prompt": "1+1"})[0] == 200
+        assert is_free()
 
 
 @pytest.mark.parametrize("name", ["frozen", "initial", "same", "other"])
