@@ -100,8 +100,16 @@ class Noted(DistillationCallback):
 
     def on_train_batch_end(self, trainer, module, *arguments):
         super().on_train_batch_end(trainer, module, *arguments)
-        self.losses.append(float(trainer.callback_metrics["train/loss/kl"]))
         self.times.append(time.monotonic())
+        self._note(trainer)
+
+    def on_train_end(self, trainer, module):
+        self._note(trainer)
+
+    def _note(self, trainer):
+        """Notes the loss of the step before, since the module logs behind its callbacks."""
+        if "train/loss/kl" in trainer.callback_metrics:
+            self.losses.append(float(trainer.callback_metrics["train/loss/kl"]))
 
 
 @pytest.mark.parametrize("kind", ["compared", "served", "local"])

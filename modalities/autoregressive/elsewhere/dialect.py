@@ -219,6 +219,7 @@ class Opd(Dialect):
         if lacking or any(len(tensor) != len(question.trained) for tensor in told.values()):
             what = ", ".join(lacking) or "an entry"
             raise self._missing(f"{what} for each of {len(question.trained)} steps", [*told])
+        check_possible(answer.log_probs.tolist(), self.connection.url)
         return answer
 
 

@@ -14,6 +14,7 @@ import urllib.request
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load, save
 
 from opd_lightning.connection import Connection
 from opd_lightning.modalities.autoregressive import OtherTokenizer, PromptView, Remote
@@ -213,6 +214,26 @@ def test_what_can_be_no_log_prob_is_an_error(tiny_student, imitation, stand_in, 
         module.streams.query("teacher", rolled)
     with pytest.raises(ValueError, match=words):
         there(tiny_student, server.url)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 0.5])
+def test_what_can_be_no_log_prob_is_an_error_of_our_own_server_too(tiny_student, tiny_teacher, monkeypatch, value):
+    with answering(make_module(tiny_teacher, tiny_teacher, load=False)) as server:
+        origins = Remote(server.url, dialect="opd", **QUICK), Remote(server.url, dialect="opd", hidden=True, **QUICK)
+        plain = make_module(tiny_student, {"teacher": Teacher(origins[0])}, k1())
+        other = OtherTokenizer(Pretrained(str(tiny_teacher)), server=origins[1])
+        batch, modules = act(plain, make_rows(2)), [plain, make_module(tiny_student, {"teacher": Teacher(other)}, k1())]
+        packed = server.scorer._packed
+
+        def impossible(wish, asked):
+            return [save(load(one) | {"log_probs": load(one)["log_probs"] * 0 + value}) for one in packed(wish, asked)]
+
+        monkeypatch.setattr(server.scorer, "_packed", impossible)
+        for module in modules:
+            with pytest.raises(
+                ValueError, match=r"model\.teachers\.teacher: .* of what the student wrote that can be none"
+            ):
+                module.streams.query("teacher", batch)
 
 
 def test_a_server_that_finds_everything_certain_is_refused(tiny_student, imitation, stand_in):
