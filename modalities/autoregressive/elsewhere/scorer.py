@@ -105,8 +105,8 @@ class Scorer:
             raise ValueError("this teacher's head is no plain matrix, so its hidden states would be of no use")
         if question.inputs:
             check_inputs(question, self.inputs, self.module.padding)
-        elif not self.places.isdisjoint(question.prompt):
-            raise ValueError("the prompt has places for images, and none came")
+        elif not self.places.isdisjoint(tokens):
+            raise ValueError("there are places for images, and none came")
 
     def _work(self) -> None:
         """Answers all that waits, batch by batch."""

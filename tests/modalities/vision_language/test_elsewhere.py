@@ -239,7 +239,7 @@ def test_what_no_model_could_read_is_refused_and_harms_nobody(server, asked, nam
 def test_images_without_their_places_and_places_without_images_are_refused(server, asked):
     question, body = asked
     code, content = post(server.url, "/score", {k: v for k, v in body.items() if k != "inputs"})
-    assert (code, b"the prompt has places for images, and none came" in content) == (400, True)
+    assert (code, b"there are places for images, and none came" in content) == (400, True)
     text, types = [i for i in body["prompt"] if i != 5], question.inputs["mm_token_type_ids"]
     cut = question.inputs | {"mm_token_type_ids": types[:, : len(text)] * 0}
     assert post(server.url, "/score", body | {"prompt": text, "inputs": packed(cut)})[0] == 400
