@@ -111,8 +111,8 @@ class Vllm(Dialect):
         body = {"model": self.model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
         answer = self.connection.ask_json("/v1/completions", body)
         try:
-            told = answer["choices"][0]["prompt_logprobs"]
-        except (KeyError, TypeError, IndexError) as error:
+            told = answer["choices"][0].get("prompt_logprobs")  # left out by who does not know it, such as llama.cpp
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._missing("choices", answer) from error
         if not isinstance(told, list) or len(told) != len(tokens):
             count = len(told) if isinstance(told, list) else "no"
