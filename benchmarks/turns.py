@@ -29,6 +29,7 @@ from opd_lightning import Environment, Rollout
 from opd_lightning.modalities.autoregressive.engines import Prompts
 from opd_lightning.modalities.autoregressive.engines.decode_loop import DecodeLoop
 from opd_lightning.modalities.autoregressive.engines.engine import Conversation
+from opd_lightning.modalities.autoregressive.observing import Heard
 from opd_lightning.modalities.text import TextDistillation
 from opd_lightning.modalities.text.quickstart import character_tokenizer
 from opd_lightning.objective import CrossEntropy, Objective, Term
@@ -58,8 +59,9 @@ class Turn(Conversation):
     def read(self) -> list[int]:  # type: ignore[override]
         return self.inner.read
 
-    def write(self, rows: list[int], tokens: list[list[int]], rollout: Rollout, seeds: list[int]) -> Any:
-        written, log_probs = self.inner.write(rows, tokens, replace(rollout, horizon=WRITTEN), seeds)
+    def write(self, rows: list[int], heard: list[Heard], rollout: Rollout, seeds: list[int], ended: Any = None) -> Any:
+        # nobody is told of a turn's end before it is made one
+        written, log_probs = self.inner.write(rows, heard, replace(rollout, horizon=WRITTEN), seeds)
         written[:, -1] = STOP
         return written, log_probs
 
