@@ -79,6 +79,7 @@ def test_the_loop_has_no_name_for_what_only_some_settings_have():
             assert not re.search("token|pixel|image", str(name)), f"{file.name}: {name}"
 
 
+@pytest.mark.slow
 def test_the_student_learns_to_steer(config):
     """Without callbacks; the teacher, who is told the wind, always gets there."""
     path = config("learns")

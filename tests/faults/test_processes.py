@@ -66,7 +66,12 @@ def test_a_signal_finishes_the_step_and_saves(number, code, text, unbroken, tmp_
 
 
 @pytest.mark.parametrize(
-    ("how", "signals"), [("sleeps", 1), pytest.param("sleeps", 2, marks=pytest.mark.slow), ("never_lets_go", 2)]
+    ("how", "signals"),
+    [
+        pytest.param("sleeps", 1, marks=pytest.mark.slow),
+        pytest.param("sleeps", 2, marks=pytest.mark.slow),
+        ("never_lets_go", 2),
+    ],
 )
 def test_a_run_that_hangs_ends_all_the_same(how, signals, text, tmp_path):
     """After a while, or at the second signal; without cleaning up if it must be."""

@@ -119,7 +119,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"the weights of model\.teachers\.teacher have to be OtherTokenizer"):
         Objective([Term(ULD())]).check({"teacher"})
     with pytest.raises(ValueError, match=r"\.target: ULD compares two vocabularies; a target has one"):
-        Objective([Term(ULD(), target=LogLinear({"teacher": 1.0}))]).check({"teacher"}, aligned={"teacher"})
+        Objective([Term(ULD(), target=LogLinear({"teacher": 1.0}))]).check({"teacher"}, aligned={"teacher": True})
     with pytest.raises(ValueError, match="HybridULD needs 'behavior'"):
-        Objective([Term(HybridULD())]).check({"teacher"}, {"categorical"}, {"dataset"}, aligned={"teacher"})
-    Objective([Term(ULD())]).check({"teacher"}, {"categorical"}, {"dataset"}, aligned={"teacher"})
+        Objective([Term(HybridULD())]).check({"teacher"}, {"categorical"}, {"dataset"}, aligned={"teacher": True})
+    Objective([Term(ULD())]).check({"teacher"}, {"categorical"}, {"dataset"}, aligned={"teacher": True})

@@ -241,7 +241,7 @@ def test_what_a_probe_leaves_behind_would_be_seen(browser: Browser, page: str, t
     x1, y1, x2, y2 = next(one.box for one in fresh.elements if one.tag == tag)
     for event in events:
         browser._mouse(event, (x1 + x2) / 2, (y1 + y2) / 2)
-    assert browser._picture() != fresh.png
+    assert browser.picture() != fresh.png
     assert browser.open(page, 0).png == fresh.png
 
 

@@ -434,7 +434,9 @@ def test_recorded_it_teaches_as_it_did_in_the_first_epoch(folder, tmp_path):
         student, {"teacher": Teacher(origin)}, Objective(lightning), rollout=Rollout(**acting), load=False
     )
     Recorder(tmp_path / "answers").record(module, Rows(rows), make_trainer(tmp_path))
-    recorded = [json.loads(line) for line in (tmp_path / "answers" / "rows.jsonl").read_text("utf-8").splitlines()]
+    recorded = [
+        json.loads(line) for line in (tmp_path / "answers" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     online = trained(OtherTokenizer(Pretrained(str(teacher))), rows)
     offline = trained(Cached(str(tmp_path / "answers")), recorded, behavior={"dataset": 1.0})
     assert torch.equal(online, offline)
