@@ -16,6 +16,7 @@ import resource
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,6 +27,7 @@ import yaml
 from opd_lightning.catalog import read_all, shipped_configs
 from opd_lightning.cli import run
 from opd_lightning.entry_points import import_parts
+from opd_lightning.modalities.autoregressive.elsewhere.score import score
 from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.report import read_curves
 
@@ -129,7 +131,16 @@ class Task:
         path = folder / "result.json"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        status, usage = fit(self.command(arm, seed, folder, extra), folder / "output.txt")
+        if (rows := self.settings["recorded"].get(arm.name)) is not None:
+            base = ["-c", f"opd:{self.config}.yaml", f"--seed_everything={seed}", *self.settings["all"], *rows]
+            in_fork(score, [*base, f"--into={folder / 'teacher'}"], folder / "score.txt")
+            recorded = folder / "teacher"
+            extra = [
+                f"--model.teachers.teacher.weights.path={recorded}",
+                f"--data.train={recorded / 'rows.jsonl'}",
+                *extra,
+            ]
+        status, usage = in_fork(run, ["fit", *self.command(arm, seed, folder, extra)], folder / "output.txt")
         said = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()
         result = {"cpu_s": round(usage.ru_utime + usage.ru_stime, 1)}
         result |= {"error": said[-1] if said else f"status {status}"} if status else measured(folder)
@@ -158,8 +169,10 @@ def group_size(overlays: list[str]) -> int:
     return sizes[-1]
 
 
-def fit(arguments: list[str], output: Path) -> tuple[int, resource.struct_rusage]:
-    """Trains in a fork, which imports nothing again: its exit status, and what it used."""
+def in_fork(
+    command: Callable[[list[str]], None], arguments: list[str], output: Path
+) -> tuple[int, resource.struct_rusage]:
+    """Runs a command of `opd` in a fork, which imports nothing again: its exit status, and what it used."""
     process = os.fork()
     if not process:
         status = 0
@@ -168,7 +181,7 @@ def fit(arguments: list[str], output: Path) -> tuple[int, resource.struct_rusage
             os.dup2(file.fileno(), 2)
             sys.stdout = sys.stderr = file
             try:
-                run(["fit", *arguments])
+                command(arguments)
             except BaseException:  # whatever it is must not go on as the parent
                 traceback.print_exc()
                 status = 1
