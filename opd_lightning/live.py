@@ -1,4 +1,4 @@
-"""Live: the bytes that a pass through a model keeps and needs, counted tensor by tensor."""
+"""LiveBytes: the bytes that a pass through a model keeps and needs, counted tensor by tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Taken(NamedTuple):
 NOTHING = Taken(0, 0, 0)
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counter of the bytes of tensors made within it that are alive, and of the most there were."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -70,7 +70,7 @@ def taken(
     weights, was_training = [*model.parameters(), *model.buffers()], model.training
     hooks = [w.register_post_accumulate_grad_hook(_forget) for w in model.parameters() if backward and w.requires_grad]
     try:
-        with Live(weights) as live, torch.set_grad_enabled(backward):
+        with LiveBytes(weights) as live, torch.set_grad_enabled(backward):
             model.train(backward)
             with context():
                 out = run()

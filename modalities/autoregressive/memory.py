@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
 from ...forecast import STATE
-from ...live import NOTHING, Live, Taken
+from ...live import NOTHING, LiveBytes, Taken
 
 CHUNK_MIB = 192
 """Default of ``Objective.chunk_mib``."""
@@ -170,7 +170,7 @@ def passed(
         narrow = torch.ones(1, 1, 1, n, dtype=torch.bool)
         mask = dict.fromkeys(kinds) if kinds else narrow
         # 2. what its passes keep and need
-        with Live([*weights, *(w.grad for w in weights if w.grad is not None), ids, narrow]) as live:
+        with LiveBytes([*weights, *(w.grad for w in weights if w.grad is not None), ids, narrow]) as live:
             with torch.autocast("cpu", torch.bfloat16, mixed, cache_enabled=False), torch.set_grad_enabled(train):
                 out = body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             kept, forward, live.peak = live.now, live.peak, live.now

@@ -83,7 +83,7 @@ class MiniWoB(Environment):
         if (click := self.read(text)) is None:
             return Turn(f"error: {quoted(text)} is no click", state)
         with self._browser() as browser:
-            episode = Episode(browser, **state)
+            episode = PageEpisode(browser, **state)
             reward = episode.click(click)
             if reward is not None:
                 return Turn(state=episode.state, done=True, reward=reward)
@@ -131,7 +131,7 @@ class MiniWoB(Environment):
 _LOCK = threading.Lock()
 
 
-class Episode:
+class PageEpisode:
     """Episode of a page in a browser, which is led to where its state says.
 
     Args:
@@ -208,7 +208,7 @@ def miniwob_rows(
 
 def _solved(environment: MiniWoB, browser: Browser, page: str, seed: int) -> dict[str, Any] | None:
     """Solves an episode; returns its row, None where clicks on the targets don't."""
-    episode = Episode(browser, page, seed, [], 0)
+    episode = PageEpisode(browser, page, seed, [], 0)
     row: dict[str, Any] = {"prompt": episode.instruction, "image": stored(browser.picture())}
     completion: list[dict[str, Any]] = []
     for number in range(len(TARGETS[page])):
