@@ -202,8 +202,7 @@ def test_ema_at_rate_zero_never_moves_and_at_one_is_live(student, lora, tmp_path
     assert torch.equal(log_softmax(still, "teacher", rolled), before)
     assert (log_softmax(still, "student", rolled) - before).abs().max() > 0.1
     difference = log_softmax(live, "teacher", rolled) - log_softmax(live, "student", rolled)
-    # the rounding of an average's factors, where weights grow: up to 2e-4 of what moved by more than 0.1 was seen
-    assert difference.abs().max() < (1e-3 if lora else 1e-9)
+    assert difference.abs().max() < (1e-4 if lora else 1e-9)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
