@@ -6,6 +6,7 @@ Shape legend: P prompt tokens of one row.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -79,17 +80,11 @@ def check_inputs(question: Question, known: Mapping[str, Any], types: Iterable[s
         if name in types and list(tensor.shape) != [1, len(question.prompt)]:
             raise ValueError(f"{name} has the shape {list(tensor.shape)}, and the prompt {len(question.prompt)} tokens")
     for name in (name for name in question.inputs if name.endswith(GRID)):
-        # positions are computed of it before anything compares it with the pixels
+        # positions are computed of it before anything compares it with the pixels; in Python's numbers, which are of
+        # unlimited size, where those of torch would come round to small ones
         grid, patches = question.inputs[name], len(question.inputs[name.replace("image_" + GRID, "pixel_values")])
-        if bool((grid <= 0).any()) or sum(map(_product, grid.tolist())) != patches:
+        if bool((grid <= 0).any()) or sum(map(math.prod, grid.tolist())) != patches:
             raise ValueError(f"{name} is {quoted(grid.tolist(), 200)}, and there are {patches} patches")
-
-
-def _product(numbers: list[int]) -> int:
-    product = 1
-    for number in numbers:  # of unlimited size, where those of torch would come round to small ones
-        product *= number
-    return product
 
 
 def _listed(named: Mapping[str, Any]) -> str:
