@@ -135,6 +135,7 @@ bench: install .venv-trl/installed
 methods: install
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/methods.py --task quickstart
+	$(BIN)/opd methods --update README.md docs/methods.md
 
 methods-quickstart: install
 	$(BIN)/python benchmarks/quickstart.py

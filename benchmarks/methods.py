@@ -4,7 +4,7 @@ The tasks are text/long.yaml, with every overlay of configs/methods/ that is for
 benchmarks/long.yaml, and text/quickstart.yaml (``--task quickstart``), with those whose teacher is shown something,
 which helps there: from the same student, with as many updates on as many trajectories each. A run whose result is in
 benchmarks/<task>.json is not made again: stopped, it goes on with the next. Names on the command line run these alone;
-``--table`` runs nothing and writes the table.
+``--table`` runs nothing and writes the table, and what it says into the heads of the overlays.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +34,9 @@ from opd_lightning.modalities.autoregressive.elsewhere.store import write_whole
 from opd_lightning.report import read_curves
 
 BENCHMARKS, RUNS, PAGE = Path(__file__).parent, Path("runs/methods"), Path("docs/methods.md")
+TASKS = ("long", "quickstart")
+MEASURED = re.compile(r"^# Measured: .*(\n#   .*)*$", re.MULTILINE)
+"""What was measured, in the head of an overlay, with the lines that continue it."""
 END = "<!-- end -->"
 SHOWN_NOTHING = {"none", "any", "model"}
 """Privileges of methods whose teacher sees what the student does."""
@@ -159,6 +164,28 @@ class Task:
         _, _, after = rest.partition(END)
         write_whole(PAGE, "\n".join([f"{before}{self.start}", HEAD, *lines, f"{END}{after}"]))
 
+    def said(self, overlay: str) -> str:
+        """Says in a line what was measured of an overlay as it is; nothing where no run ended."""
+        arms = [arm for arm in self.arms.values() if arm.overlays == [overlay] and overlay.endswith(f"/{arm.name}")]
+        runs = [run for arm in arms for run in self.known().get(arm.name, {}).values() if "error" not in run]
+        if not runs:
+            return ""
+        first, last = ([100 * [*run["accuracy"].values()][place] for run in runs] for place in (0, -1))
+        return f"{mean(last):.1f} % of {self.config}.yaml, {mean(first):.1f} % before"
+
+
+def write_heads(configs: Path) -> None:
+    """Puts what the tables say into the heads of the overlays, but for those in which another measurement stands."""
+    tasks = [Task(name) for name in TASKS]
+    for method in read_all(configs):
+        ours = method.measured == "not measured" or any(f"{task.config}.yaml" in method.measured for task in tasks)
+        if ours and (said := [text for task in tasks if (text := task.said(method.name))]):
+            path = configs / f"{method.name}.yaml"
+            measured = f"Measured: {'; '.join(said)} (docs/{PAGE.name})"
+            wrapped = textwrap.fill(measured, 118, initial_indent="# ", subsequent_indent="#   ")
+            before, after = MEASURED.split(path.read_text(encoding="utf-8"), maxsplit=1)[::2]
+            write_whole(path, before + wrapped + after)
+
 
 def group_size(overlays: list[str]) -> int:
     """Reads how many trajectories of a prompt the last of the overlays that says it asks for."""
@@ -221,7 +248,7 @@ def line(arm: Arm, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of the task's table")
-    parser.add_argument("--task", choices=("long", "quickstart"), default="long", help="default: long")
+    parser.add_argument("--task", choices=TASKS, default="long", help="default: long")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default 3")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further arguments of `opd fit`, last")
@@ -236,6 +263,8 @@ def main() -> None:
             task.train(task.arms[name], seed, options.extra)
             task.write(options.seeds)
     task.write(options.seeds)
+    if not options.names:
+        write_heads(shipped_configs())
 
 
 if __name__ == "__main__":

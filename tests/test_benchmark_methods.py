@@ -75,3 +75,25 @@ def test_a_run_that_is_there_is_not_made_again_and_the_table_stands_between_its_
     assert table[-3:] == ["<!-- end -->", "below", "<!-- end -->"]
     shutil.rmtree(benchmark.RUNS)  # another checkout has none of them
     assert task.known()["gkd"]["0"]["accuracy"]["60"] == 0.5
+
+
+def test_heads_say_what_the_tables_do_and_keep_what_was_measured_elsewhere(benchmark, tmp_path):
+    configs = tmp_path / "configs"
+    shutil.copytree(benchmark.shipped_configs(), configs)
+    elsewhere = (configs / "methods/text/gold.yaml").read_text(encoding="utf-8")
+    for task, name, after in (
+        ("long", "tip", 0.5),
+        ("long", "tip", 0.7),
+        ("quickstart", "tip", 0.9),
+        ("long", "gold", 0.1),
+    ):
+        runs = benchmark.Task(task).runs / name
+        path = runs / str(len([*runs.glob("*")])) / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"accuracy": {"0": 0.25, "60": after}}), encoding="utf-8")
+    for _ in range(2):  # the second time over what stands there
+        benchmark.write_heads(configs)
+        measured = {method.name: method.measured for method in benchmark.read_all(configs)}
+        said = "60.0 % of text/long.yaml, 25.0 % before; 90.0 % of text/quickstart.yaml, 25.0 % before"
+        assert measured["methods/tip"].startswith(said)
+        assert (configs / "methods/text/gold.yaml").read_text(encoding="utf-8") == elsewhere
