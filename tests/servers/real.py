@@ -94,6 +94,7 @@ def vllm(model: Path, *options: str) -> RealServer:
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
     environment = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",

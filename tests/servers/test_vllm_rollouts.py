@@ -58,7 +58,7 @@ def test_it_follows_an_adapter_that_moves(module):
     names, gaps, texts = [], [], []
     for _ in range(4):
         acted = act(module, ROWS[:8], horizon=24)
-        names.append(module.engine.adapter)
+        names.append(module.engine.model)
         gaps.append(gap(module, acted))
         texts.append(module.completions(acted))
         move(module)

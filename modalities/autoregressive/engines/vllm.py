@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM server, over HTTP: token ids in, token ids and log-probs out, a new adapter when it has changed.
+"""Rollouts by a vLLM server, over HTTP: token ids in, token ids and log-probs out, new weights when they have changed.
 
 Shape legend: B trajectories, P prompt width (left padded), T horizon.
 """
@@ -6,19 +6,14 @@ Shape legend: B trajectories, P prompt width (left padded), T horizon.
 from __future__ import annotations
 
 import json
-import shutil
 import urllib.error
 import urllib.request
-import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ....distribution import Head
@@ -29,39 +24,58 @@ from ....rollout_settings import Rollout
 from ..models import bare
 from .decode_loop import DecodeLoop
 from .engine import Prompts, RolloutEngine
+from .served_weights import ServedWeights, served
 
-Weights = dict[str, Tensor]
 COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of whole rollouts would take too much
+PROBED = 8  # tokens that are written once more behind a prompt which the server had read with other weights
+
+STARTED_WITH = {
+    "/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora",
+    "/collective_rpc": "VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
+    "/reset_prefix_cache": "VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
+}
+
+
+class Written(NamedTuple):
+    """Ids of a prompt and of what the server wrote behind it, with the log-prob of each of these."""
+
+    prompt: list[int]
+    tokens: list[int]
+    log_probs: list[float]
 
 
 class VllmServer(RolloutEngine):
-    """Engine that writes with the student's LoRA adapter in a server that was started beforehand:
+    """Engine that writes with the student's weights in a server that was started beforehand, for LoRA by
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK
 
-    with the student's own rank, on which the server's speed depends. Whenever the adapter has changed it is saved to
-    ``folder`` and loaded by the server under a new name, so that no key or value that was computed with the old one can
-    be used; the old one is unloaded, and at the end of the run the last one. Then log-probs that the server returns are
-    compared with the student's own. Teachers that act are handed to `DecodeLoop`.
+    with the student's own rank, on which the server's speed depends, and for a student that trains all its weights by
 
-    Only what a plain server documents is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter`` and
-    ``/v1/completions``; docs/vllm.md says what else there is, and what was tried. The server must return log-probs
-    before temperature and filters (``--logprobs-mode raw_logprobs``, its default). It knows nothing of rows of the head
-    beyond the tokenizer's ids: they count in its log-probs, and one that is sampled ends the run. Its draws depend on
-    the seed of each request and, as far as its kernels do, on who shares its batch.
+        VLLM_SERVER_DEV_MODE=1 vllm serve BASE
+
+    Whenever the weights have changed they are saved to ``folder``, from where the server takes them: an adapter under a
+    new name, whole weights in place of its own. Then log-probs that the server returns are compared with the student's,
+    those behind a prompt that it had read before, too. Teachers that act are handed to `DecodeLoop`.
+
+    Only what a plain server has is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter``, ``/collective_rpc``
+    (``reload_weights``), ``/reset_prefix_cache``, ``/v1/models`` and ``/v1/completions``; docs/vllm.md says what else
+    there is, and what was tried. The server must return log-probs before temperature and filters (``--logprobs-mode
+    raw_logprobs``, its default). It knows nothing of rows of the head beyond the tokenizer's ids: they count in its
+    log-probs, and one that is sampled ends the run. Its draws depend on the seed of each request and, as far as its
+    kernels do, on who shares its batch.
 
     Args:
         url: such as ``http://localhost:8000``.
-        folder: where adapters are written; the server must see it under the same path.
+        folder: where weights are written; the server must see it under the same path.
         tolerance: mean absolute difference of log-probs, in nats, beyond which server and student are different models.
             Default 0.05, ours.
-        checked: trajectories compared after a change. Default 4.
+        checked: trajectories of each generation batch that are compared. Default 4.
         at_once: requests in flight. Default 256.
         timeout: seconds for one request. Default 600.
 
     Raises:
-        ValueError: a value out of range; when asked to write: a model without exactly one active LoRA adapter, prompts
-            with more than text, tokens that must not be sampled.
+        ValueError: a value out of range; when asked to write: a model with several active LoRA adapters, or without
+            one and quantized; prompts with more than text, tokens that must not be sampled.
         ConnectionError: no answer, or one that is an error.
         RuntimeError: the server's log-probs are not the student's; a completion that ends otherwise than it may.
     """
@@ -81,13 +95,20 @@ class VllmServer(RolloutEngine):
             )
         self.url, self.folder, self.timeout = url.rstrip("/"), Path(folder), timeout
         self.tolerance, self.checked, self.at_once = tolerance, checked, at_once
-        self._own, self._number = f"opd-{uuid.uuid4().hex[:8]}", 0  # ranks and runs may share a server
-        self._loaded: Weights = {}
+        self._weights: ServedWeights | None = None
+        self._read: list[int] = []  # the longest prompt of the generation batch before
 
     @property
-    def adapter(self) -> str:
-        """Name under which the server has the student's adapter."""
-        return f"{self._own}-{self._number}"
+    def model(self) -> str:
+        """Name under which the server has the student."""
+        assert self._weights is not None, "nothing was written yet"
+        return self._weights.name or self._base
+
+    @cached_property
+    def _base(self) -> str:
+        """Name of the model that the server was started with."""
+        models = json.loads(self._ask("/v1/models", None))["data"]
+        return next(str(model["id"]) for model in models if not model.get("parent"))
 
     def refusal(self, policy: Policy) -> str | None:
         return None if policy.name == "student" else "not the student"
@@ -104,29 +125,33 @@ class VllmServer(RolloutEngine):
             raise ValueError(f"VllmServer is for prompts of text; these have {', '.join(sorted(extra))}, too")
         if head.suppressed is not None:
             raise ValueError("VllmServer can't keep tokens from being sampled whose log-probs it counts")
-        # 2. the adapter, then a request for each row, all at once
-        changed = self._sync(model)
-        rows = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
-        asked = [
-            self._request(ids[mask].tolist(), rollout, seed, eos) for (ids, mask), seed in zip(rows, seeds, strict=True)
-        ]
+        # 2. the weights, then a request for each row, all at once
+        self._weights = self._weights or served(model, self._post, self.folder)
+        changed = self._weights.sync(model)
+        attended = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
+        read = [ids[mask].tolist() for ids, mask in attended]
+        asked = [self._request(prompt, rollout, seed, eos) for prompt, seed in zip(read, seeds, strict=True)]
+        if changed and self._read:
+            asked.append(self._request(self._read, rollout, 0, eos) | {"max_tokens": min(PROBED, rollout.horizon)})
         with HEART.waiting_for("server"), ThreadPoolExecutor(min(self.at_once, len(asked))) as threads:
-            answers = list(threads.map(self._complete, asked))
-        # 3. answers, which are compared when the adapter is a new one
-        width = max(len(tokens) for tokens, _ in answers)
-        tokens = torch.tensor([row + [pad] * (width - len(row)) for row, _ in answers])
-        log_probs = torch.tensor([row + [0.0] * (width - len(row)) for _, row in answers])
-        if int(tokens.max()) >= head.vocabulary:
-            raise RuntimeError(f"the server sampled id {int(tokens.max())}; the tokenizer has {head.vocabulary}")
-        if changed:
-            self._compare(model, head, inputs, tokens, log_probs, [len(row) for row, _ in answers])
-        device = inputs["input_ids"].device
+            written = list(threads.map(self._complete, asked))
+        rows, again = written[: len(read)], written[len(read) :]
+        self._read = max(read, key=len)
+        # 3. answers; the server may have been started again meanwhile, so that each batch is compared
+        if (largest := max(max(row.tokens) for row in written)) >= head.vocabulary:
+            raise RuntimeError(f"the server sampled id {largest}; the tokenizer has {head.vocabulary}")
+        self._compare(model, head, rows[: self.checked])
+        if again:
+            self._compare(model, head, again, "Behind a prompt that it had read before the last change of weights: ")
+        width, device = max(len(row.tokens) for row in rows), inputs["input_ids"].device
+        tokens = torch.tensor([row.tokens + [pad] * (width - len(row.tokens)) for row in rows])
+        log_probs = torch.tensor([row.log_probs + [0.0] * (width - len(row.log_probs)) for row in rows])
         return tokens.to(device), log_probs.to(device)
 
     def _request(self, prompt: list[int], rollout: Rollout, seed: int, eos: list[int]) -> dict[str, Any]:
         """Builds a request that sets everything: the checkpoint's generation defaults would fill in the rest."""
         return {
-            "model": self.adapter,
+            "model": self.model,
             "prompt": prompt,
             "max_tokens": rollout.horizon,
             "temperature": rollout.temperature,
@@ -143,7 +168,7 @@ class VllmServer(RolloutEngine):
             "skip_special_tokens": False,
         }
 
-    def _complete(self, request: dict[str, Any]) -> tuple[list[int], list[float]]:
+    def _complete(self, request: dict[str, Any]) -> Written:
         (choice,) = json.loads(self._post("/v1/completions", request))["choices"]
         tokens, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not tokens or log_probs is None or len(tokens) != len(log_probs):
@@ -157,10 +182,12 @@ class VllmServer(RolloutEngine):
                 f"the stop tokens {request['stop_token_ids']} (finish_reason {choice.get('finish_reason')!r}); is "
                 "--max-model-len too small?"
             )
-        return tokens, log_probs
+        return Written(request["prompt"], tokens, log_probs)
 
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        data = json.dumps(body).encode()
+        return self._ask(path, json.dumps(body).encode())
+
+    def _ask(self, path: str, data: bytes | None) -> bytes:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
@@ -169,93 +196,46 @@ class VllmServer(RolloutEngine):
                 return read
         except urllib.error.HTTPError as error:
             hint = ""
-            if path.endswith("lora_adapter") and error.code == 404:
-                hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+            if error.code == 404 and path in STARTED_WITH:
+                hint = f"; start it with {STARTED_WITH[path]}"
             text = printable(error.read().decode(errors="replace")[:500])
             raise ConnectionError(f"{self.url}{path} answered {error.code}: {text}{hint}") from error
         except OSError as error:
             raise ConnectionError(f"no vLLM server answers at {self.url}{path}: {error}") from error
 
-    def _sync(self, model: Any) -> bool:
-        """Loads the student's adapter into the server if it has changed; True if it has."""
-        config, weights = _adapter(model)
-        if self._loaded.keys() == weights.keys() and all(torch.equal(w, self._loaded[n]) for n, w in weights.items()):
-            return False
-        old, self._number = self.adapter, self._number + 1
-        path = self.folder / self.adapter
-        try:
-            config.save_pretrained(path)
-            save_file(weights, path / "adapter_model.safetensors")
-            self._post("/v1/load_lora_adapter", {"lora_name": self.adapter, "lora_path": str(path.absolute())})
-        except BaseException:  # the server has the old one yet, if any
-            shutil.rmtree(path, ignore_errors=True)
-            self._number -= 1
-            raise
-        if self._loaded:
-            self._unload(old)
-        self._loaded = weights
-        return True
-
-    def _unload(self, adapter: str) -> None:
-        shutil.rmtree(self.folder / adapter, ignore_errors=True)
-        self._post("/v1/unload_lora_adapter", {"lora_name": adapter})
-
     def close(self) -> None:
-        """Unloads the adapter from the server and removes it from ``folder``."""
-        if self._loaded:
-            self._loaded = {}
-            try:
-                self._unload(self.adapter)
-            except ConnectionError as error:
-                rank_zero_warn(f"{printable(error)}; if it is still there, it keeps the adapter {self.adapter}")
+        """Unloads the adapter from the server and leaves nothing in ``folder``."""
+        if self._weights is not None:
+            self._weights.close()
 
     @torch.no_grad()
-    def _compare(
-        self,
-        model: Any,
-        head: Head,
-        inputs: dict[str, Tensor],
-        tokens: Tensor,
-        server_log_probs: Tensor,
-        lengths: list[int],
-    ) -> None:
-        """Refuses a server whose log-probs are not the student's.
+    def _compare(self, model: Any, head: Head, rows: list[Written], where: str = "") -> float:
+        """Refuses a server whose log-probs are not the student's; returns how far apart they are on average.
 
         Raises:
             RuntimeError: they are more than `tolerance` apart on average.
         """
-        few, width = slice(self.checked), min(tokens.shape[1], COMPARED)
-        device = inputs["input_ids"].device
-        written = torch.arange(width) < torch.tensor(lengths)[few, None]
-        ids = torch.cat([inputs["input_ids"][few], tokens[few, :width].to(device)], 1)
-        attended = torch.cat([inputs["attention_mask"][few], written.to(device, inputs["attention_mask"].dtype)], 1)
+        device = next(model.parameters()).device
+        whole = [row.prompt + row.tokens[:COMPARED] for row in rows]
+        width = max(len(ids) for ids in whole)
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in whole], device=device)
+        attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in whole], device=device)
         position = attended.cumsum(1).sub(1).clamp(min=0)
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=attended, position_ids=position).logits
-        log_p = logits[:, -width - 1 : -1, : head.vocabulary].float().log_softmax(-1)
-        student = log_p.gather(-1, ids[:, -width:, None]).squeeze(-1).cpu()[written]
-        server = server_log_probs[few, :width][written]
+        log_p = logits[:, :-1, : head.vocabulary].float().log_softmax(-1)
+        taken = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
+        ends = [min(len(row.tokens), COMPARED) for row in rows]
+        student = torch.cat([line[-end:] for line, end in zip(taken, ends, strict=True)])
+        server = torch.tensor([value for row in rows for value in row.log_probs[:COMPARED]])
         apart = float((student - server).abs().mean())
         # so NaN is refused, too
         if not apart <= self.tolerance:
             raise RuntimeError(
-                f"{self.url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
+                f"{where}{self.url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
                 f"{float(server.mean()):.4f} there and {float(student.mean()):.4f} here, {apart:.4f} apart on average, "
                 f"more than VllmServer.tolerance={self.tolerance}. Does it serve the same base model, in the same "
-                "precision, with --logprobs-mode raw_logprobs?"
+                "precision, with --logprobs-mode raw_logprobs? (On a CPU vLLM keeps the old head of a model whose head "
+                "is its embeddings.)"
             )
-
-
-def _adapter(model: Any) -> tuple[Any, Weights]:
-    """Copies configuration and weights of the one adapter that is switched on, named as PEFT saves them."""
-    active = {name for m in model.modules() if isinstance(m, BaseTunerLayer) for name in m.active_adapters}
-    if len(active) != 1:
-        raise ValueError(
-            f"VllmServer is for a student with one LoRA adapter, since only adapters can be replaced in a running "
-            f"server; this model has {len(active)}. Set student.lora"
-        )
-    (name,) = active
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    # copies: training goes on, and the next rollout compares with these
-    weights = {f"base_model.model.{key}": weight.detach().cpu().clone() for key, weight in state.items()}
-    return model.peft_config[name], weights
+        return apart

@@ -2,13 +2,15 @@
 
     python fake_vllm.py MODEL
 
-It prints its port. Below ``/stale`` it goes on with the adapter that it loaded first, below ``/short`` it ends
-completions early, below ``/static`` it has no endpoints for adapters.
+It prints its port. Below ``/stale`` it goes on with the adapter that it loaded first, or with its own weights; below
+``/cached`` it remembers with which weights it first read a prompt, although told to forget; below ``/short`` it ends
+completions early, below ``/static`` it has no endpoints for weights.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 LOCK = threading.Lock()
 ADAPTERS: dict[str, Any] = {}
+BASE: dict[str, Any] = {}
+PREFIXES: dict[tuple[int, ...], Any] = {}  # with which of the whole models a prompt was read
 READ = {
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "logprobs",
     "return_token_ids", "repetition_penalty", "presence_penalty", "frequency_penalty", "skip_special_tokens",
@@ -48,13 +52,27 @@ def unload(fault: str, lora_name: str) -> str:
     return f"Success: LoRA adapter '{lora_name}' removed successfully."
 
 
+def reload(fault: str, method: str, kwargs: dict[str, str]) -> str:
+    assert method == "reload_weights", method
+    if fault != "stale":
+        BASE["base"] = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"], dtype=torch.float32).eval()
+    return json.dumps({"results": [None]})
+
+
+def forget(fault: str) -> str:
+    if fault != "cached":
+        PREFIXES.clear()
+    return ""
+
+
 @torch.no_grad()
 def complete(fault: str, asked: dict[str, Any]) -> dict[str, Any]:
     if asked.keys() != READ or (asked["top_p"], asked["top_k"], asked["min_p"]) != (1.0, 0, 0.0):
         raise Refused(f"this fake reads {sorted(READ)}, without filters")
-    if asked["model"] not in ADAPTERS:
+    if asked["model"] not in ADAPTERS | BASE:
         raise Refused(f"The model `{asked['model']}` does not exist.")
-    model, ids = ADAPTERS[asked["model"]], list(asked["prompt"])
+    ids = list(asked["prompt"])
+    model = ADAPTERS.get(asked["model"]) or PREFIXES.setdefault(tuple(ids), BASE["base"])
     draws = torch.Generator().manual_seed(asked["seed"])
     tokens: list[int] = []
     log_probs: list[float] = []
@@ -75,8 +93,7 @@ def complete(fault: str, asked: dict[str, Any]) -> dict[str, Any]:
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault, _, path = self.path.removeprefix("/").partition("v1/")
-        fault = fault.rstrip("/")
+        fault, path = re.fullmatch(r"/(?:(stale|cached|short|static)/)?(?:v1/)?(\w+)", self.path).groups("")
         answer: Any
         try:
             with LOCK:
@@ -86,6 +103,10 @@ class Handler(BaseHTTPRequestHandler):
                     status, answer = 200, load(fault, **asked)
                 elif path == "unload_lora_adapter" and fault != "static":
                     status, answer = 200, unload(fault, **asked)
+                elif path == "collective_rpc" and fault != "static":
+                    status, answer = 200, reload(fault, **asked)
+                elif path == "reset_prefix_cache" and fault != "static":
+                    status, answer = 200, forget(fault)
                 else:
                     status, answer = 404, json.dumps({"detail": "Not Found"})
         except Refused as error:
@@ -97,13 +118,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": [{"id": name} for name in ADAPTERS]}).encode())
+        self.wfile.write(
+            json.dumps({"data": [{"id": "base"}, *({"id": name, "parent": "base"} for name in ADAPTERS)]}).encode()
+        )
 
     def log_message(self, *_: Any) -> None:
         pass
 
 
 if __name__ == "__main__":
+    BASE["base"] = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()

@@ -1,0 +1,61 @@
+"""Kills at random moments, three of each of sixteen runs: four settings, ranks 1 and 2, rollouts made ahead or not."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Running, finish, last, start
+from tests.test_resume import EMA, configuration
+from tests.worlds import World
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KILLS = 3
+SEED = int(os.environ.get("KILLS_SEED", 0))  # another one kills at other moments
+
+
+def written(config: Path, world: World, ahead: int) -> Path:
+    """The configuration of a run whose teacher moves and whose generation batches last for two optimizer steps."""
+    return configuration(config, world, {**EMA, "rollout": {**EMA["rollout"], "max_staleness": ahead}})
+
+
+def running(run: Running) -> bool:
+    return all(rank.is_alive() for rank in run.ranks)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("setting", ["text", "vision_language", "gui_grounding", "diffusion"])
+def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(setting, ranks, ahead, tmp_path, make_world):
+    world, moment = make_world(setting), random.Random(f"{setting} {ranks} {ahead} {SEED}")
+    unbroken = written(tmp_path / "unbroken", world, ahead)
+    finish(start(unbroken, ranks=ranks))
+    config = written(tmp_path / "killed", world, ahead)
+    checkpoint, steps = config.parent / "checkpoints" / "last.ckpt", []
+    run = start(config, ranks=ranks)
+    run.wait_for(checkpoint)
+    for _ in range(KILLS):
+        # a resumed run writes its own first checkpoint some time after it began: kills come before and behind it
+        time.sleep(1.5 * moment.random())
+        if running(run):
+            run.kill()
+            steps.append(last(config)["global_step"])
+        else:
+            assert run.end() == 0, run.output
+        run = start(config, "--ckpt_path=last", ranks=ranks)
+        time.sleep(2 * moment.random())
+    finish(run)
+    expected, found = last(unbroken), last(config)
+    print(f"{setting}, ranks {ranks}, ahead {ahead}: killed at optimizer steps {steps} of {found['global_step']}")
+    assert found["global_step"] == expected["global_step"]
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    bits = sum(int((found["state_dict"][key] != value).sum()) for key, value in expected["state_dict"].items())
+    assert bits == 0, f"{bits} numbers differ after kills at {steps}"
+    for name in ("optimizer_states", "lr_schedulers"):
+        assert repr(found[name]) == repr(expected[name]), name
+    assert steps, "no kill came in time"
