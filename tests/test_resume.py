@@ -178,7 +178,8 @@ def unbroken(tmp_path_factory):
         pytest.param("vision_language", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "ema", EMA, 0.5, marks=pytest.mark.slow),
         pytest.param("gui_grounding", "pictures", PICTURES, 3.0, marks=pytest.mark.slow),
-        ("diffusion", "ema", EMA, 0.5),
+        # in the default run: tests/modalities/diffusion/test_setting.py
+        pytest.param("diffusion", "ema", EMA, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_kill_and_resume_is_bit_exact(setting, name, setup, moment, unbroken, tmp_path, make_world):
