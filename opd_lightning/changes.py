@@ -33,8 +33,12 @@ _HARMLESS = (
     "model.rollout.micro_batch_size",
     "model.rollout.epochs",
 )
-# Last words of keys that say where something is; weights that are read there are compared themselves
+# Last words of keys that say where a model or a server is, below what has one; weights that are read there are compared
+# themselves
 _PLACES = ("path", "url", "folder", "device", "key", "timeout", "revision", "gguf_file", "trust_remote_code")
+_PLACED = ("student", "pretrained", "weights", "server", "endpoint", "engine")
+# What people name as they like: words behind these are no settings
+_NAMED = ("teachers", "notes", "metrics")
 # What a run may spend on the answers of a server
 _SPENDING = ".endpoint.budget"
 
@@ -111,8 +115,14 @@ def _decides(key: str, old: str, new: str) -> bool:
     if old == _ABSENT and new in ("None", "False", "[]", "{}"):
         return False  # a setting that an earlier version did not have, and that is not used
     key = short(key)
-    harmless = _below(key, _HARMLESS) or key.split(".")[-1] in _PLACES or f"{_SPENDING}." in f"{key}."
+    harmless = _below(key, _HARMLESS) or _is_place(key) or f"{_SPENDING}." in f"{key}."
     return _below(key, _DECISIVE) and not harmless
+
+
+def _is_place(key: str) -> bool:
+    """Tells whether a key says where a model or a server is."""
+    *above, owner, word = ["", "", *key.split(".")]
+    return word in _PLACES and owner in _PLACED and above[-1] not in _NAMED
 
 
 def _below(key: str, above: Sequence[str]) -> bool:

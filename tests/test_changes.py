@@ -83,6 +83,11 @@ def test_teachers_are_known_by_their_weights():
         ("model.init_args.teachers.budget.view", True),
         ("model.init_args.teachers.path.weights", True),
         ("model.init_args.notes.key.init_args.right", True),
+        ("model.init_args.notes.spans.init_args.annotator.init_args.key", True),
+        ("model.init_args.notes.server.init_args.key", True),
+        ("model.init_args.reward.init_args.url", True),
+        ("model.init_args.reward.init_args.endpoint.init_args.url", False),
+        ("model.init_args.teachers.weights.weights.init_args.pretrained.init_args.path", False),
     ],
 )
 def test_names_that_people_give_are_no_places(key, decides):

@@ -153,6 +153,29 @@ def test_columns_that_are_taken_are_refused(tiny_student, notes, message):
         make_module(tiny_student, **told(notes))
 
 
+@pytest.mark.parametrize(
+    ("text", "view", "why"),
+    [
+        ("\ud800", "{{ number }}{{ prompt }}", r"can't read what it is shown \('.ud800"),
+        ("1", "{{ number + 1 }}{{ prompt }}", "can't read what it is shown of the row with prompt .*TypeError"),
+    ],
+)
+def test_a_note_that_a_teacher_cant_read_is_named_with_its_row(tiny_student, tmp_path, text, view, why):
+    class Odd(Numbered):
+        def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
+            return trajectories.noted({"number": [text] * len(trajectories)})
+
+    with pytest.raises(ValueError, match=rf"model.teachers.teacher {why}"):
+        fit(make_module(tiny_student, **told({"note": Odd()}, view)), tmp_path)
+
+
+def test_a_note_is_nothing_that_a_student_can_be_shown(tiny_student):
+    with pytest.raises(
+        ValueError, match=r"model\.student_view reads number, which notes write once the student has acted"
+    ):
+        make_module(tiny_student, **told({"note": Numbered()}), student_view=PromptView("{{ number }}{{ prompt }}"))
+
+
 def test_what_a_note_must_not_do_is_said(tiny_student, tmp_path):
     class Taken(Numbered):
         writes = ("answer",)

@@ -270,14 +270,19 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     """Finds why a teacher can't read its view of an example; None if it can, or has none."""
     teacher = module.teachers[name]
     policy, student = reader_of(module, name), module.policies["student"]
-    view = teacher.look(example)
-    if view is None:
-        return None
-    (row,) = module.shown([example]) if teacher.view is None else (view,)
+    row: Example | None = None
     try:
+        view = teacher.look(example)
+        if view is None:
+            return None
+        (row,) = module.shown([example]) if teacher.view is None else (view,)
         ids = module.prompt_ids(row, module.reads_as(policy))
     except Exception as error:  # of a row that the student can read
-        raise ValueError(f"model.teachers.{name} can't read what it is shown: {reason_of(error)}") from error
+        what = "" if row is None else f" ({quoted(row.get('prompt'), 200)})"
+        raise ValueError(
+            f"model.teachers.{name} can't read what it is shown{what} of the row with prompt "
+            f"{quoted(example.get('prompt'))}: {reason_of(error)}"
+        ) from error
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"

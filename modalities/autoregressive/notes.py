@@ -93,7 +93,8 @@ class Feedback(Note):
             (VISD, 2605.06094). Default: ``model.reward``.
 
     Raises:
-        ValueError: when training begins: the reward, or the judge, says nothing in words.
+        ValueError: when training begins: the reward, or the judge, says nothing in words; it is asked only about
+            completions below a reward, and there are none.
     """
 
     writes = ("feedback",)
@@ -109,6 +110,11 @@ class Feedback(Note):
                 f"Feedback: {who} ({type(judge).__name__}) says nothing in words; take a reward with a "
                 "method feedback(completion, example), or CallableReward with `words`"
             )
+        if self.of is not None and not module.has_rewards:
+            raise ValueError(
+                f"Feedback asks about completions whose reward is below of={self.of}, and there are no rewards: set "
+                "model.reward, or `of: null`, which asks about all"
+            )
 
     def close(self) -> None:
         """Gives back what its judge holds."""
@@ -117,9 +123,9 @@ class Feedback(Note):
             judge.close()
 
     def __call__(self, module: Any, trajectories: Trajectories) -> Trajectories:
-        rewards = [1.0] * len(trajectories) if trajectories.reward is None else trajectories.reward.tolist()
         judge, texts = self.judge or module.reward, module.completions(trajectories)
-        asked = [i for i, value in enumerate(rewards) if self.of is None or value < self.of]
+        reward = trajectories.reward
+        asked = [i for i in range(len(texts)) if self.of is None or (reward is not None and reward[i] < self.of)]
         examples = {i: trajectories.examples[i] | module.parsed(texts[i], trajectories.examples[i]) for i in asked}
         module.scoring.ahead(judge, [texts[i] for i in asked], [*examples.values()])
         words: list[str | None] = [None] * len(texts)

@@ -335,24 +335,26 @@ class MeanOne(Weight):
 
     Args:
         of: the weight; not one that reads whole distributions, which are not kept so long.
+        among: another weight of the term; where it is 0 a step does not count in the mean. Default: all steps count.
     """
 
     scope = "generation"
 
-    def __init__(self, of: Weight) -> None:
-        self.of = of
+    def __init__(self, of: Weight, among: Weight | None = None) -> None:
+        self.of, self.among = of, among
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.of.needs
+        return self.of.needs if self.among is None else self.of.needs | self.among.needs
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return self.of.reads
+        return self.of.reads if self.among is None else self.of.reads | self.among.reads
 
     def settle(self, generation: Generation) -> Tensor:
         values = self.of.over(generation)
         known = generation.on & ~values.isnan()
-        everywhere = generation.everywhere(values[known])
+        counted = known if self.among is None else known & (self.among.over(generation) != 0)
+        everywhere = generation.everywhere(values[counted])
         mean = everywhere.double().mean() if len(everywhere) else torch.tensor(1.0)
         return torch.where(known, values / (mean if float(mean) else 1.0), 0.0).float()

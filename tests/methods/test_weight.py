@@ -27,6 +27,7 @@ from opd_lightning.objective import (
     ForwardKL,
     LogRatio,
     MeanOne,
+    Outcome,
     PolicyGradient,
     ReverseKL,
     Steps,
@@ -142,6 +143,17 @@ def test_mean_one_of_a_weight_of_steps_keeps_the_scale():
     assert_weighs(world, MeanOne(Entropy(beta=2.0)), weight / weight[world.mask].mean())
     for part, value in ((MeanOne(Entropy(beta=0.0)), 1.0), (MeanOne(Constant(0.0)), 0.0)):
         assert_weighs(world, part, torch.full(SHAPE, value).double())
+
+
+def test_a_mean_is_one_among_the_steps_that_another_weight_leaves():
+    """SRPO's (2604.02288): entropies of the teacher in right rollouts, which it does not teach, count nowhere."""
+    world = World(8)
+    weight = (-2 * world.entropy(world.teachers["teacher"])).exp()
+    wrong = (REWARD == 0)[:, None] & world.mask
+    own = MeanOne(Entropy(beta=2.0), Outcome(right=0.0, wrong=1.0))
+    assert_weighs(world, own, weight / weight[wrong].mean())
+    assert world.values(own)[wrong].mean() == pytest.approx(1.0)
+    assert world.values(own)[world.mask].mean() != pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(("of", "sign", "who"), [("right", -1, "student"), ("wrong", 1, "teacher")])

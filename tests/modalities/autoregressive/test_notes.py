@@ -167,6 +167,11 @@ def test_a_group_with_a_right_sibling_teaches_the_wrong_ones(tiny_student, tmp_p
         (Peers(), {"reward": ExactMatch()}, "rollout.group_size to 2 or more"),
         (Feedback(), {"reward": ExactMatch()}, r"model.reward \(ExactMatch\) says nothing in words"),
         (Feedback(), {}, "says nothing in words"),
+        (
+            Feedback(judge=CallableReward(f"{PEERS}.even", words=f"{PEERS}.at_length")),
+            {},
+            "whose reward is below of=0.5, and there are no rewards",
+        ),
         (Feedback(judge=ExactMatch()), {}, r"its judge \(ExactMatch\) says nothing in words"),
         (Written(PromptView("{{ written }}"), by="him"), {}, "there is no 'him'; there are"),
         (Written(PromptView("{{ written }}"), about="right"), {}, "Written.about=right needs rewards"),
