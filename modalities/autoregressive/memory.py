@@ -260,7 +260,7 @@ class Plan:
         copies: dict[str, float] = {"logits": 3 * 4.0 * self.rows * vocabulary}
         if self.cpu or wide > compute:
             copies["copy of the head"] = compute * own.head
-        if self.cpu and not self.lora:
+        if self.cpu and not (self.lora and compute == 2):  # where adapters are merged into it, but for half precision
             copies["copy of the layers"] = compute * linear
         # 3. passes: a 4-bit matrix is multiplied in bf16, an 8-bit one into int32
         unpacked = {4: 2.0 * most, 8: 4.0 * tokens * asking.inner}.get(bits, 0.0)
