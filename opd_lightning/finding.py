@@ -62,7 +62,7 @@ def summary(findings: Sequence[Finding]) -> str:
     bad, doubtful = (sum(finding.verdict == kind for finding in findings) for kind in ("bad", "doubtful"))
     if bad:
         return f"red: {bad} of {len(findings)} findings keep it from running or learning"
-    return f"green, with {doubtful} doubts" if doubtful else "green"
+    return f"green, with {doubtful} doubt{'s' * (doubtful > 1)}" if doubtful else "green"
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:

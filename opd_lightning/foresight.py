@@ -87,7 +87,8 @@ def rows(look: Look) -> Iterator[Finding]:
         _, per_generation = look.module.rollout.micro_batches(look.trainer.accumulate_grad_batches)
         updates = per_generation // look.trainer.accumulate_grad_batches * look.module.rollout.epochs
         prompts = steps / updates * look.module.rollout.batch_size
-        text += f"; {steps:,} steps see each {prompts / count:.2g} times"
+        times = f"{prompts / count:.2g}"
+        text += f"; {steps:,} steps see each {'once' if times == '1' else f'{times} times'}"
     advice = "" if held_out else "without data.validation nothing says whether it helped: 0.1 holds a tenth out"
     yield Finding("rows", "good" if held_out else "doubtful", text, advice)
 

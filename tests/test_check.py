@@ -209,7 +209,7 @@ def test_findings_are_printed_for_people_and_programs(capsys):
     assert "✓ a fine" in printed
     assert "→ look" in printed
     assert "[red]" in printed
-    assert summary(findings) == "green, with 1 doubts"
+    assert summary(findings) == "green, with 1 doubt"
     assert as_json([*findings, Finding("c", "bad", "no")])["verdict"] == "bad"
 
 
