@@ -236,7 +236,8 @@ def json_lines(file: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
 def _why_no_json(error: Exception, line: bytes) -> str:
     if isinstance(error, json.JSONDecodeError):
         near = error.doc[max(error.pos - 12, 0) : error.pos + 8]
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}, near {quoted(near)}; write one JSON object a line"
+        what = error.msg.removesuffix(" at")
+        return f"{what} at column {error.colno}, near {quoted(near)}; write one JSON object a line"
     if isinstance(error, UnicodeDecodeError):
         what = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 at byte {error.start + 1}"
         return f"{what}; save the file as UTF-8"
