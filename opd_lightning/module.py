@@ -32,7 +32,7 @@ from .gradient_guard import GradientGuard
 from .likeness import check_base, check_self_teachers
 from .memory import advising
 from .metrics import Metrics, is_logged, over_ranks
-from .note import Note, check_notes, memories, offered_by, remember, written_by
+from .note import Note, check_notes, memories, offered_by, remember
 from .objective import Objective, OpenSteps
 from .optimization import LRSchedule, default_optimizer, in_place
 from .optimizer_step import MicroBatch
@@ -158,11 +158,6 @@ class OnPolicyDistillation(Setting, L.LightningModule):
         self.evaluation.check(self.has_rewards, self.provides)
         self.rollout.check(set(self.teachers), self.provides)
         check_notes(self.notes, {*self.columns, *self.reads}, self)
-        if found_out := written_by(self.notes) & {*(self.student_view.columns if self.student_view else ())}:
-            raise ValueError(
-                f"model.student_view reads {', '.join(sorted(found_out))}, which notes write once the student has "
-                "acted; show it to a teacher"
-            )
         elsewhere = {name for name, teacher in self.teachers.items() if isinstance(teacher.weights, Elsewhere)}
         self.objective.check({*self.teachers}, None, None, told(self.teachers), elsewhere, aligned(self.teachers))
         if self._trainer is not None:

@@ -66,7 +66,8 @@ def check_notes(notes: Mapping[str, Note], columns: set[str], module: Any) -> No
         module: the setting that trains.
 
     Raises:
-        ValueError: two notes write the same column, or one writes a column of the setting's; or as in `Note.check`.
+        ValueError: two notes write the same column, or one writes a column of the setting's, or one that the student is
+            to be shown; or as in `Note.check`.
     """
     writers: dict[str, str] = dict.fromkeys(columns, "the setting")
     for name, note in notes.items():
@@ -77,6 +78,12 @@ def check_notes(notes: Mapping[str, Note], columns: set[str], module: Any) -> No
                 raise ValueError(f"model.notes.{name} writes the column {column!r}, which {writers[column]} has")
             writers[column] = f"model.notes.{name}"
         note.check(module)
+    view = module.student_view
+    if found_out := sorted(written_by(notes) & {*(view.columns if view else ())}):
+        raise ValueError(
+            f"model.student_view reads {', '.join(found_out)}, which notes write once the student has acted; "
+            "show it to a teacher"
+        )
 
 
 def needed_columns(notes: Mapping[str, Note]) -> dict[str, str]:

@@ -156,8 +156,8 @@ def test_columns_that_are_taken_are_refused(tiny_student, notes, message):
 @pytest.mark.parametrize(
     ("text", "view", "why"),
     [
-        ("\ud800", "{{ number }}{{ prompt }}", r"can't read what it is shown \('.ud800"),
-        ("1", "{{ number + 1 }}{{ prompt }}", "can't read what it is shown of the row with prompt .*TypeError"),
+        ("\ud800", "{{ number }}{{ prompt }}", r"can't read what it is shown, '.ud800"),
+        ("1", "{{ number + 1 }}{{ prompt }}", "can't read what it is shown, '.*TypeError"),
     ],
 )
 def test_a_note_that_a_teacher_cant_read_is_named_with_its_row(tiny_student, tmp_path, text, view, why):

@@ -270,26 +270,21 @@ def problem_with_view(module: Audited, name: str, example: Example) -> str | Non
     """Finds why a teacher can't read its view of an example; None if it can, or has none."""
     teacher = module.teachers[name]
     policy, student = reader_of(module, name), module.policies["student"]
-    row: Example | None = None
+    read = [example]
     try:
-        view = teacher.look(example)
-        if view is None:
+        if (view := teacher.look(example)) is None:
             return None
-        (row,) = module.shown([example]) if teacher.view is None else (view,)
-        ids = module.prompt_ids(row, module.reads_as(policy))
+        read.insert(0, module.shown([example])[0] if teacher.view is None else view)
+        ids = module.prompt_ids(read[0], module.reads_as(policy))
     except Exception as error:  # of a row that the student can read
-        what = "" if row is None else f" ({quoted(row.get('prompt'), 200)})"
-        raise ValueError(
-            f"model.teachers.{name} can't read what it is shown{what} of the row with prompt "
-            f"{quoted(example.get('prompt'))}: {reason_of(error)}"
-        ) from error
+        told = " in place of ".join(quoted(one.get("prompt"), 200) for one in read)
+        raise ValueError(f"model.teachers.{name} can't read what it is shown, {told}: {reason_of(error)}") from error
     renderer = module.renderer(module.policies["student"])
     if teacher.view is not None and (end := renderer.rendered_already(module.asked(view), module.eos)):
         return f"the view of model.teachers.{name} puts {end!r}, the end of a turn, into a turn itself"
     is_here = policy is not student or name in module.policies  # a horizon of the student's tokens, or about that
     room = context_length(policy) - module.rollout.horizon if is_here else math.inf
-    limit = min(teacher.max_prompt_length or room, room)
-    if len(ids) > limit:
+    if len(ids) > (limit := min(teacher.max_prompt_length or room, room)):
         return f"the teacher's prompt has {len(ids)} tokens, the limit of model.teachers.{name} is {limit}"
     return problem_with_prompt(module, ids, name, renderer.is_raw(module.shown([example])[0]["prompt"]))
 

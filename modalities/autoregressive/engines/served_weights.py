@@ -160,6 +160,6 @@ def _bits(model: Any) -> Tensor:
     """Sums the bits of each weight, which an update changes; a copy to compare with would be as large as the model."""
     sums = []
     for weight in model.state_dict().values():
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        sums.append(weight.detach().contiguous().view(whole).sum(dtype=torch.int64))
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        sums.append(weight.detach().contiguous().view(integer).sum(dtype=torch.int64))
     return torch.stack([total.cpu() for total in sums])

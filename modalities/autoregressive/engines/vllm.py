@@ -216,10 +216,10 @@ class VllmServer(RolloutEngine):
             RuntimeError: they are more than `tolerance` apart on average.
         """
         device = next(model.parameters()).device
-        whole = [row.prompt + row.tokens[:COMPARED] for row in rows]
-        width = max(len(ids) for ids in whole)
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in whole], device=device)
-        attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in whole], device=device)
+        sequences = [row.prompt + row.tokens[:COMPARED] for row in rows]
+        width = max(len(ids) for ids in sequences)
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in sequences], device=device)
+        attended = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences], device=device)
         position = attended.cumsum(1).sub(1).clamp(min=0)
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=attended, position_ids=position).logits
