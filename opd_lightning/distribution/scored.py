@@ -16,6 +16,9 @@ from .head import IMPOSSIBLE
 
 ABOVE = 1e-3
 """Nats by which rounding may lift a log-prob, or the sum of those of one state, above 0."""
+LEAST_REST = 2.0**-24
+"""Probability that what is not told has at least: 1 less a sum of float32 numbers is known no better. At 0 a student
+that puts anything there would be infinitely far off, because of rounding alone."""
 
 
 @dataclass
@@ -124,8 +127,8 @@ class ScoredChunk:
         # 2. what is left, to each of those that nothing is told of
         told = ~table.isnan()
         total = table.masked_fill(~told, IMPOSSIBLE).double().logsumexp(-1, keepdim=True)
-        left = torch.where(total < 0, (-total.expm1()).clamp(min=0).log(), -torch.inf)
-        share = (left - (~told).sum(-1, keepdim=True).clamp(min=1).double().log()).clamp(min=IMPOSSIBLE)
+        left = (-total.expm1()).clamp(min=LEAST_REST).log()
+        share = left - (~told).sum(-1, keepdim=True).clamp(min=1).double().log()
         return torch.where(told, table, share.to(table.dtype))
 
     def entropy(self) -> NoReturn:

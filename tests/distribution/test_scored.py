@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from opd_lightning.distribution import IMPOSSIBLE, CategoricalChunk, Scored
+from opd_lightning.distribution import CategoricalChunk, Scored
 from opd_lightning.objective import JSD, ForwardKL, ReverseKL, Support
 from opd_lightning.objective.steps import OpenSteps
 from tests.objective.reference import batch
@@ -84,10 +86,26 @@ def test_ids_that_are_not_told_share_the_rest_and_none_is_told_twice():
         assert len({float(coarse[row, v]) for v in range(V) if v not in known}) == 1
 
 
-def test_a_certain_teacher_leaves_nothing():
+def test_a_certain_teacher_leaves_what_rounding_may_have_hidden():
     said = Scored(torch.zeros(1), torch.tensor([2]), V)
-    expected = torch.tensor([0.0 if v == 2 else IMPOSSIBLE for v in range(V)])
-    assert torch.equal(said.chunk(slice(0, 1)).coarse()[0], expected)
+    expected = torch.tensor([0.0 if v == 2 else math.log(2**-24 / (V - 1)) for v in range(V)])
+    assert torch.allclose(said.chunk(slice(0, 1)).coarse()[0], expected)
+
+
+@pytest.mark.parametrize("above", [-1e-6, 0.0, 1e-7, 9e-4])
+@pytest.mark.parametrize("signal", [ReverseKL, ForwardKL, JSD])
+def test_log_probs_that_add_up_to_one_or_a_little_more_teach_all_the_same(signal, above):
+    """A server's float32 numbers of a sure teacher: 1 − Σ is rounding, and no reason for a loss of 1e30."""
+    p, _, action, _ = made(None)
+    p = p.float().requires_grad_()
+    ids = torch.stack([action, (action + 1) % V], -1)
+    top = torch.tensor([0.99, 0.01]).log().expand(N, 2) + above
+    said = Scored(top[:, 0], action, V, ids, top)
+    said.check(torch.ones(N, dtype=torch.bool), "the server")
+    value = signal(support=Support("teacher", 2))(steps_of(p, action, said))
+    value.sum().backward()
+    assert value.abs().max() < 20
+    assert p.grad.abs().max() < 20
 
 
 def test_pieces_and_moves_keep_what_is_told():
