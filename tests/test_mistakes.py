@@ -160,6 +160,7 @@ def test_held_out_rows_that_are_trained_on(folder, capsys, other):
     assert "data.validation" in finding["advice"]
 
 
+@pytest.mark.slow
 def test_the_same_words_about_other_images_are_other_questions(folder, capsys):
     rows = [{**row, "prompt": "click on the button"} for row in screens()]
     assert "held out" not in [finding["name"] for finding in found(capsys, SCREENS, rows)]
@@ -180,6 +181,7 @@ def test_a_template_that_ignores_its_column(folder, capsys, template, text, advi
     assert advice in finding["advice"]
 
 
+@pytest.mark.slow
 def test_single_braces_that_a_model_can_read(folder, capsys):
     view = {"class_path": "PromptView", "init_args": {"prompt": "click at { where }: {{ prompt }}"}}
     rows = [{**row, "where": str(row["box"][:2])} for row in screens()]

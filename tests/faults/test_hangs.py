@@ -126,6 +126,7 @@ def test_a_thread_that_hangs_ends_the_run_which_goes_on_from_the_last_checkpoint
     assert last(config)["global_step"] == 14
 
 
+@pytest.mark.slow
 def test_what_holds_pythons_lock_ends_all_the_same(make_world, tmp_path):
     config = configuration(tmp_path, make_world("text"), EMA)
     path = broken(config, reward=reward("locks"), scoring=PATIENT)

@@ -226,6 +226,7 @@ def test_steps_are_drawn_by_their_entropy(share, exponent):
     assert_weighs(world, EntropySample(share, exponent), expected)
 
 
+@pytest.mark.slow
 def test_the_first_draw_goes_by_the_entropy_to_the_power_and_evenly_at_zero():
     """Over 500 seeds: frequencies of a row's one draw, against H^a over its sum."""
     world, row = World(23), 4  # four steps

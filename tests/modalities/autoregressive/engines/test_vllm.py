@@ -195,6 +195,7 @@ def test_old_weights_and_old_prefixes_are_found_out(text, url, tmp_path, fault, 
         act(module, rows[4:], horizon=8)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_started_again_has_other_weights(text, tmp_path):
     def start() -> tuple[subprocess.Popen, str]:
         process = subprocess.Popen([sys.executable, str(FAKE), str(text.student)], stdout=subprocess.PIPE, text=True)
