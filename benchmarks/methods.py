@@ -165,7 +165,7 @@ class Task:
         write_whole(PAGE, "\n".join([f"{before}{self.start}", HEAD, *lines, f"{END}{after}"]))
 
     def said(self, overlay: str) -> str:
-        """Says in a line what was measured of an overlay as it is; nothing where no run ended."""
+        """Says in a line what the table has of an overlay; nothing where no run ended."""
         arms = [arm for arm in self.arms.values() if arm.overlays == [overlay] and overlay.endswith(f"/{arm.name}")]
         runs = [run for arm in arms for run in self.known().get(arm.name, {}).values() if "error" not in run]
         if not runs:

@@ -33,10 +33,10 @@ _HARMLESS = (
     "model.rollout.micro_batch_size",
     "model.rollout.epochs",
 )
-# Last words of keys that say where a model or a server is, below what has one; weights that are read there are compared
-# themselves
+# Last words of keys that say where something is or how long it may take, below what has such a place; weights that are
+# read there are compared themselves
 _PLACES = ("path", "url", "folder", "device", "key", "timeout", "revision", "gguf_file", "trust_remote_code")
-_PLACED = ("student", "pretrained", "weights", "server", "endpoint", "engine")
+_PLACED = ("student", "pretrained", "weights", "server", "endpoint", "engine", "environment", "reward")
 # What people name as they like: words behind these are no settings
 _NAMED = ("teachers", "notes", "metrics")
 # What a run may spend on the answers of a server
@@ -120,7 +120,7 @@ def _decides(key: str, old: str, new: str) -> bool:
 
 
 def _is_place(key: str) -> bool:
-    """Tells whether a key says where a model or a server is."""
+    """Tells whether a key says where something is, and not what it does."""
     *above, owner, word = ["", "", *key.split(".")]
     return word in _PLACES and owner in _PLACED and above[-1] not in _NAMED
 

@@ -36,7 +36,7 @@ STARTED_WITH = {
 }
 
 
-class Written(NamedTuple):
+class Completed(NamedTuple):
     """Ids of a prompt and of what the server wrote behind it, with the log-prob of each of these."""
 
     prompt: list[int]
@@ -168,7 +168,7 @@ class VllmServer(RolloutEngine):
             "skip_special_tokens": False,
         }
 
-    def _complete(self, request: dict[str, Any]) -> Written:
+    def _complete(self, request: dict[str, Any]) -> Completed:
         (choice,) = json.loads(self._post("/v1/completions", request))["choices"]
         tokens, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not tokens or log_probs is None or len(tokens) != len(log_probs):
@@ -182,7 +182,7 @@ class VllmServer(RolloutEngine):
                 f"the stop tokens {request['stop_token_ids']} (finish_reason {choice.get('finish_reason')!r}); is "
                 "--max-model-len too small?"
             )
-        return Written(request["prompt"], tokens, log_probs)
+        return Completed(request["prompt"], tokens, log_probs)
 
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
         return self._ask(path, json.dumps(body).encode())
@@ -209,7 +209,7 @@ class VllmServer(RolloutEngine):
             self._weights.close()
 
     @torch.no_grad()
-    def _compare(self, model: Any, head: Head, rows: list[Written], where: str = "") -> float:
+    def _compare(self, model: Any, head: Head, rows: list[Completed], where: str = "") -> float:
         """Refuses a server whose log-probs are not the student's; returns how far apart they are on average.
 
         Raises:
