@@ -119,7 +119,7 @@ CHECKS: dict[str, tuple[Run, int, int]] = {
     "unseen 6": (replace(SMALL, rows=16, micro=16, mixed=True), 16, 64),
     "unseen 7": (replace(SMALL, rows=2, micro=1, checkpointing=True), 500, 60),
     "unseen 8": (replace(SMALL, teacher="student", rows=12, micro=4), 96, 160),
-    # in the place of 1 and 2, which take hours where a CPU has no instructions for bf16; written down before they ran, but
+    # instead of 1 and 2, which take hours where a CPU has no instructions for bf16; written down before they ran, but
     # for their bits, which were 16 by default until the first of them had run
     "unseen 9": (replace(SMALL, lora=True, bits=32, rows=6, micro=3), 200, 120),
     "unseen 10": (replace(SMALL, lora=True, bits=32, teacher=None, rows=10, micro=5, checkpointing=True), 60, 300),
