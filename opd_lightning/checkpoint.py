@@ -16,8 +16,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from .background_io import BackgroundIO
 from .ending import Ending
 from .folder import RunLock, forget_samples_after, set_aside
 from .heart import HEART
@@ -54,9 +55,13 @@ class Checkpoint(ModelCheckpoint):
             ranks in ``hang.txt``, and the last whole step in ``last.ckpt`` (`Watchdog`); None: it hangs. Default 1,200,
             less than the half hour after which torch gives up on a collective. One forward pass, one reward and one
             answer of a server must take less.
+        asynchronous: training goes on while a thread writes a checkpoint from a copy in the memory of the host, of
+            which there are up to two; a run that is killed meanwhile has the one before. Not with ``fsdp2_slices``.
+            Default: training waits.
 
     Raises:
-        ValueError: a limit that is not positive.
+        ValueError: a limit that is not positive; `asynchronous` where ranks write slices, or with a plugin for files of
+            somebody else.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Checkpoint(ModelCheckpoint):
         save_last: bool = True,
         may_change: Sequence[str] = (),
         hang_limit: float | None = 1200.0,
+        asynchronous: bool = False,
     ) -> None:
         if hang_limit is not None and not hang_limit > 0:
             raise ValueError(f"checkpoint.hang_limit is {hang_limit} s; it must be > 0, or null for no limit")
@@ -86,7 +92,7 @@ class Checkpoint(ModelCheckpoint):
 
         # within a run a name is a step; those of other runs are set aside
         self._enable_version_counter = False
-        self.may_change, self.hang_limit = list(may_change), hang_limit
+        self.may_change, self.hang_limit, self.asynchronous = list(may_change), hang_limit, asynchronous
         self._ending = Ending()
         self._watchdog: Watchdog | None = None
         self._locks: list[RunLock] = []
@@ -95,7 +101,11 @@ class Checkpoint(ModelCheckpoint):
         self._settle(trainer)
         # the default exactly: a plugin that somebody chose stays
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = CheckpointIO()
+            trainer.strategy.checkpoint_io = BackgroundIO() if self.asynchronous else CheckpointIO()
+        sliced = getattr(trainer.strategy, "checkpoints", "file") != "file"
+        if self.asynchronous and (sliced or not isinstance(trainer.strategy.checkpoint_io, BackgroundIO)):
+            by = "ranks write slices together" if sliced else f"{type(trainer.strategy.checkpoint_io).__name__} writes"
+            raise ValueError(f"checkpoint.asynchronous: {by}, which training has to wait for; set it to false")
         if stage == "fit":
             self._lock(trainer)  # before Lightning lists the folder: another run may be removing files of it
         super().setup(trainer, pl_module, stage)
@@ -162,8 +172,10 @@ class Checkpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             apart = f"{path}.hung"
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, apart)
+            _wait(trainer)
             if HEART.beats != beats:
                 trainer.strategy.checkpoint_io.remove_checkpoint(apart)
+                _wait(trainer)
                 raise RuntimeError("it went on meanwhile")
             move(apart, path)
         return path
@@ -198,6 +210,10 @@ class Checkpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        try:
+            _wait(trainer)
+        except OSError as error:  # the run ends by what came first
+            rank_zero_warn(printable(error))
         self._end()
 
     def _end(self) -> None:
@@ -268,8 +284,15 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        _wait(trainer)
         for last in self._find_last_checkpoints(trainer) if trainer.is_global_zero else ():
             print(printable(f"the last checkpoint is {last}; `opd export {shlex.quote(last)} DIR` writes its model"))
+
+
+def _wait(trainer: L.Trainer) -> None:
+    """Waits for checkpoints that a thread writes."""
+    if isinstance(trainer.strategy.checkpoint_io, BackgroundIO):
+        trainer.strategy.checkpoint_io.wait()
 
 
 def _mark(trainer: L.Trainer) -> None:

@@ -58,7 +58,7 @@ class Connection:
     deadline: float
     closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
-    def ask(self, path: str, body: Any = None, largest: int | None = None) -> bytes:
+    def ask(self, path: str, body: Any = None, largest: int | None = None, tries: int | None = None) -> bytes:
         """Sends a request (GET without a body) until it is answered.
 
         What passes (no connection, no answer in time, too many requests, a failure inside) is tried again, with pauses
@@ -68,14 +68,15 @@ class Connection:
             path: behind the URL.
             body: of the request, as JSON.
             largest: bytes of an answer. Default: no limit.
+            tries: most of them. Default: as many as come before the deadline.
 
         Raises:
             Refused: an answer that would be the same the next time, or a larger one.
             ConnectionError: none until the deadline.
         """
-        end, pause, tries = time.monotonic() + self.deadline, 0.5, 0
+        end, pause, tried = time.monotonic() + self.deadline, 0.5, 0
         while True:
-            tries, wished = tries + 1, 0.0
+            tried, wished = tried + 1, 0.0
             try:
                 return self._once(path, body, max(0.001, min(self.timeout, end - time.monotonic())), largest)
             except urllib.error.HTTPError as error:
@@ -89,10 +90,11 @@ class Connection:
                 problem = f"{self.url}{path}: {self.without_token(reason)}"
             # not all at once, where many wait for the same server
             wait = max(wished, pause * random.uniform(0.5, 1.0))
-            if end - time.monotonic() <= wait:
+            if tried == tries or end - time.monotonic() <= wait:
+                limit = f" within {self.deadline:g} s and {tried} tries, of up to {self.timeout:g} s each"
                 raise ConnectionError(
-                    f"no answer within {self.deadline:g} s and {tries} tries, of up to {self.timeout:g} s each: "
-                    f"{problem}. Is the server still running? A resumed run goes on from its last checkpoint"
+                    f"no answer{limit if tried != tries else ''}: {problem}. Is the server still running? A resumed "
+                    "run goes on from its last checkpoint"
                 )
             if self.closed.wait(wait):
                 raise ConnectionError(f"{self.url} was not asked again, since the run has ended")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import Running, finish, last, start
 from tests.test_resume import EMA, configuration
@@ -34,28 +35,36 @@ def running(run: Running) -> bool:
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(setting, ranks, ahead, tmp_path, make_world):
     world, moment = make_world(setting), random.Random(f"{setting} {ranks} {ahead} {SEED}")
     unbroken = written(tmp_path / "unbroken", world, ahead)
+    since = time.perf_counter()
     finish(start(unbroken, ranks=ranks))
+    unbroken_time = time.perf_counter() - since
     config = written(tmp_path / "killed", world, ahead)
     checkpoint, steps = config.parent / "checkpoints" / "last.ckpt", []
+    since = time.perf_counter()
     run = start(config, ranks=ranks)
     run.wait_for(checkpoint)
+    start_time = time.perf_counter() - since
+    rest = max(0.0, unbroken_time - start_time)
+    time.sleep(moment.uniform(0, 0.3 * rest))
     for _ in range(KILLS):
-        # a resumed run writes its own first checkpoint some time after it began: kills come before and behind it
-        time.sleep(1.5 * moment.random())
         if running(run):
             run.kill()
             steps.append(last(config)["global_step"])
         else:
             assert run.end() == 0, run.output
         run = start(config, "--ckpt_path=last", ranks=ranks)
-        time.sleep(2 * moment.random())
+        # while it starts, mostly in its first half, now and then when it is done
+        time.sleep(moment.uniform(0.7 * start_time, start_time + 0.5 * rest))
     finish(run)
     expected, found = last(unbroken), last(config)
-    print(f"{setting}, ranks {ranks}, ahead {ahead}: killed at optimizer steps {steps} of {found['global_step']}")
+    print(
+        f"{setting}, ranks {ranks}, ahead {ahead}: killed at optimizer steps {steps} of {found['global_step']}; "
+        f"unbroken {unbroken_time:.1f} s, of which {start_time:.1f} s to the first checkpoint"
+    )
     assert found["global_step"] == expected["global_step"]
     assert found["state_dict"].keys() == expected["state_dict"].keys()
     bits = sum(int((found["state_dict"][key] != value).sum()) for key, value in expected["state_dict"].items())
     assert bits == 0, f"{bits} numbers differ after kills at {steps}"
     for name in ("optimizer_states", "lr_schedulers"):
-        assert repr(found[name]) == repr(expected[name]), name
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
     assert steps, "no kill came in time"

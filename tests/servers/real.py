@@ -84,12 +84,16 @@ def llama(model: Path) -> RealServer:
     return RealServer([python_of(".venv-llama"), str(Path(__file__).with_name("llama.py")), str(model)], None)
 
 
-def vllm(model: Path, *options: str) -> RealServer:
-    """vLLM's server of a folder, on a CPU and in float32: in bfloat16 log-probs are up to 0.27 nats off."""
-    python = python_of(".venv-vllm")
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def vllm(model: Path, *options: str, port: int | None = None) -> RealServer:
+    """vLLM's server of a folder, on a CPU and in float32: in bfloat16 log-probs are up to 0.27 nats off."""
+    python = python_of(".venv-vllm")
+    port = port or free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
     environment = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from opd_lightning.modalities.autoregressive import DecodeLoop, VllmServer
 from opd_lightning.pretrained import Lora, Pretrained
 from opd_lightning.rollout_settings import Rollout
 from opd_lightning.teacher import Initial, Teacher
-from tests.servers.real import RealServer, vllm
+from tests.servers.real import RealServer, free_port, vllm
 from tests.tiny import act, fit, make_module, reverse_kl, teacher_forced
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -58,7 +59,7 @@ def test_it_follows_an_adapter_that_moves(module):
     names, gaps, texts = [], [], []
     for _ in range(4):
         acted = act(module, ROWS[:8], horizon=24)
-        names.append(module.engine.model)
+        names.append(module.engine.replicas[0].given.name)
         gaps.append(gap(module, acted))
         texts.append(module.completions(acted))
         move(module)
@@ -91,3 +92,34 @@ def test_it_trains_and_leaves_no_adapter_behind(module, tmp_path):
     trainer = fit(module, tmp_path, ROWS, steps=3)
     assert trainer.global_step == 3
     assert not list((tmp_path / "adapters").glob("*"))
+
+
+def test_two_servers_share_a_batch_and_one_that_dies_comes_back(server, module, smollm2_folder, tmp_path):
+    port = free_port()
+    options = ("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8")
+    second = vllm(smollm2_folder, *options, port=port)
+    engine = VllmServer([server.url, second.url], str(tmp_path / "shared"), tolerance=TOLERANCE)
+    module.engine.close()
+    module.engine = engine
+    gaps = []
+    try:
+        for event in ("both", "killed", "moved", "back"):
+            if event == "killed":
+                second.process.kill()
+                second.process.wait()
+            if event == "back":
+                second = vllm(smollm2_folder, *options, port=port)
+            if event != "both":
+                move(module)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                gaps.append(gap(module, act(module, ROWS[:8], horizon=16)))
+            said = " ".join(str(warning.message) for warning in told)
+            assert ("left out" in said) == (event == "killed"), said
+            assert ("answers again" in said) == (event == "back"), said
+            assert engine.replicas[1].left_out == (event in ("killed", "moved"))
+        print("gaps", [f"{value:.1e}" for value in gaps])
+        assert max(gaps) < TOLERANCE
+    finally:
+        engine.close()
+        second.stop()

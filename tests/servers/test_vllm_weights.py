@@ -25,20 +25,19 @@ ROWS = [{"prompt": f"What is {i % 9} + {i % 7}? Answer in a sentence."} for i in
 
 
 class Watched(VllmServer):
-    """Keeps how far apart log-probs were whenever they were compared."""
+    """Keeps how far apart log-probs were whenever they were compared, and what the server was asked for."""
 
-    def __init__(self, *args: object, **settings: object) -> None:
-        super().__init__(*args, **settings)
+    def __init__(self, url: str, *args: object, **settings: object) -> None:
+        super().__init__(url, *args, **settings)
         self.apart: list[float] = []
         self.sent: list[str] = []
+        (replica,) = self.replicas
+        ask = replica.ask
+        replica.ask = lambda path, *rest, **more: (self.sent.append(path), ask(path, *rest, **more))[1]
 
     def _compare(self, *args: object) -> float:
         self.apart.append(super()._compare(*args))
         return self.apart[-1]
-
-    def _post(self, path: str, body: dict) -> bytes:
-        self.sent.append(path)
-        return super()._post(path, body)
 
 
 def write(folder: Path, tied: bool, source: Path) -> Path:
@@ -84,18 +83,18 @@ def test_all_weights_move_with_the_student_and_other_servers_are_found_out(smoll
 
         act(module, ROWS[:4], horizon=8)  # the last update
         server.process.send_signal(signal.SIGSTOP)
-        engine.timeout = 5
-        with pytest.raises(ConnectionError, match=r"no vLLM server answers.*timed out"):
+        engine.replicas[0].timeout = 5
+        with pytest.raises(ConnectionError, match=r"no answer.*timed out"):
             act(module, ROWS[:4], horizon=8)
         server.process.send_signal(signal.SIGCONT)
-        engine.timeout = 600
+        engine.replicas[0].timeout = 600
         act(module, ROWS[:4], horizon=8)
 
         server.stop()
-        with pytest.raises(ConnectionError, match="no vLLM server answers"):
+        with pytest.raises(ConnectionError, match=r"no answer.*Connection refused"):
             act(module, ROWS[:4], horizon=8)
         server = serve(folder)  # with the weights from before training
-        engine.url = server.url
+        engine.replicas[0].url = server.url
         with pytest.raises(RuntimeError, match="does not sample from the student"):
             act(module, ROWS[:4], horizon=8)
         engine.close()  # as another run of the same student would begin

@@ -1,11 +1,12 @@
-"""How a server that runs gets the student's weights: an adapter of its own, or all weights in place of the server's."""
+"""How servers that run get the student's weights: an adapter of its own, or all weights in place of the server's."""
 
 from __future__ import annotations
 
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,126 +19,174 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ....printable import printable
-
-Post = Callable[[str, dict[str, Any]], bytes]
+from .replica import Replica
 
 
 class ServedWeights(ABC):
-    """Weights of a student as a vLLM server has them.
+    """Weights of a student as vLLM servers have them.
 
     Args:
-        post: sends a path and a body to the server.
-        folder: where weights are written; the server must see it under the same path.
+        folder: where weights are written; each server must see it under the same path.
     """
 
-    def __init__(self, post: Post, folder: Path) -> None:
-        self.post, self.folder = post, folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._own, self._number = f"opd-{uuid.uuid4().hex[:8]}", 0  # ranks and runs may share a server
+        self.path: Path | None = None
+
+    def sync(self, model: Any, replicas: list[Replica]) -> dict[Replica, ConnectionError]:
+        """Gives the weights to those servers that don't have them, all at once; returns who did not take them, and why.
+
+        A server that takes them is ``fresh``.
+        """
+        # 1. a new name for weights that have changed
+        old = self.path
+        if self._changed(model):
+            self._number += 1
+            self.path = self.folder / f"{self._own}-{self._number}"
+        assert self.path is not None
+        lacking = [replica for replica in replicas if replica.given != self.path]
+        for replica in replicas:
+            replica.fresh = replica in lacking
+        if not lacking:
+            return {}
+        # 2. written once for all of them
+        failed: dict[Replica, ConnectionError] = {}
+
+        def give(replica: Replica) -> None:
+            try:
+                self._give(replica)
+                replica.given = self.path
+            except ConnectionError as error:
+                replica.given, failed[replica] = None, error
+
+        try:
+            if not self.path.exists():
+                self._save(model, self.path)
+            with ThreadPoolExecutor(len(lacking)) as threads:
+                list(threads.map(give, lacking))
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        # 3. nothing is left of what nobody reads any more
+        if old is not None and old != self.path:
+            shutil.rmtree(old, ignore_errors=True)
+        if not self._read_later or len(failed) == len(lacking):
+            shutil.rmtree(self.path, ignore_errors=True)
+        return failed
+
+    def name(self, replica: Replica) -> str:
+        """Returns the name under which a server has them."""
+        return replica.base
+
+    def taken_back(self, replica: Replica) -> None:
+        """Forgets what a server had that was left out: it may have been started again."""
+        replica.given, replica.read = None, []
+
+    def close(self, replicas: list[Replica]) -> None:
+        """Leaves nothing of the student in the folder, nor in the servers where that can be undone."""
+        for replica in replicas:
+            self.taken_back(replica)
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    _read_later: bool
+    """True where a server may read the folder again."""
 
     @abstractmethod
-    def sync(self, model: Any) -> bool:
-        """Gives the weights to the server if they have changed; True if they have."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name that was given to the server; empty: that of the model which it was started with."""
+    def _changed(self, model: Any) -> bool:
+        """Tells whether the weights are others than at the call before; True at the first."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Leaves nothing of the student in the folder, nor in the server where that can be undone."""
+    def _save(self, model: Any, path: Path) -> None:
+        """Writes the weights that were last compared."""
 
-    def _next(self) -> Path:
-        self._number += 1
-        return self.folder / f"{self._own}-{self._number}"
+    @abstractmethod
+    def _give(self, replica: Replica) -> None:
+        """Has a server take what is at ``path``."""
 
 
 class ServedAdapter(ServedWeights):
     """A LoRA adapter, loaded under a new name whenever it has changed, so that no key or value that was computed with
     the old one can be used; the old one is unloaded."""
 
-    def __init__(self, post: Post, folder: Path) -> None:
-        super().__init__(post, folder)
-        self._loaded: dict[str, Tensor] = {}
-        self._path: Path | None = None
+    _read_later = True
 
-    @property
-    def name(self) -> str:
-        return "" if self._path is None else self._path.name
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._weights: dict[str, Tensor] = {}
+        self._config: Any = None
 
-    def sync(self, model: Any) -> bool:
-        config, weights = _adapter(model)
-        if self._loaded.keys() == weights.keys() and all(torch.equal(w, self._loaded[n]) for n, w in weights.items()):
-            return False
-        path = self._next()
-        try:
-            config.save_pretrained(path)
-            save_file(weights, path / "adapter_model.safetensors")
-            self.post("/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path.absolute())})
-        except BaseException:  # the server has the old one yet, if any
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-        old, self._loaded, self._path = self._path, weights, path
-        if old is not None:
-            self._unload(old)
-        return True
+    def name(self, replica: Replica) -> str:
+        assert self.path is not None
+        return self.path.name
 
-    def _unload(self, path: Path) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        self.post("/v1/unload_lora_adapter", {"lora_name": path.name})
+    def _changed(self, model: Any) -> bool:
+        self._config, weights = _adapter(model)
+        old, self._weights = self._weights, weights
+        return old.keys() != weights.keys() or not all(torch.equal(w, old[name]) for name, w in weights.items())
 
-    def close(self) -> None:
-        path, self._loaded, self._path = self._path, {}, None
-        if path is not None:
-            try:
-                self._unload(path)
-            except ConnectionError as error:
-                rank_zero_warn(f"{printable(error)}; if it is still there, it keeps the adapter {path.name}")
+    def _save(self, model: Any, path: Path) -> None:
+        self._config.save_pretrained(path)
+        save_file(self._weights, path / "adapter_model.safetensors")
+
+    def _give(self, replica: Replica) -> None:
+        assert self.path is not None
+        replica.ask("/v1/load_lora_adapter", {"lora_name": self.path.name, "lora_path": str(self.path.absolute())})
+        if replica.given is not None:
+            replica.ask("/v1/unload_lora_adapter", {"lora_name": replica.given.name})
+
+    def taken_back(self, replica: Replica) -> None:
+        if replica.given is not None:
+            with suppress(ConnectionError):  # one that was started again knows nothing of it
+                replica.ask("/v1/unload_lora_adapter", {"lora_name": replica.given.name})
+        super().taken_back(replica)
+
+    def close(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            given, replica.given = replica.given, None
+            if given is not None:
+                try:
+                    replica.ask("/v1/unload_lora_adapter", {"lora_name": given.name})
+                except ConnectionError as error:
+                    rank_zero_warn(f"{printable(error)}; if it is still there, it keeps the adapter {given.name}")
+        super().close(replicas)
 
 
 class ServedModel(ServedWeights):
-    """All weights, which the server reads from the folder in place of its own (``reload_weights``), after which it
+    """All weights, which a server reads from the folder in place of its own (``reload_weights``), after which it
     forgets the keys and values of prompts that it has read. It has the last ones when the run has ended."""
 
-    def __init__(self, post: Post, folder: Path) -> None:
-        super().__init__(post, folder)
+    _read_later = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._bits: Tensor | None = None
 
-    @property
-    def name(self) -> str:
-        return ""
-
-    def sync(self, model: Any) -> bool:
+    def _changed(self, model: Any) -> bool:
         if getattr(model, "is_quantized", False):
             raise ValueError("VllmServer: a server can't take the weights of a quantized student; give it student.lora")
         if any(isinstance(weight, DTensor) for weight in model.parameters()):
             raise ValueError("VllmServer: weights that are sharded (fsdp2) can't be sent to a server; use ddp")
-        bits = _bits(model)
-        if self._bits is not None and torch.equal(bits, self._bits):
-            return False
-        self._bits = None  # if it fails half-way, the server has no student that is known
-        path = self._next()
-        try:
-            model.save_pretrained(path)
-            weights = {"weights_path": str(path.absolute())}
-            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-        self.post("/reset_prefix_cache", {})
-        self._bits = bits
-        return True
+        old, self._bits = self._bits, _bits(model)
+        return old is None or not torch.equal(old, self._bits)
 
-    def close(self) -> None:
-        self._bits = None
+    def _save(self, model: Any, path: Path) -> None:
+        model.save_pretrained(path)
+
+    def _give(self, replica: Replica) -> None:
+        weights = {"weights_path": str(self.path and self.path.absolute())}
+        replica.ask("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
+        replica.ask("/reset_prefix_cache", {})
 
 
-def served(model: Any, post: Post, folder: Path) -> ServedWeights:
+def served(model: Any, folder: Path) -> ServedWeights:
     """Builds what a student needs: its adapter where it has one, else all of its weights.
 
     Raises:
         ValueError: several adapters are switched on.
     """
-    return (ServedAdapter if _active(model) else ServedModel)(post, folder)
+    return (ServedAdapter if _active(model) else ServedModel)(folder)
 
 
 def _active(model: Any) -> set[str]:

@@ -1,51 +1,40 @@
-"""Rollouts by a vLLM server, over HTTP: token ids in, token ids and log-probs out, new weights when they have changed.
+"""Rollouts by vLLM servers, over HTTP: token ids in, token ids and log-probs out, new weights when they have changed.
 
 Shape legend: B trajectories, P prompt width (left padded), T horizon.
 """
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
+import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ....distribution import Head
 from ....heart import HEART
 from ....policy import Policy, evaluating
-from ....printable import printable, quoted
+from ....printable import printable
 from ....rollout_settings import Rollout
 from ..models import bare
 from .decode_loop import DecodeLoop
 from .engine import Prompts, RolloutEngine
+from .replica import Completed, Replica
 from .served_weights import ServedWeights, served
 
 COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of whole rollouts would take too much
 PROBED = 8  # tokens that are written once more behind a prompt which the server had read with other weights
 
-STARTED_WITH = {
-    "/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora",
-    "/collective_rpc": "VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
-    "/reset_prefix_cache": "VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
-}
 
-
-class Completed(NamedTuple):
-    """Ids of a prompt and of what the server wrote behind it, with the log-prob of each of these."""
-
-    prompt: list[int]
-    tokens: list[int]
-    log_probs: list[float]
+class NotTheStudent(RuntimeError):
+    """A server whose log-probs are not the student's."""
 
 
 class VllmServer(RolloutEngine):
-    """Engine that writes with the student's weights in a server that was started beforehand, for LoRA by
+    """Engine that writes with the student's weights in servers that were started beforehand, for LoRA by
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK
 
@@ -53,36 +42,43 @@ class VllmServer(RolloutEngine):
 
         VLLM_SERVER_DEV_MODE=1 vllm serve BASE
 
-    Whenever the weights have changed they are saved to ``folder``, from where the server takes them: an adapter under a
-    new name, whole weights in place of its own. Then log-probs that the server returns are compared with the student's,
+    Whenever the weights have changed they are saved to ``folder``, from where the servers take them: an adapter under a
+    new name, whole weights in place of their own. Then log-probs that a server returns are compared with the student's,
     those behind a prompt that it had read before, too. Teachers that act are handed to `DecodeLoop`.
+
+    Several servers share a batch, in pieces of neighbors, so that a group's prompt is read by one of them. One that
+    does not answer is left out and the others write its rows; so is one whose log-probs are no longer the student's, as
+    those of one that was started again. With every generation batch it is asked whether it is there, and gets the
+    weights of then. Where none is left, the run ends. A trajectory depends on its seed, not on which of them wrote it,
+    as far as their kernels give the same.
 
     Only what a plain server has is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter``, ``/collective_rpc``
     (``reload_weights``), ``/reset_prefix_cache``, ``/v1/models`` and ``/v1/completions``; docs/vllm.md says what else
-    there is, and what was tried. The server must return log-probs before temperature and filters (``--logprobs-mode
+    there is, and what was tried. A server must return log-probs before temperature and filters (``--logprobs-mode
     raw_logprobs``, its default). It knows nothing of rows of the head beyond the tokenizer's ids: they count in its
     log-probs, and one that is sampled ends the run. Its draws depend on the seed of each request and, as far as its
     kernels do, on who shares its batch.
 
     Args:
-        url: such as ``http://localhost:8000``.
-        folder: where weights are written; the server must see it under the same path.
+        url: such as ``http://localhost:8000``, or a list of them; tokens for them are in ``VLLM_API_KEY``.
+        folder: where weights are written; each server must see it under the same path.
         tolerance: mean absolute difference of log-probs, in nats, beyond which server and student are different models.
             Default 0.05, ours.
-        checked: trajectories of each generation batch that are compared. Default 4.
-        at_once: requests in flight. Default 256.
+        checked: trajectories of each generation batch that are compared, of each server. Default 4.
+        at_once: requests in flight, to each server. Default 256.
         timeout: seconds for one request. Default 600.
 
     Raises:
         ValueError: a value out of range; when asked to write: a model with several active LoRA adapters, or without
             one and quantized; prompts with more than text, tokens that must not be sampled.
-        ConnectionError: no answer, or one that is an error.
-        RuntimeError: the server's log-probs are not the student's; a completion that ends otherwise than it may.
+        ConnectionError: no server answers, or each with an error.
+        RuntimeError: log-probs of a server that was just given the weights, or of the last one, are not the student's;
+            a completion that ends otherwise than it may.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         folder: str,
         tolerance: float = 0.05,
         checked: int = 4,
@@ -93,22 +89,12 @@ class VllmServer(RolloutEngine):
             raise ValueError(
                 f"VllmServer: tolerance={tolerance} must be > 0, checked={checked} and at_once={at_once} >= 1"
             )
-        self.url, self.folder, self.timeout = url.rstrip("/"), Path(folder), timeout
-        self.tolerance, self.checked, self.at_once = tolerance, checked, at_once
+        urls = [url] if isinstance(url, str) else url
+        if not urls or len(set(urls)) < len(urls):
+            raise ValueError(f"VllmServer: url={url} must name one server, or several different ones")
+        self.replicas = [Replica(each, timeout) for each in urls]
+        self.folder, self.tolerance, self.checked, self.at_once = Path(folder), tolerance, checked, at_once
         self._weights: ServedWeights | None = None
-        self._read: list[int] = []  # the longest prompt of the generation batch before
-
-    @property
-    def model(self) -> str:
-        """Name under which the server has the student."""
-        assert self._weights is not None, "nothing was written yet"
-        return self._weights.name or self._base
-
-    @cached_property
-    def _base(self) -> str:
-        """Name of the model that the server was started with."""
-        models = json.loads(self._ask("/v1/models", None))["data"]
-        return next(str(model["id"]) for model in models if not model.get("parent"))
 
     def refusal(self, policy: Policy) -> str | None:
         return None if policy.name == "student" else "not the student"
@@ -125,95 +111,135 @@ class VllmServer(RolloutEngine):
             raise ValueError(f"VllmServer is for prompts of text; these have {', '.join(sorted(extra))}, too")
         if head.suppressed is not None:
             raise ValueError("VllmServer can't keep tokens from being sampled whose log-probs it counts")
-        # 2. the weights, then a request for each row, all at once
-        self._weights = self._weights or served(model, self._post, self.folder)
-        changed = self._weights.sync(model)
         attended = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
         read = [ids[mask].tolist() for ids, mask in attended]
-        asked = [self._request(prompt, rollout, seed, eos) for prompt, seed in zip(read, seeds, strict=True)]
-        if changed and self._read:
-            asked.append(self._request(self._read, rollout, 0, eos) | {"max_tokens": min(PROBED, rollout.horizon)})
-        with HEART.waiting_for("server"), ThreadPoolExecutor(min(self.at_once, len(asked))) as threads:
-            written = list(threads.map(self._complete, asked))
-        rows, again = written[: len(read)], written[len(read) :]
-        self._read = max(read, key=len)
-        # 3. answers; the server may have been started again meanwhile, so that each batch is compared
-        if (largest := max(max(row.tokens) for row in written)) >= head.vocabulary:
-            raise RuntimeError(f"the server sampled id {largest}; the tokenizer has {head.vocabulary}")
-        self._compare(model, head, rows[: self.checked])
-        if again:
-            self._compare(model, head, again, "Behind a prompt that it had read before the last change of weights: ")
-        width, device = max(len(row.tokens) for row in rows), inputs["input_ids"].device
-        tokens = torch.tensor([row.tokens + [pad] * (width - len(row.tokens)) for row in rows])
-        log_probs = torch.tensor([row.log_probs + [0.0] * (width - len(row.log_probs)) for row in rows])
+        asked = [_request(prompt, rollout, seed, eos) for prompt, seed in zip(read, seeds, strict=True)]
+        # 2. who was left out may be there again
+        self._weights = weights = self._weights or served(model, self.folder)
+        for replica in self.replicas:
+            if replica.left_out and replica.answers():
+                rank_zero_warn(f"{replica.url} answers again, and writes rollouts as before")
+                replica.left_out = False
+                weights.taken_back(replica)
+        # 3. each row is written by one that answers; what one leaves is for the others
+        rows: dict[int, Completed] = {}
+        while left := [i for i in range(len(asked)) if i not in rows]:
+            rows |= self._share(model, head, weights, {i: asked[i] for i in left})
+        # 4. as tensors
+        written = [rows[i] for i in range(len(asked))]
+        width, device = max(len(row.tokens) for row in written), inputs["input_ids"].device
+        tokens = torch.tensor([row.tokens + [pad] * (width - len(row.tokens)) for row in written])
+        log_probs = torch.tensor([row.log_probs + [0.0] * (width - len(row.log_probs)) for row in written])
         return tokens.to(device), log_probs.to(device)
 
-    def _request(self, prompt: list[int], rollout: Rollout, seed: int, eos: list[int]) -> dict[str, Any]:
-        """Builds a request that sets everything: the checkpoint's generation defaults would fill in the rest."""
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": rollout.horizon,
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p or 1.0,
-            "top_k": rollout.top_k or 0,
-            "min_p": rollout.min_p or 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": seed,
-            "stop_token_ids": eos,
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-        }
+    def _share(
+        self, model: Any, head: Head, weights: ServedWeights, asked: dict[int, dict[str, Any]]
+    ) -> dict[int, Completed]:
+        """Has each server that is there write a piece of neighbors; returns rows of those that wrote as the student.
 
-    def _complete(self, request: dict[str, Any]) -> Completed:
-        (choice,) = json.loads(self._post("/v1/completions", request))["choices"]
-        tokens, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not tokens or log_probs is None or len(tokens) != len(log_probs):
-            raise RuntimeError(
-                f"{self.url}: a completion without token ids and as many log-probs: {quoted(choice, 200)}"
-            )
-        stopped = tokens[-1] in request["stop_token_ids"]
-        if not stopped and len(tokens) < request["max_tokens"]:
-            raise RuntimeError(
-                f"{self.url}: a completion ended after {len(tokens)} of {request['max_tokens']} tokens without one of "
-                f"the stop tokens {request['stop_token_ids']} (finish_reason {choice.get('finish_reason')!r}); is "
-                "--max-model-len too small?"
-            )
-        return Completed(request["prompt"], tokens, log_probs)
+        Raises:
+            ConnectionError: no server is left.
+            RuntimeError: as of `write`.
+        """
+        # 1. servers that have the weights
+        present = [replica for replica in self.replicas if not replica.left_out]
+        for replica, refusal in weights.sync(model, present).items():
+            self._leave_out(replica, refusal)
+        present = [replica for replica in present if not replica.left_out]
+        # 2. their pieces, at the same time
+        indices, size = list(asked), math.ceil(len(asked) / len(present))
+        pieces = {replica: indices[i * size : (i + 1) * size] for i, replica in enumerate(present)}
+        with HEART.waiting_for("server"), ThreadPoolExecutor(len(present)) as threads:
+            futures = {
+                replica: threads.submit(self._piece, replica, weights, [asked[i] for i in piece])
+                for replica, piece in pieces.items()
+                if piece
+            }
+        # 3. each server is compared with the student in each batch, since it may have been started again meanwhile
+        rows: dict[int, Completed] = {}
+        for replica, future in futures.items():
+            written, again, unanswered = future.result()
+            error: Exception | None = unanswered
+            done = {i: row for i, row in zip(pieces[replica], written, strict=True) if row is not None}
+            try:
+                self._check(model, head, replica, [*done.values()], again)
+                rows |= done
+            except NotTheStudent as other:
+                if replica.fresh:  # with the weights again it would be the same
+                    raise
+                error = other
+            if error is not None:
+                self._leave_out(replica, error)
+        return rows
 
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        return self._ask(path, json.dumps(body).encode())
+    def _piece(
+        self, replica: Replica, weights: ServedWeights, asked: list[dict[str, Any]]
+    ) -> tuple[list[Completed | None], Completed | None, ConnectionError | None]:
+        """Asks one server for completions, at once; returns them as far as they came, the one behind a prompt that it
+        read with other weights, where there is one, and what kept the others."""
+        error: ConnectionError | None = None
+        name = weights.name(replica)
 
-    def _ask(self, path: str, data: bytes | None) -> bytes:
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                read: bytes = answer.read()
-                HEART.beat()
-                return read
-        except urllib.error.HTTPError as error:
-            hint = ""
-            if error.code == 404 and path in STARTED_WITH:
-                hint = f"; start it with {STARTED_WITH[path]}"
-            text = printable(error.read().decode(errors="replace")[:500])
-            raise ConnectionError(f"{self.url}{path} answered {error.code}: {text}{hint}") from error
-        except OSError as error:
-            raise ConnectionError(f"no vLLM server answers at {self.url}{path}: {error}") from error
+        def complete(request: dict[str, Any]) -> Completed | None:
+            nonlocal error
+            if error is None:  # else those that wait would each wait in vain
+                try:
+                    return replica.complete(request | {"model": name})
+                except ConnectionError as first:
+                    error = first
+            return None
+
+        probe = []
+        if replica.fresh and replica.read:
+            probe = [asked[0] | {"prompt": replica.read, "max_tokens": min(PROBED, asked[0]["max_tokens"])}]
+        with ThreadPoolExecutor(min(self.at_once, len(asked) + len(probe))) as threads:
+            written = list(threads.map(complete, [*asked, *probe]))
+        replica.read = max((request["prompt"] for request in asked), key=len)
+        return written[: len(asked)], written[-1] if probe else None, error
+
+    def _leave_out(self, replica: Replica, error: Exception) -> None:
+        """Goes on without a server, until it answers.
+
+        Raises:
+            Exception: the error, since it was the last one.
+        """
+        replica.left_out = True
+        present = sum(not each.left_out for each in self.replicas)
+        if not present:
+            raise error
+        rank_zero_warn(
+            f"{replica.url} is left out until it answers again, and its rows are written by the other {present}: "
+            f"{printable(error)}"
+        )
 
     def close(self) -> None:
-        """Unloads the adapter from the server and leaves nothing in ``folder``."""
+        """Unloads the adapter from the servers and leaves nothing in ``folder``."""
         if self._weights is not None:
-            self._weights.close()
+            self._weights.close(self.replicas)
+
+    def _check(self, model: Any, head: Head, replica: Replica, rows: list[Completed], again: Completed | None) -> None:
+        """Refuses what a server wrote that is not what the student would write.
+
+        Raises:
+            NotTheStudent: its log-probs are others.
+            RuntimeError: it sampled an id that the tokenizer does not have.
+        """
+        if largest := [row for row in rows if max(row.tokens) >= head.vocabulary]:
+            raise RuntimeError(
+                f"{replica.url} sampled id {max(largest[0].tokens)}; the tokenizer has {head.vocabulary}"
+            )
+        if rows:
+            self._compare(model, head, replica.url, rows[: self.checked])
+        if again is not None:
+            where = "Behind a prompt that it had read before the last change of weights: "
+            self._compare(model, head, replica.url, [again], where)
 
     @torch.no_grad()
-    def _compare(self, model: Any, head: Head, rows: list[Completed], where: str = "") -> float:
+    def _compare(self, model: Any, head: Head, url: str, rows: list[Completed], where: str = "") -> float:
         """Refuses a server whose log-probs are not the student's; returns how far apart they are on average.
 
         Raises:
-            RuntimeError: they are more than `tolerance` apart on average.
+            NotTheStudent: they are more than `tolerance` apart on average.
         """
         device = next(model.parameters()).device
         sequences = [row.prompt + row.tokens[:COMPARED] for row in rows]
@@ -231,11 +257,31 @@ class VllmServer(RolloutEngine):
         apart = float((student - server).abs().mean())
         # so NaN is refused, too
         if not apart <= self.tolerance:
-            raise RuntimeError(
-                f"{where}{self.url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
+            raise NotTheStudent(
+                f"{where}{url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
                 f"{float(server.mean()):.4f} there and {float(student.mean()):.4f} here, {apart:.4f} apart on average, "
                 f"more than VllmServer.tolerance={self.tolerance}. Does it serve the same base model, in the same "
                 "precision, with --logprobs-mode raw_logprobs? (On a CPU vLLM keeps the old head of a model whose head "
                 "is its embeddings.)"
             )
         return apart
+
+
+def _request(prompt: list[int], rollout: Rollout, seed: int, eos: list[int]) -> dict[str, Any]:
+    """Builds a request that sets all but the model: the checkpoint's generation defaults would fill in the rest."""
+    return {
+        "prompt": prompt,
+        "max_tokens": rollout.horizon,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p or 1.0,
+        "top_k": rollout.top_k or 0,
+        "min_p": rollout.min_p or 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed,
+        "stop_token_ids": eos,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+    }

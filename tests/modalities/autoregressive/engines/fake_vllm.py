@@ -1,6 +1,6 @@
 """A server that speaks the part of vLLM's protocol that `VllmServer` uses, with a transformers model.
 
-    python fake_vllm.py MODEL
+    python fake_vllm.py MODEL [PORT]
 
 It prints its port. Below ``/stale`` it goes on with the adapter that it loaded first, or with its own weights; below
 ``/cached`` it remembers with which weights it first read a prompt, although told to forget; below ``/short`` it ends
@@ -128,6 +128,6 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     BASE["base"] = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2]) if len(sys.argv) > 2 else 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning.modalities.autoregressive.engines.vllm import VllmServer
 from opd_lightning.pretrained import Lora
+from opd_lightning.rollout_settings import Rollout
 from tests.tiny import act, teacher_forced
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
@@ -59,14 +61,19 @@ def test_it_writes_as_the_student_does_and_follows_it(text, url, tmp_path):
         assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
         again = act(module, rows, horizon=8)
         assert torch.equal(rolled.actions, again.actions), "the seeds decide"
-        names.append(server.model)
-        assert [folder.name for folder in (tmp_path / "adapters").iterdir()] == [server.model], "the old one is gone"
+        names.append(adapter(server))
+        assert [folder.name for folder in (tmp_path / "adapters").iterdir()] == [adapter(server)], "the old one is gone"
         moved(module)
     assert names[0] != names[1]
     rolled = act(module, rows, horizon=8, temperature=0.5)
     assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4, (
         "at temperature 1"
     )
+
+
+def adapter(server: VllmServer) -> str:
+    """Under which name the server has the student."""
+    return server.replicas[0].given.name
 
 
 def adapters(url: str) -> list[str]:
@@ -84,7 +91,7 @@ def test_it_trains_and_leaves_nothing_behind(text, url, tmp_path):
     assert adapters(url) == before
     assert not list((tmp_path / "adapters").iterdir())
     act(module, text.make_rows(2), horizon=4)
-    assert adapters(url) == [*before, server.model], "another stage loads it again"
+    assert adapters(url) == [*before, adapter(server)], "another stage loads it again"
     server.close()
     server.close()
     assert adapters(url) == before
@@ -93,7 +100,7 @@ def test_it_trains_and_leaves_nothing_behind(text, url, tmp_path):
 def test_a_run_that_fails_leaves_nothing_behind_either(text, url, tmp_path):
     class Fails(text.setting):
         def training_step(self, batch, batch_idx):
-            assert adapters(url) == [*before, server.model]
+            assert adapters(url) == [*before, adapter(server)]
             raise KeyError("here")
 
     before, server = adapters(url), VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
@@ -106,7 +113,7 @@ def test_a_run_that_fails_leaves_nothing_behind_either(text, url, tmp_path):
 def test_a_server_that_is_gone_hides_no_error(text, url, tmp_path):
     class Fails(text.setting):
         def training_step(self, batch, batch_idx):
-            server.url = "http://127.0.0.1:1"
+            server.replicas[0].url = "http://127.0.0.1:1"
             raise KeyError("here")
 
     server = VllmServer(url, str(tmp_path / "adapters"), tolerance=1e-3)
@@ -131,7 +138,7 @@ def test_what_can_go_wrong_is_named(text, url, tmp_path):
         module.engine = VllmServer(where, str(tmp_path))
 
     use("http://127.0.0.1:1")
-    with pytest.raises(ConnectionError, match=r"no vLLM server answers at http://127\.0\.0\.1:1/v1/load_lora_adapter"):
+    with pytest.raises(ConnectionError, match=r"no answer: http://127\.0\.0\.1:1/v1/load_lora_adapter"):
         act(module, rows)
     use(f"{url}/static")
     with pytest.raises(ConnectionError, match=r"answered 404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
@@ -162,7 +169,7 @@ def test_all_weights_go_to_the_server_and_it_follows_them(text, url, tmp_path):
         assert not list((tmp_path / "weights").iterdir()), "they are large"
         moved(module, 0.1)
     assert not torch.equal(written[0], written[1])
-    assert server.model == "base"
+    assert server.replicas[0].base == "base"
     trainer = text.fit(text.module(engine=server), tmp_path / "run", steps=2)
     assert trainer.global_step == 2
 
@@ -170,8 +177,9 @@ def test_all_weights_go_to_the_server_and_it_follows_them(text, url, tmp_path):
 def test_weights_that_have_not_changed_are_not_sent_again(text, url, tmp_path, monkeypatch):
     server = VllmServer(url, str(tmp_path))
     module, rows = text.module(engine=server), text.make_rows(2)
-    sent, post = [], server._post
-    monkeypatch.setattr(server, "_post", lambda path, body: (sent.append(path), post(path, body))[1])
+    (replica,) = server.replicas
+    sent, ask = [], replica.ask
+    monkeypatch.setattr(replica, "ask", lambda path, *body: (sent.append(path), ask(path, *body))[1])
     act(module, rows, horizon=4)
     act(module, rows, horizon=4)
     assert sent.count("/collective_rpc") == sent.count("/reset_prefix_cache") == 1
@@ -183,7 +191,7 @@ def test_weights_that_have_not_changed_are_not_sent_again(text, url, tmp_path, m
 
 @pytest.mark.parametrize(("fault", "where"), [("stale", "^http"), ("cached", "^Behind a prompt that it had read")])
 def test_old_weights_and_old_prefixes_are_found_out(text, url, tmp_path, fault, where):
-    VllmServer(url, str(tmp_path))._post("/reset_prefix_cache", {})  # what other tests asked
+    VllmServer(url, str(tmp_path)).replicas[0].ask("/reset_prefix_cache", {})  # what other tests asked
     server = VllmServer(f"{url}/{fault}", str(tmp_path))
     module, rows = text.module(engine=server), text.make_rows(8)
     if fault == "stale":
@@ -195,25 +203,139 @@ def test_old_weights_and_old_prefixes_are_found_out(text, url, tmp_path, fault, 
         act(module, rows[4:], horizon=8)
 
 
-@pytest.mark.slow
-def test_a_server_that_was_started_again_has_other_weights(text, tmp_path):
-    def start() -> tuple[subprocess.Popen, str]:
-        process = subprocess.Popen([sys.executable, str(FAKE), str(text.student)], stdout=subprocess.PIPE, text=True)
-        return process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+class Servers:
+    """Processes of a test, which end with it."""
 
-    process, where = start()
-    server = VllmServer(where, str(tmp_path))
-    module, rows = text.module(engine=server), text.make_rows(4)
+    def __init__(self, model: Path) -> None:
+        self._model, self._processes = model, dict[int, subprocess.Popen]()
+
+    def start(self, port: int = 0) -> int:
+        """Starts one; returns its port."""
+        command = [sys.executable, str(FAKE), str(self._model), str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        port = int(process.stdout.readline())
+        self._processes[port] = process
+        return port
+
+    def signal(self, port: int, number: int) -> None:
+        self._processes[port].send_signal(number)
+        if number == signal.SIGKILL:
+            self._processes.pop(port).communicate()
+
+    def end(self) -> None:
+        for port in list(self._processes):
+            self.signal(port, signal.SIGKILL)
+
+
+@pytest.fixture
+def servers(text):
+    started = Servers(text.student)
+    yield started
+    started.end()
+
+
+def engine(ports: list[int], folder: Path, **settings: object) -> VllmServer:
+    return VllmServer([f"http://127.0.0.1:{port}" for port in ports], str(folder), tolerance=1e-3, **settings)
+
+
+def is_written_by_the_student(module, rows: list[dict], **settings: object) -> torch.Tensor:
+    rolled = act(module, rows, horizon=8, **settings)
+    assert (teacher_forced(module, "student", rolled) - rolled.behavior_log_probs).abs().max() < 1e-4
+    return rolled.actions
+
+
+@pytest.mark.slow
+def test_a_server_that_was_started_again_has_other_weights(text, servers, tmp_path):
+    port = servers.start()
+    module, rows = text.module(engine=engine([port], tmp_path)), text.make_rows(4)
     moved(module)
     act(module, rows, horizon=8)
-    process.kill()
-    process.communicate()
-    with pytest.raises(ConnectionError, match="no vLLM server answers"):
+    servers.signal(port, signal.SIGKILL)
+    with pytest.raises(ConnectionError, match=r"no answer: http.*Connection refused"):
         act(module, rows, horizon=8)
-    process, server.url = start()
-    try:
-        with pytest.raises(RuntimeError, match="does not sample from the student"):
-            act(module, rows, horizon=8)
-    finally:
-        process.kill()
-        process.communicate()
+    module = text.module(engine=engine([port], tmp_path))
+    servers.start(port)
+    moved(module)
+    act(module, rows, horizon=8)
+    servers.signal(port, signal.SIGKILL)
+    servers.start(port)
+    with pytest.raises(RuntimeError, match="does not sample from the student"):
+        act(module, rows, horizon=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, Lora(r=4)])
+def test_servers_share_a_batch_and_one_that_dies_is_left_out_until_it_answers(text, servers, tmp_path, lora):
+    ports = [servers.start(), servers.start()]
+    server = engine(ports, tmp_path / "weights", timeout=10)
+    first, second = server.replicas
+    module, rows = text.module(lora=lora, engine=server), text.make_rows(7)
+    expected = is_written_by_the_student(module, rows)
+    assert expected.shape[0] == 7
+    assert first.read
+    assert second.read
+
+    servers.signal(ports[1], signal.SIGKILL)
+    with pytest.warns(UserWarning, match=rf"{ports[1]} is left out.*by the other 1.*Connection refused"):
+        assert torch.equal(is_written_by_the_student(module, rows), expected), "the seeds decide, not who writes"
+    moved(module, 0.1)
+    written = is_written_by_the_student(module, rows)
+    assert second.left_out
+
+    servers.start(ports[1])
+    with pytest.warns(UserWarning, match=rf"{ports[1]} answers again"):
+        assert torch.equal(is_written_by_the_student(module, rows), written)
+    assert second.given == first.given
+
+    # hung, and with what it was asked still waiting when it goes on
+    servers.signal(ports[0], signal.SIGSTOP)
+    server.replicas[0].timeout = 2
+    with pytest.warns(UserWarning, match=rf"{ports[0]} is left out.*by the other 1.*timed out"):
+        assert torch.equal(is_written_by_the_student(module, rows), written)
+    servers.signal(ports[0], signal.SIGCONT)
+    moved(module, 0.1)
+    with pytest.warns(UserWarning, match=rf"{ports[0]} answers again"):
+        is_written_by_the_student(module, rows)
+
+    # started again between two batches, so that nothing but its log-probs gives it away
+    servers.signal(ports[0], signal.SIGKILL)
+    servers.start(ports[0])
+    with pytest.warns(UserWarning, match=rf"{ports[0]} is left out.*does not sample from the student"):
+        is_written_by_the_student(module, rows)
+    assert first.left_out
+    with pytest.warns(UserWarning, match=rf"{ports[0]} answers again"):
+        is_written_by_the_student(module, rows)
+    assert not first.left_out
+
+    for port in ports:
+        servers.signal(port, signal.SIGKILL)
+    with pytest.raises(ConnectionError, match="Connection refused"), pytest.warns(UserWarning, match="by the other 1"):
+        act(module, rows, horizon=8)
+    server.close()
+    assert not list((tmp_path / "weights").iterdir())
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_middle_of_a_run_costs_it_nothing(text, servers, tmp_path):
+    class Kills(text.setting):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 1:
+                servers.signal(ports[0], signal.SIGKILL)
+            if self.global_step == 3:
+                servers.start(ports[0])
+            return super().training_step(batch, batch_idx)
+
+    ports = [servers.start(), servers.start()]
+    server = engine(ports, tmp_path / "weights")
+    trainer = text.fit(text.module(lora=Lora(r=4), engine=server, setting=Kills), tmp_path, steps=6)
+    assert trainer.global_step == 6
+    assert not any(replica.left_out for replica in server.replicas)
+
+
+@pytest.mark.slow
+def test_rollouts_ahead_are_written_by_a_server_with_the_weights_that_they_are_ahead_of(text, servers, tmp_path):
+    server = engine([servers.start()], tmp_path / "weights")
+    rollout = Rollout(batch_size=4, micro_batch_size=4, horizon=8, max_staleness=2)
+    trainer = text.fit(text.module(engine=server, rollout=rollout), tmp_path, steps=5)
+    assert trainer.global_step == 5
+    assert not list((tmp_path / "weights").iterdir())
