@@ -195,11 +195,12 @@ def test_slices_of_two_ranks_go_on_on_any_number_and_export(strategy, ranks, ext
 
 
 @pytest.mark.slow
-def test_two_copies_of_one_rank_each_move_as_one_rank(tmp_path, make_world):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_copies_of_one_or_two_ranks_each_move_as_one_rank(ranks, tmp_path, make_world):
     copies = "{class_path: opd_lightning.sharding.FSDP2, init_args: {copies: 2}}"
     states = []
     for strategy in ("auto", copies):
-        process, config = run(tmp_path / str(len(states)), make_world("text"), strategy, 2)
+        process, config = run(tmp_path / str(len(states)), make_world("text"), strategy, 2, ranks=ranks)
         finish(process)
         states.append(last(config)["state_dict"])
     for name, value in states[0].items():

@@ -104,7 +104,7 @@ def test_an_environment_that_hangs_ends_the_run_and_loses_no_step(make_world, tm
     expected = last(config)["state_dict"]
     config = configuration(tmp_path / "hung", make_world("text"), setup)
     output = hung(config, {"HANGS_AT": "100"})
-    assert "rank 0: is in side_by_side, environment.py:" in output
+    assert "rank 0: is in end, environment.py:" in output
     assert "in hang_once" in output  # the thread in which the environment is
     assert "rollouts of student" in output
     assert last(config)["global_step"] > 0

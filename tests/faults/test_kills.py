@@ -1,4 +1,4 @@
-"""Kills at random moments, three of each of sixteen runs: four settings, ranks 1 and 2, rollouts made ahead or not."""
+"""Kills at random moments, three of each of 16 runs: settings, ranks 1 and 2, rollouts and files made beside or not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.processes import Running, finish, last, start
 from tests.test_resume import EMA, configuration
@@ -22,7 +23,12 @@ SEED = int(os.environ.get("KILLS_SEED", 0))  # another one kills at other moment
 
 def written(config: Path, world: World, ahead: int) -> Path:
     """The configuration of a run whose teacher moves and whose generation batches last for two optimizer steps."""
-    return configuration(config, world, {**EMA, "rollout": {**EMA["rollout"], "max_staleness": ahead}})
+    path = configuration(config, world, {**EMA, "rollout": {**EMA["rollout"], "max_staleness": ahead}})
+    if ahead:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content["checkpoint"]["asynchronous"] = True
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
 
 
 def running(run: Running) -> bool:

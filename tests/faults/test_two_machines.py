@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults.test_processes import HALF, equal
@@ -34,7 +34,9 @@ def machines(config: Path, strategy: str, *extra: str) -> list[subprocess.Popen]
 
 
 def unplug(one: subprocess.Popen) -> None:
-    os.killpg(one.pid, signal.SIGKILL)
+    """Kills all that runs on a machine: ranks are in sessions of their own."""
+    for process in [*psutil.Process(one.pid).children(recursive=True), psutil.Process(one.pid)]:
+        process.kill()
     one.wait()
 
 
