@@ -59,6 +59,7 @@ class Calculator(Tools):
         if not seconds > 0 or min(memory, output) < 1:
             raise ValueError(f"Calculator: seconds={seconds}, memory={memory} and output={output} must be positive")
         self.seconds, self.memory, self.output, self.tags, self.describe = seconds, memory, output, tags, describe
+        self.response_template = None
         self._use([self.python])
 
     def python(self, code: str) -> str:

@@ -33,9 +33,10 @@ KINDS: dict[str, tuple[type, ...]] = {
 class Tools(Environment):
     """Environment of plain functions. A turn without a call ends the episode: it is the answer.
 
-    A call is JSON with a name and arguments between two tags, those of the model's chat template; several in a turn are
-    answered in their order. A call that is malformed, of an unknown function, or with arguments that don't fit gets an
-    error as its answer, which the policy reads. The functions are called in the trainer's process, within
+    A call is JSON with a name and arguments between two tags, those of the model's chat template, or is read by the
+    tokenizer's ``response_template`` where it has one (transformers' `parse_response`); several in a turn are answered
+    in their order. A call that is malformed, of an unknown function, or with arguments that don't fit gets an error as
+    its answer, which the policy reads. The functions are called in the trainer's process, within
     ``rollout.turn_timeout``: what runs programs of a model belongs into a process of its own, as `Calculator` has it.
 
     Args:
@@ -44,16 +45,28 @@ class Tools(Environment):
             which there are some (for settings that have eyes), or becomes JSON.
         tags: before and behind a call. Default: as the chat template writes calls, or ``<tool_call>`` where it writes
             none.
+        response_template: reads calls in any other format, as transformers' tokenizers have it. Default: the
+            tokenizer's own, if it has one and no ``tags`` are set.
         describe: have the chat template tell policies of the functions (its ``tools``). Without it prompts should.
 
     Raises:
-        ValueError: no function, one that can't be imported or described, or two of the same name.
+        ValueError: no function, one that can't be imported or described, or two of the same name; tags beside a
+            response template; when models are loaded: calls can't be read as the chat template writes them.
     """
 
     role = "tool"
 
-    def __init__(self, functions: list[str], tags: list[str] | None = None, describe: bool = True) -> None:
+    def __init__(
+        self,
+        functions: list[str],
+        tags: list[str] | None = None,
+        describe: bool = True,
+        response_template: dict[str, Any] | None = None,
+    ) -> None:
+        if tags is not None and response_template is not None:
+            raise ValueError("Tools: calls are read by tags or by a response_template; set one of them")
         self.functions, self.tags, self.describe = functions, tags, describe
+        self.response_template = response_template
         self._use([import_callable(path, "Tools.functions") for path in functions])
 
     def _use(self, functions: Sequence[Callable[..., Any]]) -> None:
@@ -61,6 +74,7 @@ class Tools(Environment):
             raise ValueError("Tools.functions is empty: name at least one function")
         if self.tags is not None and (len(self.tags) != 2 or not self.tags[0]):
             raise ValueError(f"Tools.tags are {self.tags}; they must be two: what is before and behind a call")
+        self._parse: Callable[[str], dict[str, Any]] | None = None
         self._schemas: dict[str, dict[str, Any]] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
         for function in functions:
@@ -80,16 +94,25 @@ class Tools(Environment):
         return {"calls": 0}
 
     def step(self, state: Any, text: str) -> Turn:
-        calls = read_calls(text, self._tags)
+        calls = self._calls(text)
         if not calls:
             return Turn(state=state, done=True)
         answers: Chat = [{"role": "tool", "content": self.called(call)} for call in calls]
         return Turn(answers, {"calls": state["calls"] + len(calls)})
 
+    def _calls(self, text: str) -> list[Any]:
+        """Reads the calls in a turn, or an error where one is malformed."""
+        if self._parse is None:
+            return read_calls(text, self._tags)
+        try:
+            return list(self._parse(text).get("tool_calls") or ())
+        except Exception as error:  # of whatever a model wrote
+            return [error]
+
     def called(self, call: Any) -> str | list[Any]:
         """Calls a function, as a policy asked for it; returns its answer, or what is wrong with the call."""
         if isinstance(call, Exception):
-            return f"error: the call is no JSON: {call}"
+            return f"error: the call can't be read: {call}"
         asked: Any = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(asked, dict) or not isinstance(name := asked.get("name"), str):
             return 'error: a call is {"name": …, "arguments": {…}}'
@@ -105,15 +128,16 @@ class Tools(Environment):
             return f"error: {type(error).__name__}: {error}"
 
     def adopt(self, renderer: Renderer) -> None:
-        """Takes over the tags between which a chat template writes calls, unless they are set.
+        """Takes over how calls are written, by the tokenizer's response template or the tags of its chat template.
 
         Raises:
-            ValueError: the template writes calls in a format that is not read here.
+            ValueError: the chat template writes calls in a format that is not read here.
         """
         if self.tags is not None or renderer.processor.chat_template is None or renderer.raw:
             return
         if not renderer.reads("tool_calls"):
             return
+        # 1. a call, as the chat template writes it behind a question
         call = {"type": "function", "function": {"name": NAME, "arguments": {"of_it": VALUE}}}
         question = [{"role": "user", "content": "?"}]
         row = {"prompt": question}
@@ -125,11 +149,23 @@ class Tools(Environment):
         turn = turn.removeprefix(asked)
         for token in renderer.tokenizer.all_special_tokens:
             turn = turn.removesuffix("\n").removesuffix(token)
+        # 2. read back
+        template = self.response_template or getattr(renderer.tokenizer, "response_template", None)
+        written = f"the chat template of {renderer.tokenizer.name_or_path} writes a call as {quoted(turn, SHOWN)}"
+        if template is not None:
+            schemas = list(self._schemas.values())
+            self._parse = lambda text: renderer.tokenizer.parse_response(text, template, prefix=asked, tools=schemas)
+            calls = self._calls(turn)
+            if len(calls) != 1 or not isinstance(calls[0], dict) or calls[0].get("function") != call["function"]:
+                raise ValueError(
+                    f"model.environment: {written}, which the response template reads as {quoted(calls, SHOWN)}"
+                )
+            return
         if (tags := tags_around(turn)) is None:
             raise ValueError(
-                f"model.environment: the chat template of {renderer.tokenizer.name_or_path} writes a call as "
-                f"{quoted(turn, SHOWN)}, which is no JSON with a name and arguments between two tags. Describe calls "
-                "in the prompt, and say how they are written: tags: ['<tool_call>', '</tool_call>'], describe: false"
+                f"model.environment: {written}, which is no JSON with a name and arguments between two tags. Set "
+                "response_template, which says how it is read; or describe calls in the prompt, and say how they are "
+                "written: tags: ['<tool_call>', '</tool_call>'], describe: false"
             )
         self._tags = tags
 

@@ -116,7 +116,7 @@ def test_two_servers_share_a_batch_and_one_that_dies_comes_back(server, module, 
                 gaps.append(gap(module, act(module, ROWS[:8], horizon=16)))
             said = " ".join(str(warning.message) for warning in told)
             assert ("left out" in said) == (event == "killed"), said
-            assert ("answers again" in said) == (event == "back"), said
+            assert ("as before" in said) == (event == "back"), said
             assert engine.replicas[1].left_out == (event in ("killed", "moved"))
         print("gaps", [f"{value:.1e}" for value in gaps])
         assert max(gaps) < TOLERANCE

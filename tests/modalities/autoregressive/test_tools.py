@@ -93,9 +93,9 @@ def test_a_turn_may_hold_several_calls_and_one_without_ends_the_episode(tools):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("<tool_call>\n{'name': 'add'}\n</tool_call>", "error: the call is no JSON: "),
-        ("<tool_call>", "error: the call is no JSON: "),
-        ("<tool_call>" + "[" * 100_000, "error: the call is no JSON: "),
+        ("<tool_call>\n{'name': 'add'}\n</tool_call>", "error: the call can't be read: "),
+        ("<tool_call>", "error: the call can't be read: "),
+        ("<tool_call>" + "[" * 100_000, "error: the call can't be read: "),
         ("<tool_call>3</tool_call>", 'error: a call is {"name": …, "arguments": {…}}'),
         ('<tool_call>{"name": 3}</tool_call>', 'error: a call is {"name": …, "arguments": {…}}'),
         (called("subtract"), "error: there is no tool 'subtract'; there are add, shout"),
@@ -134,8 +134,69 @@ def test_calls_are_read_as_the_chat_template_writes_them(tools, template, tags):
     assert answers(tools, text.removesuffix("<|im_end|>\n")) == ["4"]
 
 
+XML = CHATML.replace(
+    "<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>",
+    "<tool_call>\n<function={{ c.function.name }}>\n{% for key, value in c.function.arguments.items() %}"
+    "<parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
+)
+READS_XML = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+            "close_pattern": r"</function>\s*</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"content": "text"},
+    },
+}
+
+
+@pytest.mark.parametrize("whose", ["the tokenizer's", "set"])
+def test_calls_in_another_format_are_read_by_a_response_template(whose):
+    made = renderer(XML)
+    template = READS_XML if whose == "set" else None
+    if whose != "set":
+        made.tokenizer.response_template = READS_XML
+    tools = Tools([f"{HERE}.add", f"{HERE}.shout"], response_template=template)
+    tools.adopt(made)
+    turn = "".join(
+        f"<tool_call>\n<function={name}>\n<parameter={key}>\n{value}\n</parameter>\n</function>\n</tool_call>"
+        for name, key, value in (("add", "first", "41"), ("shout", "text", "7"), ("add", "first", "x"))
+    )
+    assert answers(tools, f"I ask.\n{turn}") == ["42", "7", "error: add: first is 'x'; it must be of the type integer"]
+    assert answers(tools, "<tool_call>\n<function=take>\n</function>\n</tool_call>") == [
+        "error: there is no tool 'take'; there are add, shout"
+    ]
+    assert tools.step({"calls": 0}, "It is 42.").done
+
+
+def test_a_malformed_call_that_a_response_template_can_t_read_is_answered_by_an_error():
+    fields = {"open": "<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json"}
+    template = {**READS_XML, "fields": {"tool_calls": fields, "content": {"content": "text"}}}
+    tools = Tools([f"{HERE}.add"], response_template=template)
+    with pytest.raises(ValueError, match=r"which the response template reads as \[ValueError"):
+        tools.adopt(renderer(XML))
+    with pytest.raises(ValueError, match=r"which the response template reads as \[\{'name': 'name_of_a_tool'"):
+        tools.adopt(renderer(HERMES))  # the format has a function around it
+    wrapped = {**fields, "transform": {"type": "function", "function": "{content}"}}
+    tools = Tools(
+        [f"{HERE}.add"], response_template={**template, "fields": {**template["fields"], "tool_calls": wrapped}}
+    )
+    tools.adopt(renderer(HERMES))
+    assert answers(tools, called("add", first=2)) == ["3"]
+    (answer,) = answers(tools, '<tool_call>{"name": "add", "arguments": </tool_call>')
+    assert answer.startswith("error: the call can't be read: ")
+    with pytest.raises(ValueError, match="by tags or by a response_template"):
+        Tools([f"{HERE}.add"], tags=["<a>", "</a>"], response_template=template)
+
+
 def test_a_template_that_writes_calls_otherwise_is_refused(tools):
-    with pytest.raises(ValueError, match=r"writes a call as '<call>name_of_a_tool.*Describe calls in the prompt"):
+    with pytest.raises(ValueError, match=r"writes a call as '<call>name_of_a_tool.*describe calls in the prompt"):
         tools.adopt(renderer(CHATML))
     set_by_hand = Tools([f"{HERE}.add"], tags=["<a>", "</a>"])
     set_by_hand.adopt(renderer(CHATML))
