@@ -61,10 +61,10 @@ def test_trainer_overlays_parse(name):
 
 def methods() -> list:
     """Each method with every setting that its head names; slow where others have trained all of its parts already."""
-    cases, seen = [], set()
+    cases, seen, everything = [], set(), read_all()
     for setting in ("text", "vision_language", "gui_grounding", "diffusion"):
         # those with the most parts first, which are the fewest that have all of them
-        for method in sorted(read_all(), key=lambda method: -len(method.parts)):
+        for method in sorted(everything, key=lambda method: -len(method.parts)):
             if setting in method.settings:
                 new = setting == method.settings[0] and not seen.issuperset(method.parts)
                 seen |= set(method.parts) if new else set()

@@ -143,6 +143,9 @@ class VllmServer(RolloutEngine):
         """
         # 1. servers that have the weights
         present = [replica for replica in self.replicas if not replica.left_out]
+        if not present:
+            urls = ", ".join(replica.url for replica in self.replicas)
+            raise ConnectionError(f"no vLLM server answers of {urls}, which were left out before")
         for replica, refusal in weights.sync(model, present).items():
             self._leave_out(replica, refusal)
         present = [replica for replica in present if not replica.left_out]

@@ -253,6 +253,8 @@ def test_a_server_that_was_started_again_has_other_weights(text, servers, tmp_pa
     servers.signal(port, signal.SIGKILL)
     with pytest.raises(ConnectionError, match=r"no answer: http.*Connection refused"):
         act(module, rows, horizon=8)
+    with pytest.raises(ConnectionError, match=rf"no vLLM server answers of http.*{port}"):
+        act(module, rows, horizon=8)
     module = text.module(engine=engine([port], tmp_path))
     servers.start(port)
     moved(module)
