@@ -302,7 +302,7 @@ def test_servers_share_a_batch_and_one_that_dies_is_left_out_until_it_answers(te
     # started again between two batches, so that nothing but its log-probs gives it away
     servers.signal(ports[0], signal.SIGKILL)
     servers.start(ports[0])
-    with pytest.warns(UserWarning, match=rf"{ports[0]} is left out.*does not sample from the student"):
+    with pytest.warns(UserWarning, match=rf"{ports[0]} is left out.*does not (sample from the student|exist)"):
         is_written_by_the_student(module, rows)
     assert first.left_out
     with pytest.warns(UserWarning, match=rf"{ports[0]} answers again"):
