@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,12 @@ class RealServer:
                 return True
         except (OSError, ValueError, urllib.error.URLError):
             return False
+
+    def kill(self) -> None:
+        """Kills it with all that it started: vLLM's engine outlives a server that is killed."""
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            process.kill()
+        self.process.wait()
 
     def stop(self) -> None:
         self.process.terminate()

@@ -105,8 +105,7 @@ def test_two_servers_share_a_batch_and_one_that_dies_comes_back(server, module, 
     try:
         for event in ("both", "killed", "moved", "back"):
             if event == "killed":
-                second.process.kill()
-                second.process.wait()
+                second.kill()
             if event == "back":
                 second = vllm(smollm2_folder, *options, port=port)
             if event != "both":
