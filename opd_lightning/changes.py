@@ -9,6 +9,7 @@ import yaml
 
 # What says where a run is read from and not what it does
 _APART = ("ckpt_path", "config", "weights_only")
+_PERMISSION = "checkpoint.may_change"
 _ABSENT = "nothing"
 _SHOWN = 20
 _UNNAMED = ("init_args", "class_path", "dict_kwargs")
@@ -52,8 +53,8 @@ def changes(then: str, now: str) -> list[list[str]]:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
     """Lists ``[key, old, new]`` for each value in which two configurations differ."""
-    old, new = _leaves(then), _leaves(now)
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in _APART]
+    old, new = leaves(then), leaves(now)
+    keys = [key for key in {**old, **new} if key.split(".")[0] not in _APART and not _below(key, [_PERMISSION])]
     return [
         [key, str(old.get(key, _ABSENT)), str(new.get(key, _ABSENT))]
         for key in keys
@@ -135,9 +136,10 @@ def _outside_lists(key: str) -> str:
     return ".".join(words[: next((at for at, word in enumerate(words) if word.isdigit()), len(words))])
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Lists the values of a configuration that hold no others, by their keys."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in parts:
-        leaves |= _leaves(part, f"{path}.{name}" if path else str(name))
-    return leaves or {path: value}
+        found |= leaves(part, f"{path}.{name}" if path else str(name))
+    return found or {path: value}

@@ -60,7 +60,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, OnPolicyDistillation)
-        pl_module.history.config_yaml = self.parser.dump(self.config, skip_unset=False)
+        pl_module.history.begin(self.parser.dump(self.config, skip_unset=False))
         saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
         pl_module.history.may_change = [key for callback in saved for key in callback.may_change]
 

@@ -26,7 +26,11 @@ def is_logged(trainer: Any, step: int) -> bool:
 
 
 def forget_logged(trainer: Any, step: int) -> None:
-    """Resets what was logged of earlier steps when ``step`` of them are done; Lightning would go on logging it."""
+    """Resets what was logged of earlier steps when ``step`` of them are done; Lightning would go on logging it.
+
+    Loggers get the number of that step, too: a run that goes on from where another one ended would count one twice.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
     every: int = trainer.log_every_n_steps
     if every and step % every == 0:
         for result in (trainer._results or {}).values():

@@ -15,6 +15,7 @@ from .adapters import STUDENT, adapter_parameters
 from .changes import changes, check_permitted, other_weights, told
 from .checkpoint_file import plain_rng_states
 from .diagnostics import Averages
+from .own_code import edited, fingerprints
 from .pretrained import Pretrained
 
 ADVICE = "keep what the checkpoint was written with, or train its exported student in a new run"
@@ -115,6 +116,7 @@ class History:
 
     Attributes:
         config_yaml: the resolved configuration; empty where nobody says.
+        code: fingerprints of the code of one's own that it names (`own_code`).
         may_change: keys whose changes are permitted (`Checkpoint`).
         changes: of each resume that changed it, the optimizer step, and ``[key, old, new]`` of each value.
         optimizer: its settings (`settings_of`).
@@ -122,16 +124,21 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.config_yaml = ""
+        self.config_yaml, self.code = "", dict[str, str]()
         self.may_change: Sequence[str] = ()
         self.changes: list[dict[str, Any]] = []
         self.optimizer: dict[str, Any] = {}
         self.step = 0
         self._restored: dict[str, Any] = {}
 
+    def begin(self, config_yaml: str) -> None:
+        """Takes down the configuration, and the code that it names, which may be edited while the run goes on."""
+        self.config_yaml, self.code = config_yaml, fingerprints(config_yaml)
+
     def record(self, checkpoint: dict[str, Any], student: nn.Module) -> None:
         """Adds what a resumed run is compared with, and what was changed on the way."""
         checkpoint["opd_config"], checkpoint["changes"] = self.config_yaml, self.changes
+        checkpoint["code"] = self.code
         checkpoint["made_with"] = {
             "optimizer": self.optimizer,
             "adapter": _adapter(student),
@@ -181,6 +188,7 @@ class History:
             return
         changed = changes(checkpoint["opd_config"], self.config_yaml)
         changed += other_weights(checkpoint.get("teachers", {}), marks)
+        changed += edited(checkpoint.get("code", {}), self.code)
         check_permitted(changed, self.may_change)
         if changed:
             self.changes.append({"step": checkpoint["global_step"], "keys": changed})

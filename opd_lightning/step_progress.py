@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,7 +34,8 @@ SHOWN = {
 }
 """What a line says besides losses, in order."""
 
-HEADLINES = ("val/accuracy", "val/length")
+HEADLINES = ("val/accuracy", "val/pass@", "val/length", "val/retention/")
+"""What the line of a validation says, in order; names that begin so, but for those by category."""
 
 
 class StepProgress(ProgressBar):
@@ -49,6 +51,7 @@ class StepProgress(ProgressBar):
         self._bar: Progress | None = None
         self._open, self._evaluation, self._phase = ExitStack(), ExitStack(), Phase("evaluating")
         self._first = self._told = 0
+        self._trained, self._scored = False, 0
         self._since = 0.0
         self._training = Phase("training")
 
@@ -62,6 +65,7 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first = self._told = trainer.global_step
+        self._trained, self._scored = True, trainer.global_step
         self._since = time.monotonic()
         if not self.is_on:
             return
@@ -86,7 +90,8 @@ class StepProgress(ProgressBar):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.is_on and trainer.global_step:
-            sys.stdout.write(printable("".join(f"{line}\n" for line in whereabouts(trainer))))
+            lines = [*self._unexpected(trainer), *whereabouts(trainer)]
+            sys.stdout.write(printable("".join(f"{line}\n" for line in lines)))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -117,6 +122,21 @@ class StepProgress(ProgressBar):
             sys.stdout.write(printable(f"{text}{self._left(trainer)}\n"))
             sys.stdout.flush()
 
+    def _unexpected(self, trainer: L.Trainer) -> list[str]:
+        """Says what a run that has ended did not do."""
+        steps = trainer.global_step
+        if not self._trained:
+            limit = f"trainer.max_steps={trainer.max_steps}"
+            return [f"nothing was trained: the checkpoint has {steps:,} optimizer steps, and {limit}"]
+        batches: Any = trainer.num_val_batches
+        if self._scored == steps or not trainer.enable_validation or not np.sum(batches):
+            return []
+        config = shlex.quote(str(Path(trainer.default_root_dir) / "config.yaml"))
+        return [
+            f"not scored after step {steps:,}: trainer.val_check_interval={trainer.val_check_interval} comes later; "
+            f"`opd validate -c {config} --ckpt_path=last` does it"
+        ]
+
     def _left(self, trainer: L.Trainer) -> str:
         total, step = steps_of(trainer), trainer.global_step
         if total is None or step == self._first:
@@ -136,8 +156,10 @@ class StepProgress(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end()
         if self.is_on and not trainer.sanity_checking:
+            self._scored = trainer.global_step
             metrics = trainer.callback_metrics
-            values = [f"{name} {float(metrics[name]):.3f}" for name in HEADLINES if name in metrics]
+            names = [name for headline in HEADLINES for name in metrics if _is_headline(name, headline)]
+            values = [f"{name} {float(metrics[name]):.3f}" for name in names]
             NARRATOR.heard()
             sys.stdout.write(printable(f"step {trainer.global_step:,}: {', '.join(values) or 'validated'}\n"))
 
@@ -171,6 +193,12 @@ class StepProgress(ProgressBar):
 
     def _end(self) -> None:
         self._evaluation.close()
+
+
+def _is_headline(name: str, headline: str) -> bool:
+    """Tells whether a metric is one of a headline, and not of one category."""
+    rest = name.removeprefix(headline)
+    return name.startswith(headline) and "/" not in rest and (not rest or headline[-1] in "@/")
 
 
 def bar() -> Progress:
