@@ -198,7 +198,8 @@ class Checkpoint(ModelCheckpoint):
             if trainer.ckpt_path is not None and parent(str(trainer.ckpt_path)) == parent(self.last_model_path):
                 forget_samples_after(trainer.global_step, root)
             else:
-                apart: Any = set_aside(root / "checkpoints" if is_url(here) else Path(here), root)
+                begun = [Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
+                apart: Any = set_aside(root / "checkpoints" if is_url(here) else Path(here), root, begun)
                 if apart := (set_checkpoints_aside(here) if is_url(here) else apart):
                     rank_zero_info(f"What an earlier run left in {here} is now in {apart}")
         # nobody writes or reads there before files were moved

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ except ImportError:  # on Windows processes are told by their numbers alone
 
 LOCK = "run.lock"
 WRITTEN = SAMPLES, ALARMS, SPIKES = "samples.jsonl", "alarms.jsonl", "spikes.jsonl"
+VERSIONS = "logs/version_*"
+"""Folders of logs: one of each training, and one more of each that went on, or was validated."""
+# what else a report tells of, and what it leaves
+TOLD = "rollouts.jsonl", "grids", "report.html", "comparison.html", "result.json", "curves.png"
 # Seconds between signs of life, and without one after which a run on another machine counts as dead
 BEAT, SILENCE = 10.0, 45.0
 
@@ -168,15 +174,24 @@ def _lives(process: int) -> bool:
     return True
 
 
-def set_aside(checkpoints: Path, folder: Path) -> Path | None:
-    """Moves an earlier run's files, checkpoints and what was written beside, into ``<checkpoints>/earlier-<n>``."""
-    left = [*sorted(checkpoints.glob("*.ckpt")), *(path for name in WRITTEN for path in folder.glob(name))]
+def set_aside(checkpoints: Path, folder: Path, begun: Iterable[Path] = ()) -> Path | None:
+    """Moves an earlier run's files into ``<checkpoints>/earlier-<n>``: checkpoints, logs, reports, what lies beside.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        folder: of the run.
+        begun: folders that loggers of the new run write into, which stay.
+    """
+    own = {path.resolve() for path in begun}
+    left = {path: path.name for path in sorted(checkpoints.glob("*.ckpt"))}
+    for pattern in (*WRITTEN, *TOLD, VERSIONS):
+        left |= {path: str(path.relative_to(folder)) for path in folder.glob(pattern) if path.resolve() not in own}
     if not left:
         return None
     apart = next(path for n in count(1) if not (path := checkpoints / f"earlier-{n}").exists())
-    apart.mkdir(parents=True)
-    for path in left:
-        path.rename(apart / path.name)
+    for path, name in left.items():
+        (apart / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, apart / name)
     return apart
 
 

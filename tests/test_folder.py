@@ -107,14 +107,32 @@ def test_a_folder_that_is_a_file_or_below_one_is_named(tmp_path):
 def test_what_an_earlier_run_left_is_kept_apart(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
+    (tmp_path / "config.yaml").touch()
     assert set_aside(checkpoints, tmp_path) is None
     for n in (1, 2):
-        for name in ("last.ckpt", "step-3.ckpt"):
-            (checkpoints / name).write_text(str(n), encoding="utf-8")
-        (tmp_path / "samples.jsonl").write_text(str(n), encoding="utf-8")
+        for name in ("checkpoints/last.ckpt", "checkpoints/step-3.ckpt", "samples.jsonl", "report.html"):
+            (tmp_path / name).write_text(str(n), encoding="utf-8")
         assert set_aside(checkpoints, tmp_path) == checkpoints / f"earlier-{n}"
-    assert [path.read_text(encoding="utf-8") for path in sorted(checkpoints.glob("*/*"))] == ["1"] * 3 + ["2"] * 3
+    assert [path.read_text(encoding="utf-8") for path in sorted(checkpoints.glob("*/*"))] == ["1"] * 4 + ["2"] * 4
     assert not list(checkpoints.glob("*.ckpt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_logs_of_an_earlier_run_are_kept_apart_and_those_that_the_new_one_has_begun_stay(tmp_path):
+    """Also of a run that ended before it had a checkpoint."""
+    checkpoints = tmp_path / "checkpoints"
+    for version in range(3):
+        (tmp_path / "logs" / f"version_{version}").mkdir(parents=True)
+        (tmp_path / "logs" / f"version_{version}" / "metrics.csv").write_text(str(version), encoding="utf-8")
+    (tmp_path / "logs" / "own").mkdir()
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "student.png").touch()
+    apart = set_aside(checkpoints, tmp_path, [tmp_path / "logs" / "version_2", tmp_path / "elsewhere"])
+    assert apart == checkpoints / "earlier-1"
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["own", "version_2"]
+    assert (apart / "logs" / "version_1" / "metrics.csv").read_text(encoding="utf-8") == "1"
+    assert (apart / "grids" / "student.png").exists()
+    assert not (tmp_path / "grids").exists()
 
 
 def test_samples_of_steps_that_are_done_again_are_forgotten(tmp_path):
