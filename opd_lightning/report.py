@@ -19,17 +19,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from .folder import SAMPLES
+from .folder import SAMPLES, VERSIONS
 from .printable import cell, printable
-from .report_page import RETAINED, Run, page, read_lines
+from .report_chart import HELD_OUT, is_of_teacher
+from .report_page import FORMATS, HARNESS, Run, form_of, page, read_lines
 
 Curves = dict[str, list[tuple[int, float]]]
-
-# what is reported besides accuracy and metrics of the run's own, which are shares
-FORMATS = {"length": "{:.1f}"} | {name: form.split()[0] for name, _, form in RETAINED}
-
-HARNESS = "val/lm_eval/"
-"""Beginning of metrics of lm-evaluation-harness, which need not be shares."""
 
 UNMEASURED = (
     "Nothing was scored after an optimizer step: let trainer.val_check_interval divide trainer.max_steps, or run "
@@ -52,26 +47,40 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> Curves:
-    """Reads every logged metric as (optimizer step, value), over all of the run's log versions in order.
+    """Reads every logged metric as (optimizer steps done, value), over all of the run's log versions in order.
 
     Raises:
         FileNotFoundError: nothing was measured: the run has no metrics.csv, or none with a row.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    tables = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    tables = sorted(run.glob(f"{VERSIONS}/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    sampled = {int(row["step"]) for row in read_lines(run / SAMPLES)}
     for table in tables:
         with table.open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        curves[name][int(row["step"])] = float(value)
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            step = _steps_done(row, sampled if len(rows) == 1 else set())
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    curves[name][step] = float(value)
     if not curves:
-        table_is = f"{tables[-1]} is empty" if tables else "there is no logs/version_*/metrics.csv"
+        table_is = f"{tables[-1]} is empty" if tables else f"there is no {VERSIONS}/metrics.csv"
         raise FileNotFoundError(
             f"{run}: nothing was measured: {table_is}. Either the run ended before its first step (opd fit -c "
             f"{run / 'config.yaml'} begins it again), or its logger is not CSVLogger, whose table the report reads"
         )
     return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def _steps_done(row: dict[str, str], sampled: set[int]) -> int:
+    """Counts the optimizer steps that were done when a row was logged.
+
+    Rows with an epoch are Lightning's, which counts from 0. A validation apart from training that stands alone in its
+    table has the number of steps, as samples of it have.
+    """
+    step = int(row["step"])
+    is_count = not row.get("epoch") or (step in sampled and step + 1 not in sampled)
+    return step if is_count else step + 1
 
 
 def ends(points: Sequence[tuple[int, float]]) -> dict[str, float | None]:
@@ -84,29 +93,30 @@ def ends(points: Sequence[tuple[int, float]]) -> dict[str, float | None]:
 
 def summarize(curves: Curves) -> dict[str, float | None]:
     """Collects held-out accuracy before and after training, and of each teacher by name, as fractions or None."""
-    teachers = [name for name in curves if re.fullmatch("val/[^/]+/accuracy", name)]
+    teachers = [name for name in curves if re.fullmatch("val/[^/]+/accuracy", name) and is_of_teacher(name)]
     return ends(curves.get("val/accuracy", [])) | {name.split("/")[1]: curves[name][0][1] for name in teachers}
 
 
 def measures(curves: Curves, metrics: Iterable[str]) -> dict[str, dict[str, float | None]]:
     """Collects what else validation measured, before and after training, and of each teacher, by the measure's name.
 
-    As `ends` does. Empty where a run has neither metrics, nor distances to real images, nor a measure of retention or
-    of lm-evaluation-harness.
+    As `ends` does. Empty where a run has neither metrics, nor several samples of a prompt, nor distances to real
+    images, nor a measure of retention or of lm-evaluation-harness.
 
     Args:
         curves: as `read_curves` returns them.
         metrics: names of the run's ``model.evaluation.metrics``.
     """
+    tries = [name.removeprefix("val/") for name in curves if re.fullmatch(r"val/pass@\d+", name)]
     harness = [name.removeprefix("val/") for name in curves if name.startswith(HARNESS)]
     distances = [name.removeprefix("val/") for name in curves if re.fullmatch(r"val/fid_\d+", name)]
     distances.sort(key=lambda name: int(name.removeprefix("fid_")))
-    if not (metrics or harness or distances or "val/retention/kl" in curves):
+    if not (tries or metrics or harness or distances or "val/retention/kl" in curves):
         return {}
     teachers = [name.split("/")[1] for name in curves if re.fullmatch("val/[^/]+/length", name)]
     divergences = [name.removeprefix("val/") for name in curves if re.fullmatch("val/[^/]+/kl_teacher_student", name)]
     table = {}
-    for measure in (*metrics, *harness, *distances, *FORMATS, *divergences):
+    for measure in (*tries, *metrics, *harness, *distances, *FORMATS, *divergences):
         if points := curves.get(f"val/{measure}"):
             table[measure] = ends(points)
             known = [name for name in teachers if f"val/{name}/{measure}" in curves]
@@ -136,7 +146,7 @@ def new_figure(width: float, height: float) -> Any:
 def draw(curves: Curves, path: Path) -> None:
     """Draws accuracy, KL to the teacher, and rollout length over optimizer steps."""
     panels: dict[str, list[str]] = {
-        "held-out accuracy": [name for name in curves if name.startswith("val/") and name.endswith("accuracy")],
+        "held-out accuracy": [name for name in curves if re.fullmatch(HELD_OUT, name)],
         "KL at the student's states (nats)": [name for name in curves if name.startswith("train/") and "/kl_" in name],
         "rollout length": [name for name in ("train/length", "val/length") if name in curves],
     }
@@ -146,7 +156,7 @@ def draw(curves: Curves, path: Path) -> None:
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             steps, values = zip(*curves[name], strict=True)
-            if len(steps) == 1:  # a teacher's, measured once
+            if is_of_teacher(name):  # measured once
                 axis.axhline(values[0], linestyle="--", color="gray", label=printable(name))
             else:
                 axis.plot(steps, values, marker=".", label=printable(name))
@@ -167,12 +177,6 @@ def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
     return table
 
 
-def form_of(measure: str) -> str:
-    """Returns the format of a measure's values, by its name without ``val/``: most are shares."""
-    plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith((HARNESS, "val/fid_"))
-    return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}")
-
-
 def _written(value: float | None, form: str = "{:.1%}") -> str:
     return "" if value is None else form.format(value)
 
@@ -187,9 +191,7 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     config, curves = read_config(run), read_curves(run)
     result: dict[str, Any] = _rounded(summarize(curves))
     completions = read_samples(run)
-    # theirs is the number of steps; the curves have Lightning's index of the last one
-    steps = [row["step"] for row in completions] or [curves["val/accuracy"][-1][0] if "val/accuracy" in curves else 0]
-    step = steps[-1] if result["after"] is not None else None
+    step = curves["val/accuracy"][-1][0] if result["after"] is not None else None
     console = Console()
     table = Table(title="Accuracy on held-out problems", title_justify="left")
     for name in result:

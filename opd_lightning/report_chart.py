@@ -21,8 +21,11 @@ COLORS, DASHES = 8, 4
 READABLE = 8
 """Curves of a chart that are told apart at a glance."""
 
+HELD_OUT = r"val/((?!retention/)[^/]+/)?(accuracy|pass@\d+)"
+"""Held-out accuracy, of the student and of teachers."""
+
 GROUPS: tuple[tuple[str, str, str], ...] = (
-    ("held-out accuracy", r"val/([^/]+/)?(accuracy|pass@\d+)", "share"),
+    ("held-out accuracy", HELD_OUT, "share"),
     ("distance to real images (Frechet)", r"val/([^/]+/)?fid_\d+", "log"),
     ("KL at the student's states (nats)", r"(train|val)/.*kl_(student_teacher|teacher_student)", "log"),
     ("KL at the first step (nats)", r"(train|val)/.*kl_first_step", "log"),
@@ -35,7 +38,9 @@ GROUPS: tuple[tuple[str, str, str], ...] = (
     ("reward in training", r"train/reward", ""),
     ("loss", r"train/loss/.*", ""),
     ("gradient norm", r"train/gradient_norm", "log"),
-    ("what unrelated texts tell of forgetting", r"val/retention/.*", ""),
+    ("accuracy on prompts of another kind", r"val/retention/accuracy", "share"),
+    ("KL to the model that is to be kept (nats)", r"val/retention/kl", "log"),
+    ("perplexity on prompts of another kind", r"val/retention/perplexity", ""),
     ("alarms", r"train/(alarms|repetition)", "share"),
 )
 """Titles of charts, the columns of each, and the axis of y (`Chart`)."""
@@ -47,14 +52,16 @@ class Series:
 
     Attributes:
         label: in the legend.
-        points: ``(x, y)`` in the order of x; a single one is drawn as a line across.
+        points: ``(x, y)`` in the order of x.
         color, dash: numbers of styles.
+        is_once: whether it was measured once of something that training leaves alone, and is drawn as a line across.
     """
 
     label: str
     points: Points
     color: int
     dash: int = 0
+    is_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ def charts(curves: Mapping[str, Mapping[str, Points]]) -> tuple[list[Chart], lis
         curves: points by metric, by name of the run.
 
     Returns:
-        The charts of `GROUPS` that show something. Those behind the first that have more than `READABLE` curves, or one
-        value alone, come second, with one for each metric that is in none of them.
+        The charts of `GROUPS` that show something. Those that have no curve, and those behind the first that have more
+        than `READABLE`, or one value alone, come second, with one for each metric that is in none of them.
     """
     names = list(dict.fromkeys(name for run in curves.values() for name in run))
     main, grouped = [], set()
@@ -106,7 +113,8 @@ def charts(curves: Mapping[str, Mapping[str, Points]]) -> tuple[list[Chart], lis
             main.append(Chart(title, _series(curves, columns), axis=axis))
         if title == GROUPS[0][0] and columns and (chart := _per_generated(curves, columns)):
             main.append(chart)
-    dull = [chart for chart in main[1:] if len(chart.series) > READABLE or _is_constant(chart)]
+    dull = [chart for chart in main if all(len(one.points) == 1 for one in chart.series)]
+    dull += [chart for chart in main[1:] if len(chart.series) > READABLE or _is_constant(chart)]
     rest = [Chart(name, _series(curves, [name])) for name in sorted(set(names) - grouped)]
     return [chart for chart in main if chart not in dull], [*dull, *rest]
 
@@ -115,13 +123,22 @@ def _is_constant(chart: Chart) -> bool:
     return len({y for one in chart.series for _, y in one.points}) == 1
 
 
+def is_of_teacher(name: str) -> bool:
+    """Tells whether a metric is a teacher's own, which training leaves alone: a KL to it is none."""
+    return re.fullmatch(r"val/(?!(retention|lm_eval|accuracy)/)[^/]+/(?!kl_).+", name) is not None
+
+
 def _series(curves: Mapping[str, Mapping[str, Points]], columns: list[str]) -> list[Series]:
     """Colors a single run's curves by metric, and several runs' by run, with a dash for each metric."""
-    if len(curves) == 1:
-        (run,) = curves.values()
-        return [Series(name, run[name], i % COLORS) for i, name in enumerate(columns)]
+    several = len(curves) > 1
     return [
-        Series(f"{label}: {name}", run[name], i % COLORS, k % DASHES)
+        Series(
+            f"{label}: {name}" if several else name,
+            run[name],
+            (i if several else k) % COLORS,
+            k % DASHES if several else 0,
+            len(run[name]) == 1 and is_of_teacher(name),
+        )
         for i, (label, run) in enumerate(curves.items())
         for k, name in enumerate(columns)
         if name in run
@@ -186,7 +203,7 @@ def svg(chart: Chart) -> Markup:
     if not xs:
         return Markup("")
     is_log = chart.axis == "log" and min(ys) > 0 and max(ys) > 50 * min(ys)
-    x_low, x_high = _range([0.0, *xs], 0)
+    x_low, x_high = 0.0, max(1.0, *xs)
     if chart.axis == "share":
         y_low, y_high = _range([0.0, 1.0, *ys], 0.02)
     else:
@@ -206,7 +223,7 @@ def svg(chart: Chart) -> Markup:
         y = at(x_low, value)[1]
         lines.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         lines.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x_low, x_high):
+    for value in (value for value in ticks(x_low, x_high) if value % 1 == 0):
         x = at(value, 10**y_low if is_log else y_low)[0]
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         lines.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(value)}</text>')
@@ -216,14 +233,14 @@ def svg(chart: Chart) -> Markup:
     for one, points in drawn:
         style = f"c{one.color} d{one.dash}"
         places = [at(x, y) for x, y in points]
-        if len(points) == 1:  # a teacher's, measured once
+        if one.is_once:
             lines.append(f'<path class="once {style}" d="M{LEFT} {places[0][1]}H{WIDTH - RIGHT}"/>')
-        else:
+        elif len(points) > 1:
             lines.append(f'<polyline class="{style}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>')
-        if 1 < len(points) <= 30:
+        if len(points) <= 30 and not one.is_once:
             lines += [f'<circle class="{style}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in places]
         label = printable(one.label)
-        legend.append(f'<li class="{style}{" once" if len(points) == 1 else ""}"><b></b>{escape(label)}</li>')
+        legend.append(f'<li class="{style}{" once" if one.is_once else ""}"><b></b>{escape(label)}</li>')
         values = [[place[0], x, y] for place, (x, y) in zip(places, points, strict=True)]
         data.append({"label": label, "points": [[p, float(f"{x:.6g}"), float(f"{y:.4g}")] for p, x, y in values]})
     log = " (logarithmic)" if is_log else ""

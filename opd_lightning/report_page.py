@@ -38,6 +38,10 @@ RETAINED = (
     ("retention/kl", "KL to the model that is to be kept", "{:.3f} nats"),
 )
 """Measures of retention: name, words, format."""
+HARNESS = "val/lm_eval/"
+"""Beginning of metrics of lm-evaluation-harness, which need not be shares."""
+# what is reported besides accuracy and metrics of the run's own, which are shares
+FORMATS = {"length": "{:.1f}"} | {name: form.split()[0] for name, _, form in RETAINED}
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,6 @@ class Run:
     def is_shipped(self) -> bool:
         """Tells whether shipped files are among those that it was made of."""
         return any(name.startswith("opd:") for name in self.provenance.get("files", ()))
-
-    @cached_property
-    def steps(self) -> int:
-        """Optimizer steps that were done: those of the last samples, or of the log, which may end one earlier."""
-        logged = max((int(points[-1][0]) for points in self.curves.values()), default=0)
-        return max([logged, *(int(row["step"]) for row in read_lines(self.folder / SAMPLES)[-1:])])
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
@@ -155,6 +153,12 @@ class Run:
             return [], f"{type(error).__name__}: {error}"
 
 
+def form_of(measure: str) -> str:
+    """Returns the format of a measure's values, by its name without ``val/``: most are shares."""
+    plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith((HARNESS, "val/fid_"))
+    return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}")
+
+
 def side_by_side(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Lists samples for the page: of several runs all that was written to a prompt stands beside each other."""
     if len(runs) == 1:
@@ -209,7 +213,7 @@ def _gain(run: Run) -> str:
     if after is None:
         return _verdict_of_another_metric(run)
     points = run.curves["val/accuracy"]
-    sentence = f"After {run.steps} optimizer steps the student solves {after:.1%} of the held-out prompts"
+    sentence = f"After {int(points[-1][0])} optimizer steps the student solves {after:.1%} of the held-out prompts"
     if before is not None:
         change = "no change" if round(after - before, 3) == 0 else f"{after - before:+.1%}".replace("%", " points")
         sentence += f", before training it was {before:.1%} ({change})"
@@ -231,7 +235,7 @@ def _verdict_of_another_metric(run: Run) -> str:
         if len(points) > 1:
             return (
                 f"No accuracy was measured; {name.removeprefix('val/')} went from {short(points[0][1])} to "
-                f"{short(points[-1][1])} in {run.steps} optimizer steps."
+                f"{short(points[-1][1])} in {int(points[-1][0])} optimizer steps."
             )
     return "Nothing was scored after an optimizer step, so nobody knows whether training helped."
 
@@ -287,6 +291,7 @@ def page(runs: Sequence[Run]) -> str:
         rest=rest,
         svg=svg,
         short=short,
+        form_of=form_of,
         colored=colored,
         samples=side_by_side(runs),
         shares=[_share(-UNLIKELY * k / (SHADES - 1)) for k in range(SHADES)],

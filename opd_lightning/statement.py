@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .report import HARNESS, Curves, form_of, measures, read_curves, summarize
+from .report import Curves, measures, read_curves, summarize
+from .report_page import HARNESS, form_of
 
 TASK, OTHERS, KNOWN = "the task, held-out prompts", "prompts of another kind", "known benchmarks"
 AREAS = (
@@ -29,7 +30,7 @@ AREAS = (
 )
 """Areas of 2604.25110, none of which a run here measures."""
 NOT_MEASURED = "not measured"
-PLAIN = re.compile(r"[\w.-]{1,60}(/[\w.@-]{1,60}){0,3}")
+PLAIN = re.compile(r"[\w.@-]{1,60}(/[\w.@-]{1,60}){0,3}")
 """Names of metrics that may be published: a configuration may hold anything in their place."""
 
 
@@ -134,9 +135,9 @@ def statement_of(run: Path | None, steps: int, metrics: Sequence[str]) -> Statem
 
 
 def _last(curves: Curves, steps: int) -> int:
-    """Finds the optimizer step after which something was measured last; the log has the index of the step."""
+    """Finds the optimizer step after which something was measured last."""
     ends = [own[-1][0] for name, own in curves.items() if name.startswith("val/")]
-    return min(steps, max(ends) + 1) if any(ends) else 0
+    return min(steps, max(ends, default=0))
 
 
 def _capability(name: str) -> str:

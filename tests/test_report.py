@@ -7,7 +7,16 @@ import json
 import pytest
 import yaml
 
-from opd_lightning.report import draw, measures, read_curves, report
+from opd_lightning.cli import run
+from opd_lightning.report import draw, measures, read_curves, read_run, report, write_page
+from opd_lightning.report_page import verdict
+from tests.test_resume import PLAIN, configuration
+
+
+def log(folder, version, table):
+    path = folder / "logs" / f"version_{version}" / "metrics.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(table, encoding="utf-8")
 
 
 @pytest.fixture
@@ -17,10 +26,10 @@ def run_folder(tmp_path):
     first.mkdir(parents=True)
     second.mkdir()
     (first / "metrics.csv").write_text(
-        "epoch,step,val/accuracy,val/teacher/accuracy,train/length\n0,0,0.25,1.0,\n0,4,,,8.0\n0,5,0.5,,\n",
+        "epoch,step,val/accuracy,val/teacher/accuracy,train/length\n,0,0.25,1.0,\n0,0,,,9.0\n0,4,,,8.0\n0,4,0.5,,\n",
         encoding="utf-8",
     )
-    (second / "metrics.csv").write_text("epoch,step,val/accuracy\n0,10,0.75\n", encoding="utf-8")
+    (second / "metrics.csv").write_text("epoch,step,val/accuracy\n0,9,0.75\n", encoding="utf-8")
     rows = [
         {"step": 0, "who": "student", "prompt": "1+1=", "completion": "3", "reward": 0.0},
         {"step": 10, "who": "student", "prompt": "1+1=", "completion": "2", "reward": 1.0},
@@ -32,6 +41,57 @@ def run_folder(tmp_path):
 
 def test_curves_go_on_over_a_resumed_run(run_folder):
     assert read_curves(run_folder)["val/accuracy"] == [(0, 0.25), (5, 0.5), (10, 0.75)]
+
+
+def test_steps_of_curves_are_those_that_were_done(run_folder):
+    """Lightning counts from 0, in training; what is logged before it, and by `opd validate`, has their number."""
+    assert read_curves(run_folder)["train/length"] == [(1, 9.0), (5, 8.0)]
+    log(run_folder, 2, "epoch,step,val/accuracy\n,12,0.875\n")
+    assert read_curves(run_folder)["val/accuracy"][-1] == (12, 0.875)
+    log(run_folder, 2, "epoch,step,val/accuracy\n0,0,0.125\n")  # of a student that was never trained
+    assert read_curves(run_folder)["val/accuracy"][0] == (0, 0.125)
+    # a validation after the first step is none before it
+    log(run_folder, 2, "epoch,step,val/accuracy\n,0,0.25\n0,0,0.375\n")
+    assert read_curves(run_folder)["val/accuracy"][:2] == [(0, 0.25), (1, 0.375)]
+
+
+def test_the_step_that_is_told_is_the_last_one_that_was_scored(run_folder, capsys):
+    log(run_folder, 2, "epoch,step,train/length\n0,12,8.0\n0,14,8.0\n")
+    assert report(run_folder)["after_step"] == 10
+    assert "after 10 steps" in capsys.readouterr().out
+    assert verdict(read_run(run_folder, "mine")).startswith("After 10 optimizer steps the student solves 75.0%")
+
+
+def test_a_measure_of_retention_is_no_teachers(run_folder, capsys):
+    log(run_folder, 2, "step,val/retention/accuracy,val/retention/kl\n0,0.5,0\n10,0.5,1\n")
+    assert "retention" not in report(run_folder)
+    assert "retention has" not in verdict(read_run(run_folder, "mine"))
+    assert capsys.readouterr().out.count("│ retention/") == 2, "a row each"
+
+
+def test_how_many_are_solved_in_several_tries_is_in_the_table(run_folder, capsys):
+    log(
+        run_folder, 2, "step,val/pass@4,val/teacher/pass@4,val/length,val/teacher/length\n0,0.375,1,8,8\n10,0.875,,8,\n"
+    )
+    assert report(run_folder)["measures"]["pass@4"] == {"before": 0.375, "after": 0.875, "teacher": 1.0}
+    assert "87.5%" in capsys.readouterr().out
+    assert "<td>pass@4</td><td class=n>37.5%</td>" in write_page([run_folder]).read_text(encoding="utf-8")
+
+
+def test_the_report_of_a_run_knows_nothing_of_an_earlier_one(tmp_path, make_world):
+    """Also where loggers of the new one have begun before it sets the earlier one's aside."""
+    config = configuration(tmp_path, make_world("text"), PLAIN)
+    fit = ["fit", "-c", str(config), "--trainer.logger=null"]
+    run([*fit, "--trainer.max_steps=3"])
+    report(tmp_path)
+    run([*fit, "--trainer.max_steps=1", "--seed_everything=5"])
+    assert {step for points in read_curves(tmp_path).values() for step, _ in points} == {1}
+    earlier = tmp_path / "checkpoints" / "earlier-1"
+    assert (earlier / "logs" / "version_0" / "metrics.csv").exists()
+    assert {"result.json", "curves.png"} <= {path.name for path in earlier.iterdir()}
+    assert not (tmp_path / "result.json").exists()
+    run([*fit, "--trainer.max_steps=2", "--seed_everything=5", "--ckpt_path=last"])
+    assert {step for points in read_curves(tmp_path).values() for step, _ in points} == {1, 2}, "it went on from it"
 
 
 def test_report_writes_result_and_picture(run_folder, capsys):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from opd_lightning.picture import Picture
 from opd_lightning.report import main, read_run, write_page
-from opd_lightning.report_chart import charts, interpolated, thinned, ticks
+from opd_lightning.report_chart import charts, interpolated, svg, thinned, ticks
 from opd_lightning.report_page import verdict
 
 EVIL = '</script><script>document.title = "taken over"</script><img src="http://127.0.0.1:9/x.png">'
@@ -200,6 +200,24 @@ def test_what_shows_nothing_comes_last():
     main_charts, rest = charts({"one": run | shares, "two": run | shares})
     assert [chart.title for chart in main_charts] == ["held-out accuracy", "reward in training"]
     assert [chart.title for chart in rest] == ["share of the time", "alarms"], "16 curves, and one value"
+
+
+def test_what_was_measured_before_training_alone_is_no_curve():
+    before = {"val/accuracy": [(0, 0.25)], "val/teacher/accuracy": [(0, 1.0)], "train/tokens_so_far": [(1, 9.0)]}
+    main_charts, rest = charts({"one": before})
+    assert main_charts == []
+    drawn = svg(rest[0])
+    assert drawn.count("<circle") == 1, "the student's"
+    assert drawn.count('class="once') == 1, "the teacher's, which training leaves alone"
+    assert ">-1</text>" not in drawn
+    main_charts, _ = charts({"one": {**before, "val/accuracy": [(0, 0.25), (3, 0.5)]}})
+    assert [series.is_once for series in main_charts[0].series] == [False, True]
+
+
+def test_what_is_measured_on_prompts_of_another_kind_has_charts_of_its_own():
+    run = {f"val/{name}": [(0, 0.0), (4, 0.5)] for name in ("accuracy", "retention/accuracy", "retention/kl")}
+    main_charts, _ = charts({"one": run})
+    assert [[series.label for series in chart.series] for chart in main_charts] == [[name] for name in run]
 
 
 def test_thinned_curves_keep_ends_and_peaks():

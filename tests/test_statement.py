@@ -10,11 +10,14 @@ from opd_lightning.export import write
 from opd_lightning.statement import AREAS, KNOWN, OTHERS, TASK, Statement, folder_of, statement_of
 from tests.exported import exportable
 
-COLUMNS = "accuracy teacher/accuracy retention/kl retention/perplexity lm_eval/closed/acc in_form"
-LOG = f"""step,{",".join(f"val/{column}" for column in COLUMNS.split())}
-0,0.25,1.0,0.0,12.5,0.5,0.0
-2,0.75,,0.25,13.5,0.375,1.0
-9,1.0,,9.0,99.0,0.0,1.0
+COLUMNS = (
+    "accuracy teacher/accuracy retention/kl retention/perplexity lm_eval/closed/acc in_form retention/accuracy pass@4 "
+    "teacher/length"
+)
+LOG = f"""epoch,step,{",".join(f"val/{column}" for column in COLUMNS.split())}
+,0,0.25,1.0,0.0,12.5,0.5,0.0,0.5,0.75,1.0
+0,2,0.75,,0.25,13.5,0.375,1.0,0.25,0.875,
+0,3,1.0,,9.0,99.0,0.0,1.0,0.0,1.0,
 """
 
 
@@ -41,6 +44,8 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run, tmp_path):
     table = rows(card.content)
     assert table["measure"] == ["before", "after", "teacher"]
     assert table["accuracy"] == ["25.0%", "75.0%", "100.0%"]
+    assert table["pass@4"] == ["75.0%", "87.5%", "not measured"]
+    assert table["retention/accuracy"] == ["50.0%", "25.0%", "not measured"]
     assert table["retention/perplexity"] == ["12.50", "13.50", "not measured"]
     assert table["retention/kl"] == ["0.000", "0.250", "not measured"]
     assert table["lm_eval/closed/acc"] == ["0.500", "0.375", "not measured"]
@@ -70,15 +75,15 @@ def test_metrics_of_the_run_are_in_it_unless_their_names_could_be_anything(run):
     measured = statement_of(run, 3, ["in_form", "s3cret key: 4711"]).measures
     names = [one.name for one in measured]
     assert "in_form" in names
-    assert len(names) == 5
+    assert len(names) == 7
     text = (run / "logs" / "version_0" / "metrics.csv").read_text(encoding="utf-8")
     (run / "logs" / "version_0" / "metrics.csv").write_text(text.replace("closed", "/home/alice"), encoding="utf-8")
     assert "alice" not in statement_of(run, 3, []).markdown()
 
 
 def test_measured_on_the_way_is_said(run):
-    assert statement_of(run, 7, []).last == 3
-    assert "after optimizer step 3 of 7" in statement_of(run, 7, []).markdown()
+    assert statement_of(run, 7, []).last == 4
+    assert "after optimizer step 4 of 7" in statement_of(run, 7, []).markdown()
     assert statement_of(None, 7, []) == Statement(7, 0, [])
 
 
