@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -25,6 +26,8 @@ def main() -> None:
         sys.exit(2)
     # bars of libraries that have no switch for them, such as that of transformers over a GGUF file's weights
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # transformers' own names
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated.*")
     # its missing CPU kernel concerns nobody who has not asked for quantization
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -139,7 +139,7 @@ def _outside_lists(key: str) -> str:
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Lists the values of a configuration that hold no others, by their keys."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, part in parts:
-        found |= leaves(part, f"{path}.{name}" if path else str(name))
-    return found or {path: value}
+        values |= leaves(part, f"{path}.{name}" if path else str(name))
+    return values or {path: value}

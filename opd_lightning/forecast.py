@@ -93,4 +93,4 @@ def memory(forecast: Forecast, room: float, reserved: float) -> Iterator[Finding
 
 def _summed(terms: Mapping[str, float]) -> str:
     parts = ", ".join(f"{term} {size / 1e9:.2f}" for term, size in terms.items() if size > 5e6)
-    return f"{sum(terms.values()) / 1e9:.2f} GB: {parts}"
+    return f"{sum(terms.values()) / 1e9:.2f} GB" + (f": {parts}" if parts else "")

@@ -272,3 +272,7 @@ def speed(module: OnPolicyDistillation, pace: Pace) -> Iterator[Finding]:
         text = f"{stopped:.0%} end by themselves before the horizon {horizon}, {length:.0f} {unit} long"
         advice = "" if stopped >= CUT else "a student that is cut learns no end: raise rollout.horizon"
         yield Finding("rollouts", "doubtful" if advice else "good", text, advice)
+    if (failures := metrics.get("train/failures")) is not None:
+        text = f"{failures:.2g} of {metrics['train/turns']:.2g} turns of a rollout failed"
+        advice = f"model.environment: {type(module.environment).__name__} failed, and the warning above says how"
+        yield Finding("environment", *(("bad", text, advice) if failures else ("good", text)))

@@ -28,11 +28,11 @@ def fingerprints(config_yaml: str) -> dict[str, str]:
     Only of code that was imported, and that no installed package holds: what people edit between two runs. Comments,
     docstrings and layout don't count; what a function calls is not looked at.
     """
-    found: dict[str, str] = {}
+    marks: dict[str, str] = {}
     for key, value in leaves(yaml.safe_load(config_yaml) or {}).items():
         if isinstance(value, str) and DOTTED.fullmatch(value) and (mark := _fingerprint(value)) is not None:
-            found[key.removesuffix(".class_path")] = mark
-    return found
+            marks[key.removesuffix(".class_path")] = mark
+    return marks
 
 
 def edited(then: Mapping[str, str], now: Mapping[str, str]) -> list[list[str]]:

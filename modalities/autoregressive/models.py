@@ -151,3 +151,17 @@ def _ropes(model: Any) -> list[dict[str, Any]]:
     given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     several = [part for part in given.values() if isinstance(part, dict)]
     return [rope for rope in several or [given] if "rope_type" in rope]
+
+
+def unknown_characters(tokenizer: Any, text: str) -> str:
+    """Finds the characters of a text that a tokenizer fails on; all of them where it reads each alone."""
+
+    def fails(character: str) -> bool:
+        try:
+            tokenizer(character)
+        except Exception:  # tokenizers raise nothing narrower
+            return True
+        return False
+
+    characters = sorted({*text})
+    return "".join(filter(fails, characters)) or "".join(characters)

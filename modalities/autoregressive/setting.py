@@ -20,6 +20,7 @@ from ...environment import Environment
 from ...module import OnPolicyDistillation
 from ...policy import Acting, Policy, evaluating
 from ...pretrained import Pretrained
+from ...printable import quoted
 from ...rollout_settings import Rollout
 from ...sharding import mesh_of
 from ...trajectory import Example, Trajectories
@@ -40,7 +41,7 @@ from .findings import Foreseen
 from .flops import Counting
 from .generation import Generating
 from .messages import transcript
-from .models import bare, depth, head_at, known_ids, output_embeddings, tokenizer_of
+from .models import bare, depth, head_at, known_ids, output_embeddings, tokenizer_of, unknown_characters
 from .reading import check_layers, hidden_states
 from .rendering import COLUMNS, Renderer
 from .turns import (
@@ -369,6 +370,11 @@ class AutoregressiveDistillation(Counting, TakingTurns, Foreseen, Generating, On
             return problem_with_form(example["prompt"]) or self._refusal(example)
         except ValueError as error:  # a view or the setting itself could not read the example
             return str(error)
+        except Exception as error:  # tokenizers raise nothing narrower
+            if "[UNK]" not in str(error):
+                raise
+            unknown = quoted(unknown_characters(self.tokenizer(), str(example["prompt"])), 40)
+            return f"a tokenizer has no token for {unknown}, and none for the unknown"
 
     def _refusal(self, example: Example) -> str | None:
         return problem_with_row(self, example) or problem_with_prefix(self, example)
