@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .folder import SAMPLES, VERSIONS
 from .printable import cell, printable
-from .report_chart import HELD_OUT, is_of_teacher
+from .report_chart import HELD_OUT, Points, is_of_teacher
 from .report_page import FORMATS, HARNESS, Run, form_of, page, read_lines
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -143,7 +143,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Mapping[str, Points], path: Path) -> None:
     """Draws accuracy, KL to the teacher, and rollout length over optimizer steps."""
     panels: dict[str, list[str]] = {
         "held-out accuracy": [name for name in curves if re.fullmatch(HELD_OUT, name)],
@@ -188,12 +188,12 @@ def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:
 def report(run: Path, since: float | None = None) -> dict[str, Any]:
     """Prints the table and the samples, draws ``curves.png``, writes ``result.json``; returns what it holds."""
     # 1. accuracy, and what else was measured
-    config, curves = read_config(run), read_curves(run)
-    result: dict[str, Any] = _rounded(summarize(curves))
+    summary = read_run(run, run.name)
+    result: dict[str, Any] = _rounded(summary.scores)
     completions = read_samples(run)
-    step = curves["val/accuracy"][-1][0] if result["after"] is not None else None
+    step = summary.curves["val/accuracy"][-1][0] if result["after"] is not None else None
     console = Console()
-    table = Table(title="Accuracy on held-out problems", title_justify="left")
+    table = Table(title=f"Accuracy on {summary.held_out}", title_justify="left")
     for name in result:
         table.add_column(cell(f"after {step} steps" if name == "after" and step else name), justify="right")
     table.add_row(*map(_written, result.values()))
@@ -201,10 +201,9 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     if step is None:
         console.print(cell(UNMEASURED.format(config=run / "config.yaml")))
     result["after_step"] = step
-    own = config.get("model", {}).get("init_args", {}).get("evaluation") or {}
-    if measured := measures(curves, own.get("metrics") or {}):
-        console.print(measure_table(measured))
-        result["measures"] = {name: _rounded(row) for name, row in measured.items()}
+    if summary.measures:
+        console.print(measure_table(summary.measures))
+        result["measures"] = {name: _rounded(row) for name, row in summary.measures.items()}
     # 2. the last completions
     for row in completions:
         mark = "" if row.get("reward") is None else (" ✓" if row["reward"] >= 0.5 else " ✗")
@@ -212,8 +211,8 @@ def report(run: Path, since: float | None = None) -> dict[str, Any]:
     # 3. files
     if since is not None:
         result["wall_s"] = round(time.time() - since, 1)
-    result["seed"] = config["seed_everything"]
-    draw(curves, run / "curves.png")
+    result["seed"] = summary.config["seed_everything"]
+    draw(summary.curves, run / "curves.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(cell(f"{run / 'curves.png'}  {run / 'result.json'}"))
     return result

@@ -90,6 +90,21 @@ class Run:
         return any(name.startswith("opd:") for name in self.provenance.get("files", ()))
 
     @cached_property
+    def held_out(self) -> str:
+        """Words for the held-out prompts: with their number where they are so few that samples were shown of all."""
+        model, data = ((self.config.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
+        # of the first batch, and of the first rank
+        most = min((model.get("evaluation") or {}).get("show", 3), data.get("validation_batch_size", math.inf))
+        rows = [
+            row for row in read_lines(self.folder / SAMPLES) if (row["who"], row.get("stage")) == ("student", "val")
+        ]
+        # a validation may have been repeated
+        count = min(Counter(row["step"] for row in rows).values(), default=most)
+        is_alone = self.provenance.get("hardware", {}).get("devices of the run") == "1"
+        number = f"{count} " if is_alone and count < most else ""
+        return f"{number}held-out prompt{'' if number == '1 ' else 's'}"
+
+    @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Held-out prompts with what the student wrote before and after training, and each teacher before it."""
         rows = read_lines(self.folder / SAMPLES)
@@ -213,7 +228,7 @@ def _gain(run: Run) -> str:
     if after is None:
         return _verdict_of_another_metric(run)
     points = run.curves["val/accuracy"]
-    sentence = f"After {int(points[-1][0])} optimizer steps the student solves {after:.1%} of the held-out prompts"
+    sentence = f"After {int(points[-1][0])} optimizer steps the student solves {after:.1%} of the {run.held_out}"
     if before is not None:
         change = "no change" if round(after - before, 3) == 0 else f"{after - before:+.1%}".replace("%", " points")
         sentence += f", before training it was {before:.1%} ({change})"

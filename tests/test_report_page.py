@@ -98,6 +98,25 @@ def test_the_verdict_says_what_was_kept(tmp_path):
     assert "<td>retention/kl</td>" in write_page([folder]).read_text(encoding="utf-8")
 
 
+def test_how_few_prompts_were_held_out_is_told(tmp_path):
+    """As long as samples of all of them are shown: fewer than `evaluation.show`, of one rank."""
+    folder = make_run(tmp_path / "mine")
+    row = {"who": "student", "stage": "val", "completion": "2", "reward": 1.0}
+
+    def of(count: int, devices: str = "1") -> str:
+        shown = [{**row, "step": step, "prompt": str(i)} for step in (0, 10, 10) for i in range(count)]
+        write(folder / "samples.jsonl", [*shown, {**row, "step": 10, "stage": "test", "prompt": "another"}])
+        (folder / "run.json").write_text(json.dumps({"hardware": {"devices of the run": devices}}), encoding="utf-8")
+        return read_run(folder, "mine").held_out
+
+    assert of(1) == "1 held-out prompt"
+    assert of(2) == "2 held-out prompts"
+    assert of(3) == of(1, devices="2") == of(0) == "held-out prompts"
+    of(2)
+    assert "solves 75.0% of the 2 held-out prompts" in verdict(read_run(folder, "mine"))
+    assert "<th>accuracy on 2 held-out prompts</th>" in write_page([folder]).read_text(encoding="utf-8")
+
+
 def test_what_models_wrote_is_text(tmp_path):
     text = write_page([make_run(tmp_path / EVIL.replace("/", "_"))]).read_text(encoding="utf-8")
     assert "<script>document" not in text
@@ -164,7 +183,7 @@ def test_a_run_of_images_tells_distances_and_no_empty_samples(tmp_path):
     row = {"step": 10, "who": "student", "prompt": "a two", "completion": "", "reward": None}
     write(folder / "samples.jsonl", [row])
     text = write_page([folder]).read_text(encoding="utf-8")
-    assert "held-out accuracy</th>" not in text
+    assert "accuracy on held-out prompts</th>" not in text
     assert text.index("<td>fid_2</td>") < text.index("<td>fid_16</td>")
     assert "What was measured" in text
     assert "None was written down as text" in text
@@ -289,6 +308,11 @@ def test_it_opens_without_a_network_and_runs_nothing_of_a_models(driver, tmp_pat
 def test_nothing_is_wider_than_a_phone(driver, tmp_path):
     folder = make_run(tmp_path / "mine")
     word = "a1b2c3" * 40
+    columns = [f"val/{who}length" for who in ("", "teacher/", "another_teacher/", "the_last_teacher/")]
+    table = folder / "logs" / "version_1" / "metrics.csv"
+    table.parent.mkdir()
+    columns += ["val/retention/kl", "val/retention/perplexity"]
+    table.write_text(f"step,{','.join(columns)}\n0{',1' * 6}\n10,1,,,,1,1\n", encoding="utf-8")
     rows = [{"step": 10, "who": "student", "prompt": word, "completion": word, "reward": 1.0}]
     write(folder / "samples.jsonl", rows)
     write(folder / "alarms.jsonl", [{"step": 3, "message": word}])
@@ -297,6 +321,9 @@ def test_nothing_is_wider_than_a_phone(driver, tmp_path):
     try:
         driver.get(write_page([folder]).resolve().as_uri())
         assert driver.execute_script("return document.documentElement.scrollWidth") == 390
+        # names of measures are wider than what a phone leaves them, and stay whole
+        name = driver.find_element("xpath", "//td[text()='retention/perplexity']")
+        assert name.size["height"] < 40
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
