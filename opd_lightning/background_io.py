@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,9 +19,11 @@ COPIES = 2
 
 
 class BackgroundIO(CheckpointIO):
-    """Copies a checkpoint to the memory of the host and writes it in a thread, one after the other.
+    """Within `in_background` copies checkpoints to the memory of the host and writes them in a thread, one after the
+    other; elsewhere a checkpoint is there when it has been saved.
 
-    What the thread raised is raised by the next call to save, or by `wait`.
+    What the thread raised is raised by the next call to save, or by `wait`. Until then nothing is removed: what could
+    not be written leaves the one before it.
     """
 
     def __init__(self) -> None:
@@ -27,21 +31,61 @@ class BackgroundIO(CheckpointIO):
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: deque[Future[None]] = deque()
         self._saving: deque[Future[None]] = deque()
+        self._apart, self._failed = False, False
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether something is not there yet."""
+        return not all(job.done() for job in self._jobs)
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Lets training go on while what is saved within is written."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not self._apart:
+            self.wait()
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         # 1. no more copies than said
         self._saving = deque(job for job in self._saving if not job.done())
         while len(self._saving) >= COPIES:
-            self._finish(self._saving.popleft())
-        self._raise()
+            with HEART.waiting_for("checkpoint"):
+                self._saving.popleft().exception()
+        if self._failed:
+            self.wait()
         # 2. weights and moments are others with the next step; what holds them is built anew, too
-        copied = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        self._jobs.append(self._thread.submit(super().save_checkpoint, copied, path, storage_options))
-        self._saving.append(self._jobs[-1])
+        copies: dict[tuple[Any, ...], Tensor] = {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            place = (
+                tensor.device,
+                tensor.data_ptr(),
+                tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+                tensor.dtype,
+            )
+            if not tensor.numel():
+                return tensor.detach().to("cpu", copy=True)
+            if place not in copies:  # tied weights are written once
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            return copies[place]
+
+        copied = apply_to_collection(checkpoint, Tensor, copy)
+        self._saving.append(self._thread.submit(self._save, copied, path, storage_options))
+        self._jobs.append(self._saving[-1])
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint once those before are written, which are in its place."""
-        self._jobs.append(self._thread.submit(super().remove_checkpoint, path))
+        self._jobs.append(self._thread.submit(self._remove, path))
+        if not self._apart:
+            self.wait()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         self.wait()
@@ -53,18 +97,22 @@ class BackgroundIO(CheckpointIO):
         Raises:
             OSError: something could not be written.
         """
-        while self._jobs:
-            self._finish(self._jobs.popleft())
+        errors = [error for job in self._jobs if (error := job.exception()) is not None]
+        self._jobs.clear()
+        self._failed = False
+        if errors:
+            raise errors[0]
 
     def teardown(self) -> None:
         self.wait()
 
-    def _raise(self) -> None:
-        """Raises what went wrong meanwhile."""
-        while self._jobs and self._jobs[0].done():
-            self._jobs.popleft().result()
+    def _save(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        except BaseException:
+            self._failed = True
+            raise
 
-    @staticmethod
-    def _finish(job: Future[None]) -> None:
-        with HEART.waiting_for("checkpoint"):
-            job.result()
+    def _remove(self, path: Any) -> None:
+        if not self._failed:
+            super().remove_checkpoint(path)

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ class Checkpoint(ModelCheckpoint):
         trains = trainer.state.fn == TrainerFn.FITTING
 
         left = partial(self._left, trainer)
-        self._ending = Ending(_forward(trainer), waits=trains, left=left if trains else None)
+        io: Any = trainer.strategy.checkpoint_io
+        writing = (lambda: io.is_writing) if isinstance(io, BackgroundIO) else (lambda: False)
+        self._ending = Ending(_forward(trainer), waits=trains, left=left if trains else None, writing=writing)
         self._ending.listen()
 
     def _watch(self, trainer: L.Trainer) -> None:
@@ -172,10 +175,8 @@ class Checkpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             apart = f"{path}.hung"
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, apart)
-            _wait(trainer)
             if HEART.beats != beats:
                 trainer.strategy.checkpoint_io.remove_checkpoint(apart)
-                _wait(trainer)
                 raise RuntimeError("it went on meanwhile")
             move(apart, path)
         return path
@@ -252,6 +253,7 @@ class Checkpoint(ModelCheckpoint):
         if ends:
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            _wait(trainer)
             name = "SIGTERM" if self._ending.number is None else signal.Signals(self._ending.number).name
             rank_zero_info(f"{name}: stopped after optimizer step {trainer.global_step}; go on with --ckpt_path=last")
             if self._ending.number == signal.SIGINT:
@@ -262,6 +264,17 @@ class Checkpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step:
             _mark(trainer)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        # what others save is there when they have saved it
+        io: Any = trainer.strategy.checkpoint_io
+        with io.in_background() if isinstance(io, BackgroundIO) else nullcontext():
+            super()._save_checkpoint(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        io: Any = trainer.strategy.checkpoint_io
+        with io.in_background() if isinstance(io, BackgroundIO) else nullcontext():
+            super()._remove_checkpoint(trainer, filepath)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # `--ckpt_path=last` is looked up before setup
@@ -293,7 +306,8 @@ class Checkpoint(ModelCheckpoint):
 def _wait(trainer: L.Trainer) -> None:
     """Waits for checkpoints that a thread writes."""
     if isinstance(trainer.strategy.checkpoint_io, BackgroundIO):
-        trainer.strategy.checkpoint_io.wait()
+        with HEART.waiting_for("checkpoint"):
+            trainer.strategy.checkpoint_io.wait()
 
 
 def _mark(trainer: L.Trainer) -> None:

@@ -15,6 +15,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 PATIENCE = 10.0
 # Seconds that callbacks and threads have to clean up
 CLEANUP = 5.0
+POLL = 0.5
 
 
 class Ending:
@@ -28,6 +29,7 @@ class Ending:
         forward: tells the ranks that this process started.
         waits: whether there is an optimizer step to wait for; else the first signal ends the run at once.
         left: where a run that is ended at once can go on from, in words; None: training is not what ends.
+        writing: whether a thread is writing a checkpoint, for which there is no limit but that of a hang.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class Ending:
         forward: Callable[[int], None] = lambda _: None,
         waits: bool = True,
         left: Callable[[], str] | None = None,
+        writing: Callable[[], bool] = lambda: False,
     ) -> None:
         self.number: int | None = None
-        self._forward, self._waits, self._left = forward, waits, left
+        self._forward, self._waits, self._left, self._writing = forward, waits, left, writing
         self._over = threading.Event()
         self._longest, self._since = 0.0, time.monotonic()
 
@@ -79,7 +82,10 @@ class Ending:
         _leave(number)
 
     def _insist(self) -> None:
-        if not self._over.wait(self._patience):
+        ended = self._over.wait(self._patience)
+        while not ended and self._writing():
+            ended = self._over.wait(POLL)
+        if not ended:
             assert self.number is not None
             signal.pthread_kill(threading.main_thread().ident or 0, self.number)
             self._force()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 
+from opd_lightning import ending
 from opd_lightning.background_io import COPIES, BackgroundIO
 from opd_lightning.checkpoint import Checkpoint
 from opd_lightning.checkpoint_file import AtomicIO
@@ -36,7 +40,8 @@ def read(path: Path) -> dict:
 def test_a_checkpoint_holds_what_was_when_it_was_asked_for(gate, tmp_path):
     io, path = BackgroundIO(), tmp_path / "a.ckpt"
     weight, counts = torch.ones(3), [1]
-    io.save_checkpoint({"weight": weight, "loops": {"counts": counts}}, path)
+    with io.in_background():
+        io.save_checkpoint({"weight": weight, "tied": weight, "loops": {"counts": counts}}, path)
     weight.mul_(2)
     counts.append(2)
     assert not path.exists(), "it is not waited for"
@@ -44,6 +49,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(gate, tmp_path):
     io.wait()
     found = read(path)
     assert torch.equal(found["weight"], torch.ones(3))
+    assert found["weight"].data_ptr() == found["tied"].data_ptr()
     assert found["loops"] == {"counts": [1]}
 
 
@@ -51,8 +57,9 @@ def test_no_more_copies_than_said_and_what_is_removed_was_there(gate, tmp_path):
     io, paths, done = BackgroundIO(), [tmp_path / f"{i}.ckpt" for i in range(COPIES + 1)], threading.Event()
 
     def saves() -> None:
-        for i, path in enumerate(paths):
-            io.save_checkpoint({"number": i}, path)
+        with io.in_background():
+            for i, path in enumerate(paths):
+                io.save_checkpoint({"number": i}, path)
         done.set()
 
     thread = threading.Thread(target=saves)
@@ -65,14 +72,21 @@ def test_no_more_copies_than_said_and_what_is_removed_was_there(gate, tmp_path):
     assert [path.exists() for path in paths] == [True] * COPIES + [False]
 
 
-def test_an_error_of_the_thread_is_raised_by_who_comes_next(tmp_path):
-    io = BackgroundIO()
+def test_an_error_of_the_thread_is_raised_by_who_comes_next_and_nothing_was_removed(tmp_path):
+    io, before = BackgroundIO(), tmp_path / "before.ckpt"
     (tmp_path / "file").write_text("", encoding="utf-8")
-    io.save_checkpoint({}, tmp_path / "file" / "a.ckpt")
-    with pytest.raises(OSError, match="could not be written"):
+    io.save_checkpoint({}, before)
+    assert before.exists(), "outside it is waited for"
+    with io.in_background():
+        for name in ("a", "b"):
+            io.save_checkpoint({}, tmp_path / "file" / f"{name}.ckpt")
+        io.remove_checkpoint(before)
+    with pytest.raises(OSError, match=r"a\.ckpt could not be written"):
         io.wait()
     io.wait()
-    io.save_checkpoint({}, tmp_path / "a.ckpt")
+    assert before.exists()
+    with io.in_background():
+        io.save_checkpoint({}, tmp_path / "a.ckpt")
     io.teardown()
     assert read(tmp_path / "a.ckpt") == {}
 
@@ -103,6 +117,43 @@ def test_a_run_whose_last_checkpoint_could_not_be_written_does_not_end_well(make
     saver = Checkpoint(every_n_train_steps=1, asynchronous=True)
     with pytest.raises(OSError, match="the disk is full"):
         world.fit(world.module(), tmp_path, steps=3, callbacks=[saver], enable_checkpointing=True)
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert read(tmp_path / "checkpoints" / "step-2.ckpt")["global_step"] == 2, "nothing took its place"
+
+
+class Saves(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.path)
+        assert read(self.path)["global_step"] == trainer.global_step
+
+
+def test_what_others_save_is_there_when_they_have_saved_it(make_world, tmp_path):
+    world, saver = make_world("text"), Checkpoint(every_n_train_steps=1, asynchronous=True)
+    callbacks = [saver, Saves(tmp_path / "own.ckpt")]
+    trainer = world.fit(world.module(), tmp_path, steps=2, callbacks=callbacks, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert read(tmp_path / "after.ckpt")["global_step"] == 2
+
+
+def test_a_signal_waits_for_a_write_that_takes_longer_than_a_step(make_world, tmp_path, monkeypatch):
+    world, save = make_world("text"), AtomicIO.save_checkpoint
+    monkeypatch.setattr(ending, "PATIENCE", 0.1)
+
+    def slowly(self, checkpoint, path, *rest):
+        time.sleep(2.0)
+        save(self, checkpoint, path, *rest)
+
+    class Asks(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(AtomicIO, "save_checkpoint", slowly)
+    saver = Checkpoint(every_n_train_steps=2, asynchronous=True, save_top_k=0)
+    world.fit(world.module(), tmp_path, steps=50, callbacks=[Asks(), saver], enable_checkpointing=True)
     assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 

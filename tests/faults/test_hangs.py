@@ -39,6 +39,8 @@ def hung(config: Path, environment: dict[str, str], *extra: str, ranks: int | No
 def test_a_rank_that_hangs_in_a_reward_ends_all_and_loses_no_step(strategy, make_world, tmp_path):
     """Of two ranks, in the reward of the fourth generation batch."""
     world, ranks = make_world("text"), [f"--trainer.strategy={strategy}"]
+    if strategy == "ddp":
+        ranks.append("--checkpoint.asynchronous=true")
     config = configuration(tmp_path / "whole", world, HALF)
     finish(start(broken(config, reward=reward("stalls"), scoring=PATIENT), *ranks, ranks=2))
     expected = last(config)["state_dict"]

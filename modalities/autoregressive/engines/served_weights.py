@@ -6,12 +6,11 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ....printable import printable
-from .replica import Replica
+from .replica import ANSWERS_WITHIN, Refusal, Replica
 
 
 class ServedWeights(ABC):
@@ -34,11 +33,8 @@ class ServedWeights(ABC):
         self._own, self._number = f"opd-{uuid.uuid4().hex[:8]}", 0  # ranks and runs may share a server
         self.path: Path | None = None
 
-    def sync(self, model: Any, replicas: list[Replica]) -> dict[Replica, ConnectionError]:
-        """Gives the weights to those servers that don't have them, all at once; returns who did not take them, and why.
-
-        A server that takes them is ``fresh``.
-        """
+    def sync(self, model: Any, replicas: list[Replica]) -> dict[Replica, Exception]:
+        """Gives the weights to the servers that lack them, all at once; returns who did not take them, and why."""
         # 1. a new name for weights that have changed
         old = self.path
         if self._changed(model):
@@ -46,17 +42,15 @@ class ServedWeights(ABC):
             self.path = self.folder / f"{self._own}-{self._number}"
         assert self.path is not None
         lacking = [replica for replica in replicas if replica.given != self.path]
-        for replica in replicas:
-            replica.fresh = replica in lacking
         if not lacking:
             return {}
         # 2. written once for all of them
-        failed: dict[Replica, ConnectionError] = {}
+        failed: dict[Replica, Exception] = {}
 
         def give(replica: Replica) -> None:
             try:
                 self._give(replica)
-                replica.given = self.path
+                replica.given, replica.unproven = self.path, bool(replica.read)
             except ConnectionError as error:
                 replica.given, failed[replica] = None, error
 
@@ -79,14 +73,10 @@ class ServedWeights(ABC):
         """Returns the name under which a server has them."""
         return replica.base
 
-    def taken_back(self, replica: Replica) -> None:
-        """Forgets what a server had that was left out: it may have been started again."""
-        replica.given, replica.read = None, []
-
     def close(self, replicas: list[Replica]) -> None:
         """Leaves nothing of the student in the folder, nor in the servers where that can be undone."""
         for replica in replicas:
-            self.taken_back(replica)
+            replica.given = None
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -132,24 +122,35 @@ class ServedAdapter(ServedWeights):
 
     def _give(self, replica: Replica) -> None:
         assert self.path is not None
-        replica.ask("/v1/load_lora_adapter", {"lora_name": self.path.name, "lora_path": str(self.path.absolute())})
-        if replica.given is not None:
-            replica.ask("/v1/unload_lora_adapter", {"lora_name": replica.given.name})
+        name, is_new = self.path.name, self.path.name not in replica.adapters
+        if is_new:  # also where no answer comes: it may be loaded all the same
+            replica.adapters.append(name)
+        try:
+            replica.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.path.absolute())})
+        except Refusal as refusal:
+            if is_new or "already been loaded" not in str(refusal):  # nobody else has this name
+                raise
+        self._unload(replica, name)
 
-    def taken_back(self, replica: Replica) -> None:
-        if replica.given is not None:
-            with suppress(ConnectionError):  # one that was started again knows nothing of it
-                replica.ask("/v1/unload_lora_adapter", {"lora_name": replica.given.name})
-        super().taken_back(replica)
+    def _unload(self, replica: Replica, but: str = "") -> list[Exception]:
+        """Has a server forget adapters; returns what kept it from that, after which it is asked again another time."""
+        errors: list[Exception] = []
+        for name in [name for name in replica.adapters if name != but]:
+            try:
+                replica.ask("/v1/unload_lora_adapter", {"lora_name": name}, timeout=ANSWERS_WITHIN)
+                replica.adapters.remove(name)
+            except Refusal:  # it was started again, and knows nothing of it
+                replica.adapters.remove(name)
+            except ConnectionError as error:
+                errors.append(error)
+        return errors
 
     def close(self, replicas: list[Replica]) -> None:
-        for replica in replicas:
-            given, replica.given = replica.given, None
-            if given is not None:
-                try:
-                    replica.ask("/v1/unload_lora_adapter", {"lora_name": given.name})
-                except ConnectionError as error:
-                    rank_zero_warn(f"{printable(error)}; if it is still there, it keeps the adapter {given.name}")
+        with ThreadPoolExecutor(len(replicas)) as threads:
+            for replica, errors in zip(replicas, threads.map(self._unload, replicas), strict=True):
+                if errors:
+                    names = ", ".join(replica.adapters)
+                    warn(f"{printable(errors[0])}; if it is still there, it keeps the adapter {names}", stacklevel=2)
         super().close(replicas)
 
 
@@ -206,9 +207,14 @@ def _adapter(model: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _bits(model: Any) -> Tensor:
-    """Sums the bits of each weight, which an update changes; a copy to compare with would be as large as the model."""
+    """Sums the bits of each weight over rows and over columns, by their places, which an update changes; a copy to
+    compare with would be as large as the model."""
     sums = []
     for weight in model.state_dict().values():
         integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        sums.append(weight.detach().contiguous().view(integer).sum(dtype=torch.int64))
+        table = weight.detach().contiguous().view(integer).reshape(-1, weight.shape[-1] if weight.ndim else 1)
+        for axis in (0, 1):
+            of_line = table.sum(axis, dtype=torch.int64)
+            places = torch.arange(1, len(of_line) + 1, device=of_line.device)
+            sums.append((of_line * places * places).sum())
     return torch.stack([total.cpu() for total in sums])

@@ -6,12 +6,13 @@ Shape legend: B trajectories, P prompt width (left padded), T horizon.
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ....distribution import Head
@@ -22,15 +23,11 @@ from ....rollout_settings import Rollout
 from ..models import bare
 from .decode_loop import DecodeLoop
 from .engine import Prompts, RolloutEngine
-from .replica import Completed, Replica
+from .replica import Completed, Replica, Unfit
 from .served_weights import ServedWeights, served
 
 COMPARED = 32  # tokens of a trajectory whose log-probs are compared: logits of whole rollouts would take too much
 PROBED = 8  # tokens that are written once more behind a prompt which the server had read with other weights
-
-
-class NotTheStudent(RuntimeError):
-    """A server whose log-probs are not the student's."""
 
 
 class VllmServer(RolloutEngine):
@@ -47,9 +44,10 @@ class VllmServer(RolloutEngine):
     those behind a prompt that it had read before, too. Teachers that act are handed to `DecodeLoop`.
 
     Several servers share a batch, in pieces of neighbors, so that a group's prompt is read by one of them. One that
-    does not answer is left out and the others write its rows; so is one whose log-probs are no longer the student's, as
-    those of one that was started again. With every generation batch it is asked whether it is there, and gets the
-    weights of then. Where none is left, the run ends. A trajectory depends on its seed, not on which of them wrote it,
+    does not answer is left out and the others write its rows; so is one whose answers are malformed, or whose log-probs
+    are not the student's, as those of one that was started again. With the next generation batch it is asked whether it
+    is there, and gets the weights of then; one that fails again, after pauses that double from 10 seconds to 10
+    minutes. Where none is left, the run ends. A trajectory depends on its seed, not on which of them wrote it,
     as far as their kernels give the same.
 
     Only what a plain server has is used: ``/v1/load_lora_adapter``, ``/v1/unload_lora_adapter``, ``/collective_rpc``
@@ -64,7 +62,7 @@ class VllmServer(RolloutEngine):
         folder: where weights are written; each server must see it under the same path.
         tolerance: mean absolute difference of log-probs, in nats, beyond which server and student are different models.
             Default 0.05, ours.
-        checked: trajectories of each generation batch that are compared, of each server. Default 4.
+        checked: trajectories of each generation batch that are compared, of each server, at most. Default 4.
         at_once: requests in flight, to each server. Default 256.
         timeout: seconds for one request. Default 600.
 
@@ -72,8 +70,8 @@ class VllmServer(RolloutEngine):
         ValueError: a value out of range; when asked to write: a model with several active LoRA adapters, or without
             one and quantized; prompts with more than text, tokens that must not be sampled.
         ConnectionError: no server answers, or each with an error.
-        RuntimeError: log-probs of a server that was just given the weights, or of the last one, are not the student's;
-            a completion that ends otherwise than it may.
+        Unfit: a RuntimeError: the last server's log-probs are not the student's, or its completions are malformed or
+            end otherwise than they may.
     """
 
     def __init__(
@@ -89,10 +87,9 @@ class VllmServer(RolloutEngine):
             raise ValueError(
                 f"VllmServer: tolerance={tolerance} must be > 0, checked={checked} and at_once={at_once} >= 1"
             )
-        urls = [url] if isinstance(url, str) else url
-        if not urls or len(set(urls)) < len(urls):
+        self.replicas = [Replica(each, timeout) for each in ([url] if isinstance(url, str) else url)]
+        if not self.replicas or len({replica.url for replica in self.replicas}) < len(self.replicas):
             raise ValueError(f"VllmServer: url={url} must name one server, or several different ones")
-        self.replicas = [Replica(each, timeout) for each in urls]
         self.folder, self.tolerance, self.checked, self.at_once = Path(folder), tolerance, checked, at_once
         self._weights: ServedWeights | None = None
 
@@ -114,23 +111,28 @@ class VllmServer(RolloutEngine):
         attended = zip(inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu(), strict=True)
         read = [ids[mask].tolist() for ids, mask in attended]
         asked = [_request(prompt, rollout, seed, eos) for prompt, seed in zip(read, seeds, strict=True)]
-        # 2. who was left out may be there again
+        # 2. each row is written by a server that answers; what one leaves is for the others
         self._weights = weights = self._weights or served(model, self.folder)
-        for replica in self.replicas:
-            if replica.left_out and replica.answers():
-                rank_zero_warn(f"{replica.url} answers again, and writes rollouts as before")
-                replica.left_out = False
-                weights.taken_back(replica)
-        # 3. each row is written by one that answers; what one leaves is for the others
+        self._take_back()
         rows: dict[int, Completed] = {}
         while left := [i for i in range(len(asked)) if i not in rows]:
             rows |= self._share(model, head, weights, {i: asked[i] for i in left})
-        # 4. as tensors
+        # 3. as tensors
         written = [rows[i] for i in range(len(asked))]
         width, device = max(len(row.tokens) for row in written), inputs["input_ids"].device
         tokens = torch.tensor([row.tokens + [pad] * (width - len(row.tokens)) for row in written])
         log_probs = torch.tensor([row.log_probs + [0.0] * (width - len(row.log_probs)) for row in written])
         return tokens.to(device), log_probs.to(device)
+
+    def _take_back(self) -> None:
+        """Asks servers that were left out whether they are there; those that fail again and again, ever more rarely."""
+        present, now = any(not replica.left_out for replica in self.replicas), time.monotonic()
+        due = [replica for replica in self.replicas if replica.left_out and (now >= replica.again_at or not present)]
+        if due:
+            with ThreadPoolExecutor(len(due)) as threads:
+                for replica, answers in zip(due, threads.map(Replica.answers, due), strict=True):
+                    if answers:
+                        warn(f"{replica.url} answers again, and writes as before ({replica.failures})", stacklevel=2)
 
     def _share(
         self, model: Any, head: Head, weights: ServedWeights, asked: dict[int, dict[str, Any]]
@@ -139,66 +141,64 @@ class VllmServer(RolloutEngine):
 
         Raises:
             ConnectionError: no server is left.
-            RuntimeError: as of `write`.
+            Unfit: none that writes as the student would.
         """
         # 1. servers that have the weights
         present = [replica for replica in self.replicas if not replica.left_out]
         if not present:
             urls = ", ".join(replica.url for replica in self.replicas)
             raise ConnectionError(f"no vLLM server answers of {urls}, which were left out before")
-        for replica, refusal in weights.sync(model, present).items():
-            self._leave_out(replica, refusal)
+        for replica, error in weights.sync(model, present).items():
+            self._leave_out(replica, error)
         present = [replica for replica in present if not replica.left_out]
         # 2. their pieces, at the same time
         indices, size = list(asked), math.ceil(len(asked) / len(present))
         pieces = {replica: indices[i * size : (i + 1) * size] for i, replica in enumerate(present)}
-        with HEART.waiting_for("server"), ThreadPoolExecutor(len(present)) as threads:
+        pieces = {replica: piece for replica, piece in pieces.items() if piece}
+        with HEART.waiting_for("server"), ThreadPoolExecutor(len(pieces)) as threads:
             futures = {
                 replica: threads.submit(self._piece, replica, weights, [asked[i] for i in piece])
                 for replica, piece in pieces.items()
-                if piece
             }
         # 3. each server is compared with the student in each batch, since it may have been started again meanwhile
         rows: dict[int, Completed] = {}
         for replica, future in futures.items():
-            written, again, unanswered = future.result()
-            error: Exception | None = unanswered
+            written, again, failure = future.result()
             done = {i: row for i, row in zip(pieces[replica], written, strict=True) if row is not None}
             try:
                 self._check(model, head, replica, [*done.values()], again)
                 rows |= done
-            except NotTheStudent as other:
-                if replica.fresh:  # with the weights again it would be the same
-                    raise
-                error = other
-            if error is not None:
-                self._leave_out(replica, error)
+            except Unfit as other:
+                failure = other
+            if failure is None:
+                replica.failures = 0
+            else:
+                self._leave_out(replica, failure)
         return rows
 
     def _piece(
         self, replica: Replica, weights: ServedWeights, asked: list[dict[str, Any]]
-    ) -> tuple[list[Completed | None], Completed | None, ConnectionError | None]:
+    ) -> tuple[list[Completed | None], Completed | None, Exception | None]:
         """Asks one server for completions, at once; returns them as far as they came, the one behind a prompt that it
         read with other weights, where there is one, and what kept the others."""
-        error: ConnectionError | None = None
-        name = weights.name(replica)
+        failure: Exception | None = None
 
         def complete(request: dict[str, Any]) -> Completed | None:
-            nonlocal error
-            if error is None:  # else those that wait would each wait in vain
+            nonlocal failure
+            if failure is None:  # else those that wait would each wait in vain
                 try:
-                    return replica.complete(request | {"model": name})
-                except ConnectionError as first:
-                    error = first
+                    return replica.complete(request | {"model": weights.name(replica)})
+                except (ConnectionError, Unfit) as first:
+                    failure = first
             return None
 
         probe = []
-        if replica.fresh and replica.read:
+        if replica.unproven:
             probe = [asked[0] | {"prompt": replica.read, "max_tokens": min(PROBED, asked[0]["max_tokens"])}]
         with ThreadPoolExecutor(min(self.at_once, len(asked) + len(probe))) as threads:
             written = list(threads.map(complete, [*asked, *probe]))
         replica.read = max((request["prompt"] for request in asked), key=len)
-        return written[: len(asked)], written[-1] if probe else None, error
+        return written[: len(asked)], written[-1] if probe else None, failure
 
     def _leave_out(self, replica: Replica, error: Exception) -> None:
         """Goes on without a server, until it answers.
@@ -206,13 +206,15 @@ class VllmServer(RolloutEngine):
         Raises:
             Exception: the error, since it was the last one.
         """
-        replica.left_out = True
+        replica.fail()
         present = sum(not each.left_out for each in self.replicas)
         if not present:
             raise error
-        rank_zero_warn(
-            f"{replica.url} is left out until it answers again, and its rows are written by the other {present}: "
-            f"{printable(error)}"
+        # numbered, since equal warnings are shown once; of every rank, whose servers may be others
+        warn(
+            f"{replica.url} is left out ({replica.failures}) until it answers again, and its rows are written by the "
+            f"other {present}: {printable(error)}",
+            stacklevel=2,
         )
 
     def close(self) -> None:
@@ -224,25 +226,23 @@ class VllmServer(RolloutEngine):
         """Refuses what a server wrote that is not what the student would write.
 
         Raises:
-            NotTheStudent: its log-probs are others.
-            RuntimeError: it sampled an id that the tokenizer does not have.
+            Unfit: it sampled an id that the tokenizer does not have, or its log-probs are others.
         """
         if largest := [row for row in rows if max(row.tokens) >= head.vocabulary]:
-            raise RuntimeError(
-                f"{replica.url} sampled id {max(largest[0].tokens)}; the tokenizer has {head.vocabulary}"
-            )
+            raise Unfit(f"{replica.url} sampled id {max(largest[0].tokens)}; the tokenizer has {head.vocabulary}")
         if rows:
-            self._compare(model, head, replica.url, rows[: self.checked])
+            self._compare(model, head, replica.url, rows[:: math.ceil(len(rows) / self.checked)])
         if again is not None:
             where = "Behind a prompt that it had read before the last change of weights: "
             self._compare(model, head, replica.url, [again], where)
+            replica.unproven = False
 
     @torch.no_grad()
     def _compare(self, model: Any, head: Head, url: str, rows: list[Completed], where: str = "") -> float:
         """Refuses a server whose log-probs are not the student's; returns how far apart they are on average.
 
         Raises:
-            NotTheStudent: they are more than `tolerance` apart on average.
+            Unfit: they are more than `tolerance` apart on average.
         """
         device = next(model.parameters()).device
         sequences = [row.prompt + row.tokens[:COMPARED] for row in rows]
@@ -260,7 +260,7 @@ class VllmServer(RolloutEngine):
         apart = float((student - server).abs().mean())
         # so NaN is refused, too
         if not apart <= self.tolerance:
-            raise NotTheStudent(
+            raise Unfit(
                 f"{where}{url} does not sample from the student: over {len(student)} tokens the mean log-prob is "
                 f"{float(server.mean()):.4f} there and {float(student.mean()):.4f} here, {apart:.4f} apart on average, "
                 f"more than VllmServer.tolerance={self.tolerance}. Does it serve the same base model, in the same "
