@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -133,9 +134,14 @@ class Tools(Environment):
         Raises:
             ValueError: the chat template writes calls in a format that is not read here.
         """
-        if self.tags is not None or renderer.processor.chat_template is None or renderer.raw:
+        if self.tags is not None:
             return
-        if not renderer.reads("tool_calls"):
+        if renderer.processor.chat_template is None or renderer.raw or not renderer.reads("tool_calls"):
+            if self.response_template is not None:
+                raise ValueError(
+                    "model.environment: response_template reads calls as the chat template of "
+                    f"{renderer.tokenizer.name_or_path} writes them, and that writes none; set tags"
+                )
             return
         # 1. a call, as the chat template writes it behind a question
         call = {"type": "function", "function": {"name": NAME, "arguments": {"of_it": VALUE}}}
@@ -150,11 +156,13 @@ class Tools(Environment):
         for token in renderer.tokenizer.all_special_tokens:
             turn = turn.removesuffix("\n").removesuffix(token)
         # 2. read back
-        template = self.response_template or getattr(renderer.tokenizer, "response_template", None)
+        template = self.response_template
+        if template is None:
+            template = getattr(renderer.tokenizer, "response_template", None)
         written = f"the chat template of {renderer.tokenizer.name_or_path} writes a call as {quoted(turn, SHOWN)}"
         if template is not None:
             schemas = list(self._schemas.values())
-            self._parse = lambda text: renderer.tokenizer.parse_response(text, template, prefix=asked, tools=schemas)
+            self._parse = partial(renderer.tokenizer.parse_response, schema=template, prefix=asked, tools=schemas)
             calls = self._calls(turn)
             if len(calls) != 1 or not isinstance(calls[0], dict) or calls[0].get("function") != call["function"]:
                 raise ValueError(
@@ -229,7 +237,8 @@ def problem_with_arguments(function: Callable[..., Any], schema: dict[str, Any],
 
 
 def calls(completion: str, example: Example) -> float:
-    """Counts the calls of an episode, malformed ones among them: a metric for ``evaluation.metrics``."""
+    """Counts the calls between ``<tool_call>`` tags of an episode, malformed ones among them: a metric for
+    ``evaluation.metrics``."""
     return float(example["conversation"].count(TAGS[0]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -191,6 +192,9 @@ def test_a_malformed_call_that_a_response_template_can_t_read_is_answered_by_an_
     assert answers(tools, called("add", first=2)) == ["3"]
     (answer,) = answers(tools, '<tool_call>{"name": "add", "arguments": </tool_call>')
     assert answer.startswith("error: the call can't be read: ")
+    assert answers(pickle.loads(pickle.dumps(tools)), called("add", first=2)) == ["3"]
+    with pytest.raises(ValueError, match="that writes none; set tags"):
+        tools.adopt(renderer(GEMMA))
     with pytest.raises(ValueError, match="by tags or by a response_template"):
         Tools([f"{HERE}.add"], tags=["<a>", "</a>"], response_template=template)
 

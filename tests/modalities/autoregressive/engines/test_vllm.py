@@ -345,3 +345,110 @@ def test_rollouts_ahead_are_written_by_a_server_with_the_weights_that_they_are_a
     trainer = text.fit(text.module(engine=server, rollout=rollout), tmp_path, steps=5)
     assert trainer.global_step == 5
     assert not list((tmp_path / "weights").iterdir())
+
+
+GOOD = {"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0, -2.0]}, "finish_reason": "length"}
+RUBBISH = {
+    "html": b"<html>busy</html>",
+    "empty": b"",
+    "cut": b'{"choices": [{"token_ids": [1',
+    "list": b"[]",
+    "none": b"null",
+    "deep": b"[" * 100_000,
+    "no choices": b'{"x": 1}',
+    "two choices": json.dumps({"choices": [GOOD, GOOD]}).encode(),
+    "no object": b'{"choices": ["x"]}',
+    "no tokens": json.dumps({"choices": [GOOD | {"token_ids": []}]}).encode(),
+    "text": json.dumps({"choices": [GOOD | {"token_ids": ["1", "2"]}]}).encode(),
+    "negative": json.dumps({"choices": [GOOD | {"token_ids": [1, -2]}]}).encode(),
+    "NaN": b'{"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0, NaN]}}]}',
+    "null log-prob": b'{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [null]}}]}',
+    "too few": b'{"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0]}}]}',
+    "too long": json.dumps({"choices": [{"token_ids": [1] * 9, "logprobs": {"token_logprobs": [-1.0] * 9}}]}).encode(),
+    "short": json.dumps({"choices": [GOOD | {"finish_reason": "abort"}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_a_server_that_answers_rubbish_is_left_out_and_the_last_one_ends_the_run(
+    text, url, tmp_path, monkeypatch, kind
+):
+    # two addresses of one server, which takes all weights twice
+    server = VllmServer([url, url.replace("127.0.0.1", "localhost")], str(tmp_path), tolerance=1e-3)
+    first, second = server.replicas
+    module, rows = text.module(engine=server), text.make_rows(4)
+    expected = act(module, rows, horizon=8).actions
+
+    def answers(one: replica.Replica) -> None:
+        ask = one.ask
+        monkeypatch.setattr(
+            one, "ask", lambda path, *a, **k: RUBBISH[kind] if path.endswith("completions") else ask(path, *a, **k)
+        )
+
+    answers(second)
+    with pytest.warns(UserWarning, match=r"localhost:\d+ is left out \(1\).*the other 1: http://localhost"):
+        assert torch.equal(act(module, rows, horizon=8).actions, expected)
+    answers(first)
+    with (
+        pytest.raises(RuntimeError, match=r"http://(localhost|127\.0\.0\.1):\d+: a completion "),
+        pytest.warns(UserWarning, match="answers again"),
+    ):
+        act(module, rows, horizon=8)
+
+
+def test_a_model_list_that_names_none_leaves_a_server_out(text, url, tmp_path, monkeypatch):
+    server = VllmServer([url, url.replace("127.0.0.1", "localhost")], str(tmp_path), tolerance=1e-3)
+    _, second = server.replicas
+    ask = second.ask
+    monkeypatch.setattr(
+        second, "ask", lambda path, *a, **k: b'{"data": []}' if path == "/v1/models" else ask(path, *a, **k)
+    )
+    with pytest.warns(UserWarning, match="names no model"):
+        act(text.module(engine=server), text.make_rows(4), horizon=8)
+
+
+@pytest.mark.slow
+def test_a_cache_is_proven_when_its_server_has_a_row_again(text, servers, tmp_path):
+    urls = [f"http://127.0.0.1:{servers.start()}", f"http://127.0.0.1:{servers.start()}/cached"]
+    server = VllmServer(urls, str(tmp_path), tolerance=1e-3)
+    _, cached = server.replicas
+    module, rows = text.module(engine=server), text.make_rows(6)
+    act(module, rows[:2], horizon=8)
+    moved(module, 0.1)
+    act(module, rows[2:3], horizon=8)  # nothing for the second one, which has new weights and old caches
+    assert cached.unproven
+    with pytest.warns(UserWarning, match="cached is left out.*Behind a prompt that it had read before"):
+        act(module, rows[4:], horizon=8)
+
+
+def test_an_adapter_that_was_loaded_without_an_answer_is_not_lost(text, url, tmp_path, monkeypatch):
+    server = VllmServer(url, str(tmp_path), tolerance=1e-3)
+    (only,) = server.replicas
+    module, rows, ask, lost = text.module(lora=Lora(r=4), engine=server), text.make_rows(2), only.ask, []
+
+    def forgets(path, *rest, **more):
+        answer = ask(path, *rest, **more)
+        if path.endswith("load_lora_adapter") and not lost:
+            lost.append(path)
+            raise ConnectionError("timed out")
+        return answer
+
+    before = adapters(url)
+    monkeypatch.setattr(only, "ask", forgets)
+    with pytest.raises(ConnectionError, match="timed out"):
+        act(module, rows, horizon=4)
+    with pytest.warns(UserWarning, match="answers again"):
+        act(module, rows, horizon=4)
+    moved(module)
+    act(module, rows, horizon=4)
+    assert adapters(url) == [*before, adapter(server)]
+    server.close()
+    assert adapters(url) == before
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x"])
+def test_urls_of_another_form_are_refused(url, tmp_path):
+    with pytest.raises(ValueError, match="must be such as http://localhost:8000"):
+        VllmServer(url, str(tmp_path))
+    with pytest.raises(ValueError, match="one server, or several different ones"):
+        VllmServer(["http://x:1/v1", "http://x:1/"], str(tmp_path))
