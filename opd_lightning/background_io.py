@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -19,8 +17,8 @@ COPIES = 2
 
 
 class BackgroundIO(CheckpointIO):
-    """Within `in_background` copies checkpoints to the memory of the host and writes them in a thread, one after the
-    other; elsewhere a checkpoint is there when it has been saved.
+    """Copies checkpoints that `may_follow` to the memory of the host and writes them in a thread, one after the other;
+    any other one is there when it has been saved.
 
     What the thread raised is raised by the next call to save, or by `wait`. Until then nothing is removed: what could
     not be written leaves the one before it.
@@ -31,27 +29,23 @@ class BackgroundIO(CheckpointIO):
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: deque[Future[None]] = deque()
         self._saving: deque[Future[None]] = deque()
-        self._apart, self._failed = False, False
+        self._following, self._failed = set[str](), False
 
     @property
     def is_writing(self) -> bool:
-        """Whether something is not there yet."""
+        """Tells whether something is not there yet."""
         return not all(job.done() for job in self._jobs)
 
-    @contextmanager
-    def in_background(self) -> Iterator[None]:
-        """Lets training go on while what is saved within is written."""
-        self._apart = True
-        try:
-            yield
-        finally:
-            self._apart = False
+    def may_follow(self, path: str) -> None:
+        """Lets training go on while the next checkpoint at a path is written."""
+        self._following.add(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if not self._apart:
+        if str(path) not in self._following:
             self.wait()
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        self._following.remove(str(path))
         # 1. no more copies than said
         self._saving = deque(job for job in self._saving if not job.done())
         while len(self._saving) >= COPIES:
@@ -84,8 +78,6 @@ class BackgroundIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint once those before are written, which are in its place."""
         self._jobs.append(self._thread.submit(self._remove, path))
-        if not self._apart:
-            self.wait()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         self.wait()

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,13 +267,9 @@ class Checkpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         # what others save is there when they have saved it
         io: Any = trainer.strategy.checkpoint_io
-        with io.in_background() if isinstance(io, BackgroundIO) else nullcontext():
-            super()._save_checkpoint(trainer, filepath)
-
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        io: Any = trainer.strategy.checkpoint_io
-        with io.in_background() if isinstance(io, BackgroundIO) else nullcontext():
-            super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and isinstance(io, BackgroundIO):
+            io.may_follow(filepath)
+        super()._save_checkpoint(trainer, filepath)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # `--ckpt_path=last` is looked up before setup

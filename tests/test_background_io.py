@@ -40,8 +40,8 @@ def read(path: Path) -> dict:
 def test_a_checkpoint_holds_what_was_when_it_was_asked_for(gate, tmp_path):
     io, path = BackgroundIO(), tmp_path / "a.ckpt"
     weight, counts = torch.ones(3), [1]
-    with io.in_background():
-        io.save_checkpoint({"weight": weight, "tied": weight, "loops": {"counts": counts}}, path)
+    io.may_follow(str(path))
+    io.save_checkpoint({"weight": weight, "tied": weight, "loops": {"counts": counts}}, path)
     weight.mul_(2)
     counts.append(2)
     assert not path.exists(), "it is not waited for"
@@ -57,9 +57,9 @@ def test_no_more_copies_than_said_and_what_is_removed_was_there(gate, tmp_path):
     io, paths, done = BackgroundIO(), [tmp_path / f"{i}.ckpt" for i in range(COPIES + 1)], threading.Event()
 
     def saves() -> None:
-        with io.in_background():
-            for i, path in enumerate(paths):
-                io.save_checkpoint({"number": i}, path)
+        for i, path in enumerate(paths):
+            io.may_follow(str(path))
+            io.save_checkpoint({"number": i}, path)
         done.set()
 
     thread = threading.Thread(target=saves)
@@ -77,16 +77,16 @@ def test_an_error_of_the_thread_is_raised_by_who_comes_next_and_nothing_was_remo
     (tmp_path / "file").write_text("", encoding="utf-8")
     io.save_checkpoint({}, before)
     assert before.exists(), "outside it is waited for"
-    with io.in_background():
-        for name in ("a", "b"):
-            io.save_checkpoint({}, tmp_path / "file" / f"{name}.ckpt")
-        io.remove_checkpoint(before)
+    path = tmp_path / "file" / "a.ckpt"
+    io.may_follow(str(path))
+    io.save_checkpoint({}, path)
+    io.remove_checkpoint(before)
     with pytest.raises(OSError, match=r"a\.ckpt could not be written"):
         io.wait()
     io.wait()
     assert before.exists()
-    with io.in_background():
-        io.save_checkpoint({}, tmp_path / "a.ckpt")
+    io.may_follow(str(tmp_path / "a.ckpt"))
+    io.save_checkpoint({}, tmp_path / "a.ckpt")
     io.teardown()
     assert read(tmp_path / "a.ckpt") == {}
 
