@@ -6,9 +6,10 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers.logger import Logger
 
+from opd_lightning.checkpoint import Checkpoint
 from opd_lightning.objective import CrossEntropy, Objective, ReverseKL, Term
 from opd_lightning.rollout_settings import Rollout
-from tests.tiny import LongerIsBetter
+from tests.tiny import LongerIsBetter, Rows, make_trainer
 
 
 class Log(Logger):
@@ -79,3 +80,13 @@ def test_what_is_averaged_over_an_epoch_stays(world, tmp_path):
 
     log_steps = logged(world, tmp_path, At(1, 2, 3, act=log), steps=3)  # an epoch is three generation batches of 8 rows
     assert [metrics["mean"] for metrics in log_steps.values() if "mean" in metrics] == [2.0]
+
+
+def test_a_run_that_goes_on_from_its_end_logs_the_steps_that_an_unbroken_one_does(world, tmp_path):
+    log, rows = Log(), Rows(world.make_rows(8))  # an epoch is one optimizer step
+    for steps, checkpoint in ((3, None), (6, tmp_path / "checkpoints" / "last.ckpt")):
+        module = world.module(world.teacher, rollout=Rollout(batch_size=8, horizon=4))
+        settings = {"logger": log, "log_every_n_steps": 2, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path, steps, callbacks=[Checkpoint()], **settings)
+        trainer.fit(module, datamodule=rows, ckpt_path=checkpoint, weights_only=True)
+    assert sorted(log.steps) == [2, 4, 6]
