@@ -173,7 +173,8 @@ def measure_table(measured: dict[str, dict[str, float | None]]) -> Table:
     for heading in ("", *columns):
         table.add_column(cell(heading), justify="right" if heading else "left")
     for name, row in measured.items():
-        table.add_row(cell(name), *(_written(row.get(column), form_of(name)) for column in columns))
+        form = form_of(name, row.values())
+        table.add_row(cell(name), *(_written(row.get(column), form) for column in columns))
     return table
 
 

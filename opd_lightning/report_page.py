@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -168,10 +168,11 @@ class Run:
             return [], f"{type(error).__name__}: {error}"
 
 
-def form_of(measure: str) -> str:
-    """Returns the format of a measure's values, by its name without ``val/``: most are shares."""
+def form_of(measure: str, values: Iterable[float | None]) -> str:
+    """Returns the format of a measure's values, by its name without ``val/``: most are shares, unless one can't be."""
     plain = measure.endswith("/kl_teacher_student") or f"val/{measure}".startswith((HARNESS, "val/fid_"))
-    return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}")
+    is_share = all(value is None or 0 <= value <= 1 for value in values)
+    return "{:.3f}" if plain else FORMATS.get(measure, "{:.1%}" if is_share else "{:.2f}")
 
 
 def side_by_side(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ def _data(measure: Measure) -> str:
 
 
 def _row(measure: Measure, columns: Sequence[str]) -> list[str]:
-    form = form_of(measure.name)
+    form = form_of(measure.name, measure.values.values())
     cells = [form.format(measure.values[who]) if who in measure.values else NOT_MEASURED for who in columns]
     return [measure.capability, measure.name, *cells]
 

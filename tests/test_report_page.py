@@ -14,7 +14,7 @@ from PIL import Image
 from opd_lightning.picture import Picture
 from opd_lightning.report import main, read_run, write_page
 from opd_lightning.report_chart import charts, interpolated, svg, thinned, ticks
-from opd_lightning.report_page import verdict
+from opd_lightning.report_page import form_of, verdict
 
 EVIL = '</script><script>document.title = "taken over"</script><img src="http://127.0.0.1:9/x.png">'
 BEST = [["7", -0.1], ["<b>8</b>", -2.5], ["9", -4.0], ["5", -5.0], [" ", -6.0]]
@@ -349,3 +349,8 @@ def test_pointing_at_a_step_shows_what_the_teacher_found_likeliest(driver, tmp_p
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     ActionChains(driver).move_to_element(chart).perform()
     assert "val/accuracy" in driver.find_element("id", "tip").text
+
+
+def test_a_measure_that_can_be_no_share_is_written_as_a_number():
+    assert form_of("calls", [1.57, None, 2.0]).format(1.57) == "1.57"
+    assert form_of("brief", [0.5, None, 1.0]).format(0.5) == "50.0%"
