@@ -107,7 +107,7 @@ def test_a_tokenizer_that_fails_names_the_row(tiny_student: Path, tmp_path: Path
     """Characters that it does not know."""
     rows = [{"prompt": "1+1=", "completion": "2"}] * 4
     source = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "one", "completion": "2"}])
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 5: .*WordLevel"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 5: a tokenizer has no token for 'eno'"):
         fit(told(tiny_student), PromptData(train=source), tmp_path)
     fit(told(tiny_student), PromptData(train=source, on_bad_row="skip"), tmp_path)
 
