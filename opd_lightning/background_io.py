@@ -57,14 +57,7 @@ class BackgroundIO(CheckpointIO):
         copies: dict[tuple[Any, ...], Tensor] = {}
 
         def copy(tensor: Tensor) -> Tensor:
-            place = (
-                tensor.device,
-                tensor.data_ptr(),
-                tensor.storage_offset(),
-                tensor.shape,
-                tensor.stride(),
-                tensor.dtype,
-            )
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if not tensor.numel():
                 return tensor.detach().to("cpu", copy=True)
             if place not in copies:  # tied weights are written once

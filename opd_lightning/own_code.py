@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ OURS = __name__.partition(".")[0]
 def fingerprints(config_yaml: str) -> dict[str, str]:
     """Computes a fingerprint of each function or class that a configuration names, by its key.
 
-    Only of code that was imported, and that no installed package holds: what people edit between two runs. Comments,
+    Of other objects, that of their class. Only of code that was imported, and that no installed package holds: what people edit between two runs. Comments,
     docstrings and layout don't count; what a function calls is not looked at.
     """
     marks: dict[str, str] = {}
@@ -47,12 +48,14 @@ def _fingerprint(path: str) -> str | None:
     module_name, _, name = path.rpartition(".")
     module = sys.modules.get(module_name)
     thing: Any = getattr(module, name, None)
-    file = getattr(module, "__file__", None)
-    if not (inspect.isfunction(thing) or inspect.isclass(thing)) or file is None:
-        return None
-    if module_name.split(".")[0] == OURS or any(Path(file).resolve().is_relative_to(folder) for folder in INSTALLED):
-        return None
+    while isinstance(thing, partial):
+        thing = thing.func
+    if not (inspect.isfunction(thing) or inspect.isclass(thing)):
+        thing = type(thing)
     try:
+        file = Path(inspect.getsourcefile(thing) or "").resolve()
+        if thing.__module__.split(".")[0] == OURS or any(file.is_relative_to(folder) for folder in INSTALLED):
+            return None
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except (OSError, TypeError, SyntaxError):
         return None

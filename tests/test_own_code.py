@@ -13,6 +13,9 @@ from tests.processes import finish, last, start
 from tests.test_resume import PLAIN, configuration
 
 CODE = '''
+import functools
+
+
 def judge(completion, row):
     """Says whether it is short."""
     return float(len(completion) < 3)
@@ -21,14 +24,25 @@ def judge(completion, row):
 class Judge:
     def __call__(self, completion, row):
         return 1.0
+
+
+halved = functools.partial(judge, row=None)
+instance = Judge()
 '''
 CONFIG = """
 model:
   reward: {class_path: CallableReward, init_args: {function: edited_by_hand.judge}}
-  evaluation: {metrics: {best: edited_by_hand.Judge, most: os.path.join, none: nowhere.at_all, own: tests.tiny.fit}}
+  evaluation: {metrics: {best: edited_by_hand.Judge, most: os.path.join, none: nowhere.at_all, own: tests.tiny.fit,
+    half: edited_by_hand.halved, one: edited_by_hand.instance}}
   environment: {class_path: edited_by_hand.Judge, init_args: {text: a. b, path: opd_lightning.fetch.fetch}}
 """
-KEYS = {"model.reward.init_args.function", "model.evaluation.metrics.best", "model.environment"}
+KEYS = {
+    "model.reward.init_args.function",
+    "model.evaluation.metrics.best",
+    "model.evaluation.metrics.half",
+    "model.evaluation.metrics.one",
+    "model.environment",
+}
 
 
 @pytest.fixture
@@ -51,11 +65,12 @@ def test_what_is_edited_is_told_by_its_key(file):
     assert before.keys() == KEYS | {"model.evaluation.metrics.own"}
     layout = CODE.replace("Says whether it is short.", "Tells.").replace("    return 1.0", "    return 1.0  # always")
     assert edited(before, marks(file, layout)) == []
-    ((key, old, new),) = edited(before, marks(file, CODE.replace("< 3", "< 4")))
-    assert key == "model.reward.function"
-    assert old != new
+    changed = edited(before, marks(file, CODE.replace("< 3", "< 4")))
+    assert [key for key, *_ in changed] == ["model.reward.function", "model.evaluation.metrics.half"]
+    assert all(old != new for _, old, new in changed)
     assert {key for key, *_ in edited(before, marks(file, CODE.replace("1.0", "0.0")))} == {
         "model.evaluation.metrics.best",
+        "model.evaluation.metrics.one",
         "model.environment",
     }
 
