@@ -26,8 +26,8 @@ OURS = __name__.partition(".")[0]
 def fingerprints(config_yaml: str) -> dict[str, str]:
     """Computes a fingerprint of each function or class that a configuration names, by its key.
 
-    Of other objects, that of their class. Only of code that was imported, and that no installed package holds: what people edit between two runs. Comments,
-    docstrings and layout don't count; what a function calls is not looked at.
+    Of other objects, that of their class. Only of code that was imported, and that no installed package holds: what
+    people edit between two runs. Comments, docstrings and layout don't count; what a function calls is not looked at.
     """
     marks: dict[str, str] = {}
     for key, value in leaves(yaml.safe_load(config_yaml) or {}).items():
